@@ -1,0 +1,1 @@
+"""Wires everything together: HTTP, gRPC, the ledger, the supervisor, the command line."""

@@ -1,0 +1,1 @@
+"""Generated stubs of sparsed.admin.v1."""

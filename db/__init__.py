@@ -1,0 +1,1 @@
+"""Remembers: hardware, models, trials and profiles in SQLite."""

@@ -1,0 +1,1 @@
+"""Turns requests into tokens; knows nothing of tuning, SQL or gRPC."""

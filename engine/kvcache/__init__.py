@@ -1,0 +1,1 @@
+"""Two tiers of KV pages, their tables, and the copies between them."""

@@ -1,0 +1,1 @@
+"""Page selection methods behind one interface."""

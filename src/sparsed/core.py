@@ -1,0 +1,805 @@
+"""The one vocabulary of sparsed: values that cross folders, and nothing else.
+
+Every class here is a frozen value, an enum or an exception. Behaviour is limited to validation
+and derived properties; imports are limited to the standard library.
+
+Words: a *lane* is (request, layer, KV head). A *page* is ``page_size`` consecutive tokens of a
+lane. A *block* is 128 tokens of a lane. A *frame* is one block of every lane of a request. The
+*hot tier* is the bounded arena attention reads from; the *DRAM tier* holds every sealed page.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from enum import IntEnum, StrEnum
+
+BLOCK_TOKENS = 128
+PAGE_SIZES = (8, 16, 32, 64, 128)
+GIB = 1 << 30
+
+# --------------------------------------------------------------------------------------------
+# Errors that cross folders
+# --------------------------------------------------------------------------------------------
+
+
+class ExitCode(IntEnum):
+    """Process exit codes of the local verbs (sysexits numbering)."""
+
+    OK = 0
+    USAGE = 64
+    DATA = 65
+    UNAVAILABLE = 69
+    SOFTWARE = 70
+    TEMPORARY = 75
+    NO_PERMISSION = 77
+    CONFIG = 78
+
+
+class InputError(ValueError):
+    """A value given by a user is wrong. ``field`` names it; the message says what to do."""
+
+    def __init__(self, message: str, *, field: str | None = None) -> None:
+        super().__init__(message)
+        self.field = field
+
+
+class CapacityError(InputError):
+    """A request that can never fit: longer than the model, the hot tier or the DRAM tier."""
+
+
+class StartError(Exception):
+    """Start-up cannot go on; the message is one line for the user, ``code`` the exit status."""
+
+    def __init__(self, message: str, *, code: ExitCode) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+# --------------------------------------------------------------------------------------------
+# Knobs
+# --------------------------------------------------------------------------------------------
+
+
+class SparseMethod(StrEnum):
+    """How decode chooses the pages it attends to."""
+
+    DENSE = "dense"
+    CUBOID_MEAN = "cuboid-mean"
+    QUEST = "quest"
+
+
+class KnobClass(StrEnum):
+    """When a change takes effect: at the next step boundary, or in a new process."""
+
+    HOT = "hot"
+    RESTART = "restart"
+
+
+KnobValue = int | float | str | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KnobSpec:
+    """Name, unit, range and class of one knob. ``default`` None: taken from the machine."""
+
+    name: str
+    unit: str
+    klass: KnobClass
+    help: str
+    default: KnobValue = None
+    minimum: float | None = None
+    maximum: float | None = None
+    choices: tuple[int | str, ...] = ()
+    auto: bool = False  # the value "auto" (None) is allowed and resolved by a closed form
+    integer: bool = True
+
+    def check(self, value: object) -> KnobValue:
+        """Return ``value`` as this knob's type; InputError with the allowed range otherwise."""
+        if value is None or value == "auto":
+            if self.auto:
+                return None
+            raise InputError(f"{self.name} cannot be 'auto'; {self.allowed}", field=self.name)
+        parsed = self._parse(value)
+        if self.choices and parsed not in self.choices:
+            raise InputError(f"{self.name}={value!r}: {self.allowed}", field=self.name)
+        if isinstance(parsed, int | float):
+            low, high = self.minimum, self.maximum
+            if (low is not None and parsed < low) or (high is not None and parsed > high):
+                raise InputError(f"{self.name}={value!r}: {self.allowed}", field=self.name)
+        return parsed
+
+    @property
+    def allowed(self) -> str:
+        """The allowed values in words, for error messages and listings."""
+        if self.choices:
+            text = "one of " + ", ".join(str(choice) for choice in self.choices)
+        else:
+            low = f"{self.minimum:g}" if self.minimum is not None else "any"
+            high = f"{self.maximum:g}" if self.maximum is not None else "any"
+            text = f"{low} to {high} {self.unit}"
+        return f"allowed: {text}" + (", or auto" if self.auto else "")
+
+    def _parse(self, value: object) -> int | float | str:
+        if self.choices and isinstance(self.choices[0], str):
+            return str(value)
+        try:
+            number = float(str(value))
+        except ValueError:
+            raise InputError(
+                f"{self.name}={value!r} is not a number; {self.allowed}", field=self.name
+            ) from None
+        if isinstance(value, bool) or number != number or number in (float("inf"), float("-inf")):
+            raise InputError(f"{self.name}={value!r}: {self.allowed}", field=self.name)
+        if not self.integer:
+            return number
+        if number != int(number):
+            raise InputError(
+                f"{self.name}={value!r} is not a whole number; {self.allowed}", field=self.name
+            )
+        return int(number)
+
+
+KNOB_SPECS: tuple[KnobSpec, ...] = (
+    KnobSpec(
+        name="token_budget",
+        unit="tokens",
+        klass=KnobClass.HOT,
+        default=2048,
+        minimum=256,
+        maximum=8192,
+        help="tokens each lane attends to in a decode step",
+    ),
+    KnobSpec(
+        name="hbm_budget",
+        unit="tokens",
+        klass=KnobClass.HOT,
+        default=None,
+        minimum=256,
+        maximum=32768,
+        auto=True,
+        help="tokens a request keeps in the hot tier per lane; auto shares the tier evenly",
+    ),
+    KnobSpec(
+        name="max_num_active_seqs",
+        unit="requests",
+        klass=KnobClass.HOT,
+        default=None,
+        minimum=1,
+        maximum=1024,
+        help="requests that run at once, at most max_num_seqs",
+    ),
+    KnobSpec(
+        name="prefill_chunk",
+        unit="tokens",
+        klass=KnobClass.HOT,
+        default=2048,
+        minimum=16,
+        maximum=32768,
+        help="prompt tokens computed in one step, all requests together",
+    ),
+    KnobSpec(
+        name="page_size",
+        unit="tokens",
+        klass=KnobClass.RESTART,
+        default=32,
+        choices=PAGE_SIZES,
+        help="tokens of a page, the unit of selection and transfer",
+    ),
+    KnobSpec(
+        name="sparse_method",
+        unit="",
+        klass=KnobClass.RESTART,
+        default=SparseMethod.CUBOID_MEAN.value,
+        choices=tuple(method.value for method in SparseMethod),
+        help="how pages are ranked; dense attends to all of them",
+    ),
+    KnobSpec(
+        name="dense_layers",
+        unit="layers",
+        klass=KnobClass.RESTART,
+        default=0,
+        minimum=0,
+        maximum=256,
+        help="first layers that always attend to every token",
+    ),
+    KnobSpec(
+        name="max_num_seqs",
+        unit="requests",
+        klass=KnobClass.RESTART,
+        default=None,
+        minimum=1,
+        maximum=1024,
+        help="capacity for running requests",
+    ),
+    KnobSpec(
+        name="kv_hbm_gib",
+        unit="GiB",
+        klass=KnobClass.RESTART,
+        default=None,
+        minimum=0.001,
+        maximum=4096,
+        integer=False,
+        help="hot tier: pages, summaries, tables, staging and prefill buffers together",
+    ),
+    KnobSpec(
+        name="kv_dram_gib",
+        unit="GiB",
+        klass=KnobClass.RESTART,
+        default=None,
+        minimum=0.001,
+        maximum=65536,
+        integer=False,
+        help="DRAM tier: the pool that holds every sealed page",
+    ),
+    KnobSpec(
+        name="max_model_len",
+        unit="tokens",
+        klass=KnobClass.RESTART,
+        default=None,
+        minimum=128,
+        maximum=16_777_216,
+        help="longest prompt plus output of a request",
+    ),
+)
+
+KNOBS_BY_NAME: Mapping[str, KnobSpec] = {spec.name: spec for spec in KNOB_SPECS}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Knobs:
+    """A complete, resolved set of knob values; names and units as in ``KNOB_SPECS``.
+
+    ``hbm_budget`` None means the closed form (an even share of the hot tier, never less than
+    ``token_budget``). Errors: InputError naming the knob.
+    """
+
+    token_budget: int
+    hbm_budget: int | None
+    max_num_active_seqs: int
+    prefill_chunk: int
+    page_size: int
+    sparse_method: str
+    dense_layers: int
+    max_num_seqs: int
+    kv_hbm_gib: float
+    kv_dram_gib: float
+    max_model_len: int
+
+    def __post_init__(self) -> None:
+        for spec in KNOB_SPECS:
+            spec.check(getattr(self, spec.name))
+        if self.max_num_active_seqs > self.max_num_seqs:
+            raise InputError(
+                f"max_num_active_seqs={self.max_num_active_seqs} is above "
+                f"max_num_seqs={self.max_num_seqs}; lower it or restart with a larger capacity",
+                field="max_num_active_seqs",
+            )
+        if self.hbm_budget is not None and self.hbm_budget < self.token_budget:
+            raise InputError(
+                f"hbm_budget={self.hbm_budget} is below token_budget={self.token_budget}; "
+                "raise hbm_budget or lower token_budget",
+                field="hbm_budget",
+            )
+        if self.token_budget < 4 * self.page_size:
+            raise InputError(
+                f"token_budget={self.token_budget} holds fewer than four pages of "
+                f"{self.page_size} tokens; raise token_budget or lower page_size",
+                field="token_budget",
+            )
+
+    def with_values(self, values: Mapping[str, KnobValue]) -> Knobs:
+        """A copy with ``values`` changed; InputError on an unknown name or a bad value."""
+        return replace(self, **check_knob_values(values))  # type: ignore[arg-type]
+
+    def as_dict(self) -> dict[str, KnobValue]:
+        return {item.name: getattr(self, item.name) for item in fields(self)}
+
+
+def check_knob_values(values: Mapping[str, object]) -> dict[str, KnobValue]:
+    """Check each value alone; InputError naming the knob, and its neighbours if unknown."""
+    checked: dict[str, KnobValue] = {}
+    for name, value in values.items():
+        spec = KNOBS_BY_NAME.get(name)
+        if spec is None:
+            known = ", ".join(sorted(KNOBS_BY_NAME))
+            raise InputError(f"unknown knob {name!r}; known: {known}", field=name)
+        checked[name] = spec.check(value)
+    return checked
+
+
+# --------------------------------------------------------------------------------------------
+# Model and machine
+# --------------------------------------------------------------------------------------------
+
+DTYPE_BYTES: Mapping[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelShape:
+    """The sizes memory arithmetic needs; counts, and bytes where the name says so."""
+
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    hidden_size: int
+    intermediate_size: int
+    vocab_size: int
+    max_position: int
+    num_parameters: int
+
+    @property
+    def num_lanes(self) -> int:
+        """Lanes of one request."""
+        return self.num_layers * self.num_kv_heads
+
+    def kv_bytes_per_token(self, dtype: str) -> int:
+        """K and V of one token over all layers and KV heads."""
+        return self.num_lanes * 2 * self.head_dim * DTYPE_BYTES[dtype]
+
+    def weight_bytes(self, dtype: str) -> int:
+        return self.num_parameters * DTYPE_BYTES[dtype]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MachineFacts:
+    """What the machine offers at start. ``hbm_*`` describe the CUDA device, 0 on a CPU."""
+
+    cpu_name: str
+    num_cpus: int
+    dram_total_bytes: int
+    dram_free_bytes: int  # available memory, already cut to the cgroup limit
+    gpu_name: str | None = None
+    gpu_uuid: str | None = None
+    num_gpus: int = 0
+    hbm_total_bytes: int = 0
+    hbm_free_bytes: int = 0
+    driver_version: str | None = None
+
+    @property
+    def fingerprint(self) -> str:
+        """Key of profiles: the GPU, or the CPU where there is none."""
+        if self.gpu_name:
+            return f"gpu:{self.gpu_name}:{round(self.hbm_total_bytes / GIB)}GiB"
+        return f"cpu:{self.cpu_name}:{self.num_cpus}:{round(self.dram_total_bytes / GIB)}GiB"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MemoryPlan:
+    """Bytes per tier and part, fixed before the engine starts. Parts of the hot tier sum up to
+    at most ``kv_hbm_gib``; counts are capacities."""
+
+    weights_bytes: int
+    hot_pages_bytes: int
+    summaries_bytes: int
+    tables_bytes: int
+    staging_bytes: int
+    prefill_buffer_bytes: int
+    dram_pool_bytes: int
+    num_blocks: int  # blocks of the hot arena, over all lanes
+    num_frames: int  # frames of the DRAM pool; the hot tier holds the summaries of each
+
+    @property
+    def hot_bytes(self) -> int:
+        return (
+            self.hot_pages_bytes
+            + self.summaries_bytes
+            + self.tables_bytes
+            + self.staging_bytes
+            + self.prefill_buffer_bytes
+        )
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens of all requests together that the DRAM tier can hold."""
+        return self.num_frames * BLOCK_TOKENS
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineSpec:
+    """Everything an engine process is started with; nothing in it is 'auto'."""
+
+    model: str  # a Hugging Face directory, or "dummy:<shape>"
+    device: str  # "cpu" or "cuda:N"
+    dtype: str  # a key of DTYPE_BYTES
+    knobs: Knobs
+    plan: MemoryPlan
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LinkProbe:
+    """Bytes per second between the tiers, measured at start; on a CPU a memory copy."""
+
+    h2d_bytes_per_s: float
+    d2h_bytes_per_s: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineFacts:
+    """What a loaded engine says of itself."""
+
+    pid: int
+    device_name: str
+    weights_bytes: int
+    load_s: float
+    link: LinkProbe
+    versions: Mapping[str, str]  # torch, triton, cuda
+
+
+# --------------------------------------------------------------------------------------------
+# Requests and tokens
+# --------------------------------------------------------------------------------------------
+
+
+class FinishReason(StrEnum):
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplingParams:
+    """How tokens are drawn. Temperature 0 is greedy. Seed None: the engine draws one."""
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0: no limit
+    min_p: float = 0.0
+    seed: int | None = None
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    stop_token_ids: tuple[int, ...] = ()  # end-of-sequence ids included unless ignore_eos
+    ignore_eos: bool = False
+    logprobs: int | None = None  # None: none; n: the chosen token's and the n best
+    prompt_logprobs: int | None = None
+
+
+class SparseMode(StrEnum):
+    AUTO = "auto"
+    OFF = "off"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SparseOptions:
+    """Per-request choice; ``token_budget`` None follows the knob."""
+
+    mode: SparseMode = SparseMode.AUTO
+    token_budget: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AddRequest:
+    """Start a request. ``generated_tokens`` are fed through decode again before new ones are
+    drawn (crash replay), and are not reported a second time."""
+
+    request_id: str
+    prompt_tokens: tuple[int, ...]
+    sampling: SamplingParams
+    sparse: SparseOptions = field(default_factory=SparseOptions)
+    generated_tokens: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AbortRequest:
+    request_id: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ApplyKnobs:
+    """Change hot knobs at the next step boundary; the engine answers with KnobsApplied."""
+
+    knobs: Knobs
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shutdown:
+    """Stop at once; the controller drains before it says so."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenLogprob:
+    token_id: int
+    logprob: float
+    rank: int  # 1: the most likely token
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SparseDetails:
+    """What sparsity did to one request, over its decode steps."""
+
+    method: str
+    token_budget: int
+    decode_steps: int
+    sparse_steps: int  # steps that did not read every token
+    tokens_read: int  # K/V tokens read per lane, summed over steps
+    tokens_dense: int  # what dense attention would have read
+    coverage: float | None  # mean attention recall on sampled steps; None if never sampled
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenOutput:
+    """One generated token of one request; the last one carries the reason and the details.
+
+    ``token_id`` None closes a request without a token (abort, error). ``prompt_logprobs`` comes
+    with the first output: one entry per prompt token, the first of them None.
+    """
+
+    request_id: str
+    index: int  # 0 for the first generated token
+    token_id: int | None
+    logprob: TokenLogprob | None = None
+    top_logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_logprobs: tuple[tuple[TokenLogprob, ...] | None, ...] | None = None
+    finish_reason: FinishReason | None = None
+    error: str | None = None
+    sparse: SparseDetails | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenBatch:
+    """All outputs of one engine step."""
+
+    outputs: tuple[TokenOutput, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoadProgress:
+    phase: str
+    frac: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineReady:
+    facts: EngineFacts
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineFailed:
+    """The engine could not start; it exits after saying so."""
+
+    message: str
+    exit_code: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KnobsApplied:
+    """Answer to ApplyKnobs; ``error`` names the knob that was refused."""
+
+    knobs: Knobs
+    error: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Heartbeat:
+    """Sent every second by a thread of its own. ``step_age_s`` is the age of the step that is
+    running, 0 when idle: a stuck step shows although the thread lives."""
+
+    step_id: int
+    step_age_s: float
+
+
+# --------------------------------------------------------------------------------------------
+# Telemetry
+# --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineStats:
+    """Counters since the engine started (they only grow) and gauges of now."""
+
+    # counters
+    steps: int = 0
+    step_s: float = 0.0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    requests_finished: int = 0
+    hot_hits: int = 0  # pages
+    hot_misses: int = 0  # pages
+    evicted_pages: int = 0
+    overflow_pages: int = 0  # selected pages that did not fit their lane, attended in passes
+    h2d_bytes: int = 0
+    h2d_s: float = 0.0
+    d2h_bytes: int = 0
+    d2h_s: float = 0.0
+    recall_sum: float = 0.0
+    recall_samples: int = 0
+    # gauges
+    num_running: int = 0
+    num_waiting: int = 0
+    hot_used_bytes: int = 0
+    hot_total_bytes: int = 0
+    dram_used_bytes: int = 0
+    dram_total_bytes: int = 0
+    recent_step_s: tuple[float, ...] = ()  # durations of the steps since the last report
+    knobs: Knobs | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HostGauges:
+    """psutil's and NVML's view. None: the source does not exist or did not answer."""
+
+    process_rss_bytes: int | None = None  # controller and engine together
+    process_cpu_frac: float | None = None  # of one core
+    host_cpu_frac: float | None = None  # of all cores
+    host_free_bytes: int | None = None
+    gpu_used_bytes: int | None = None
+    gpu_total_bytes: int | None = None
+    gpu_util_frac: float | None = None
+    pcie_h2d_bytes_per_s: float | None = None
+    pcie_d2h_bytes_per_s: float | None = None
+    pcie_generation: int | None = None
+    pcie_width: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Snapshot:
+    """One closed window of the profiler. Rates are over ``window_s``; None: nothing happened in
+    the window, so there is no such figure. TTFT and TPOT are of requests finished in it."""
+
+    ended_at: float  # seconds since the epoch
+    window_s: float
+    steps: int
+    step_p50_s: float | None
+    step_p95_s: float | None
+    step_p99_s: float | None
+    prompt_tokens_per_s: float
+    generated_tokens_per_s: float
+    hot_hit_frac: float | None
+    miss_bytes_per_step: float | None
+    h2d_bytes: int
+    d2h_bytes: int
+    h2d_gb_per_s: float | None  # bytes over the seconds copies were under way, 1e9 bytes/s
+    d2h_gb_per_s: float | None
+    attention_recall: float | None
+    num_running: int
+    num_waiting: int
+    hot_used_frac: float
+    dram_used_frac: float
+    requests_finished: int
+    ttft_p50_s: float | None = None
+    ttft_p95_s: float | None = None
+    tpot_p50_s: float | None = None
+    tpot_p95_s: float | None = None
+    host: HostGauges = field(default_factory=HostGauges)
+    knobs: Knobs | None = None
+
+
+# --------------------------------------------------------------------------------------------
+# Tuning
+# --------------------------------------------------------------------------------------------
+
+
+class Objective(StrEnum):
+    THROUGHPUT = "throughput"  # output tokens per second
+    GOODPUT = "goodput"  # requests per second that met the TTFT and TPOT targets
+
+
+class TrialStatus(StrEnum):
+    OK = "ok"
+    OUT_OF_MEMORY = "out_of_memory"
+    SLO_BROKEN = "slo_broken"
+    RECALL_BROKEN = "recall_broken"
+    INVALID_CONFIG = "invalid_config"
+    TIMEOUT = "timeout"
+    ENGINE_ERROR = "engine_error"
+    INTERRUPTED = "interrupted"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Slo:
+    """Targets; None: no target. ``min_recall`` is the floor of attention recall."""
+
+    ttft_s: float | None = None
+    tpot_s: float | None = None
+    min_recall: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WorkloadRequest:
+    """One request of a workload: sizes in tokens, arrival in seconds from the start."""
+
+    arrival_s: float
+    input_tokens: int
+    output_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Workload:
+    name: str
+    requests: tuple[WorkloadRequest, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Measurement:
+    """What one run of a workload under one configuration gave. Lists are per request."""
+
+    duration_s: float
+    output_tokens: int
+    ttft_s: tuple[float, ...]
+    tpot_s: tuple[float, ...]
+    attention_recall: float | None
+    hot_hit_frac: float | None
+    h2d_bytes: int
+    hot_peak_bytes: int
+    errors: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrialResult:
+    """A configuration and what became of it. ``score`` is the objective, higher is better, None
+    when the trial is infeasible; ``spread_frac`` is (max - min) / median over its repeats."""
+
+    number: int
+    arm: str  # "default", "bayes", "random", "verify"
+    values: Mapping[str, KnobValue]
+    status: TrialStatus
+    score: float | None
+    spread_frac: float | None
+    metrics: Mapping[str, float]
+    reason: str = ""
+    started_at: float = 0.0
+    ended_at: float = 0.0
+
+
+class ProfileStatus(StrEnum):
+    DRAFT = "draft"
+    VERIFIED = "verified"
+    STALE = "stale"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ProfileKey:
+    """What a profile is valid for."""
+
+    hardware: str  # MachineFacts.fingerprint
+    model: str  # model id: served name without machine paths
+    dtype: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Profile:
+    """A tuned configuration with its evidence. ``values`` holds only knobs that were tuned."""
+
+    key: ProfileKey
+    values: Mapping[str, KnobValue]
+    status: ProfileStatus
+    workload: str
+    objective: Objective
+    default_scores: tuple[float, ...] = ()
+    winner_scores: tuple[float, ...] = ()
+    versions: Mapping[str, str] = field(default_factory=dict)
+    created_at: float = 0.0
+    pinned: bool = False
+    profile_id: int | None = None  # set by the store
+
+    @property
+    def gain_frac(self) -> float | None:
+        """Median of the winner over the median of the default, minus one."""
+        if not self.default_scores or not self.winner_scores:
+            return None
+        default = sorted(self.default_scores)[len(self.default_scores) // 2]
+        winner = sorted(self.winner_scores)[len(self.winner_scores) // 2]
+        return winner / default - 1.0 if default > 0 else None
+
+
+class TunerMode(StrEnum):
+    OFF = "off"
+    OBSERVE = "observe"
+    ADVISE = "advise"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Decision:
+    """Advice of the live tuner: never applied by itself."""
+
+    made_at: float
+    values: Mapping[str, KnobValue]
+    reason: str
+    predicted_score: float | None
+    current_score: float | None

@@ -1,0 +1,1 @@
+"""Decides, never measures; no clock, no I/O."""
