@@ -1,0 +1,112 @@
+"""What the control surface (gRPC, HTTP health, the command line) may ask of the daemon."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Protocol
+
+from sparsed.core import (
+    Decision,
+    EngineFacts,
+    EngineStats,
+    Knobs,
+    KnobSpec,
+    KnobValue,
+    MemoryPlan,
+    Snapshot,
+    TunerMode,
+)
+from sparsed.db.store import ProfileStore
+
+
+class DaemonState(StrEnum):
+    LOADING = "loading"
+    SERVING = "serving"
+    DEGRADED = "degraded"  # serving, but something is lost: ``reasons`` says what
+    RESTARTING = "restarting"  # the engine died and is coming back
+    DRAINING = "draining"
+    STOPPED = "stopped"
+
+
+class KnobSource(StrEnum):
+    """Where a value came from; later members win over earlier ones."""
+
+    DEFAULT = "default"
+    MACHINE = "machine"
+    PROFILE = "profile"
+    FILE = "file"
+    ENVIRONMENT = "environment"
+    FLAG = "flag"
+    LIVE = "live"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KnobState:
+    """One knob as the operator sees it; ``pending`` waits for a restart, None: nothing waits."""
+
+    spec: KnobSpec
+    value: KnobValue
+    source: KnobSource
+    pending: KnobValue = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DaemonStatus:
+    state: DaemonState
+    reasons: tuple[str, ...]
+    version: str
+    pid: int
+    uptime_s: float
+    http_url: str
+    model: str
+    device: str
+    dtype: str
+    knobs: Knobs
+    plan: MemoryPlan
+    profile: str  # which profile was taken and why, in words
+    engine_restarts: int
+    requests_failed: int
+    store_lost_writes: int
+    tuner_mode: TunerMode
+    facts: EngineFacts | None = None
+    stats: EngineStats | None = None
+    snapshot: Snapshot | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TunerState:
+    mode: TunerMode
+    num_observations: int
+    decisions: tuple[Decision, ...] = field(default_factory=tuple)  # newest first
+
+
+class Control(Protocol):
+    """Implemented by the daemon. Called on the event loop; only ``drain`` and ``set_knobs``
+    wait. InputError: a bad value, nothing has changed."""
+
+    @property
+    def profiles(self) -> ProfileStore: ...
+
+    def status(self) -> DaemonStatus: ...
+
+    def list_knobs(self) -> tuple[KnobState, ...]: ...
+
+    async def set_knobs(
+        self, values: Mapping[str, KnobValue], *, validate_only: bool, reason: str
+    ) -> tuple[KnobState, ...]:
+        """Hot knobs change at the next step boundary, others become ``pending``."""
+        ...
+
+    async def drain(self, *, timeout_s: float | None) -> int:
+        """Refuse new requests, wait for running ones; returns how many were cut off."""
+        ...
+
+    def request_stop(self) -> None:
+        """Begin an ordered shutdown (drain included); returns at once."""
+        ...
+
+    def tuner(self, mode: TunerMode | None = None) -> TunerState:
+        """The live tuner's state, after switching to ``mode`` if one is given."""
+        ...
