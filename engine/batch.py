@@ -1,0 +1,39 @@
+"""What one forward pass computes: the plan the scheduler makes and the runner runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PromptChunk:
+    """A slice of one prompt.
+
+    ``row`` is the KV row of the request, ``start`` the position of the first token. Positions
+    from ``logits_from`` on need logits; the position after the chunk means none.
+    """
+
+    row: int
+    tokens: tuple[int, ...]
+    start: int
+    logits_from: int
+
+    @property
+    def end(self) -> int:
+        """Position after the last token."""
+        return self.start + len(self.tokens)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DecodeRow:
+    """One token of one request, at ``position``."""
+
+    row: int
+    token: int
+    position: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepPlan:
+    chunks: tuple[PromptChunk, ...]
+    decodes: tuple[DecodeRow, ...]

@@ -1,0 +1,76 @@
+"""Page arithmetic: sizes and addresses on both tiers, computed and never stored."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sparsed.core import BLOCK_TOKENS, DTYPE_BYTES, ModelShape, SparseMethod
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Geometry:
+    """Sizes of pages, blocks and frames for one model, dtype and page size.
+
+    A *page row* numbers one page of one lane in the DRAM tier, and its summary in the hot tier:
+    ``((frame * layers + layer) * heads + head) * pages_per_block + page % pages_per_block``.
+    """
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    page_size: int
+    element_bytes: int
+
+    @classmethod
+    def of(cls, shape: ModelShape, *, dtype: str, page_size: int) -> Geometry:
+        return cls(
+            num_layers=shape.num_layers,
+            num_kv_heads=shape.num_kv_heads,
+            head_dim=shape.head_dim,
+            page_size=page_size,
+            element_bytes=DTYPE_BYTES[dtype],
+        )
+
+    @property
+    def num_lanes(self) -> int:
+        return self.num_layers * self.num_kv_heads
+
+    @property
+    def pages_per_block(self) -> int:
+        return BLOCK_TOKENS // self.page_size
+
+    @property
+    def page_rows_per_frame(self) -> int:
+        return self.num_lanes * self.pages_per_block
+
+    @property
+    def page_bytes(self) -> int:
+        return self.page_size * 2 * self.head_dim * self.element_bytes
+
+    @property
+    def block_bytes(self) -> int:
+        return self.page_bytes * self.pages_per_block
+
+    @property
+    def frame_bytes(self) -> int:
+        return self.block_bytes * self.num_lanes
+
+    def summary_bytes_per_frame(self, method: str) -> int:
+        """Two vectors of head_dim a page; nothing where no pages are ranked."""
+        if method == SparseMethod.DENSE:
+            return 0
+        return self.page_rows_per_frame * 2 * self.head_dim * self.element_bytes
+
+    def max_pages(self, num_tokens: int) -> int:
+        """Pages that ``num_tokens`` tokens touch, rounded up to whole frames."""
+        return num_frames(num_tokens) * self.pages_per_block
+
+    def table_bytes_per_row(self, max_model_len: int) -> int:
+        """Page table and slot list of one request (int32 each), and its frame ids (int64)."""
+        pages = self.max_pages(max_model_len)
+        return self.num_lanes * (2 * pages + 1) * 4 + num_frames(max_model_len) * 8
+
+
+def num_frames(num_tokens: int) -> int:
+    """Frames (and blocks of a lane) that ``num_tokens`` tokens need."""
+    return -(-num_tokens // BLOCK_TOKENS)
