@@ -5,7 +5,6 @@ from __future__ import annotations
 import mmap
 import os
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -91,7 +90,3 @@ def _map_memory(num_bytes: int, pool_fd: int | None) -> mmap.mmap:
         if own:
             os.close(fd)
 
-
-def frame_tensor(ids: np.ndarray, *, device: torch.device) -> Tensor:
-    """Frame ids as int64 on ``device``."""
-    return torch.from_numpy(ids).to(device)
