@@ -1,0 +1,87 @@
+"""The decoder of all supported families: tokens in, hidden states and logits out.
+
+Shape legend: N tokens of many requests, n tokens that need logits, H query heads, K KV heads,
+D head dim (hidden states: their width), V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparsed.engine.models.config import ModelConfig
+from sparsed.engine.models.rope import Rope, rotate
+from sparsed.engine.models.weights import LayerWeights, ModelWeights
+
+
+class Attend(Protocol):
+    """Attention of one layer, given by the caller; it also stores k and v.
+
+    q (N, H, D), k and v (N, K, D); q and k are rotated, and normed where the family does so. All
+    are views with heads and dims contiguous but rows further apart. Returns o (N, H, D) in q's
+    dtype.
+    """
+
+    def __call__(self, layer: int, q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor, /) -> Tensor: ...
+
+
+class Decoder:
+    """Llama, Mistral, Qwen2 and Qwen3 differ in biases and in the norm of Q and K only.
+
+    Holds no state between calls; the KV cache is behind ``attend``.
+    """
+
+    def __init__(self, config: ModelConfig, weights: ModelWeights) -> None:
+        self.config = config
+        self.weights = weights
+        self._rope = Rope(config.rope, head_dim=config.head_dim, device=weights.embedding_VD.device)
+
+    @torch.inference_mode()
+    def forward(
+        self,
+        tokens_N: Tensor,
+        positions_N: Tensor,
+        attend: Attend,
+        *,
+        lengths_N: Tensor | None = None,
+    ) -> Tensor:
+        """Hidden states (N, D) before the last norm, of tokens in any mixture of requests.
+
+        ``lengths_N`` matters to dynamic RoPE alone, which rotates a token by the length its
+        sequence has when the token is computed: the whole prompt for a prompt token (whatever the
+        chunk), position + 1 for a generated one. None means position + 1 for all.
+        """
+        hidden_ND = F.embedding(tokens_N, self.weights.embedding_VD)
+        tables = self._rope.tables(positions_N, lengths_N=lengths_N, dtype=hidden_ND.dtype)
+        for number, layer in enumerate(self.weights.layers):
+            normed_ND = self._norm(hidden_ND, layer.input_norm_D)
+            o_NHD = attend(number, *self._project(normed_ND, layer, tables))
+            hidden_ND += layer.output(o_NHD.flatten(1))
+            gate, up = layer.gate_up(self._norm(hidden_ND, layer.post_norm_D)).chunk(2, dim=1)
+            hidden_ND += layer.down(F.silu(gate).mul_(up))
+        return hidden_ND
+
+    @torch.inference_mode()
+    def logits(self, hidden_nD: Tensor) -> Tensor:
+        """(n, V) float32, of rows of what ``forward`` returned."""
+        return self.weights.head(self._norm(hidden_nD, self.weights.norm_D)).float()
+
+    def _project(
+        self, normed_ND: Tensor, layer: LayerWeights, tables: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v; q and k go through norm and rotation as one tensor."""
+        config = self.config
+        num_rotated = config.num_heads + config.num_kv_heads
+        heads = layer.qkv(normed_ND).view(len(normed_ND), -1, config.head_dim)
+        rotated, v_NKD = heads[:, :num_rotated], heads[:, num_rotated:]
+        if layer.qk_norm_HD is not None:
+            rotated = F.rms_norm(rotated, (config.head_dim,), None, config.rms_norm_eps)
+            rotated = rotated * layer.qk_norm_HD
+        rotated = rotate(rotated, *tables)
+        return rotated[:, : config.num_heads], rotated[:, config.num_heads :], v_NKD
+
+    def _norm(self, x_ND: Tensor, weight_D: Tensor) -> Tensor:
+        return F.rms_norm(x_ND, weight_D.shape, weight_D, self.config.rms_norm_eps)
