@@ -9,13 +9,15 @@ from dataclasses import dataclass
 class PromptChunk:
     """A slice of one prompt.
 
-    ``row`` is the KV row of the request, ``start`` the position of the first token. Positions
-    from ``logits_from`` on need logits; the position after the chunk means none.
+    ``row`` is the KV row of the request, ``start`` the position of the first token,
+    ``prompt_length`` the tokens of the whole prompt. Positions from ``logits_from`` on need
+    logits; the position after the chunk means none.
     """
 
     row: int
     tokens: tuple[int, ...]
     start: int
+    prompt_length: int
     logits_from: int
 
     @property

@@ -15,15 +15,21 @@ from sparsed.engine.kvcache.geometry import Geometry, num_frames
 from sparsed.engine.kvcache.hbm import FREE_STEP, LOCKED_STEP, HotArena
 
 
+class Fetch(NamedTuple):
+    """What to load: ``target`` is the slot of each placed page (the spare slot elsewhere)."""
+
+    target_BHK: Tensor
+    placed_BHK: Tensor
+    missed: Tensor  # pages that were not resident, placed or not; scalar
+    evicted: Tensor  # pages that lost their slot; scalar
+
+
 class Resolved(NamedTuple):
-    """A selection after the residency check. ``slots`` (B, H, K) is where each page is, -1 where
-    the lane had no room; ``victims`` and ``placed`` tell which misses to fetch, and where to."""
+    """A selection after the residency check: where each page is (or will be once fetched), -1
+    where its lane had no room. ``fetch`` None: nothing was missing."""
 
     slots_BHK: Tensor
-    victims_BHK: Tensor
-    placed_BHK: Tensor
-    evicted: Tensor  # pages that lost their slot, scalar
-    missed: Tensor  # misses, placed or not, scalar
+    fetch: Fetch | None
 
 
 class PageTables:
@@ -124,9 +130,8 @@ class PageTables:
         slots_BHK = table[base_BH1 + pages_BHK]
         arena.slot_step_N[slots_BHK.clamp(min=0).long()] = step
         miss_BHK = slots_BHK < 0
-        missed = miss_BHK.sum()
-        if not slots_BHK.is_cuda and not missed:  # reading a count is free on a CPU
-            return Resolved(slots_BHK, slots_BHK, miss_BHK, missed, missed)
+        if not slots_BHK.is_cuda and not miss_BHK.any():  # reading a value is free on a CPU
+            return Resolved(slots_BHK, None)
         victims_BHK, placed_BHK = self._victims(
             arena, layer=layer, rows_B=rows_B, miss_BHK=miss_BHK, num_slots=num_slots, step=step
         )
@@ -139,7 +144,7 @@ class PageTables:
         arena.slot_page_N[written_BHK] = pages_BHK.int()
         arena.slot_step_N[written_BHK] = step
         slots_BHK = torch.where(placed_BHK, victims_BHK.int(), slots_BHK)
-        return Resolved(slots_BHK, victims_BHK, placed_BHK, evicted, missed)
+        return Resolved(slots_BHK, Fetch(written_BHK, placed_BHK, miss_BHK.sum(), evicted))
 
     def _victims(
         self,

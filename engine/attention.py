@@ -1,0 +1,126 @@
+"""Attention over the two tiers: plan on the host once a step, run once a layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sparsed.engine.batch import DecodeRow, StepPlan
+from sparsed.engine.decode import DecodeCounts, Group, Tiers, is_sparse, make_batch, make_groups
+from sparsed.engine.kvcache.cache import KVCache
+from sparsed.engine.prefill import ChunkPlan, PrefillAttention
+from sparsed.kernels.store import store_tokens
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AttentionPlan:
+    """Tokens come in order: all chunks, then one token per decode row."""
+
+    chunks: tuple[ChunkPlan, ...]
+    num_chunk_tokens: int
+    tail_slots_LBH: Tensor | None  # of all decode rows
+    offsets_B: Tensor | None
+    dense_groups: tuple[Group, ...]  # for the first ``dense_layers`` layers
+    groups: tuple[Group, ...]
+    sealed: tuple[tuple[int, int], ...]  # (row, page) pairs the decode tokens fill
+    step: int
+
+
+class Attention:
+    """Give ``run`` to the decoder as its attention, between ``plan`` and ``finish``."""
+
+    def __init__(
+        self, cache: KVCache, *, staging_NX: Tensor, dense_layers: int, scale: float
+    ) -> None:
+        self._cache = cache
+        self._dense_layers = dense_layers
+        self._prefill = PrefillAttention(cache, staging_NX=staging_NX, scale=scale)
+        self._tiers = Tiers(cache, staging_NX=staging_NX, scale=scale)
+
+    @property
+    def counts(self) -> DecodeCounts:
+        return self._tiers.counts
+
+    def plan(self, plan: StepPlan, *, step: int) -> AttentionPlan:
+        cache, decodes = self._cache, plan.decodes
+        page_size = cache.geometry.page_size
+        for decode in decodes:
+            cache.open_token(decode.row, decode.position, step=step)
+        chunks = tuple(self._prefill.plan(chunk, step=step) for chunk in plan.chunks)
+        batch = make_batch(cache, decodes, range(len(decodes))) if decodes else None
+        return AttentionPlan(
+            chunks=chunks,
+            num_chunk_tokens=sum(chunk.num_tokens for chunk in chunks),
+            tail_slots_LBH=batch.tail_slots_LBH if batch else None,
+            offsets_B=batch.tail_tokens_B - 1 if batch else None,
+            dense_groups=self._groups(decodes, dense=True, step=step),
+            groups=self._groups(decodes, dense=False, step=step),
+            sealed=tuple(
+                (decode.row, decode.position // page_size)
+                for decode in decodes
+                if (decode.position + 1) % page_size == 0
+            ),
+            step=step,
+        )
+
+    def run(self, plan: AttentionPlan, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Shapes: q (N, H * G, D), k and v (N, H, D); returns (N, H * G, D) in q's dtype."""
+        o = torch.empty_like(q, memory_format=torch.contiguous_format)
+        first = 0
+        for chunk in plan.chunks:
+            part = slice(first, first + chunk.num_tokens)
+            o[part] = self._prefill.run(chunk, layer, q[part], k[part], v[part])
+            first = part.stop
+        if plan.tail_slots_LBH is not None:
+            part = slice(plan.num_chunk_tokens, None)
+            self._decode(plan, layer, q[part], k[part], v[part], out=o[part])
+        return o
+
+    def finish(self, plan: AttentionPlan, step: StepPlan) -> None:
+        """Seal the pages that the step filled and count what it read."""
+        self._cache.seal(plan.sealed, step=plan.step)
+        for decode in step.decodes:
+            self._count(decode.row, decode.position)
+
+    def _groups(
+        self, decodes: Sequence[DecodeRow], *, dense: bool, step: int
+    ) -> tuple[Group, ...]:
+        if dense and self._dense_layers == 0:
+            return ()
+        return make_groups(self._tiers, decodes, dense=dense, step=step)
+
+    def _decode(
+        self, plan: AttentionPlan, layer: int, q: Tensor, k: Tensor, v: Tensor, *, out: Tensor
+    ) -> None:
+        assert plan.tail_slots_LBH is not None and plan.offsets_B is not None
+        store_tokens(
+            self._cache.arena.pages_NTCD,
+            slots_BH=plan.tail_slots_LBH[layer],
+            offsets_B=plan.offsets_B,
+            k_BHD=k,
+            v_BHD=v,
+        )
+        num_rows, num_heads, head_dim = k.shape
+        q_BHGD = q.reshape(num_rows, num_heads, -1, head_dim)
+        groups = plan.dense_groups if layer < self._dense_layers else plan.groups
+        for group in groups:
+            o_BHGD = group.run(layer, q_BHGD[group.batch.index_B])
+            out[group.batch.index_B] = o_BHGD.flatten(1, 2).to(out.dtype)
+
+    def _count(self, index: int, position: int) -> None:
+        """Tokens the row's lanes read in this step, averaged over the layers."""
+        cache = self._cache
+        row, page_size = cache.rows[index], cache.geometry.page_size
+        dense = position + 1
+        read = dense
+        row.decode_steps += 1
+        row.tokens_dense += dense
+        if is_sparse(row, position, page_size):
+            row.sparse_steps += 1
+            selected = row.selected_pages(page_size) * page_size + position % page_size + 1
+            num_layers, dense_layers = cache.geometry.num_layers, self._dense_layers
+            read = (dense_layers * dense + (num_layers - dense_layers) * selected) // num_layers
+        row.tokens_read += read

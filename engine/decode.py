@@ -1,0 +1,320 @@
+"""Attention of decode tokens: in place where a request is wholly hot, over a selection else.
+
+Shape legend: L layers, B requests of a group, H KV heads, G query heads per KV head, D head dim,
+K pages attended to, P pages, F frames, T tokens of a page.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from sparsed.core import SparseMethod
+from sparsed.engine.batch import DecodeRow
+from sparsed.engine.kvcache.cache import KVCache, Row
+from sparsed.engine.kvcache.geometry import num_frames
+from sparsed.engine.sparse.base import select_pages
+from sparsed.kernels.attend import attend_pages
+from sparsed.kernels.merge import merge_states
+
+RECALL_STRIDE = 32  # steps between two measurements of attention recall
+PADDING_FRAC = 0.25  # most padding a group of unequal lengths may carry
+
+
+@dataclass(slots=True)
+class DecodeCounts:
+    """Totals since the start. Device tensors are read only when somebody asks."""
+
+    selected: int = 0
+    missed: Tensor | int = 0
+    evicted: Tensor | int = 0
+    overflow: int = 0
+    recall_sum: float = 0.0
+    recall_samples: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Batch:
+    """Decode rows that are attended to together. ``index_B`` is their place in the step."""
+
+    rows: tuple[Row, ...]
+    index_B: Tensor
+    rows_B: Tensor
+    num_full: tuple[int, ...]  # full pages before the page of the current token
+    num_full_B: Tensor
+    tail_tokens_B: Tensor  # tokens of that page, the current one included
+    tail_slots_LBH: Tensor
+
+
+class Group(Protocol):
+    batch: Batch
+
+    def run(self, layer: int, q_BHGD: Tensor) -> Tensor:
+        """Attention output (B, H, G, D), float32."""
+        ...
+
+
+class Tiers:
+    """What every group works with: the cache, the staging area, the scale, the totals."""
+
+    def __init__(self, cache: KVCache, *, staging_NX: Tensor, scale: float) -> None:
+        self.cache = cache
+        self.staging_NX = staging_NX
+        self.scale = scale
+        self.counts = DecodeCounts()
+
+    def attend(self, batch: Batch, q_BHGD: Tensor, slots_BHK: Tensor) -> tuple[Tensor, Tensor]:
+        """Attend to pages in the hot tier; the last column is the partial page."""
+        return attend_pages(
+            q_BHGD,
+            self.cache.arena.pages_NTCD,
+            slots_BHK=slots_BHK,
+            tail_tokens_B=batch.tail_tokens_B,
+            scale=self.scale,
+        )
+
+    def attend_in_passes(
+        self, batch: Batch, layer: int, q: Tensor, pages_BHK: Tensor, slots_BHK: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Attend to the pages that have a slot, then to the others through the staging area,
+        as many at a time as it holds, one request after the other."""
+        tail_BH1 = batch.tail_slots_LBH[layer][..., None]
+        o, lse = self.attend(batch, q, torch.cat((slots_BHK, tail_BH1), dim=-1))
+        for b, row in enumerate(batch.rows):
+            absent_HK = slots_BHK[b] < 0
+            num_absent = int(absent_HK.sum(-1).max())
+            order_Hn = absent_HK.byte().topk(num_absent, dim=-1).indices
+            pages_Hn = torch.where(
+                absent_HK.gather(-1, order_Hn), pages_BHK[b].gather(-1, order_Hn), -1
+            )
+            state = (o[b : b + 1], lse[b : b + 1])
+            for pages in pages_Hn.split(len(self.staging_NX) // len(pages_Hn), dim=-1):
+                state = merge_states(*state, *self._attend_staged(row, layer, q[b : b + 1], pages))
+            o[b], lse[b] = state[0][0], state[1][0]
+        return o, lse
+
+    def _attend_staged(
+        self, row: Row, layer: int, q_1HGD: Tensor, pages_Hn: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        cache, device = self.cache, pages_Hn.device
+        rows_B = torch.tensor([row.index], device=device)
+        page_rows = cache.tables.selected_page_rows(rows_B, layer, pages_Hn.clamp(min=0)[None])
+        slots_Hn = torch.arange(pages_Hn.numel(), device=device).view_as(pages_Hn)
+        cache.transfer.load(
+            self.staging_NX,
+            cache.pool.pages_RX,
+            dst_rows=slots_Hn,
+            src_rows=torch.where(pages_Hn >= 0, page_rows[0], -1),
+        )
+        page_size = cache.geometry.page_size
+        return attend_pages(
+            q_1HGD,
+            self.staging_NX.view(-1, *cache.arena.pages_NTCD.shape[1:]),
+            slots_BHK=torch.where(pages_Hn >= 0, slots_Hn, -1).int()[None],
+            tail_tokens_B=torch.tensor([page_size], dtype=torch.int32, device=device),
+            scale=self.scale,
+        )
+
+
+class InPlaceGroup:
+    """Dense: every page is in the hot tier and is read where it lies."""
+
+    def __init__(self, tiers: Tiers, batch: Batch) -> None:
+        self.batch = batch
+        self._tiers = tiers
+        self._ragged = len(set(batch.num_full)) > 1
+
+    def run(self, layer: int, q_BHGD: Tensor) -> Tensor:
+        batch, tables = self.batch, self._tiers.cache.tables
+        columns = max(batch.num_full) + 1
+        slots_BHK = tables.page_slot[batch.rows_B, layer, :, :columns]
+        if self._ragged:
+            columns_K = torch.arange(columns, device=slots_BHK.device)
+            full_BK = columns_K < batch.num_full_B[:, None]
+            tail_BH1 = batch.tail_slots_LBH[layer][..., None]
+            slots_BHK = torch.where(full_BK[:, None], slots_BHK, -1)
+            slots_BHK = torch.cat((slots_BHK[..., :-1], tail_BH1), dim=-1)
+        return self._tiers.attend(batch, q_BHGD, slots_BHK)[0]
+
+
+class StreamedGroup:
+    """Dense, one request whose pages are not all hot: the others pass through the staging."""
+
+    def __init__(self, tiers: Tiers, batch: Batch) -> None:
+        self.batch = batch
+        self._tiers = tiers
+
+    def run(self, layer: int, q_BHGD: Tensor) -> Tensor:
+        return attend_all(self._tiers, self.batch, layer, q_BHGD)[0]
+
+
+class SparseGroup:
+    """The ``count`` best pages of every lane, made resident, and the partial page."""
+
+    def __init__(self, tiers: Tiers, batch: Batch, *, count: int, step: int) -> None:
+        cache = tiers.cache
+        self.batch = batch
+        self._tiers = tiers
+        self._count = count
+        self._step = step
+        self._num_slots = max(row.num_blocks for row in batch.rows) * (
+            cache.geometry.pages_per_block
+        )
+        self._fits = all(
+            row.num_blocks * cache.geometry.pages_per_block > count for row in batch.rows
+        )
+        frames = max(num_frames(n * cache.geometry.page_size) for n in batch.num_full)
+        self._frame_rows_BHF = cache.tables.frame_rows(batch.rows_B, frames)
+        sampled = step % RECALL_STRIDE == 0
+        self._sampled_layer = step // RECALL_STRIDE % cache.geometry.num_layers if sampled else -1
+
+    def run(self, layer: int, q_BHGD: Tensor) -> Tensor:
+        pages_BHK = self._select(layer, q_BHGD)
+        slots_BHK = self._make_resident(layer, pages_BHK)
+        if self._fits:
+            tail_BH1 = self.batch.tail_slots_LBH[layer][..., None]
+            slots = torch.cat((slots_BHK, tail_BH1), dim=-1)
+            o, lse = self._tiers.attend(self.batch, q_BHGD, slots)
+        else:
+            self._tiers.counts.overflow += int((slots_BHK < 0).sum())
+            o, lse = self._tiers.attend_in_passes(self.batch, layer, q_BHGD, pages_BHK, slots_BHK)
+        if layer == self._sampled_layer:
+            self._measure_recall(layer, q_BHGD, lse)
+        return o
+
+    def _select(self, layer: int, q_BHGD: Tensor) -> Tensor:
+        cache = self._tiers.cache
+        assert cache.selector is not None
+        per_block = cache.geometry.pages_per_block
+        scores_BHP = cache.selector.score(
+            q_BHGD,
+            cache.summaries_RE.view(-1, per_block, cache.summaries_RE.shape[-1]),
+            rows_BHF=self._frame_rows_BHF + layer * cache.geometry.num_kv_heads,
+        )
+        return select_pages(scores_BHP, num_full_B=self.batch.num_full_B, count=self._count)
+
+    def _make_resident(self, layer: int, pages_BHK: Tensor) -> Tensor:
+        cache, counts = self._tiers.cache, self._tiers.counts
+        resolved = cache.tables.resolve(
+            cache.arena,
+            layer=layer,
+            rows_B=self.batch.rows_B,
+            pages_BHK=pages_BHK,
+            num_slots=self._num_slots,
+            step=self._step,
+        )
+        counts.selected += pages_BHK.numel()
+        if resolved.fetch is not None:
+            counts.missed += resolved.fetch.missed
+            counts.evicted += resolved.fetch.evicted
+            rows_BHK = cache.tables.selected_page_rows(self.batch.rows_B, layer, pages_BHK)
+            cache.transfer.load(
+                cache.arena.pages_NX,
+                cache.pool.pages_RX,
+                dst_rows=resolved.fetch.target_BHK,
+                src_rows=torch.where(resolved.fetch.placed_BHK, rows_BHK, -1),
+            )
+        return resolved.slots_BHK
+
+    def _measure_recall(self, layer: int, q_BHGD: Tensor, lse_BHG: Tensor) -> None:
+        """Share of the dense softmax mass on the attended tokens, mean over query heads."""
+        counts = self._tiers.counts
+        for b, row in enumerate(self.batch.rows):
+            alone = one_row(self.batch, b)
+            _, dense_1HG = attend_all(self._tiers, alone, layer, q_BHGD[b : b + 1])
+            recall = float(torch.exp(lse_BHG[b : b + 1] - dense_1HG).mean())
+            row.recalls.append(recall)
+            counts.recall_sum += recall
+            counts.recall_samples += 1
+
+
+def attend_all(tiers: Tiers, batch: Batch, layer: int, q_1HGD: Tensor) -> tuple[Tensor, Tensor]:
+    """Dense attention of one request over hot and cold pages."""
+    tables, device = tiers.cache.tables, q_1HGD.device
+    (num_full,) = batch.num_full
+    pages_1HK = torch.arange(num_full, device=device).expand(1, q_1HGD.shape[1], -1)
+    slots_1HK = tables.page_slot[batch.rows_B, layer, :, :num_full]
+    return tiers.attend_in_passes(batch, layer, q_1HGD, pages_1HK, slots_1HK)
+
+
+def one_row(batch: Batch, b: int) -> Batch:
+    """The batch of its b-th request alone."""
+    only = slice(b, b + 1)
+    return Batch(
+        rows=batch.rows[only],
+        index_B=batch.index_B[only],
+        rows_B=batch.rows_B[only],
+        num_full=batch.num_full[only],
+        num_full_B=batch.num_full_B[only],
+        tail_tokens_B=batch.tail_tokens_B[only],
+        tail_slots_LBH=batch.tail_slots_LBH[:, only],
+    )
+
+
+def make_batch(cache: KVCache, decodes: Sequence[DecodeRow], index: Sequence[int]) -> Batch:
+    """Collect decode rows ``index`` of a step; their pages must be open."""
+    device, page_size = cache.arena.pages_NX.device, cache.geometry.page_size
+    chosen = [decodes[i] for i in index]
+    num_full = tuple(decode.position // page_size for decode in chosen)
+    rows_B = torch.tensor([decode.row for decode in chosen], device=device)
+    num_full_B = torch.tensor(num_full, device=device)
+    tail = [decode.position % page_size + 1 for decode in chosen]
+    tail_slots_BLH = cache.tables.page_slot[rows_B, :, :, num_full_B]
+    return Batch(
+        rows=tuple(cache.rows[decode.row] for decode in chosen),
+        index_B=torch.tensor(list(index), device=device),
+        rows_B=rows_B,
+        num_full=num_full,
+        num_full_B=num_full_B,
+        tail_tokens_B=torch.tensor(tail, dtype=torch.int32, device=device),
+        tail_slots_LBH=tail_slots_BLH.transpose(0, 1).contiguous(),
+    )
+
+
+def make_groups(
+    tiers: Tiers, decodes: Sequence[DecodeRow], *, dense: bool, step: int
+) -> tuple[Group, ...]:
+    """Split the decode rows of a step by how they are attended to; ``dense`` takes no selection
+    for anybody (the first layers)."""
+    cache, page_size = tiers.cache, tiers.cache.geometry.page_size
+    sparse: dict[int, list[int]] = {}
+    in_place: list[int] = []
+    groups: list[Group] = []
+    for i, decode in enumerate(decodes):
+        row = cache.rows[decode.row]
+        count = row.selected_pages(page_size)
+        if not dense and is_sparse(row, decode.position, page_size):
+            sparse.setdefault(count, []).append(i)
+        elif row.complete:
+            in_place.append(i)
+        else:
+            groups.append(StreamedGroup(tiers, make_batch(cache, decodes, [i])))
+    for index in _similar_lengths(decodes, in_place):
+        groups.append(InPlaceGroup(tiers, make_batch(cache, decodes, index)))
+    for count, index in sparse.items():
+        batch = make_batch(cache, decodes, index)
+        groups.append(SparseGroup(tiers, batch, count=count, step=step))
+    return tuple(groups)
+
+
+def is_sparse(row: Row, position: int, page_size: int) -> bool:
+    """Whether the token at ``position`` attends to a selection: more pages than the budget."""
+    return row.method != SparseMethod.DENSE and (
+        position // page_size > row.selected_pages(page_size)
+    )
+
+
+def _similar_lengths(decodes: Sequence[DecodeRow], index: list[int]) -> list[list[int]]:
+    """Cut ``index``, ordered by length, so that no group pads more than PADDING_FRAC."""
+    groups: list[list[int]] = []
+    for i in sorted(index, key=lambda i: decodes[i].position):
+        longest = (1 + PADDING_FRAC) * (decodes[groups[-1][0]].position + 64) if groups else -1
+        if decodes[i].position <= longest:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    return groups

@@ -1,0 +1,305 @@
+"""The KV cache of all requests: who owns which frames, blocks and slots, and when they move.
+
+Everything here runs on the host between forward passes; the lane-wide updates it asks for are
+done by ``tables`` on the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from sparsed.core import BLOCK_TOKENS, CapacityError, Knobs, SparseDetails, SparseMethod
+from sparsed.engine.kvcache.dram import DramPool
+from sparsed.engine.kvcache.geometry import Geometry, num_frames
+from sparsed.engine.kvcache.hbm import LOCKED_STEP, HotArena, slots_of_blocks
+from sparsed.engine.kvcache.tables import PageTables
+from sparsed.engine.kvcache.transfer import Transfer
+from sparsed.engine.sparse.base import Selector
+
+
+@dataclass(slots=True)
+class Row:
+    """One request's place in both tiers. Filled by KVCache; attention reads it and counts in it.
+
+    ``complete`` means that page i sits in slot i of every lane; once a page has no slot it is
+    false for good. ``blocks`` (lanes, n) are the arena blocks the lanes own.
+    """
+
+    index: int
+    max_tokens: int
+    method: SparseMethod
+    token_budget: int
+    frames: npt.NDArray[np.int64]
+    blocks: npt.NDArray[np.int64]
+    complete: bool = True
+    num_placed: int = 0  # pages placed in order while complete
+    decode_steps: int = 0
+    sparse_steps: int = 0
+    tokens_read: int = 0
+    tokens_dense: int = 0
+    recalls: list[float] = field(default_factory=list)
+
+    def selected_pages(self, page_size: int) -> int:
+        """Full pages a sparse step selects; the partial page comes on top."""
+        return self.token_budget // page_size - 1
+
+    @property
+    def num_blocks(self) -> int:
+        return int(self.blocks.shape[1])
+
+
+class KVCache:
+    """Admits requests to both tiers, gives pages their slots, seals full pages, frees.
+
+    Not thread-safe: owned by the thread that runs the engine's steps.
+    """
+
+    def __init__(
+        self,
+        geometry: Geometry,
+        *,
+        arena: HotArena,
+        pool: DramPool,
+        tables: PageTables,
+        summaries_RE: Tensor,
+        selector: Selector | None,
+        transfer: Transfer,
+        knobs: Knobs,
+    ) -> None:
+        self.geometry = geometry
+        self.arena = arena
+        self.pool = pool
+        self.tables = tables
+        self.summaries_RE = summaries_RE
+        self.selector = selector
+        self.transfer = transfer
+        self.rows: dict[int, Row] = {}
+        self._knobs = knobs
+        self._free_rows = list(range(knobs.max_num_seqs - 1, -1, -1))
+
+    # -- admission ---------------------------------------------------------------------------
+
+    def check_fits(self, num_tokens: int) -> None:
+        """CapacityError if a request of ``num_tokens`` could not run even alone."""
+        if num_tokens > self._knobs.max_model_len:
+            raise CapacityError(
+                f"prompt plus output of {num_tokens} tokens exceeds max_model_len="
+                f"{self._knobs.max_model_len}; shorten the request",
+                field="max_model_len",
+            )
+        if num_frames(num_tokens) > self.pool.frames.size:
+            room = self.pool.frames.size * BLOCK_TOKENS
+            raise CapacityError(
+                f"prompt plus output of {num_tokens} tokens exceeds the DRAM tier, which holds "
+                f"{room} tokens; shorten the request or raise kv_dram_gib",
+                field="kv_dram_gib",
+            )
+
+    def can_admit(self, num_tokens: int, *, token_budget: int) -> bool:
+        """Frames for the whole life of the request and its mandatory blocks are free, or can be
+        taken back from requests that hold more than their share."""
+        if not self._free_rows or num_frames(num_tokens) > len(self.pool.frames):
+            return False
+        need = self._mandatory_blocks(num_tokens, token_budget) * self.geometry.num_lanes
+        return need <= len(self.arena.blocks) + self._reclaimable_blocks()
+
+    def add(self, num_tokens: int, *, method: SparseMethod, token_budget: int) -> int:
+        """Reserve both tiers for a request of ``num_tokens`` (prompt and output); its row."""
+        assert self.can_admit(num_tokens, token_budget=token_budget)
+        frames = self.pool.frames.take(num_frames(num_tokens))
+        row = Row(
+            index=self._free_rows.pop(),
+            max_tokens=num_tokens,
+            method=method,
+            token_budget=token_budget,
+            frames=frames,
+            blocks=np.empty((self.geometry.num_lanes, 0), dtype=np.int64),
+        )
+        self.rows[row.index] = row
+        self.tables.frames[row.index, : len(frames)] = torch.from_numpy(frames)
+        mandatory = self._mandatory_blocks(num_tokens, token_budget)
+        self._reclaim(mandatory * self.geometry.num_lanes)
+        self._take_blocks(row, mandatory)
+        return row.index
+
+    def free(self, index: int) -> None:
+        """Give everything of the row back."""
+        row = self.rows.pop(index)
+        self._release_blocks(row, keep=0)
+        self.pool.frames.give(row.frames)
+        self.tables.clear(index)
+        self._free_rows.append(index)
+
+    def apply(self, knobs: Knobs) -> None:
+        """Take new budgets; rows above a lowered ``hbm_budget`` shrink now."""
+        self._knobs = knobs
+        for row in self.rows.values():
+            if row.num_blocks > self._quota_blocks(row):
+                self._release_blocks(row, keep=self._quota_blocks(row))
+
+    def details(self, index: int) -> SparseDetails:
+        row = self.rows[index]
+        return SparseDetails(
+            method=row.method.value,
+            token_budget=row.token_budget,
+            decode_steps=row.decode_steps,
+            sparse_steps=row.sparse_steps,
+            tokens_read=row.tokens_read,
+            tokens_dense=row.tokens_dense,
+            coverage=float(np.mean(row.recalls)) if row.recalls else None,
+        )
+
+    # -- pages -------------------------------------------------------------------------------
+
+    def open_chunk(self, index: int, start: int, end: int, *, step: int) -> None:
+        """Give slots to the pages of positions start .. end - 1, as far as the quota reaches.
+        A page that stays partial always gets one, and is locked."""
+        row, page_size = self.rows[index], self.geometry.page_size
+        last_page = -(-end // page_size)
+        open_page = start // page_size if start % page_size else None
+        if row.complete:
+            self._place_in_order(row, last_page, step=step)
+        if end % page_size:
+            if row.num_placed < last_page and open_page != last_page - 1:
+                self._place_page(row, last_page - 1)
+            self._lock(row, last_page - 1)
+        if open_page is not None and open_page < end // page_size:
+            self._set_step(row, open_page, step)  # this chunk fills it: no longer locked
+
+    def open_token(self, index: int, position: int, *, step: int) -> None:
+        """Give a locked slot to the page of ``position`` if the token is its first."""
+        row, page_size = self.rows[index], self.geometry.page_size
+        if position % page_size:
+            return
+        page = position // page_size
+        if row.complete:
+            self._place_in_order(row, page + 1, step=step)
+        elif position % BLOCK_TOKENS == 0:
+            self._grow(row, row.num_blocks + 1)
+        if row.num_placed <= page:
+            self._place_page(row, page)
+        self._lock(row, page)
+
+    def seal(self, pages: Sequence[tuple[int, int]], *, step: int) -> None:
+        """Write full (row, page) pairs through to the DRAM tier and summarise them."""
+        if not pages:
+            return
+        slots = torch.cat([self.tables.slots_of(r, p, p + 1).flatten() for r, p in pages]).long()
+        rows = torch.cat([self.tables.page_rows(r, p, p + 1).flatten() for r, p in pages])
+        self.transfer.save(self.pool.pages_RX, self.arena.pages_NX, dst_rows=rows, src_rows=slots)
+        self.summarise(self.arena.pages_NTCD[slots], rows)
+        self.arena.slot_step_N[slots] = step
+
+    def summarise(self, pages_MTCD: Tensor, page_rows_M: Tensor) -> None:
+        """Store the summaries of full pages, where pages are ranked at all."""
+        if self.selector is not None:
+            self.summaries_RE[page_rows_M] = self.selector.summarise(pages_MTCD)
+
+    def check_integrity(self) -> None:
+        """AssertionError unless every frame and block is free or owned exactly once."""
+        self.pool.frames.check_integrity()
+        self.arena.blocks.check_integrity()
+        frames = sum(len(row.frames) for row in self.rows.values())
+        blocks = sum(row.blocks.size for row in self.rows.values())
+        assert frames + len(self.pool.frames) == self.pool.frames.size
+        assert blocks + len(self.arena.blocks) == self.arena.blocks.size
+
+    # -- blocks ------------------------------------------------------------------------------
+
+    def _mandatory_blocks(self, num_tokens: int, token_budget: int) -> int:
+        """Blocks per lane a request cannot go without: its selection and the partial page."""
+        wanted = min(num_frames(num_tokens), num_frames(token_budget) + 1)
+        return max(1, min(wanted, self._lane_blocks))
+
+    @property
+    def _lane_blocks(self) -> int:
+        """Blocks per lane that the arena has for one request alone."""
+        return self.arena.blocks.size // self.geometry.num_lanes
+
+    def _quota_blocks(self, row: Row) -> int:
+        """Blocks per lane ``row`` may hold: the knob, or an even share of the arena."""
+        budget = self._knobs.hbm_budget
+        share = self._lane_blocks // max(1, len(self.rows))
+        quota = share if budget is None else num_frames(budget)
+        return max(quota, self._mandatory_blocks(row.max_tokens, row.token_budget))
+
+    def _reclaimable_blocks(self) -> int:
+        """Blocks above the shares that hold once another request is there."""
+        share = self._lane_blocks // (len(self.rows) + 1)
+        above = 0
+        for row in self.rows.values():
+            floor = max(share, self._mandatory_blocks(row.max_tokens, row.token_budget))
+            above += max(0, row.num_blocks - floor)
+        return above * self.geometry.num_lanes
+
+    def _reclaim(self, wanted: int) -> None:
+        """Shrink the largest rows to their shares until ``wanted`` blocks are free."""
+        share = self._lane_blocks // len(self.rows)
+        for row in sorted(self.rows.values(), key=lambda row: -row.num_blocks):
+            if len(self.arena.blocks) >= wanted:
+                return
+            floor = max(share, self._mandatory_blocks(row.max_tokens, row.token_budget))
+            if row.num_blocks > floor:
+                self._release_blocks(row, keep=floor)
+
+    def _grow(self, row: Row, wanted_blocks: int) -> None:
+        """Take blocks up to ``wanted_blocks`` per lane, as far as quota and arena allow."""
+        room = len(self.arena.blocks) // self.geometry.num_lanes
+        target = min(wanted_blocks, self._quota_blocks(row), row.num_blocks + room)
+        if target > row.num_blocks:
+            self._take_blocks(row, target - row.num_blocks)
+
+    def _take_blocks(self, row: Row, count: int) -> None:
+        geometry = self.geometry
+        blocks = self.arena.blocks.take(count * geometry.num_lanes).reshape(-1, count)
+        first = row.num_blocks * geometry.pages_per_block
+        row.blocks = np.concatenate((row.blocks, blocks), axis=1)
+        device = self.arena.pages_NX.device
+        slots = slots_of_blocks(
+            torch.from_numpy(blocks).to(device), pages_per_block=geometry.pages_per_block
+        )
+        slots_LHn = slots.view(geometry.num_layers, geometry.num_kv_heads, -1).int()
+        self.tables.lane_slots[row.index, :, :, first : first + slots_LHn.shape[-1]] = slots_LHn
+
+    def _release_blocks(self, row: Row, *, keep: int) -> None:
+        per_block = self.geometry.pages_per_block
+        self.tables.release(
+            self.arena, row.index, keep * per_block, row.num_blocks * per_block
+        )
+        self.arena.blocks.give(row.blocks[:, keep:].reshape(-1))
+        row.blocks = row.blocks[:, :keep]
+        if row.num_placed > keep * per_block:
+            row.complete = False
+
+    # -- slots -------------------------------------------------------------------------------
+
+    def _num_slots(self, row: Row) -> int:
+        return row.num_blocks * self.geometry.pages_per_block
+
+    def _place_in_order(self, row: Row, last_page: int, *, step: int) -> None:
+        """Place pages up to ``last_page`` in their slots; incomplete when they do not fit."""
+        self._grow(row, -(-last_page // self.geometry.pages_per_block))
+        fitting = min(last_page, self._num_slots(row))
+        if fitting > row.num_placed:
+            self.tables.place_in_order(
+                self.arena, row.index, row.num_placed, fitting, step=step
+            )
+            row.num_placed = fitting
+        row.complete = fitting == last_page
+
+    def _place_page(self, row: Row, page: int) -> None:
+        row.complete = False
+        self.tables.place_page(self.arena, row.index, page, num_slots=self._num_slots(row))
+
+    def _lock(self, row: Row, page: int) -> None:
+        self._set_step(row, page, LOCKED_STEP)
+
+    def _set_step(self, row: Row, page: int, step: int) -> None:
+        slots = self.tables.slots_of(row.index, page, page + 1).long()
+        self.arena.slot_step_N[slots] = step

@@ -1,0 +1,172 @@
+"""Sizes of both tiers from the model, the machine and the operator's wishes. Free of torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from sparsed.core import (
+    BLOCK_TOKENS,
+    GIB,
+    KNOB_SPECS,
+    ExitCode,
+    InputError,
+    Knobs,
+    KnobValue,
+    MachineFacts,
+    MemoryPlan,
+    ModelShape,
+    StartError,
+    check_knob_values,
+)
+from sparsed.engine.kvcache.geometry import Geometry, num_frames
+
+STAGING_TOKENS = 4096  # per KV head: pages on their way from the DRAM tier
+SLOT_BYTES = 8  # owner and age of a slot
+MAX_NUM_SEQS = {"cpu": 16, "cuda": 64}
+HBM_USE_FRAC = 0.92  # of what is free after the weights and the workspace
+HBM_WORKSPACE_BYTES = 2 * GIB  # activations, library workspaces, the CUDA context
+DRAM_USE_FRAC = 0.8  # of what is free (after the weights, on a CPU)
+CPU_HOT_FRAC = 0.4  # of the memory both tiers share on a CPU
+TABLES_FRAC = 0.25  # most of the hot tier that page tables may take
+SUMMARIES_FRAC = 0.5  # most of the hot tier that summaries may take
+MIN_LANE_BLOCKS = 2  # an open page and one more, for every lane of one request
+
+
+def resolve_knobs(
+    explicit: Mapping[str, object],
+    *,
+    shape: ModelShape,
+    machine: MachineFacts,
+    device: str,
+    dtype: str,
+) -> Knobs:
+    """Complete knobs: what was asked for, else the defaults, else what the machine offers.
+
+    Errors: InputError naming the knob that is wrong or asks for more than there is; StartError
+    (69) when the weights alone do not fit.
+    """
+    asked = check_knob_values(explicit)
+    values: dict[str, KnobValue] = {spec.name: spec.default for spec in KNOB_SPECS} | asked
+    kind = device.partition(":")[0]
+    hot_free, dram_free = _free_bytes(shape, machine, kind=kind, dtype=dtype)
+    length = _max_model_len(asked.get("max_model_len"), shape)
+    num_seqs = int(asked.get("max_num_seqs") or MAX_NUM_SEQS[kind])
+    wanted = num_seqs * num_frames(length) * BLOCK_TOKENS * shape.kv_bytes_per_token(dtype)
+    values["kv_dram_gib"] = asked.get("kv_dram_gib") or min(dram_free, wanted) / GIB
+    values["kv_hbm_gib"] = asked.get("kv_hbm_gib") or min(hot_free, wanted * 1.25 + GIB / 4) / GIB
+    values["max_model_len"] = length
+    values["max_num_seqs"] = num_seqs
+    values["max_num_active_seqs"] = asked.get("max_num_active_seqs") or num_seqs
+    values["dense_layers"] = min(int(values["dense_layers"] or 0), shape.num_layers)
+    knobs = Knobs(**values)  # type: ignore[arg-type]  # every value was checked by its KnobSpec
+    return _fit_length(knobs, asked, shape=shape, dtype=dtype)
+
+
+def plan_memory(knobs: Knobs, *, shape: ModelShape, dtype: str) -> MemoryPlan:
+    """Bytes of every part. Pages get what summaries, tables and buffers leave of ``kv_hbm_gib``;
+    the DRAM pool never holds more frames than there is room for summaries.
+
+    Errors: InputError naming kv_hbm_gib or kv_dram_gib when a single request does not fit.
+    """
+    geometry = Geometry.of(shape, dtype=dtype, page_size=knobs.page_size)
+    hot_bytes = int(knobs.kv_hbm_gib * GIB)
+    row_bytes = 2 * shape.num_kv_heads * shape.head_dim * geometry.element_bytes  # of one layer
+    staging_bytes = STAGING_TOKENS * row_bytes
+    buffer_bytes = (knobs.prefill_chunk + geometry.page_size) * row_bytes + staging_bytes
+    tables_bytes = knobs.max_num_seqs * geometry.table_bytes_per_row(knobs.max_model_len)
+    frames = _num_frames(knobs, geometry)
+    summaries_bytes = frames * geometry.summary_bytes_per_frame(knobs.sparse_method)
+    used = staging_bytes + buffer_bytes + tables_bytes + summaries_bytes
+    block_bytes = geometry.block_bytes + geometry.pages_per_block * SLOT_BYTES
+    num_blocks = (hot_bytes - used) // block_bytes
+    least = MIN_LANE_BLOCKS * geometry.num_lanes + 1
+    if num_blocks < least:
+        raise InputError(
+            f"kv_hbm_gib={knobs.kv_hbm_gib:.3g} is too small: this model with max_num_seqs="
+            f"{knobs.max_num_seqs} needs at least {(used + least * block_bytes) / GIB:.3g}; raise "
+            "it or lower max_num_seqs, max_model_len or prefill_chunk",
+            field="kv_hbm_gib",
+        )
+    return MemoryPlan(
+        weights_bytes=shape.weight_bytes(dtype),
+        hot_pages_bytes=num_blocks * geometry.block_bytes,
+        summaries_bytes=summaries_bytes,
+        tables_bytes=tables_bytes + num_blocks * geometry.pages_per_block * SLOT_BYTES,
+        staging_bytes=staging_bytes,
+        prefill_buffer_bytes=buffer_bytes,
+        dram_pool_bytes=frames * geometry.frame_bytes,
+        num_blocks=num_blocks,
+        num_frames=frames,
+    )
+
+
+def _num_frames(knobs: Knobs, geometry: Geometry) -> int:
+    """Frames the DRAM pool holds, at most as many as the hot tier can summarise."""
+    frames = int(knobs.kv_dram_gib * GIB) // geometry.frame_bytes
+    summary_bytes = geometry.summary_bytes_per_frame(knobs.sparse_method)
+    if summary_bytes:
+        frames = min(frames, int(knobs.kv_hbm_gib * GIB * SUMMARIES_FRAC) // summary_bytes)
+    if frames < 1:
+        raise InputError(
+            f"kv_dram_gib={knobs.kv_dram_gib:.3g} is too small: {BLOCK_TOKENS} tokens of this "
+            f"model take {geometry.frame_bytes / GIB:.3g} GiB",
+            field="kv_dram_gib",
+        )
+    return frames
+
+
+def _free_bytes(
+    shape: ModelShape, machine: MachineFacts, *, kind: str, dtype: str
+) -> tuple[float, float]:
+    """Bytes (hot tier, DRAM tier) may take. On a CPU both come from the same memory."""
+    weights = shape.weight_bytes(dtype)
+    if kind == "cpu":
+        free = (machine.dram_free_bytes - weights) * DRAM_USE_FRAC
+        hot, dram = free * CPU_HOT_FRAC, free * (1 - CPU_HOT_FRAC)
+        where = f"{machine.dram_free_bytes / GIB:.1f} GiB of free memory"
+    else:
+        hot = (machine.hbm_free_bytes - weights - HBM_WORKSPACE_BYTES) * HBM_USE_FRAC
+        dram = machine.dram_free_bytes * DRAM_USE_FRAC
+        where = f"{machine.hbm_free_bytes / GIB:.1f} GiB of free device memory"
+    if hot <= 0:
+        raise StartError(
+            f"the weights take {weights / GIB:.1f} GiB in {dtype}, more than fits into {where}; "
+            "take a smaller model or dtype",
+            code=ExitCode.UNAVAILABLE,
+        )
+    return hot, dram
+
+
+def _max_model_len(asked: KnobValue, shape: ModelShape) -> int:
+    if asked is None:
+        return shape.max_position
+    if int(asked) > shape.max_position:
+        raise InputError(
+            f"max_model_len={asked} is beyond the model's {shape.max_position} positions; lower it",
+            field="max_model_len",
+        )
+    return int(asked)
+
+
+def _fit_length(
+    knobs: Knobs, asked: Mapping[str, KnobValue], *, shape: ModelShape, dtype: str
+) -> Knobs:
+    """Fewer rows where tables would crowd out pages, and a length the DRAM tier can hold; what
+    was asked for is never changed."""
+    geometry = Geometry.of(shape, dtype=dtype, page_size=knobs.page_size)
+    if "max_num_seqs" not in asked and "max_num_active_seqs" not in asked:
+        room = int(knobs.kv_hbm_gib * GIB * TABLES_FRAC)
+        rows = max(1, room // geometry.table_bytes_per_row(knobs.max_model_len))
+        rows = min(knobs.max_num_seqs, rows)
+        knobs = replace(knobs, max_num_seqs=rows, max_num_active_seqs=rows)
+    most = _num_frames(knobs, geometry) * BLOCK_TOKENS
+    if most >= knobs.max_model_len:
+        return knobs
+    if "max_model_len" in asked:
+        raise InputError(
+            f"max_model_len={knobs.max_model_len} does not fit: the DRAM tier and its summaries "
+            f"hold {most} tokens; raise kv_dram_gib or kv_hbm_gib, or lower max_model_len",
+            field="max_model_len",
+        )
+    return replace(knobs, max_model_len=most)

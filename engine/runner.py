@@ -1,0 +1,208 @@
+"""One forward pass over whatever the scheduler planned: the model, both tiers, the logits."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sparsed.core import EngineFacts, EngineSpec, EngineStats, Knobs
+from sparsed.engine.attention import Attention
+from sparsed.engine.batch import PromptChunk, StepPlan
+from sparsed.engine.kvcache.cache import KVCache
+from sparsed.engine.kvcache.dram import DramPool
+from sparsed.engine.kvcache.geometry import Geometry
+from sparsed.engine.kvcache.hbm import HotArena
+from sparsed.engine.kvcache.tables import PageTables
+from sparsed.engine.kvcache.transfer import Transfer, probe_link
+from sparsed.engine.models.config import ModelConfig, load_config
+from sparsed.engine.models.decoder import Decoder
+from sparsed.engine.models.dummy import DUMMY_PREFIX, dummy_config
+from sparsed.engine.models.weights import load_weights, random_weights
+from sparsed.engine.sparse.bounds import make_selector
+
+Progress = Callable[[str, float], None]
+
+
+class StepInput(NamedTuple):
+    """The tokens of a step, flat: all chunks, then one per decode row."""
+
+    tokens_N: Tensor
+    positions_N: Tensor
+    lengths_N: Tensor
+    logits_index_n: Tensor
+
+
+class Runner:
+    """Loads the model, makes both tiers, measures the link, and runs steps.
+
+    Not thread-safe. ``pool_fd`` is the shared memory of the DRAM tier, None for memory of its own.
+    Errors at start: InputError for the model's files, StartError for memory.
+    """
+
+    def __init__(
+        self, spec: EngineSpec, *, on_progress: Progress, pool_fd: int | None = None
+    ) -> None:
+        started = time.perf_counter()
+        self._device = torch.device(spec.device)
+        self._dtype: torch.dtype = getattr(torch, spec.dtype)
+        self._step = 0
+        self.decoder = self._load_model(spec, on_progress)
+        config = self.decoder.config
+        self.vocab_size = config.vocab_size
+        on_progress("allocating both KV tiers", 0.0)
+        self.kv = self._make_cache(spec, config, pool_fd)
+        self.attention = self._make_attention(spec, config)
+        on_progress("measuring the link", 0.0)
+        link = probe_link(self.kv.pool.pages_RX, self.kv.arena.pages_NX)
+        self.facts = EngineFacts(
+            pid=os.getpid(),
+            device_name=_device_name(self._device),
+            weights_bytes=self.decoder.weights.num_bytes,
+            load_s=time.perf_counter() - started,
+            link=link,
+            versions=_versions(),
+        )
+
+    @torch.inference_mode()
+    def run(self, plan: StepPlan) -> Tensor:
+        """Logits (n, vocabulary), float32: of each chunk's positions from ``logits_from`` on, in
+        order, then of every decode row."""
+        self._step += 1
+        attention = self.attention.plan(plan, step=self._step)
+        inputs = self._inputs(plan)
+        hidden_ND = self.decoder.forward(
+            inputs.tokens_N,
+            inputs.positions_N,
+            lambda layer, q, k, v: self.attention.run(attention, layer, q, k, v),
+            lengths_N=inputs.lengths_N,
+        )
+        self.attention.finish(attention, plan)
+        return self.decoder.logits(hidden_ND[inputs.logits_index_n])
+
+    def apply(self, knobs: Knobs) -> None:
+        self.kv.apply(knobs)
+
+    def stats(self) -> EngineStats:
+        """Counters and gauges of the tiers; the caller adds those of requests and steps."""
+        counts, kv = self.attention.counts, self.kv
+        h2d_bytes, h2d_s = kv.transfer.h2d
+        d2h_bytes, d2h_s = kv.transfer.d2h
+        missed = int(counts.missed)
+        return EngineStats(
+            hot_hits=counts.selected - missed,
+            hot_misses=missed,
+            evicted_pages=int(counts.evicted),
+            overflow_pages=counts.overflow,
+            h2d_bytes=h2d_bytes,
+            h2d_s=h2d_s,
+            d2h_bytes=d2h_bytes,
+            d2h_s=d2h_s,
+            recall_sum=counts.recall_sum,
+            recall_samples=counts.recall_samples,
+            hot_used_bytes=kv.arena.used_bytes,
+            hot_total_bytes=kv.arena.total_bytes,
+            dram_used_bytes=kv.pool.used_bytes,
+            dram_total_bytes=kv.pool.total_bytes,
+        )
+
+    def _load_model(self, spec: EngineSpec, on_progress: Progress) -> Decoder:
+        def progress(frac: float) -> None:
+            on_progress("loading weights", frac)
+
+        if spec.model.startswith(DUMMY_PREFIX):
+            config = dummy_config(spec.model)
+            weights = random_weights(
+                config, device=self._device, dtype=self._dtype, seed=spec.seed, progress=progress
+            )
+            return Decoder(config, weights)
+        directory = Path(spec.model)
+        config = load_config(directory)
+        weights = load_weights(
+            directory, config=config, device=self._device, dtype=self._dtype, progress=progress
+        )
+        return Decoder(config, weights)
+
+    def _make_cache(self, spec: EngineSpec, config: ModelConfig, pool_fd: int | None) -> KVCache:
+        knobs, plan, device = spec.knobs, spec.plan, self._device
+        geometry = Geometry.of(config.shape, dtype=spec.dtype, page_size=knobs.page_size)
+        selector = make_selector(knobs.sparse_method)
+        num_summaries = plan.num_frames * geometry.page_rows_per_frame if selector else 0
+        return KVCache(
+            geometry,
+            arena=HotArena(geometry, plan, dtype=self._dtype, device=device),
+            pool=DramPool(
+                geometry,
+                num_frames=plan.num_frames,
+                dtype=self._dtype,
+                device=device,
+                pool_fd=pool_fd,
+            ),
+            tables=PageTables(
+                geometry,
+                num_rows=knobs.max_num_seqs,
+                max_model_len=knobs.max_model_len,
+                device=device,
+            ),
+            summaries_RE=torch.zeros(
+                (num_summaries, 2 * geometry.head_dim), dtype=self._dtype, device=device
+            ),
+            selector=selector,
+            transfer=Transfer(page_bytes=geometry.page_bytes, device=device),
+            knobs=knobs,
+        )
+
+    def _make_attention(self, spec: EngineSpec, config: ModelConfig) -> Attention:
+        geometry = self.kv.geometry
+        num_staged = spec.plan.staging_bytes // geometry.page_bytes
+        staging_NX = torch.zeros(
+            (num_staged, self.kv.arena.pages_NX.shape[1]), dtype=self._dtype, device=self._device
+        )
+        return Attention(
+            self.kv,
+            staging_NX=staging_NX,
+            dense_layers=spec.knobs.dense_layers,
+            scale=config.head_dim**-0.5,
+        )
+
+    def _inputs(self, plan: StepPlan) -> StepInput:
+        tokens: list[int] = []
+        positions: list[int] = []
+        lengths: list[int] = []
+        wanted: list[int] = []
+        for chunk in plan.chunks:
+            wanted += _logits_index(chunk, first=len(tokens))
+            tokens += chunk.tokens
+            positions += range(chunk.start, chunk.end)
+            lengths += [chunk.prompt_length] * len(chunk.tokens)
+        for decode in plan.decodes:
+            wanted.append(len(tokens))
+            tokens.append(decode.token)
+            positions.append(decode.position)
+            lengths.append(decode.position + 1)
+        rows = (torch.tensor(row, device=self._device) for row in (tokens, positions, lengths))
+        return StepInput(*rows, torch.tensor(wanted, dtype=torch.int64, device=self._device))
+
+
+def _logits_index(chunk: PromptChunk, *, first: int) -> range:
+    """Places in the step, whose chunk begins at ``first``, of positions that need logits."""
+    offset = first - chunk.start
+    return range(max(chunk.logits_from, chunk.start) + offset, chunk.end + offset)
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "torch": torch.__version__,
+        "triton": version("triton"),
+        "cuda": torch.version.cuda or "none",
+    }
