@@ -68,6 +68,7 @@ def _launch(
             TILE_TOKENS=max(_MIN_DOT, _TILE_BYTES // (padded_dim * arena_NTCD.element_size())),
             SPLIT_TOKENS=_SPLIT_TOKENS,
             num_stages=3,
+            enable_fp_fusion=True,
         )
     if num_splits == 1:
         return o_BHSGD[:, :, 0], lse_BHSG[:, :, 0]
@@ -88,6 +89,7 @@ def _merge_splits(o_BHSGD: Tensor, lse_BHSG: Tensor) -> tuple[Tensor, Tensor]:
             HEAD_DIM=head_dim,
             PADDED_DIM=triton.next_power_of_2(head_dim),
             TILE_SPLITS=_TILE_SPLITS,
+            enable_fp_fusion=True,
         )
     return o_BHGD, lse_BHG
 

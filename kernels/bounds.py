@@ -37,6 +37,7 @@ def _launch(pages_MTCD: Tensor, *, minmax: bool) -> Tensor:
             HEAD_DIM=head_dim,
             TILE_DIMS=_TILE_DIMS,
             MINMAX=minmax,
+            enable_fp_fusion=True,
         )
     return bounds_M2D
 

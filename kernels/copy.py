@@ -66,6 +66,7 @@ def _launch(
             TILE_ROWS=tile_rows,
             TILE_WORDS=tile_words,
             num_warps=8,
+            enable_fp_fusion=True,
         )
 
 

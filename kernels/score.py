@@ -47,6 +47,7 @@ def _launch(query_BHE: Tensor, summaries_FXE: Tensor, *, rows_BHF: Tensor) -> Te
             WIDTH=width,
             PADDED_WIDTH=triton.next_power_of_2(width),
             TILE_PAGES=_TILE_PAGES,
+            enable_fp_fusion=True,
         )
     return scores_BHP
 

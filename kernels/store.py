@@ -48,6 +48,7 @@ def _launch(
             HEAD_DIM=head_dim,
             PADDED_DIM=triton.next_power_of_2(head_dim),
             num_warps=1,
+            enable_fp_fusion=True,
         )
 
 

@@ -80,9 +80,7 @@ def naive_attend(
     return o_BHGD, lse_BHG
 
 
-def naive_copy(
-    dst_RX: Tensor, src_RX: Tensor, *, dst_rows_M: Tensor, src_rows_M: Tensor
-) -> Tensor:
+def naive_copy(dst_RX: Tensor, src_RX: Tensor, *, dst_rows_M: Tensor, src_rows_M: Tensor) -> Tensor:
     expected_RX = dst_RX.clone()
     for dst_row, src_row in zip(dst_rows_M.tolist(), src_rows_M.tolist(), strict=True):
         if src_row >= 0:
