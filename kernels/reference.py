@@ -23,8 +23,10 @@ def store_tokens(
     arena_NTCD: Tensor, *, slots_BH: Tensor, offsets_B: Tensor, k_BHD: Tensor, v_BHD: Tensor
 ) -> None:
     """See ``kernels.store.store_tokens``."""
+    wanted = slots_BH >= 0
+    rows_BH = slots_BH.long() * arena_NTCD.shape[1] + offsets_B.long()[:, None]
     tokens_BHCD = torch.stack((k_BHD, v_BHD), dim=2)
-    arena_NTCD[slots_BH.long(), offsets_B.long()[:, None]] = tokens_BHCD
+    arena_NTCD.flatten(0, 1).index_copy_(0, rows_BH[wanted], tokens_BHCD[wanted])
 
 
 def page_bounds(pages_MTCD: Tensor, *, minmax: bool) -> Tensor:
@@ -46,7 +48,9 @@ def score_pages(query_BHE: Tensor, summaries_FXE: Tensor, *, rows_BHF: Tensor) -
     bounds = summaries_FXE.view(len(summaries_FXE), -1).index_select(0, rows)
     bounds_LPE = bounds.view(num_requests * num_heads, num_frames * pages_per_frame, width)
     query_LE1 = query_BHE.reshape(-1, width, 1).to(bounds_LPE.dtype)
-    return torch.bmm(bounds_LPE, query_LE1).view(num_requests, num_heads, -1).float()
+    scores_BHFX = torch.bmm(bounds_LPE, query_LE1).float().view(*rows_BHF.shape, pages_per_frame)
+    scores_BHFX.masked_fill_((rows_BHF < 0)[..., None], float("-inf"))
+    return scores_BHFX.view(num_requests, num_heads, -1)
 
 
 def attend_pages(
@@ -58,15 +62,26 @@ def attend_pages(
     rows = slots_BHK.clamp(min=0).flatten()
     kv = arena_NTCD.view(len(arena_NTCD), -1).index_select(0, rows)
     kv = kv.view(num_requests * num_heads, num_columns * page_size, 2, head_dim)
+    hidden = _hidden_tokens(slots_BHK, tail_tokens_B, page_size)
+    kv[hidden.view(kv.shape[:2])] = 0  # room never written may hold anything, even NaN
     q_LGD = (q_BHGD * scale).reshape(num_requests * num_heads, -1, head_dim).to(kv.dtype)
     logits_LGW = torch.bmm(q_LGD, kv[:, :, 0].transpose(1, 2)).float()
     logits = logits_LGW.view(num_requests, num_heads, -1, num_columns, page_size)
-    hidden = _hidden_tokens(slots_BHK, tail_tokens_B, page_size)
     logits.masked_fill_(hidden[:, :, None], float("-inf"))
     lse_LG = torch.logsumexp(logits_LGW, dim=-1)
     weights_LGW = torch.exp(logits_LGW - lse_LG.clamp(min=-1e30)[..., None])
     o_LGD = torch.bmm(weights_LGW.to(kv.dtype), kv[:, :, 1]).float()
     return o_LGD.view_as(q_BHGD), lse_LG.view(q_BHGD.shape[:3])
+
+
+def merge_states(
+    o_a_BHGD: Tensor, lse_a_BHG: Tensor, o_b_BHGD: Tensor, lse_b_BHG: Tensor
+) -> tuple[Tensor, Tensor]:
+    """See ``kernels.merge.merge_states``."""
+    lse_BHG = torch.logaddexp(lse_a_BHG, lse_b_BHG)
+    base_BHG = lse_BHG.clamp(min=-1e30)  # -inf - -inf is not a number
+    weight_a_BHG, weight_b_BHG = torch.exp(lse_a_BHG - base_BHG), torch.exp(lse_b_BHG - base_BHG)
+    return o_a_BHGD * weight_a_BHG[..., None] + o_b_BHGD * weight_b_BHG[..., None], lse_BHG
 
 
 def _hidden_tokens(slots_BHK: Tensor, tail_tokens_B: Tensor, page_size: int) -> Tensor:

@@ -1,0 +1,90 @@
+"""Every kernel, launched on CPU tensors under Triton's interpreter; run by test_interpreter.py."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from sparsed.kernels import attend, bounds, copy, reference, score, store
+
+
+def copy_by_kernel(dst_RX: Tensor, src_RX: Tensor, dst_rows: list[int], src_rows: list[int]):
+    rows = {"dst_rows_M": torch.tensor(dst_rows), "src_rows_M": torch.tensor(src_rows)}
+    expected_RX = dst_RX.clone()
+    reference.copy_pages(expected_RX, src_RX, **rows)
+    copy._launch(dst_RX, src_RX, programs=2, **rows)
+    assert torch.equal(dst_RX, expected_RX)
+
+
+@pytest.mark.parametrize("width", [8, 24, 4100])
+def test_copy(cases, width):
+    copy_by_kernel(
+        cases.random(7, width, seed=1), cases.random(9, width), [6, 0, 3, 2, 5], [8, -1, 0, 8, 4]
+    )
+
+
+def test_copy_of_more_rows_than_a_tile(cases):
+    rows = torch.randperm(2500).tolist()
+    copy_by_kernel(cases.random(2500, 8, seed=1), cases.random(2500, 8), rows, sorted(rows))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dim", [16, 80])
+def test_store(cases, dim, dtype):
+    arena_NTCD = cases.random(11, 8, 2, dim, dtype=dtype)
+    kv_BHCD = cases.random(3, 2, 2, dim, dtype=dtype, seed=1)
+    tokens = {
+        "slots_BH": torch.tensor([[4, 10], [-1, 0], [2, -1]], dtype=torch.int32),
+        "offsets_B": torch.tensor([0, 7, 3], dtype=torch.int32),
+        "k_BHD": kv_BHCD[:, :, 0],
+        "v_BHD": kv_BHCD[:, :, 1],
+    }
+    expected_NTCD = arena_NTCD.clone()
+    reference.store_tokens(expected_NTCD, **tokens)
+    store._launch(arena_NTCD, **tokens)
+    assert torch.equal(arena_NTCD, expected_NTCD)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("minmax", [True, False])
+@pytest.mark.parametrize("dim", [64, 80])
+def test_bounds(cases, dim, minmax, dtype):
+    pages_MTCD = cases.random(3, 8, 2, dim, dtype=dtype)
+    assert_close(
+        bounds._launch(pages_MTCD, minmax=minmax), reference.page_bounds(pages_MTCD, minmax=minmax)
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("dim", "frame_pages"), [(16, 4), (40, 1), (8, 16)])
+def test_score(cases, dim, frame_pages, dtype):
+    query_BHE = cases.split_query(cases.random(2, 2, dim, dtype=dtype))
+    summaries_FXE = cases.random(9, frame_pages, 2 * dim, dtype=dtype, seed=1)
+    rows_BHF = torch.tensor([[[3, 0, 8], [-1, 7, 2]], [[5, 5, -1], [-1, -1, -1]]])
+    got = score._launch(query_BHE, summaries_FXE, rows_BHF=rows_BHF)
+    assert_close(
+        got,
+        reference.score_pages(query_BHE, summaries_FXE, rows_BHF=rows_BHF),
+        atol=20 * cases.tolerance[dtype],
+        rtol=cases.tolerance[dtype],
+    )
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {},
+        {"dim": 80, "group": 1, "page_size": 16, "columns": 3},
+        {"dtype": torch.float16, "dim": 16, "group": 17, "heads": 1},
+        {"dim": 32, "columns": 1, "absent_frac": 0.0},
+        {"dim": 16, "heads": 1, "page_size": 128, "columns": 5},  # three splits
+        {"dim": 16, "absent_frac": 1.0, "columns": 33},  # nothing there, in two splits
+    ],
+    ids=str,
+)
+def test_attend(cases, shape):
+    case = cases.attend(**shape)
+    tolerance = cases.tolerance[case["arena_NTCD"].dtype]
+    assert_close(
+        attend._launch(**case), reference.attend_pages(**case), atol=tolerance, rtol=tolerance
+    )

@@ -1,0 +1,188 @@
+"""Every kernel, as its wrapper launches it, compiled ahead for three architectures, GPU or not.
+
+The wrapper runs on CPU tensors; its launch is compiled by Triton's own path and never run.
+``python tests/kernels/test_compile.py`` writes the table of resources anew.
+"""
+
+import json
+import re
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from sparsed.kernels import attend, bounds, copy, score, store
+
+SHARED_LIMIT_BYTES = {80: 166_912, 90: 232_448, 100: 232_448}
+TABLE = Path(__file__).with_name("compiled_resources.json")
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+
+class Resources(NamedTuple):
+    """What one kernel takes: registers a thread, local memory (spills) and shared memory."""
+
+    registers: int
+    local_bytes: int
+    shared_bytes: int
+
+
+class _Driver:
+    """A GPU that compiles and does not run."""
+
+    def __init__(self, arch: int) -> None:
+        self.arch = arch
+
+    def get_current_device(self) -> int:
+        return self.arch  # a cache of its own for every architecture
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.arch, 32)
+
+
+@contextmanager
+def compiled_for(arch: int) -> Iterator[list[Any]]:
+    """Launches compile for ``arch`` instead of running; yields the list of what was compiled."""
+    compiled: list[Any] = []
+
+    def compile_only(self: JITFunction, grid: object) -> Callable[..., None]:
+        return lambda *args, **kwargs: compiled.append(
+            self.run(*args, grid=grid, warmup=True, **kwargs)
+        )
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(JITFunction, "__getitem__", compile_only)
+        patch.setattr(triton.runtime.driver, "_active", _Driver(arch))
+        yield compiled
+
+
+def launch_copy(row_bytes: int) -> None:
+    rows_M = torch.zeros(5, dtype=torch.int64)
+    pages_RX = torch.zeros(5, row_bytes, dtype=torch.int8)
+    copy._launch(pages_RX, pages_RX, dst_rows_M=rows_M, src_rows_M=rows_M, programs=32)
+
+
+def launch_store(dim: int, dtype: torch.dtype) -> None:
+    k_BHD = torch.zeros(2, 4, dim, dtype=dtype)
+    slots_BH = torch.zeros(2, 4, dtype=torch.int32)
+    arena_NTCD = torch.zeros(9, 32, 2, dim, dtype=dtype)
+    store._launch(
+        arena_NTCD, slots_BH=slots_BH, offsets_B=slots_BH[:, 0].clone(), k_BHD=k_BHD, v_BHD=k_BHD
+    )
+
+
+def launch_bounds(page_size: int, dim: int, dtype: torch.dtype) -> None:
+    bounds._launch(torch.zeros(3, page_size, 2, dim, dtype=dtype), minmax=False)
+
+
+def launch_score(dim: int, dtype: torch.dtype) -> None:
+    query_BHE = torch.zeros(2, 4, 2 * dim, dtype=dtype)
+    summaries_FXE = torch.zeros(5, 4, 2 * dim, dtype=dtype)
+    score._launch(query_BHE, summaries_FXE, rows_BHF=torch.zeros(2, 4, 3, dtype=torch.int64))
+
+
+def launch_attend(dim: int, dtype: torch.dtype, page_size: int, group: int) -> None:
+    slots_BHK = torch.zeros(2, 4, 2 * 256 // page_size, dtype=torch.int32)
+    attend._launch(
+        torch.zeros(2, 4, group, dim, dtype=dtype),
+        torch.zeros(3, page_size, 2, dim, dtype=dtype),
+        slots_BHK=slots_BHK,
+        tail_tokens_B=slots_BHK[:, 0, 0].clone(),
+        scale=1.0,
+    )
+
+
+LAUNCHES: dict[str, Callable[[], None]] = {
+    "copy 2 KiB": lambda: launch_copy(2048),
+    "copy 2560 B": lambda: launch_copy(2560),
+    "copy 64 KiB": lambda: launch_copy(65536),
+    "store 128 bf16": lambda: launch_store(128, BF16),
+    "bounds 32x128 bf16": lambda: launch_bounds(32, 128, BF16),
+    "bounds 128x80 fp32": lambda: launch_bounds(128, 80, FP32),
+    "score 128 bf16": lambda: launch_score(128, BF16),
+    "score 256 fp32": lambda: launch_score(256, FP32),
+    "attend 128 bf16": lambda: launch_attend(128, BF16, 32, 4),
+    "attend 80 fp16": lambda: launch_attend(80, FP16, 8, 1),
+    "attend 256 bf16": lambda: launch_attend(256, BF16, 128, 24),
+    "attend 64 fp32": lambda: launch_attend(64, FP32, 32, 3),
+    "attend 256 fp32": lambda: launch_attend(256, FP32, 16, 8),
+}
+
+
+def resources(kernel: Any, folder: Path) -> Resources:
+    """Registers and local memory from the machine code, shared memory from the compiler."""
+    cubin = folder / "kernel.cubin"
+    cubin.write_bytes(kernel.asm["cubin"])
+    cuobjdump = triton.knobs.nvidia.cuobjdump.path
+    usage = subprocess.check_output([cuobjdump, "--dump-resource-usage", str(cubin)], text=True)
+    registers, stack, local = (
+        int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL")
+    )
+    return Resources(registers, stack + local, kernel.metadata.shared)
+
+
+def measure(name: str, *, arch: int, folder: Path) -> dict[str, Resources]:
+    """Resources of every kernel that the launch ``name`` starts."""
+    with compiled_for(arch) as compiled:
+        LAUNCHES[name]()
+    return {kernel.metadata.name: resources(kernel, folder) for kernel in compiled}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", SHARED_LIMIT_BYTES)
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_every_launch_compiles_and_fits(name: str, arch: int, tmp_path: Path) -> None:
+    table = json.loads(TABLE.read_text())
+    measured = measure(name, arch=arch, folder=tmp_path)
+    assert measured
+    for kernel, now in measured.items():
+        assert now.shared_bytes <= SHARED_LIMIT_BYTES[arch]
+        assert now.local_bytes == 0, f"{kernel} spills {now.local_bytes} bytes"
+        if table["triton"] == triton.__version__:  # another compiler has other figures
+            before = Resources(**table["kernels"][name][str(arch)][kernel])
+            assert now.registers <= 1.15 * before.registers + 4
+            assert now.shared_bytes <= before.shared_bytes
+
+
+@pytest.mark.parametrize("arch", SHARED_LIMIT_BYTES)
+@pytest.mark.parametrize("name", [name for name in LAUNCHES if name.startswith("copy")])
+def test_copy_moves_16_bytes_an_access(name: str, arch: int) -> None:
+    with compiled_for(arch) as compiled:
+        LAUNCHES[name]()
+    ptx = compiled[0].asm["ptx"]
+    narrow = re.findall(r"(?:ld|st)\.global(?!\.(?:L1::\w+\.)?(?:v4\.b32|v2\.b64)).*", ptx)
+    assert re.search(r"ld\.global\S*\.(v4\.b32|v2\.b64)", ptx)
+    assert re.search(r"st\.global\S*\.(v4\.b32|v2\.b64)", ptx)
+    assert all(".b64" in line for line in narrow), narrow  # row numbers alone are read singly
+
+
+def write_table(folder: Path) -> None:
+    """Measure every launch and write the table; read the difference before you commit it."""
+    kernels = {
+        name: {
+            str(arch): {
+                kernel: used._asdict()
+                for kernel, used in measure(name, arch=arch, folder=folder).items()
+            }
+            for arch in SHARED_LIMIT_BYTES
+        }
+        for name in LAUNCHES
+    }
+    table = {"triton": triton.__version__, "kernels": kernels}
+    TABLE.write_text(json.dumps(table, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        write_table(Path(folder))

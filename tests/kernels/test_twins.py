@@ -1,0 +1,163 @@
+"""The twins, and the wrappers on CPU tensors, against loops in float64."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.testing import assert_close
+
+from sparsed.kernels.attend import attend_pages
+from sparsed.kernels.bounds import page_bounds
+from sparsed.kernels.copy import copy_pages
+from sparsed.kernels.merge import merge_states
+from sparsed.kernels.score import score_pages
+from sparsed.kernels.store import store_tokens
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+few = settings(max_examples=25, deadline=None)
+
+
+def close(got: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
+    assert_close(got.double(), expected, atol=tolerance, rtol=tolerance)
+
+
+@few
+@given(rows=st.lists(st.integers(-1, 8), max_size=7), seed=st.integers(0, 99))
+def test_copy_moves_the_wanted_rows_and_no_other(cases, rows, seed):
+    dst_RX, src_RX = cases.random(7, 6, seed=seed), cases.random(9, 6, seed=seed + 1)
+    plan = {
+        "dst_rows_M": torch.randperm(7)[: len(rows)],
+        "src_rows_M": torch.tensor(rows, dtype=torch.int64),
+    }
+    expected_RX = cases.naive_copy(dst_RX, src_RX, **plan)
+    copy_pages(dst_RX, src_RX, **plan)
+    assert torch.equal(dst_RX, expected_RX)
+
+
+@few
+@given(
+    requests=st.integers(1, 4),
+    heads=st.integers(1, 3),
+    page_size=st.sampled_from([8, 32]),
+    seed=st.integers(0, 99),
+)
+def test_store_writes_one_token_a_lane(cases, requests, heads, page_size, seed):
+    arena_NTCD = cases.random(15, page_size, 2, 5, seed=seed)
+    kv_BHCD = cases.random(requests, heads, 2, 5, seed=seed + 1)
+    tokens = {
+        "slots_BH": cases.random_slots(15, requests, heads, absent_frac=0.3, seed=seed),
+        "offsets_B": (torch.arange(requests) * 7 + seed).remainder(page_size).int(),
+        "k_BHD": kv_BHCD[:, :, 0],
+        "v_BHD": kv_BHCD[:, :, 1],
+    }
+    expected_NTCD = cases.naive_store(arena_NTCD, **tokens)
+    store_tokens(arena_NTCD, **tokens)
+    assert torch.equal(arena_NTCD, expected_NTCD)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("minmax", [True, False])
+@pytest.mark.parametrize("page_size", [8, 16, 32, 64, 128])
+def test_bounds(cases, page_size, minmax, dtype):
+    pages_MTCD = cases.random(3, page_size, 2, 20, dtype=dtype)
+    got = page_bounds(pages_MTCD, minmax=minmax)
+    assert got.dtype == dtype
+    close(got, cases.naive_bounds(pages_MTCD, minmax=minmax), cases.tolerance[dtype])
+
+
+def test_no_pages_have_no_bounds():
+    assert page_bounds(torch.empty(0, 8, 2, 4), minmax=True).shape == (0, 2, 4)
+
+
+def test_minmax_scores_bound_every_key_of_the_page(cases):
+    pages_MTCD, q_D = cases.random(6, 8, 2, 12), cases.random(12, seed=1)
+    summaries_FXE = page_bounds(pages_MTCD, minmax=True).reshape(2, 3, 24)
+    rows_BHF = torch.tensor([[[1, 0]]])
+    score_P = score_pages(cases.split_query(q_D[None, None]), summaries_FXE, rows_BHF=rows_BHF)
+    best_P = (pages_MTCD[:, :, 0] @ q_D).amax(1)[[3, 4, 5, 0, 1, 2]]
+    assert (score_P[0, 0] >= best_P - 1e-5).all()
+
+
+@few
+@given(
+    requests=st.integers(1, 3),
+    heads=st.integers(1, 3),
+    frames=st.integers(1, 4),
+    frame_pages=st.sampled_from([1, 2, 4, 16]),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 99),
+)
+def test_score(cases, requests, heads, frames, frame_pages, dtype, seed):
+    query_BHE = cases.split_query(cases.random(requests, heads, 10, dtype=dtype, seed=seed))
+    summaries_FXE = cases.random(36, frame_pages, 20, dtype=dtype, seed=seed + 1)
+    rows_BHF = cases.random_slots(36, requests, heads, frames, absent_frac=0.2, seed=seed).long()
+    got = score_pages(query_BHE, to_bounds(summaries_FXE), rows_BHF=rows_BHF)
+    expected = cases.naive_score(query_BHE, to_bounds(summaries_FXE), rows_BHF=rows_BHF)
+    close(got, expected, 8 * cases.tolerance[dtype])
+
+
+def to_bounds(summaries_FXE: torch.Tensor) -> torch.Tensor:
+    """Upper not below lower, as page bounds are."""
+    upper_FXD, lower_FXD = summaries_FXE.chunk(2, dim=-1)
+    return torch.cat((upper_FXD.maximum(lower_FXD), upper_FXD.minimum(lower_FXD)), dim=-1)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    shape=st.fixed_dictionaries(
+        {
+            "requests": st.integers(1, 3),
+            "heads": st.integers(1, 3),
+            "group": st.sampled_from([1, 3, 8]),
+            "dim": st.sampled_from([16, 20]),
+            "columns": st.integers(1, 9),
+            "page_size": st.sampled_from([8, 16, 32, 64, 128]),
+            "dtype": st.sampled_from(DTYPES),
+            "absent_frac": st.sampled_from([0.0, 0.3, 1.0]),
+            "seed": st.integers(0, 99),
+        }
+    )
+)
+def test_attend(cases, shape):
+    case = cases.attend(**shape)
+    for got, expected in zip(attend_pages(**case), cases.naive_attend(**case), strict=True):
+        assert got.dtype == torch.float32
+        close(got, expected, cases.tolerance[shape["dtype"]])
+
+
+def test_attend_to_an_empty_tail(cases):
+    case = cases.attend(requests=1, columns=1, absent_frac=0.0)
+    case["tail_tokens_B"].zero_()
+    o_BHGD, lse_BHG = attend_pages(**case)
+    assert (o_BHGD == 0).all() and (lse_BHG == -math.inf).all()
+
+
+@few
+@given(
+    seed=st.integers(0, 99),
+    first=st.integers(0, 6),
+    absent_frac=st.sampled_from([0.0, 0.5, 1.0]),
+)
+def test_merge_of_two_sets_is_attention_over_both(cases, seed, first, absent_frac):
+    case = cases.attend(columns=6, absent_frac=absent_frac, seed=seed)
+    whole = attend_pages(**case)
+    slots_BHK = case.pop("slots_BHK")
+    in_first_K = torch.arange(6) < first
+    parts = [
+        attend_pages(slots_BHK=slots_BHK.masked_fill(chosen_K, -1), **case)
+        for chosen_K in (in_first_K, ~in_first_K)
+    ]
+    for got, expected in zip(merge_states(*parts[0], *parts[1]), whole, strict=True):
+        assert_close(got, expected, atol=2e-5, rtol=2e-5)
+
+
+def test_wrappers_refuse_what_kernels_cannot_read(cases):
+    case = cases.attend()
+    with pytest.raises(AssertionError):
+        attend_pages(**{**case, "slots_BHK": case["slots_BHK"].long()})
+    with pytest.raises(AssertionError):
+        attend_pages(**{**case, "q_BHGD": case["q_BHGD"].transpose(0, 1)})
+    with pytest.raises(AssertionError):
+        page_bounds(torch.zeros(3, 8, 2, 4)[:, ::2], minmax=True)
