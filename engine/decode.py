@@ -87,6 +87,8 @@ class Tiers:
         for b, row in enumerate(batch.rows):
             absent_HK = slots_BHK[b] < 0
             num_absent = int(absent_HK.sum(-1).max())
+            if num_absent == 0:
+                continue
             order_Hn = absent_HK.byte().topk(num_absent, dim=-1).indices
             pages_Hn = torch.where(
                 absent_HK.gather(-1, order_Hn), pages_BHK[b].gather(-1, order_Hn), -1

@@ -199,7 +199,7 @@ class KVCache:
     def summarise(self, pages_MTCD: Tensor, page_rows_M: Tensor) -> None:
         """Store the summaries of full pages, where pages are ranked at all."""
         if self.selector is not None:
-            self.summaries_RE[page_rows_M] = self.selector.summarise(pages_MTCD)
+            self.summaries_RE[page_rows_M] = self.selector.summarise(pages_MTCD.contiguous())
 
     def check_integrity(self) -> None:
         """AssertionError unless every frame and block is free or owned exactly once."""
