@@ -1,0 +1,225 @@
+"""The kernels on a real device, against loops in float64; speeds are printed (run with -s)."""
+
+import math
+import os
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from sparsed.kernels.attend import attend_pages
+from sparsed.kernels.bounds import page_bounds
+from sparsed.kernels.copy import copy_pages
+from sparsed.kernels.score import score_pages
+from sparsed.kernels.store import store_tokens
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+@pytest.fixture
+def seed() -> int:
+    """Another one every run; pytest shows it where a test fails."""
+    seed = int.from_bytes(os.urandom(2), "little")
+    print(f"seed {seed}")
+    return seed
+
+
+def to_gpu(case: dict[str, object]) -> dict[str, object]:
+    return {name: x.cuda() if isinstance(x, Tensor) else x for name, x in case.items()}
+
+
+def close(got: Tensor, expected: Tensor, tolerance: float) -> None:
+    assert_close(got.cpu().double(), expected, atol=tolerance, rtol=tolerance)
+
+
+def median_s(work: Callable[[], object], *, repeats: int = 10) -> float:
+    """Median seconds of ``work`` on the current stream, after three warm-up runs."""
+    times_s = []
+    for repeat in range(repeats + 3):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        work()
+        end.record()
+        end.synchronize()
+        if repeat >= 3:
+            times_s.append(begin.elapsed_time(end) / 1e3)
+    return sorted(times_s)[repeats // 2]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("page_size", [8, 32, 128])
+@pytest.mark.parametrize("dim", [64, 80, 96, 128, 256])
+def test_attend(cases, dim, page_size, dtype, seed):
+    case = cases.attend(
+        dim=dim, page_size=page_size, dtype=dtype, columns=2 + 600 // page_size, seed=seed
+    )
+    expected = cases.naive_attend(**case)
+    for got, want in zip(attend_pages(**to_gpu(case)), expected, strict=True):
+        close(got, want, cases.tolerance[dtype])
+
+
+@pytest.mark.parametrize("group", [1, 2, 7, 16, 17, 32])
+@pytest.mark.parametrize("columns", [1, 8, 9, 150])
+def test_attend_of_any_group_and_length(cases, columns, group, seed):
+    case = cases.attend(group=group, columns=columns, page_size=32, seed=seed)
+    expected = cases.naive_attend(**case)
+    for got, want in zip(attend_pages(**to_gpu(case)), expected, strict=True):
+        close(got, want, cases.tolerance[torch.float32])
+
+
+@pytest.mark.parametrize("columns", [1, 40])
+def test_attend_to_nothing(cases, columns):
+    o_BHGD, lse_BHG = attend_pages(**to_gpu(cases.attend(columns=columns, absent_frac=1.0)))
+    assert (o_BHGD == 0).all() and (lse_BHG == -math.inf).all()
+
+
+def test_attend_does_not_depend_on_the_batch(cases, seed):
+    case = to_gpu(cases.attend(requests=5, columns=70, seed=seed))
+    o_BHGD, lse_BHG = attend_pages(**case)
+    for name in ("q_BHGD", "slots_BHK", "tail_tokens_B"):
+        case[name] = case[name][3:4].contiguous()
+    o_alone, lse_alone = attend_pages(**case)
+    assert torch.equal(o_alone, o_BHGD[3:4]) and torch.equal(lse_alone, lse_BHG[3:4])
+
+
+def test_attend_in_a_captured_graph_reads_new_slots(cases, seed):
+    case = to_gpu(cases.attend(columns=40, absent_frac=0.0, seed=seed))
+    attend_pages(**case)  # compiled before the capture
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        o_BHGD, _ = attend_pages(**case)
+    case["slots_BHK"][:, :, :20] = -1
+    graph.replay()
+    expected_BHGD, _ = cases.naive_attend(**case)
+    close(o_BHGD, expected_BHGD, cases.tolerance[torch.float32])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("dim", "frame_pages"), [(64, 4), (80, 16), (128, 1)])
+def test_score(cases, dim, frame_pages, dtype, seed):
+    query_BHE = cases.split_query(cases.random(3, 4, dim, dtype=dtype, seed=seed))
+    corners_F2XD = cases.random(99, 2, frame_pages, dim, dtype=dtype, seed=seed + 1)
+    summaries_FXE = torch.cat((corners_F2XD.amax(1), corners_F2XD.amin(1)), dim=-1)
+    rows_BHF = cases.random_slots(99, 3, 4, 7, absent_frac=0.2, seed=seed).long()
+    expected = cases.naive_score(query_BHE, summaries_FXE, rows_BHF=rows_BHF)
+    got = score_pages(query_BHE.cuda(), summaries_FXE.cuda(), rows_BHF=rows_BHF.cuda())
+    close(got, expected, 1e-4)  # float32 inside, whatever the dtype
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("minmax", [True, False])
+@pytest.mark.parametrize(("page_size", "dim"), [(8, 64), (32, 80), (128, 256)])
+def test_bounds(cases, page_size, dim, minmax, dtype, seed):
+    pages_MTCD = cases.random(13, page_size, 2, dim, dtype=dtype, seed=seed)
+    expected = cases.naive_bounds(pages_MTCD, minmax=minmax)
+    close(page_bounds(pages_MTCD.cuda(), minmax=minmax), expected, cases.tolerance[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", [64, 80, 128])
+def test_store(cases, dim, dtype, seed):
+    arena_NTCD = cases.random(50, 32, 2, dim, dtype=dtype, seed=seed)
+    kv_BHCD = cases.random(6, 4, 2, dim, dtype=dtype, seed=seed + 1)
+    tokens = {
+        "slots_BH": cases.random_slots(50, 6, 4, absent_frac=0.2, seed=seed),
+        "offsets_B": torch.tensor([0, 31, 7, 7, 16, 1], dtype=torch.int32),
+        "k_BHD": kv_BHCD[:, :, 0],
+        "v_BHD": kv_BHCD[:, :, 1],
+    }
+    expected_NTCD = cases.naive_store(arena_NTCD, **tokens)
+    stored_NTCD = arena_NTCD.cuda()
+    store_tokens(stored_NTCD, **to_gpu(tokens))
+    assert torch.equal(stored_NTCD.cpu(), expected_NTCD)
+
+
+@pytest.mark.parametrize("direction", ["h2d", "d2h", "d2d"])
+@pytest.mark.parametrize("row_words", [12, 640, 4096, 5000])
+def test_copy(cases, direction, row_words, seed):
+    dst_RX, src_RX = (cases.random(200, row_words, seed=seed + i).pin_memory() for i in (0, 1))
+    plan = {
+        "dst_rows_M": cases.random_slots(200, 150, absent_frac=0.0, seed=seed).long(),
+        "src_rows_M": cases.random_slots(200, 150, absent_frac=0.3, seed=seed + 1).long(),
+    }
+    expected_RX = cases.naive_copy(dst_RX, src_RX, **plan)
+    dst_RX = dst_RX.cuda() if direction.endswith("d") else dst_RX
+    src_RX = src_RX.cuda() if direction.startswith("d") else src_RX
+    copy_pages(dst_RX, src_RX, **to_gpu(plan))
+    torch.cuda.synchronize()
+    assert torch.equal(dst_RX.cpu(), expected_RX)
+
+
+def test_copy_reads_memory_registered_by_its_owner(cases, seed):
+    src_RX, rows_M = cases.random(64, 1024, seed=seed), torch.arange(64, device="cuda")
+    runtime = torch.cuda.cudart()
+    assert int(runtime.cudaHostRegister(src_RX.data_ptr(), src_RX.nbytes, 0)) == 0
+    try:
+        dst_RX = torch.empty(64, 1024, device="cuda")
+        copy_pages(dst_RX, src_RX, dst_rows_M=rows_M, src_rows_M=rows_M.flip(0))
+        assert torch.equal(dst_RX.cpu(), src_RX.flip(0))
+    finally:
+        torch.cuda.synchronize()
+        runtime.cudaHostUnregister(src_RX.data_ptr())
+
+
+def test_copy_refuses_memory_it_cannot_reach(cases):
+    rows_M = torch.arange(4, device="cuda")
+    with pytest.raises(AssertionError):
+        copy_pages(
+            torch.empty(4, 64, device="cuda"),
+            cases.random(4, 64),
+            dst_rows_M=rows_M,
+            src_rows_M=rows_M,
+        )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page_kib", [4, 16, 64])
+def test_copy_speed(page_kib):
+    num_rows, moved = (1 << 20) // page_kib, (1 << 18) // page_kib  # 1 GiB, 256 MiB of it
+    host_RX = torch.zeros(num_rows, page_kib << 10, dtype=torch.uint8, pin_memory=True)
+    hot_RX = torch.zeros(moved, page_kib << 10, dtype=torch.uint8, device="cuda")
+    host_rows_M = torch.randperm(num_rows, device="cuda")[:moved].contiguous()
+    hot_rows_M = torch.arange(moved, device="cuda")
+    for programs in (8, 16, 32):
+        h2d_s = median_s(
+            lambda programs=programs: copy_pages(
+                hot_RX, host_RX, dst_rows_M=hot_rows_M, src_rows_M=host_rows_M, programs=programs
+            )
+        )
+        d2h_s = median_s(
+            lambda programs=programs: copy_pages(
+                host_RX, hot_RX, dst_rows_M=host_rows_M, src_rows_M=hot_rows_M, programs=programs
+            )
+        )
+        h2d_gb_per_s, d2h_gb_per_s = (hot_RX.nbytes / s / 1e9 for s in (h2d_s, d2h_s))
+        print(
+            f"copy of {page_kib} KiB pages, {programs} programs: "
+            f"h2d {h2d_gb_per_s:.1f} GB/s, d2h {d2h_gb_per_s:.1f} GB/s"
+        )
+        assert h2d_gb_per_s > 1 and d2h_gb_per_s > 1  # a narrow load would be far below
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("requests", "tokens"), [(1, 2048), (24, 2048), (1, 32768)])
+def test_attend_speed(requests, tokens):
+    heads, group, dim, page_size = 8, 4, 128, 32
+    slots = torch.randperm(requests * heads * tokens // page_size, device="cuda").int()
+    case = {
+        "q_BHGD": torch.randn(requests, heads, group, dim, device="cuda", dtype=torch.bfloat16),
+        "arena_NTCD": torch.zeros(
+            len(slots), page_size, 2, dim, device="cuda", dtype=torch.bfloat16
+        ),
+        "slots_BHK": slots.view(requests, heads, -1),
+        "tail_tokens_B": torch.full((requests,), page_size, dtype=torch.int32, device="cuda"),
+        "scale": dim**-0.5,
+    }
+    attend_s = median_s(lambda: attend_pages(**case))
+    gb_per_s = case["arena_NTCD"].nbytes / attend_s / 1e9
+    print(f"attend {requests} x {tokens} tokens: {attend_s * 1e6:.0f} us, {gb_per_s:.0f} GB/s")
+    assert gb_per_s > 1
