@@ -152,7 +152,7 @@ class Engine:
         ready = []
         row = 0
         for request, chunk in zip(step.prefills, step.plan.chunks, strict=True):
-            num_rows = chunk.start + len(chunk.tokens) - chunk.logits_from
+            num_rows = chunk.end - chunk.logits_from
             if request.wants_prompt_logprobs:
                 _add_prompt_logprobs(request, chunk, logits_NV[row : row + num_rows])
             request.advance_prefill(len(chunk.tokens))
@@ -255,8 +255,7 @@ def _add_prompt_logprobs(request: RequestState, chunk: PromptChunk, logits_NV: T
     assert request.sampling.prompt_logprobs is not None
     if chunk.start == 0:
         request.prompt_logprobs.append(None)
-    end = chunk.start + len(chunk.tokens)
-    described = request.prompt[chunk.start + 1 : end + 1]
+    described = request.prompt[chunk.start + 1 : chunk.end + 1]
     request.prompt_logprobs.extend(
         token_logprobs(
             logits_NV[: len(described)],
