@@ -89,4 +89,3 @@ def _map_memory(num_bytes: int, pool_fd: int | None) -> mmap.mmap:
     finally:
         if own:
             os.close(fd)
-

@@ -1,0 +1,265 @@
+"""The engine: requests in, tokens out, one step at a time."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from hashlib import blake2b
+from typing import Protocol
+
+from torch import Tensor
+
+from sparsed.core import (
+    KNOB_SPECS,
+    AddRequest,
+    EngineStats,
+    FinishReason,
+    InputError,
+    KnobClass,
+    Knobs,
+    SparseDetails,
+    TokenBatch,
+    TokenOutput,
+)
+from sparsed.engine.batch import PromptChunk, StepPlan
+from sparsed.engine.request import RequestState, Status, check_request
+from sparsed.engine.sampler import Draw, Sampler, token_logprobs
+from sparsed.engine.scheduler import Rows, Scheduler, Step
+
+MAX_STEP_TIMES = 4096  # kept between two reports, should nobody ask for them
+
+
+class Cache(Rows, Protocol):
+    """What the engine needs of the KV cache; ``KVCache`` is one."""
+
+    def check_fits(self, num_tokens: int) -> None: ...
+    def details(self, row: int) -> SparseDetails: ...
+
+
+class Model(Protocol):
+    """What the engine needs of the model and its tiers; ``Runner`` is one."""
+
+    @property
+    def kv(self) -> Cache: ...
+    @property
+    def vocab_size(self) -> int: ...
+    def run(self, plan: StepPlan) -> Tensor: ...
+    def stats(self) -> EngineStats: ...
+    def apply(self, knobs: Knobs) -> None: ...
+
+
+@dataclass(slots=True)
+class _Counters:
+    """The engine's own share of ``EngineStats``."""
+
+    steps: int = 0
+    step_s: float = 0.0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    requests_finished: int = 0
+
+
+class Engine:
+    """Continuous batching over one model. One thread; only ``step`` takes its time.
+
+    A request that cannot be served ends with an output that says so, at the next step. Any
+    other error leaves the engine unusable and is raised.
+    """
+
+    def __init__(self, model: Model, *, knobs: Knobs, seed: int = 0) -> None:
+        self._model = model
+        self._seed = seed
+        self._scheduler = Scheduler(model.kv, knobs=knobs)
+        self._sampler = Sampler()
+        self._outputs: list[TokenOutput] = []  # of this step, and of requests closed before it
+        self._counters = _Counters()
+        self._step_times: deque[float] = deque(maxlen=MAX_STEP_TIMES)
+
+    @property
+    def knobs(self) -> Knobs:
+        return self._scheduler.knobs
+
+    @property
+    def has_work(self) -> bool:
+        """Whether ``step`` has something to compute or to report."""
+        return self._scheduler.has_requests or bool(self._outputs)
+
+    def add(self, request: AddRequest) -> None:
+        """Queue a request. Its id must not be that of an unfinished one."""
+        try:
+            check_request(request, knobs=self.knobs, vocab_size=self._model.vocab_size)
+            self._model.kv.check_fits(len(request.prompt_tokens) + request.sampling.max_tokens)
+        except InputError as error:
+            self._refuse(request, error)
+        else:
+            budget = request.sparse.token_budget or self.knobs.token_budget
+            seed = self._seed_of(request)
+            self._scheduler.add(RequestState(request=request, seed=seed, token_budget=budget))
+
+    def abort(self, request_id: str) -> None:
+        """End a request; nothing happens if it has ended already."""
+        if request := self._scheduler.get(request_id):
+            self._finish(request, reason=FinishReason.ABORT)
+
+    def apply(self, knobs: Knobs) -> None:
+        """Change hot knobs from the next step on. InputError if a knob of a restart differs."""
+        for spec in KNOB_SPECS:
+            changed = getattr(knobs, spec.name) != getattr(self.knobs, spec.name)
+            if changed and spec.klass is KnobClass.RESTART:
+                raise InputError(f"{spec.name} changes only with a restart", field=spec.name)
+        self._model.apply(knobs)
+        self._scheduler.knobs = knobs
+
+    def step(self) -> TokenBatch:
+        """One token for every decoding request, and the next part of the prompts."""
+        started = time.perf_counter()
+        step = self._schedule()
+        if step.prefills or step.decodes:
+            logits = self._model.run(step.plan)
+            ready = self._advance(step, logits)
+            self._generate(ready, logits)
+            self._count(step, seconds=time.perf_counter() - started)
+        return self._report()
+
+    def stats(self) -> EngineStats:
+        """Counters and gauges of now. ``recent_step_s`` are the steps since the last call."""
+        recent = tuple(self._step_times)
+        self._step_times.clear()
+        return replace(
+            self._model.stats(),
+            **asdict(self._counters),
+            num_running=self._scheduler.num_running,
+            num_waiting=self._scheduler.num_waiting,
+            recent_step_s=recent,
+            knobs=self.knobs,
+        )
+
+    def _schedule(self) -> Step:
+        while head := self._scheduler.blocked():
+            budget = head.token_budget
+            self._finish(
+                head,
+                reason=FinishReason.ERROR,
+                error=f"the hot tier cannot hold token_budget={budget} for this request even "
+                "when it is alone; lower sparse.token_budget or raise kv_hbm_gib",
+            )
+        return self._scheduler.schedule()
+
+    def _advance(self, step: Step, logits_NV: Tensor) -> list[tuple[RequestState, int]]:
+        """Note the progress of prompts; who gets a token now, with the row of its logits."""
+        ready = []
+        row = 0
+        for request, chunk in zip(step.prefills, step.plan.chunks, strict=True):
+            num_rows = chunk.end - chunk.logits_from
+            if request.wants_prompt_logprobs:
+                _add_prompt_logprobs(request, chunk, logits_NV[row : row + num_rows])
+            request.advance_prefill(len(chunk.tokens))
+            row += num_rows
+            if request.status is Status.DECODE:
+                ready.append((request, row - 1))
+        ready.extend((request, row + i) for i, request in enumerate(step.decodes))
+        return ready
+
+    def _generate(self, ready: Sequence[tuple[RequestState, int]], logits_NV: Tensor) -> None:
+        drawing = [(request, row) for request, row in ready if not self._replay(request)]
+        if not drawing:
+            return
+        requests = [request for request, _ in drawing]
+        if len(drawing) < len(logits_NV):
+            logits_NV = logits_NV[[row for _, row in drawing]]
+        draws = self._sampler.sample(logits_NV, requests=requests)
+        for request, draw in zip(requests, draws, strict=True):
+            self._emit(request, draw)
+
+    def _replay(self, request: RequestState) -> bool:
+        """Append the next token if it is known. True if none is to be drawn in this step."""
+        token = request.forced_token
+        if token is not None:
+            request.append(token)
+        reason = request.finish_reason
+        if reason is not None:
+            self._finish(request, reason=reason)
+        return token is not None or reason is not None
+
+    def _emit(self, request: RequestState, draw: Draw) -> None:
+        request.append(draw.token_id)
+        self._counters.generated_tokens += 1
+        reason = request.finish_reason
+        if reason is not None:
+            self._finish(request, reason=reason, draw=draw)
+        else:
+            self._outputs.append(_output(request, draw=draw))
+
+    def _finish(
+        self,
+        request: RequestState,
+        *,
+        reason: FinishReason,
+        draw: Draw | None = None,
+        error: str | None = None,
+    ) -> None:
+        """Report the last output of a request and give back what it held."""
+        details = None if request.row is None else self._model.kv.details(request.row)
+        output = _output(request, draw=draw)
+        self._outputs.append(replace(output, finish_reason=reason, error=error, sparse=details))
+        self._scheduler.finish(request)
+        self._sampler.forget(request.request_id)
+        self._counters.requests_finished += 1
+
+    def _refuse(self, request: AddRequest, error: InputError) -> None:
+        output = TokenOutput(
+            request_id=request.request_id,
+            index=len(request.generated_tokens),
+            token_id=None,
+            finish_reason=FinishReason.ERROR,
+            error=str(error),
+        )
+        self._outputs.append(output)
+
+    def _report(self) -> TokenBatch:
+        outputs, self._outputs = self._outputs, []
+        return TokenBatch(outputs=tuple(outputs))
+
+    def _count(self, step: Step, *, seconds: float) -> None:
+        self._counters.steps += 1
+        self._counters.step_s += seconds
+        self._counters.prompt_tokens += sum(len(chunk.tokens) for chunk in step.plan.chunks)
+        self._step_times.append(seconds)
+
+    def _seed_of(self, request: AddRequest) -> int:
+        """The request's seed, or one that a restarted engine will find again."""
+        if request.sampling.seed is not None:
+            return request.sampling.seed
+        text = f"{self._seed}/{request.request_id}".encode()
+        return int.from_bytes(blake2b(text, digest_size=8).digest())
+
+
+def _output(request: RequestState, *, draw: Draw | None) -> TokenOutput:
+    """The output of a token just appended, or of none."""
+    index = len(request.tokens) - (draw is not None)
+    prompt_known = request.status is Status.DECODE and request.wants_prompt_logprobs
+    return TokenOutput(
+        request_id=request.request_id,
+        index=index,
+        token_id=draw.token_id if draw else None,
+        logprob=draw.logprobs[0] if draw and draw.logprobs else None,
+        top_logprobs=draw.logprobs[1:] if draw else (),
+        prompt_logprobs=tuple(request.prompt_logprobs) if prompt_known and index == 0 else None,
+    )
+
+
+def _add_prompt_logprobs(request: RequestState, chunk: PromptChunk, logits_NV: Tensor) -> None:
+    """Logits of position i describe prompt token i + 1; nothing describes the first."""
+    assert request.sampling.prompt_logprobs is not None
+    if chunk.start == 0:
+        request.prompt_logprobs.append(None)
+    described = request.prompt[chunk.start + 1 : chunk.end + 1]
+    request.prompt_logprobs.extend(
+        token_logprobs(
+            logits_NV[: len(described)],
+            tokens=described,
+            num_best=request.sampling.prompt_logprobs,
+        )
+    )

@@ -1,0 +1,365 @@
+"""The step loop over a scripted model: same tokens in any company, after any interruption."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sparsed.core import (
+    AddRequest,
+    CapacityError,
+    EngineStats,
+    FinishReason,
+    InputError,
+    Knobs,
+    SamplingParams,
+    SparseDetails,
+    SparseMethod,
+    SparseOptions,
+    TokenOutput,
+)
+from sparsed.engine.batch import StepPlan
+from sparsed.engine.engine import Engine
+
+VOCAB = 50
+KNOBS = Knobs(
+    token_budget=256,
+    hbm_budget=None,
+    max_num_active_seqs=4,
+    prefill_chunk=16,
+    page_size=32,
+    sparse_method="cuboid-mean",
+    dense_layers=0,
+    max_num_seqs=8,
+    kv_hbm_gib=1.0,
+    kv_dram_gib=1.0,
+    max_model_len=1024,
+)
+
+
+class ScriptedCache:
+    """Rows that keep the tokens written to them."""
+
+    def __init__(self, capacity: int = 600, max_budget: int = 8192) -> None:
+        self.capacity = capacity
+        self.max_budget = max_budget
+        self.rows: dict[int, list[int]] = {}
+        self.reserved: dict[int, int] = {}
+
+    def can_admit(self, num_tokens: int, *, token_budget: int) -> bool:
+        used = sum(self.reserved.values())
+        return used + num_tokens <= self.capacity and token_budget <= self.max_budget
+
+    def check_fits(self, num_tokens: int) -> None:
+        if num_tokens > self.capacity:
+            raise CapacityError(f"{num_tokens} tokens never fit", field="max_tokens")
+
+    def add(self, num_tokens: int, *, method: SparseMethod, token_budget: int) -> int:
+        row = max(self.rows, default=-1) + 1
+        self.rows[row] = []
+        self.reserved[row] = num_tokens
+        return row
+
+    def free(self, row: int) -> None:
+        assert len(self.rows.pop(row)) <= self.reserved.pop(row)
+
+    def details(self, row: int) -> SparseDetails:
+        return SparseDetails(
+            method="scripted",
+            token_budget=256,
+            decode_steps=len(self.rows[row]),
+            sparse_steps=0,
+            tokens_read=0,
+            tokens_dense=0,
+            coverage=None,
+        )
+
+
+class ScriptedModel:
+    """Logits that depend on every token before them: a scheduling error changes the text."""
+
+    vocab_size = VOCAB
+
+    def __init__(self, cache: ScriptedCache | None = None) -> None:
+        self.kv = cache or ScriptedCache()
+        self.plans: list[StepPlan] = []
+
+    def run(self, plan: StepPlan) -> Tensor:
+        self.plans.append(plan)
+        logits = []
+        for chunk in plan.chunks:
+            for position, token in enumerate(chunk.tokens, chunk.start):
+                row = self._write(chunk.row, token, position)
+                if position >= chunk.logits_from:
+                    logits.append(row)
+        logits += [self._write(entry.row, entry.token, entry.position) for entry in plan.decodes]
+        return torch.stack(logits) if logits else torch.zeros(0, VOCAB)
+
+    def stats(self) -> EngineStats:
+        return EngineStats(hot_hits=11)
+
+    def apply(self, knobs: Knobs) -> None:
+        pass
+
+    def _write(self, row: int, token: int, position: int) -> Tensor:
+        tokens = self.kv.rows[row]
+        assert position == len(tokens), "tokens come in order, each once"
+        tokens.append(token)
+        return next_logits(tokens)
+
+
+def next_logits(tokens: Sequence[int]) -> Tensor:
+    numbers = np.random.default_rng(list(tokens)).normal(scale=2.0, size=VOCAB)
+    return torch.tensor(numbers, dtype=torch.float32)
+
+
+def request(name: str, *, prompt: Sequence[int], generated: Sequence[int] = (),
+            budget: int | None = None, **params: Any) -> AddRequest:  # fmt: skip
+    return AddRequest(
+        request_id=name,
+        prompt_tokens=tuple(prompt),
+        sampling=SamplingParams(**{"max_tokens": 8, **params}),
+        sparse=SparseOptions(token_budget=budget),
+        generated_tokens=tuple(generated),
+    )
+
+
+def engine(cache: ScriptedCache | None = None, **knobs: Any) -> Engine:
+    return Engine(ScriptedModel(cache), knobs=replace(KNOBS, **knobs))
+
+
+def outputs(engine: Engine) -> list[TokenOutput]:
+    """All that is left to come."""
+    result: list[TokenOutput] = []
+    while engine.has_work:
+        result.extend(engine.step().outputs)
+    return result
+
+
+def texts(found: Sequence[TokenOutput]) -> dict[str, list[int]]:
+    result: dict[str, list[int]] = {}
+    for output in found:
+        tokens = result.setdefault(output.request_id, [])
+        if output.token_id is not None:
+            tokens.append(output.token_id)
+    return result
+
+
+def alone(added: AddRequest) -> list[int]:
+    only = engine()
+    only.add(added)
+    return texts(outputs(only))[added.request_id]
+
+
+def test_greedy_text_is_that_of_the_model() -> None:
+    expected = list(range(20))
+    for _ in range(5):
+        expected.append(int(next_logits(expected).argmax()))
+    assert alone(request("a", prompt=range(20), temperature=0.0, max_tokens=5)) == expected[20:]
+
+
+def test_outputs_count_up_and_the_last_one_closes() -> None:
+    one = engine()
+    one.add(request("a", prompt=[1, 2, 3], max_tokens=3))
+    found = outputs(one)
+    assert [output.index for output in found] == [0, 1, 2]
+    assert [output.finish_reason for output in found] == [None, None, FinishReason.LENGTH]
+    assert [output.sparse is None for output in found] == [True, True, False]
+    assert found[-1].sparse is not None
+    assert found[-1].sparse.decode_steps == 5, "the last token is never computed"
+
+
+def test_a_stop_token_is_reported_and_ends() -> None:
+    text = alone(request("a", prompt=[4, 5], temperature=0.0))
+    stop = text[3]
+    stopped = engine()
+    stopped.add(request("a", prompt=[4, 5], temperature=0.0, stop_token_ids=(stop,)))
+    found = outputs(stopped)
+    assert texts(found)["a"] == text[: text.index(stop) + 1]
+    assert found[-1].finish_reason is FinishReason.STOP
+
+
+sizes = st.lists(st.integers(1, 60), min_size=1, max_size=6)
+
+
+@settings(max_examples=25, deadline=None)
+@given(prompts=sizes, chunk=st.integers(16, 70), active=st.integers(1, 6), data=st.data())
+def test_company_chunks_and_replay_change_no_text(
+    prompts: list[int], chunk: int, active: int, data: st.DataObject
+) -> None:
+    added = [
+        request(str(i), prompt=range(i, i + n) if n < 40 else [i] * n, seed=i, max_tokens=6,
+                temperature=i % 2, frequency_penalty=float(i % 3))
+        for i, n in enumerate(prompts)
+    ]  # fmt: skip
+    expected = {one.request_id: alone(one) for one in added}
+    first = engine(prefill_chunk=chunk, max_num_active_seqs=active)
+    for one in added:
+        first.add(one)
+    before: list[TokenOutput] = []
+    for _ in range(data.draw(st.integers(0, 12))):
+        before.extend(first.step().outputs)
+    second = engine(prefill_chunk=chunk, max_num_active_seqs=active)
+    finished = {output.request_id for output in before if output.finish_reason}
+    for one in added:
+        if one.request_id not in finished:
+            known = texts(before).get(one.request_id, [])
+            second.add(replace(one, generated_tokens=tuple(known)))
+    after = outputs(second)
+    assert texts(before + after) == expected
+    for one in added:
+        indices = [o.index for o in before + after if o.request_id == one.request_id]
+        assert indices == list(range(6)), "nothing is reported twice"
+
+
+def test_a_replay_feeds_known_tokens_through_decode() -> None:
+    model = ScriptedModel()
+    replayed = Engine(model, knobs=KNOBS)
+    known = alone(request("a", prompt=range(20), temperature=0.0))[:5]
+    replayed.add(request("a", prompt=range(20), temperature=0.0, generated=known))
+    outputs(replayed)
+    prefilled = [token for plan in model.plans for chunk in plan.chunks for token in chunk.tokens]
+    decoded = [entry.token for plan in model.plans for entry in plan.decodes]
+    assert prefilled == list(range(20))
+    assert decoded[:5] == known
+
+
+def test_a_replay_of_all_tokens_only_closes() -> None:
+    done = engine()
+    done.add(request("a", prompt=[1], generated=[3, 4], max_tokens=2))
+    (closing,) = outputs(done)
+    assert (closing.index, closing.token_id) == (2, None)
+    assert closing.finish_reason is FinishReason.LENGTH
+
+
+def test_prompt_logprobs_describe_each_token_given_those_before() -> None:
+    prompt = list(range(40))
+    scored = engine()
+    scored.add(request("a", prompt=prompt, max_tokens=2, prompt_logprobs=1, logprobs=0))
+    first, second = outputs(scored)
+    assert first.prompt_logprobs is not None
+    assert first.prompt_logprobs[0] is None
+    assert len(first.prompt_logprobs) == 40
+    for place, entries in enumerate(first.prompt_logprobs[1:], 1):
+        expected = torch.log_softmax(next_logits(prompt[:place]), dim=0)
+        assert entries is not None
+        assert entries[0].token_id == prompt[place]
+        assert entries[0].logprob == pytest.approx(float(expected[prompt[place]]), rel=1e-5)
+        assert entries[1].token_id == int(expected.argmax())
+    assert second.prompt_logprobs is None
+    assert second.logprob is not None
+    assert second.top_logprobs == ()
+
+
+def test_no_tokens_wanted_gives_the_prompt_logprobs() -> None:
+    scored = engine()
+    scored.add(request("a", prompt=[1, 2, 3], max_tokens=0, prompt_logprobs=0))
+    (only,) = outputs(scored)
+    assert (only.token_id, only.finish_reason) == (None, FinishReason.LENGTH)
+    assert only.prompt_logprobs is not None
+    assert len(only.prompt_logprobs) == 3
+
+
+@pytest.mark.parametrize(
+    ("bad", "words"),
+    [
+        (request("bad", prompt=[]), "empty"),
+        (request("bad", prompt=[1, VOCAB]), "outside the vocabulary"),
+        (request("bad", prompt=[1], logit_bias=((-1, 1.0),)), "logit_bias"),
+        (request("bad", prompt=[1] * 1017), "max_model_len"),
+        (request("bad", prompt=[1] * 600), "never fit"),
+        (request("bad", prompt=[1], budget=100_000), "token_budget"),
+        (request("bad", prompt=[1], budget=8000), "lower sparse.token_budget"),
+    ],
+)
+def test_a_request_that_cannot_be_served_harms_nobody(bad: AddRequest, words: str) -> None:
+    shared = engine(ScriptedCache(max_budget=4096))
+    good = request("good", prompt=[3, 4], seed=1)
+    shared.add(good)
+    shared.add(bad)
+    found = outputs(shared)
+    assert texts(found)["good"] == alone(good)
+    (refusal,) = [output for output in found if output.request_id == "bad"]
+    assert refusal.finish_reason is FinishReason.ERROR
+    assert refusal.token_id is None
+    assert words in str(refusal.error)
+
+
+def test_abort_frees_the_row_and_closes_once() -> None:
+    cache = ScriptedCache()
+    busy = engine(cache, max_num_active_seqs=1)
+    for name in ("running", "waiting"):
+        busy.add(request(name, prompt=[1, 2]))
+    (token,) = busy.step().outputs
+    for name in ("running", "waiting", "running", "never"):
+        busy.abort(name)
+    assert cache.rows == {}
+    assert busy.has_work, "the closing outputs are still to be reported"
+    closing = outputs(busy)
+    assert [(o.request_id, o.index, o.token_id) for o in closing] == [
+        ("running", 1, None),
+        ("waiting", 0, None),
+    ]
+    assert {output.finish_reason for output in closing} == {FinishReason.ABORT}
+    assert closing[0].sparse is not None
+    assert closing[1].sparse is None
+    assert token.request_id == "running"
+
+
+def test_an_unseeded_request_is_drawn_alike_by_a_restarted_engine() -> None:
+    assert alone(request("a", prompt=[1])) == alone(request("a", prompt=[1]))
+    assert alone(request("a", prompt=[1])) != alone(request("b", prompt=[1]))
+
+
+def test_stats_count_what_was_done() -> None:
+    counted = engine(max_num_active_seqs=1)
+    for name in ("a", "b"):
+        counted.add(request(name, prompt=range(20), max_tokens=2))
+    counted.step()
+    middle = counted.stats()
+    assert (middle.num_running, middle.num_waiting, middle.steps) == (1, 1, 1)
+    assert (middle.prompt_tokens, middle.generated_tokens) == (16, 0)
+    outputs(counted)
+    final = counted.stats()
+    assert (final.prompt_tokens, final.generated_tokens, final.requests_finished) == (40, 4, 2)
+    assert (final.num_running, final.num_waiting, final.hot_hits) == (0, 0, 11)
+    assert len(final.recent_step_s) == final.steps - 1
+    assert sum(final.recent_step_s) < final.step_s
+    assert counted.stats().recent_step_s == ()
+
+
+def test_hot_knobs_change_live_and_others_are_refused() -> None:
+    live = engine()
+    live.apply(replace(KNOBS, prefill_chunk=64, max_num_active_seqs=1))
+    assert (
+        live.stats().knobs == live.knobs == replace(KNOBS, prefill_chunk=64, max_num_active_seqs=1)
+    )
+    with pytest.raises(InputError, match="page_size changes only with a restart"):
+        live.apply(replace(live.knobs, page_size=16))
+    assert live.knobs.page_size == 32
+
+
+def test_the_shell_around_the_model_is_thin() -> None:
+    """At batch 1 a step costs well under the 30 ms a small model takes on a CPU."""
+    logits = torch.randn(1, 49_152)
+    model = ScriptedModel()
+    model.vocab_size = 49_152
+    model.run = lambda plan: logits  # type: ignore[method-assign]  # free of charge
+    thin = Engine(model, knobs=KNOBS)
+    thin.add(request("a", prompt=[1], temperature=0.0, max_tokens=500))
+    thin.step()
+    times = []
+    while thin.has_work:
+        started = time.perf_counter()
+        thin.step()
+        times.append(time.perf_counter() - started)
+    assert sorted(times)[len(times) // 2] < 0.5e-3
