@@ -46,6 +46,7 @@ def _launch(
     num_columns, page_size = slots_BHK.shape[2], arena_NTCD.shape[1]
     num_splits = triton.cdiv(num_columns * page_size, _SPLIT_TOKENS)
     padded_dim = triton.next_power_of_2(head_dim)
+    tile_tokens = _TILE_BYTES // (padded_dim * arena_NTCD.element_size())
     shape = (num_requests, num_heads, num_splits, group)
     o_BHSGD = q_BHGD.new_empty((*shape, head_dim), dtype=torch.float32)
     lse_BHSG = q_BHGD.new_empty(shape, dtype=torch.float32)
@@ -65,7 +66,7 @@ def _launch(
             PAGE_SIZE=page_size,
             HEAD_DIM=head_dim,
             PADDED_DIM=padded_dim,
-            TILE_TOKENS=max(_MIN_DOT, _TILE_BYTES // (padded_dim * arena_NTCD.element_size())),
+            TILE_TOKENS=min(max(_MIN_DOT, tile_tokens), _SPLIT_TOKENS),
             SPLIT_TOKENS=_SPLIT_TOKENS,
             num_stages=3,
             enable_fp_fusion=True,

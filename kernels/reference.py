@@ -63,7 +63,8 @@ def attend_pages(
     kv = arena_NTCD.view(len(arena_NTCD), -1).index_select(0, rows)
     kv = kv.view(num_requests * num_heads, num_columns * page_size, 2, head_dim)
     hidden = _hidden_tokens(slots_BHK, tail_tokens_B, page_size)
-    kv[hidden.view(kv.shape[:2])] = 0  # room never written may hold anything, even NaN
+    # Room never written may hold anything, even NaN, and NaN times a weight of 0 is NaN.
+    kv.flatten(0, 1).index_fill_(0, hidden.flatten().nonzero()[:, 0], 0)
     q_LGD = (q_BHGD * scale).reshape(num_requests * num_heads, -1, head_dim).to(kv.dtype)
     logits_LGW = torch.bmm(q_LGD, kv[:, :, 0].transpose(1, 2)).float()
     logits = logits_LGW.view(num_requests, num_heads, -1, num_columns, page_size)

@@ -79,6 +79,9 @@ def test_score(cases, dim, frame_pages, dtype):
         {"dim": 32, "columns": 1, "absent_frac": 0.0},
         {"dim": 16, "heads": 1, "page_size": 128, "columns": 5},  # three splits
         {"dim": 16, "absent_frac": 1.0, "columns": 33},  # nothing there, in two splits
+        {"dtype": torch.float16, "dim": 16, "heads": 1, "page_size": 32, "columns": 20},
+        {"heads": 1, "columns": 30},  # four tiles in a split
+        {"dim": 16, "heads": 1, "requests": 1, "page_size": 128, "columns": 67},  # 34 splits
     ],
     ids=str,
 )

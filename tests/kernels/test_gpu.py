@@ -40,8 +40,10 @@ def close(got: Tensor, expected: Tensor, tolerance: float) -> None:
 
 def median_s(work: Callable[[], object], *, repeats: int = 10) -> float:
     """Median seconds of ``work`` on the current stream, after three warm-up runs."""
+    torch.use_deterministic_algorithms(False)  # poisoning memory takes time
     times_s = []
     for repeat in range(repeats + 3):
+        torch.cuda._sleep(2_000_000)  # about a millisecond: the launches are queued by then
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         work()
