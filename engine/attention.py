@@ -85,9 +85,7 @@ class Attention:
         for decode in step.decodes:
             self._count(decode.row, decode.position)
 
-    def _groups(
-        self, decodes: Sequence[DecodeRow], *, dense: bool, step: int
-    ) -> tuple[Group, ...]:
+    def _groups(self, decodes: Sequence[DecodeRow], *, dense: bool, step: int) -> tuple[Group, ...]:
         if dense and self._dense_layers == 0:
             return ()
         return make_groups(self._tiers, decodes, dense=dense, step=step)

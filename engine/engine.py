@@ -89,8 +89,7 @@ class Engine:
     def add(self, request: AddRequest) -> None:
         """Queue a request. Its id must not be that of an unfinished one."""
         try:
-            check_request(request, knobs=self.knobs, vocab_size=self._model.vocab_size)
-            self._model.kv.check_fits(len(request.prompt_tokens) + request.sampling.max_tokens)
+            self._check(request)
         except InputError as error:
             self._refuse(request, error)
         else:
@@ -207,6 +206,11 @@ class Engine:
         self._scheduler.finish(request)
         self._sampler.forget(request.request_id)
         self._counters.requests_finished += 1
+
+    def _check(self, request: AddRequest) -> None:
+        page_size, vocab_size = self.knobs.page_size, self._model.vocab_size
+        check_request(request, page_size=page_size, vocab_size=vocab_size)
+        self._model.kv.check_fits(len(request.prompt_tokens) + request.sampling.max_tokens)
 
     def _refuse(self, request: AddRequest, error: InputError) -> None:
         output = TokenOutput(

@@ -98,9 +98,7 @@ class PrefillAttention:
                 rows_HP = cache.tables.page_rows(plan.row.index, first, last)[layer].flatten()
                 pages = self._staging_NX[: len(rows_HP)]
                 target = torch.arange(len(rows_HP), device=rows_HP.device)
-                cache.transfer.load(
-                    pages, cache.pool.pages_RX, dst_rows=target, src_rows=rows_HP
-                )
+                cache.transfer.load(pages, cache.pool.pages_RX, dst_rows=target, src_rows=rows_HP)
             yield pages.view(num_heads, -1, 2, cache.geometry.head_dim)
 
     def _store(self, plan: ChunkPlan, layer: int, pages_HPTCD: Tensor) -> None:
@@ -121,7 +119,5 @@ class PrefillAttention:
         rows_M = plan.page_rows_LHP[layer, :, sealed].flatten()
         if len(rows_M):
             index_M = index_HP[:, sealed].flatten()
-            cache.transfer.save(
-                cache.pool.pages_RX, pages_NX, dst_rows=rows_M, src_rows=index_M
-            )
+            cache.transfer.save(cache.pool.pages_RX, pages_NX, dst_rows=rows_M, src_rows=index_M)
             cache.summarise(pages_HPTCD[:, sealed].flatten(0, 1), rows_M)

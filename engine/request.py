@@ -8,10 +8,8 @@ from enum import StrEnum
 from sparsed.core import (
     KNOBS_BY_NAME,
     AddRequest,
-    CapacityError,
     FinishReason,
     InputError,
-    Knobs,
     SamplingParams,
     TokenLogprob,
 )
@@ -121,17 +119,10 @@ class RequestState:
         self.status = Status.FINISHED
 
 
-def check_request(request: AddRequest, *, knobs: Knobs, vocab_size: int) -> None:
-    """InputError naming the field if no engine with these knobs could ever serve the request."""
+def check_request(request: AddRequest, *, page_size: int, vocab_size: int) -> None:
+    """InputError naming the field that no engine of this page and vocabulary size can serve."""
     if not request.prompt_tokens:
         raise InputError("the prompt is empty; send at least one token", field="prompt")
-    num_tokens = len(request.prompt_tokens) + request.sampling.max_tokens
-    if num_tokens > knobs.max_model_len:
-        raise CapacityError(
-            f"prompt and max_tokens are {num_tokens} tokens together, max_model_len is "
-            f"{knobs.max_model_len}; shorten the prompt or lower max_tokens",
-            field="max_tokens",
-        )
     biased = [token for token, _ in request.sampling.logit_bias]
     for field_name, tokens in (
         ("prompt", request.prompt_tokens),
@@ -145,7 +136,7 @@ def check_request(request: AddRequest, *, knobs: Knobs, vocab_size: int) -> None
                 field=field_name,
             )
     if request.sparse.token_budget is not None:
-        _check_token_budget(request.sparse.token_budget, page_size=knobs.page_size)
+        _check_token_budget(request.sparse.token_budget, page_size=page_size)
 
 
 def _check_token_budget(token_budget: int, *, page_size: int) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor
 from sparsed.core import SamplingParams, TokenLogprob
 from sparsed.engine.request import RequestState
 
-NUM_CANDIDATES = 1024  # sorted tokens a draw looks at first; a draw beyond them sorts the row
+NUM_CANDIDATES = 256  # the tokens a draw looks at first; one that falls outside sorts the row
 _SEED_MASK = (1 << 128) - 1  # the key of Philox has 128 bits
 
 
@@ -156,35 +156,56 @@ def _draw(logits_NV: Tensor, requests: Sequence[RequestState]) -> list[int]:
     temperatures = [request.sampling.temperature for request in requests]
     scale_N1 = torch.tensor(temperatures, dtype=torch.float64, device=logits_NV.device)[:, None]
     totals = (logits_NV.double() / scale_N1).logsumexp(dim=-1).tolist()
-    values_NC, ids_NC = logits_NV.topk(min(NUM_CANDIDATES, logits_NV.shape[1]))
-    values, ids = values_NC.cpu().numpy(), ids_NC.cpu().numpy()
+    vocab_size = logits_NV.shape[1]
+    best_NC, ids_NC = logits_NV.topk(min(NUM_CANDIDATES, vocab_size))
+    best, ids = best_NC.cpu().numpy(), ids_NC.cpu().numpy()
     tokens = []
-    for row, request in enumerate(requests):
-        order = np.lexsort((ids[row], -values[row]))
-        place = _place(values[row][order], request, total=totals[row], num_all=logits_NV.shape[1])
-        if place is not None:
-            tokens.append(int(ids[row][order[place]]))
-            continue
-        sorted_V, ids_V = logits_NV[row].sort(descending=True, stable=True)
-        place = _place(sorted_V.cpu().numpy(), request, total=totals[row], num_all=len(sorted_V))
-        assert place is not None, "a whole row decides every draw"
-        tokens.append(int(ids_V[place]))
+    for row, (request, total) in enumerate(zip(requests, totals, strict=True)):
+        few = _falling(best[row], ids[row])
+        token = _pick(few, request, total=total, vocab_size=vocab_size)
+        if token is None:
+            everything = _falling(logits_NV[row].cpu().numpy(), np.arange(vocab_size))
+            token = _pick(everything, request, total=total, vocab_size=vocab_size)
+        assert token is not None, "a whole row decides every draw"
+        tokens.append(token)
     return tokens
 
 
-def _place(
-    logits_C: NDArray[np.float32], request: RequestState, *, total: float, num_all: int
-) -> int | None:
-    """Which of the first tokens in falling order is drawn; None: more of them are needed.
+class _Sorted(NamedTuple):
+    """Logits in falling order, ties by token id."""
 
-    ``total``: log of the sum of exp(logit / temperature) over all ``num_all`` tokens.
+    logits_C: NDArray[np.float32]
+    ids_C: NDArray[np.uint64]
+
+
+def _falling(logits_C: NDArray[np.float32], ids_C: NDArray[np.int64]) -> _Sorted:
+    """One sort of 64-bit keys, logit above id: ten times as fast as a stable sort of pairs."""
+    ranks_C = _flip((logits_C + 0.0).view(np.uint32))  # + 0.0 makes -0.0 and 0.0 a tie
+    keys_C = (ranks_C.astype(np.uint64) << np.uint64(32)) | ids_C.astype(np.uint64)
+    keys_C.sort()
+    logits_C = _flip((keys_C >> np.uint64(32)).astype(np.uint32)).view(np.float32)
+    return _Sorted(logits_C, keys_C & np.uint64(0xFFFFFFFF))
+
+
+def _flip(bits_C: NDArray[np.uint32]) -> NDArray[np.uint32]:
+    """Between the bits of float32 and integers in the opposite order; its own inverse."""
+    return np.where(bits_C >> 31, bits_C, ~bits_C & np.uint32(0x7FFFFFFF))
+
+
+def _pick(
+    candidates: _Sorted, request: RequestState, *, total: float, vocab_size: int
+) -> int | None:
+    """The token drawn from the first ones in falling order; None: more of them are needed.
+
+    ``total``: log of the sum of exp(logit / temperature) over the whole vocabulary.
     """
+    logits_C, ids_C = candidates
     params = request.sampling
     probs_C = np.exp(logits_C.astype(np.float64) / params.temperature - total)
     # Without the rest of the row it is open which of the tokens tied with the last come first.
-    known = num_all if len(logits_C) == num_all else int((logits_C > logits_C[-1]).sum())
-    kept = _num_kept(probs_C, params, num_all=num_all)
-    if known < kept < num_all:
+    known = len(ids_C) if len(ids_C) == vocab_size else int((logits_C > logits_C[-1]).sum())
+    kept = _num_kept(probs_C, params, vocab_size=vocab_size)
+    if known < kept < vocab_size:
         return None
     cumulated = probs_C[:known].cumsum()
     mass = cumulated[kept - 1] if kept <= known else 1.0
@@ -196,14 +217,14 @@ def _place(
     number = uniform(request.seed, index=len(request.tokens))
     place = int(np.searchsorted(cumulated[:kept], number * mass, side="right"))
     if place < min(kept, known):
-        return place
-    return kept - 1 if kept <= known else None
+        return int(ids_C[place])
+    return int(ids_C[kept - 1]) if kept <= known else None
 
 
-def _num_kept(probs_C: NDArray[np.float64], params: SamplingParams, *, num_all: int) -> int:
-    """Tokens that pass min-p and top-k; ``num_all`` if the candidates do not show the end."""
-    kept = num_all
+def _num_kept(probs_C: NDArray[np.float64], params: SamplingParams, *, vocab_size: int) -> int:
+    """Tokens that pass min-p and top-k; ``vocab_size`` if the candidates do not show the end."""
+    kept = vocab_size
     if params.min_p > 0.0:
         passing = int((probs_C >= params.min_p * probs_C[0]).sum())
-        kept = max(passing, 1) if passing < len(probs_C) else num_all
+        kept = max(passing, 1) if passing < len(probs_C) else vocab_size
     return min(kept, params.top_k) if params.top_k > 0 else kept

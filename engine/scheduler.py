@@ -130,6 +130,7 @@ def _chunk(request: RequestState, room_tokens: int) -> PromptChunk:
         row=request.row,
         tokens=request.prompt[start:end],
         start=start,
+        prompt_length=len(request.prompt),
         logits_from=start if request.wants_prompt_logprobs else sampled_from,
     )
 

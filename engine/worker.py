@@ -251,9 +251,8 @@ def _build(
     spec: EngineSpec, *, pool_fd: int | None, on_progress: Callable[[str, float], None]
 ) -> tuple[Engine, EngineFacts]:
     # Imported here: loading torch takes seconds, and the link is already beating by now.
-    from sparsed.engine.runner import Runner
-
     from sparsed.engine.engine import Engine
+    from sparsed.engine.runner import Runner
 
     runner = Runner(spec, on_progress=on_progress, pool_fd=pool_fd)
     return Engine(runner, knobs=spec.knobs, seed=spec.seed), runner.facts

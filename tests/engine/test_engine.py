@@ -275,7 +275,6 @@ def test_no_tokens_wanted_gives_the_prompt_logprobs() -> None:
         (request("bad", prompt=[]), "empty"),
         (request("bad", prompt=[1, VOCAB]), "outside the vocabulary"),
         (request("bad", prompt=[1], logit_bias=((-1, 1.0),)), "logit_bias"),
-        (request("bad", prompt=[1] * 1017), "max_model_len"),
         (request("bad", prompt=[1] * 600), "never fit"),
         (request("bad", prompt=[1], budget=100_000), "token_budget"),
         (request("bad", prompt=[1], budget=8000), "lower sparse.token_budget"),

@@ -68,7 +68,7 @@ params_strategy = st.fixed_dictionaries(
 @settings(max_examples=150, deadline=None)
 @given(
     params=params_strategy,
-    vocab=st.sampled_from([1, 7, 300, NUM_CANDIDATES + 1, 3000]),
+    vocab=st.sampled_from([1, 7, NUM_CANDIDATES, NUM_CANDIDATES + 1, 3000]),
     spread=st.sampled_from([0.0, 0.3, 3.0]),
     levels=st.sampled_from([None, 2.0]),
     seed=st.integers(0, 2**32),
