@@ -27,7 +27,6 @@ _LLAMA3_ORIGINAL_CONTEXT = 8192  # tokens; no file says so, it is a constant of 
 class GgufFile:
     """Metadata by key, with numpy scalars turned into Python's, and tensors still mapped."""
 
-    path: Path
     metadata: Mapping[str, Any]
     tensors: tuple[SourceTensor, ...]
 
@@ -36,10 +35,10 @@ class GgufFile:
         return self.metadata.get(f"{self.architecture}.{key}", default)
 
     def require(self, key: str) -> Any:
-        """Like ``get``; InputError naming file and key if it is absent."""
+        """Like ``get``; InputError naming the key if it is absent."""
         value = self.get(key)
         if value is None:
-            raise InputError(f"{self.path}: {self.architecture}.{key} is missing", field="model")
+            raise InputError(f"{self.architecture}.{key} is missing", field="model")
         return value
 
     @property
@@ -59,20 +58,27 @@ def convert_gguf(
     Errors: InputError naming the file if it is damaged, or of an unknown architecture, tensor
     type or tokenizer.
     """
-    file = _read_gguf(source)
+    try:
+        file = _read_gguf(source)
+        _write_texts(file, directory)
+        write_tensors(
+            file.tensors,
+            directory,
+            permuted_heads=_permuted_heads(file),
+            max_shard_bytes=max_shard_bytes,
+            progress=progress,
+        )
+    except InputError as error:
+        raise InputError(f"{source}: {error}", field="model") from None
+
+
+def _write_texts(file: GgufFile, directory: Path) -> None:
     config = hugging_face_config(file)
     _write_json(directory / "config.json", config)
     token_ids = {key: config[key] for key in ("bos_token_id", "eos_token_id")}
     _write_json(directory / "generation_config.json", token_ids)
-    build_tokenizer(file.metadata, path=source).save(str(directory / "tokenizer.json"))
+    build_tokenizer(file.metadata).save(str(directory / "tokenizer.json"))
     _write_json(directory / "tokenizer_config.json", tokenizer_config(file.metadata))
-    write_tensors(
-        file.tensors,
-        directory,
-        permuted_heads=_permuted_heads(file),
-        max_shard_bytes=max_shard_bytes,
-        progress=progress,
-    )
 
 
 def hugging_face_config(file: GgufFile) -> dict[str, Any]:
@@ -80,7 +86,7 @@ def hugging_face_config(file: GgufFile) -> dict[str, Any]:
     architecture = file.architecture
     if architecture not in ARCHITECTURES or file.get("expert_count"):
         raise InputError(
-            f"{file.path}: architecture {architecture!r} is not supported; known: "
+            f"architecture {architecture!r} is not supported; known: "
             f"{', '.join(ARCHITECTURES)}, without experts",
             field="model",
         )
@@ -111,7 +117,7 @@ def hugging_face_config(file: GgufFile) -> dict[str, Any]:
 def _vocab_size(file: GgufFile) -> int:
     embedding = find_tensor(file.tensors, "token_embd.weight")
     if embedding is None:
-        raise InputError(f"{file.path} has no tensor token_embd.weight", field="model")
+        raise InputError("tensor token_embd.weight is missing", field="model")
     return embedding.shape[0]
 
 
@@ -153,7 +159,7 @@ def _llama3_rope(file: GgufFile, *, factors: np.ndarray, theta: float) -> dict[s
     kept = ((turns - low) / (high - low)).clip(0, 1)
     if not np.allclose(1 / factors, kept + (1 - kept) / factor, rtol=1e-3):
         raise InputError(
-            f"{file.path}: its table of RoPE factors follows no known rule; "
+            "its table of RoPE factors follows no known rule; "
             "use the model's Hugging Face directory",
             field="model",
         )
@@ -172,7 +178,7 @@ def _read_gguf(path: Path) -> GgufFile:
         from gguf import GGUFReader
     except ImportError:
         raise InputError(
-            f"{path}: reading GGUF needs the package 'gguf'; install it, or convert on another "
+            "reading GGUF needs the package 'gguf'; install it, or convert on another "
             "machine and give the directory",
             field="model",
         ) from None
@@ -182,9 +188,9 @@ def _read_gguf(path: Path) -> GgufFile:
         tensors = tuple(map(SourceTensor.of, reader.tensors))
     except (OSError, ValueError, IndexError, KeyError, OverflowError, MemoryError) as error:
         raise InputError(
-            f"{path} is no readable GGUF file ({error}); fetch it again", field="model"
+            f"this is no readable GGUF file ({error}); fetch it again", field="model"
         ) from None
-    return GgufFile(path=path, metadata=metadata, tensors=tensors)
+    return GgufFile(metadata=metadata, tensors=tensors)
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:

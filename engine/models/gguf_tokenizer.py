@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum
-from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
@@ -64,23 +63,23 @@ class _TokenType(IntEnum):
     UNUSED = 5
 
 
-def build_tokenizer(metadata: Mapping[str, Any], *, path: Path) -> Tokenizer:
+def build_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer:
     """Byte-level BPE (``gpt2``) or SentencePiece BPE (``llama``) from the metadata.
 
-    Errors: InputError naming the file if a list is missing or the kind is unknown.
+    Errors: InputError if a list is missing or the kind is unknown.
     """
     kind = metadata.get("tokenizer.ggml.model")
     try:
         if kind == "gpt2":
-            tokenizer = _byte_level(metadata, path=path)
+            tokenizer = _byte_level(metadata)
         elif kind == "llama":
             tokenizer = _sentence_piece(metadata)
         else:
             raise InputError(
-                f"{path}: tokenizer {kind!r} is not supported; known: gpt2, llama", field="model"
+                f"tokenizer {kind!r} is not supported; known: gpt2, llama", field="model"
             )
     except KeyError as error:
-        raise InputError(f"{path}: {error.args[0]} is missing", field="model") from None
+        raise InputError(f"{error.args[0]} is missing", field="model") from None
     _add_special_tokens(tokenizer, metadata)
     return tokenizer
 
@@ -115,11 +114,11 @@ def _pre_tokenizer(metadata: Mapping[str, Any]) -> _PreTokenizer | None:
     return _PRE_TOKENIZERS.get(metadata.get("tokenizer.ggml.pre", "default"))
 
 
-def _byte_level(metadata: Mapping[str, Any], *, path: Path) -> Tokenizer:
+def _byte_level(metadata: Mapping[str, Any]) -> Tokenizer:
     pre = _pre_tokenizer(metadata)
     if pre is None:
         raise InputError(
-            f"{path}: pre-tokenizer {metadata['tokenizer.ggml.pre']!r} is not supported; known: "
+            f"pre-tokenizer {metadata['tokenizer.ggml.pre']!r} is not supported; known: "
             f"{', '.join(_PRE_TOKENIZERS)}",
             field="model",
         )
