@@ -191,8 +191,7 @@ def _refuse_unsupported(fields: Fields) -> None:
 
 def _active_window(fields: Fields, *, family: str, num_layers: int) -> int | None:
     """Tokens of the sliding window some layer uses; None if every layer attends to everything."""
-    default = _SLIDING_WINDOWS.get(family)
-    window = fields.optional_whole("sliding_window", default=default)
+    window = fields.optional_whole("sliding_window", absent=_SLIDING_WINDOWS.get(family))
     layer_types = fields.values.get("layer_types")
     if family == "llama" or (layer_types and "sliding_attention" not in layer_types):
         return None

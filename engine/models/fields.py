@@ -18,21 +18,17 @@ class Fields:
 
     def whole(self, key: str, *, default: int | None = None, minimum: int = 1) -> int:
         """A whole number of at least ``minimum``; required unless there is a default."""
-        value = self.optional_whole(key, default=default, minimum=minimum)
+        value = self.values.get(key)
+        if value is None:
+            value = default
         if value is None:
             raise InputError(f"{key} is missing", field="model")
-        return value
+        return _whole(key, value, minimum=minimum)
 
-    def optional_whole(
-        self, key: str, *, default: int | None = None, minimum: int = 0
-    ) -> int | None:
-        """A whole number, or None where the file says null; the default where it says nothing."""
-        value = self.values.get(key, default)
-        if value is None:
-            return default if minimum else None
-        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-            raise InputError(f"{key}={value!r} is no whole number from {minimum} up", field="model")
-        return value
+    def optional_whole(self, key: str, *, absent: int | None = None) -> int | None:
+        """A whole number, None where the file says null, ``absent`` where it says nothing."""
+        value = self.values.get(key, absent)
+        return None if value is None else _whole(key, value, minimum=0)
 
     def number(self, key: str, *, default: float | None = None) -> float:
         """A finite number; required unless there is a default."""
@@ -79,3 +75,9 @@ class Fields:
         if any(isinstance(token, bool) or not isinstance(token, int) for token in ids):
             raise InputError(f"{key}={value!r} holds no token ids", field="model")
         return tuple(ids)
+
+
+def _whole(key: str, value: object, *, minimum: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise InputError(f"{key}={value!r} is no whole number from {minimum} up", field="model")
+    return value

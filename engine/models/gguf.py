@@ -15,8 +15,10 @@ from typing import Any
 import numpy as np
 
 from sparsed.core import InputError
+from sparsed.engine.models.config import parse_config
+from sparsed.engine.models.fields import Fields
 from sparsed.engine.models.gguf_tensors import SourceTensor, find_tensor, write_tensors
-from sparsed.engine.models.gguf_tokenizer import build_tokenizer, tokenizer_config
+from sparsed.engine.models.gguf_tokenizer import write_tokenizer
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")  # Mistral files say llama
 MAX_SHARD_BYTES = 4 * 10**9
@@ -27,20 +29,17 @@ _LLAMA3_ORIGINAL_CONTEXT = 8192  # tokens; no file says so, it is a constant of 
 class GgufFile:
     """Metadata by key, with numpy scalars turned into Python's, and tensors still mapped."""
 
-    path: Path
     metadata: Mapping[str, Any]
     tensors: tuple[SourceTensor, ...]
 
-    def get(self, key: str, default: Any = None) -> Any:
-        """``{architecture}.{key}`` of the metadata."""
-        return self.metadata.get(f"{self.architecture}.{key}", default)
+    def whole(self, key: str, *, default: int | None = None, minimum: int = 1) -> int:
+        """``{architecture}.{key}`` as a whole number; InputError naming it if absent or wrong."""
+        name = f"{self.architecture}.{key}"
+        return Fields(self.metadata).whole(name, default=default, minimum=minimum)
 
-    def require(self, key: str) -> Any:
-        """Like ``get``; InputError naming file and key if it is absent."""
-        value = self.get(key)
-        if value is None:
-            raise InputError(f"{self.path}: {self.architecture}.{key} is missing", field="model")
-        return value
+    def number(self, key: str, *, default: float | None = None) -> float:
+        """``{architecture}.{key}`` as a number; InputError naming it if absent or wrong."""
+        return Fields(self.metadata).number(f"{self.architecture}.{key}", default=default)
 
     @property
     def architecture(self) -> str:
@@ -59,49 +58,52 @@ def convert_gguf(
     Errors: InputError naming the file if it is damaged, or of an unknown architecture, tensor
     type or tokenizer.
     """
-    file = _read_gguf(source)
-    config = hugging_face_config(file)
-    _write_json(directory / "config.json", config)
-    token_ids = {key: config[key] for key in ("bos_token_id", "eos_token_id")}
-    _write_json(directory / "generation_config.json", token_ids)
-    build_tokenizer(file.metadata, path=source).save(str(directory / "tokenizer.json"))
-    _write_json(directory / "tokenizer_config.json", tokenizer_config(file.metadata))
-    write_tensors(
-        file.tensors,
-        directory,
-        permuted_heads=_permuted_heads(file),
-        max_shard_bytes=max_shard_bytes,
-        progress=progress,
-    )
+    try:
+        file = _read_gguf(source)
+        config = hugging_face_config(file)
+        parse_config(config)
+        _write_json(directory / "config.json", config)
+        token_ids = {key: config[key] for key in ("bos_token_id", "eos_token_id")}
+        _write_json(directory / "generation_config.json", token_ids)
+        write_tokenizer(file.metadata, directory)
+        write_tensors(
+            file.tensors,
+            directory,
+            permuted_heads=_permuted_heads(file),
+            max_shard_bytes=max_shard_bytes,
+            progress=progress,
+        )
+    except InputError as error:
+        raise InputError(f"{source}: {error}", field="model") from None
 
 
 def hugging_face_config(file: GgufFile) -> dict[str, Any]:
     """The contents of ``config.json`` for a GGUF file's metadata and tensors."""
     architecture = file.architecture
-    if architecture not in ARCHITECTURES or file.get("expert_count"):
+    if architecture not in ARCHITECTURES or file.whole("expert_count", default=0, minimum=0):
         raise InputError(
-            f"{file.path}: architecture {architecture!r} is not supported; known: "
+            f"architecture {architecture!r} is not supported; known: "
             f"{', '.join(ARCHITECTURES)}, without experts",
             field="model",
         )
-    hidden_size, num_heads = file.require("embedding_length"), file.require("attention.head_count")
-    window = file.get("attention.sliding_window")
+    hidden_size, num_heads = file.whole("embedding_length"), file.whole("attention.head_count")
+    window = file.whole("attention.sliding_window", default=0, minimum=0) or None
     return {
         "model_type": "mistral" if architecture == "llama" and window else architecture,
         "hidden_size": hidden_size,
-        "intermediate_size": file.require("feed_forward_length"),
-        "num_hidden_layers": file.require("block_count"),
+        "intermediate_size": file.whole("feed_forward_length"),
+        "num_hidden_layers": file.whole("block_count"),
         "num_attention_heads": num_heads,
-        "num_key_value_heads": file.get("attention.head_count_kv", num_heads),
-        "head_dim": file.get("attention.key_length", hidden_size // num_heads),
+        "num_key_value_heads": file.whole("attention.head_count_kv", default=num_heads),
+        "head_dim": file.whole("attention.key_length", default=hidden_size // num_heads),
         "vocab_size": _vocab_size(file),
-        "max_position_embeddings": file.require("context_length"),
-        "rms_norm_eps": file.require("attention.layer_norm_rms_epsilon"),
+        "max_position_embeddings": file.whole("context_length"),
+        "rms_norm_eps": file.number("attention.layer_norm_rms_epsilon"),
         "rope_parameters": _rope_parameters(file),
         "attention_bias": find_tensor(file.tensors, "blk.0.attn_q.bias") is not None,
         "tie_word_embeddings": find_tensor(file.tensors, "output.weight") is None,
         "sliding_window": window,
-        "use_sliding_window": bool(window),
+        "use_sliding_window": window is not None,
         "dtype": "float32",
         "bos_token_id": file.metadata.get("tokenizer.ggml.bos_token_id"),
         "eos_token_id": _end_ids(file.metadata),
@@ -110,8 +112,8 @@ def hugging_face_config(file: GgufFile) -> dict[str, Any]:
 
 def _vocab_size(file: GgufFile) -> int:
     embedding = find_tensor(file.tensors, "token_embd.weight")
-    if embedding is None:
-        raise InputError(f"{file.path} has no tensor token_embd.weight", field="model")
+    if embedding is None or len(embedding.shape) != 2:
+        raise InputError("there is no matrix token_embd.weight", field="model")
     return embedding.shape[0]
 
 
@@ -125,27 +127,26 @@ def _permuted_heads(file: GgufFile) -> dict[str, int]:
     """Heads of the projections whose rows a llama file stores as interleaved rotation pairs."""
     if file.architecture != "llama":
         return {}
-    num_heads = file.require("attention.head_count")
-    return {"attn_q": num_heads, "attn_k": file.get("attention.head_count_kv", num_heads)}
+    num_heads = file.whole("attention.head_count")
+    return {"attn_q": num_heads, "attn_k": file.whole("attention.head_count_kv", default=num_heads)}
 
 
 def _rope_parameters(file: GgufFile) -> dict[str, Any]:
-    theta = file.get("rope.freq_base", 10000.0)
+    theta = file.number("rope.freq_base", default=10000.0)
     factors = find_tensor(file.tensors, "rope_freqs.weight")
     if factors is not None:
-        return _llama3_rope(file, factors=factors.dequantize(), theta=theta)
-    kind = file.get("rope.scaling.type", "none")
+        return _llama3_rope(factors.dequantize(), theta=theta)
+    kind = file.metadata.get(f"{file.architecture}.rope.scaling.type", "none")
     if kind == "none":
         return {"rope_type": "default", "rope_theta": theta}
-    rope = {"rope_type": kind, "rope_theta": theta, "factor": file.require("rope.scaling.factor")}
+    rope = {"rope_type": kind, "rope_theta": theta, "factor": file.number("rope.scaling.factor")}
     if kind == "yarn":
-        rope["original_max_position_embeddings"] = file.require(
-            "rope.scaling.original_context_length"
-        )
+        original = file.whole("rope.scaling.original_context_length")
+        rope["original_max_position_embeddings"] = original
     return rope
 
 
-def _llama3_rope(file: GgufFile, *, factors: np.ndarray, theta: float) -> dict[str, Any]:
+def _llama3_rope(factors: np.ndarray, *, theta: float) -> dict[str, Any]:
     """The rule behind a table of divisors: Llama 3.1 and later store the table alone."""
     factor, low, high = float(factors.max()), 1.0, 4.0
     frequencies = theta ** -(np.arange(len(factors)) / len(factors))
@@ -153,7 +154,7 @@ def _llama3_rope(file: GgufFile, *, factors: np.ndarray, theta: float) -> dict[s
     kept = ((turns - low) / (high - low)).clip(0, 1)
     if not np.allclose(1 / factors, kept + (1 - kept) / factor, rtol=1e-3):
         raise InputError(
-            f"{file.path}: its table of RoPE factors follows no known rule; "
+            "its table of RoPE factors follows no known rule; "
             "use the model's Hugging Face directory",
             field="model",
         )
@@ -172,7 +173,7 @@ def _read_gguf(path: Path) -> GgufFile:
         from gguf import GGUFReader
     except ImportError:
         raise InputError(
-            f"{path}: reading GGUF needs the package 'gguf'; install it, or convert on another "
+            "reading GGUF needs the package 'gguf'; install it, or convert on another "
             "machine and give the directory",
             field="model",
         ) from None
@@ -182,9 +183,9 @@ def _read_gguf(path: Path) -> GgufFile:
         tensors = tuple(map(SourceTensor.of, reader.tensors))
     except (OSError, ValueError, IndexError, KeyError, OverflowError, MemoryError) as error:
         raise InputError(
-            f"{path} is no readable GGUF file ({error}); fetch it again", field="model"
+            f"this is no readable GGUF file ({error}); fetch it again", field="model"
         ) from None
-    return GgufFile(path=path, metadata=metadata, tensors=tensors)
+    return GgufFile(metadata=metadata, tensors=tensors)
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:

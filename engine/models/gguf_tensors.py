@@ -100,8 +100,10 @@ def write_tensors(
         suffix = "" if len(shards) == 1 else f"-{number:05d}-of-{len(shards):05d}"
         values = {}
         for tensor in shard:
-            heads = permuted_heads.get(tensor.name.split(".")[-2])
-            values[hugging_face_name(tensor.name)] = _ordered(tensor.dequantize(), heads)
+            name, part = hugging_face_name(tensor.name), tensor.name.split(".")[-2]
+            values[name] = tensor.dequantize()
+            if part in permuted_heads:
+                values[name] = _in_halves(values[name], heads=permuted_heads[part])
             done += tensor.num_bytes
             progress(done / total)
         file_name = f"model{suffix}.safetensors"
@@ -122,10 +124,10 @@ def hugging_face_name(name: str) -> str:
     raise InputError(f"unknown tensor {name}; the model is of an unknown kind", field="model")
 
 
-def _ordered(values: np.ndarray, heads: int | None) -> np.ndarray:
+def _in_halves(values: np.ndarray, *, heads: int) -> np.ndarray:
     """Rows of each head from interleaved pairs (2i, 2i + 1) to halves (i, i + D/2)."""
-    if heads is None:
-        return values
+    if len(values) % (2 * heads):
+        raise InputError(f"{len(values)} rows do not divide into {heads} heads", field="model")
     pairs = values.reshape(heads, len(values) // heads // 2, 2, *values.shape[1:])
     return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(values.shape)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum
@@ -64,23 +65,31 @@ class _TokenType(IntEnum):
     UNUSED = 5
 
 
-def build_tokenizer(metadata: Mapping[str, Any], *, path: Path) -> Tokenizer:
-    """Byte-level BPE (``gpt2``) or SentencePiece BPE (``llama``) from the metadata.
+def write_tokenizer(metadata: Mapping[str, Any], directory: Path) -> None:
+    """Write ``tokenizer.json`` and ``tokenizer_config.json``.
 
-    Errors: InputError naming the file if a list is missing or the kind is unknown.
+    Errors: InputError if a list is missing or damaged, or the kind is unknown.
     """
-    kind = metadata.get("tokenizer.ggml.model")
     try:
-        if kind == "gpt2":
-            tokenizer = _byte_level(metadata, path=path)
-        elif kind == "llama":
-            tokenizer = _sentence_piece(metadata)
-        else:
-            raise InputError(
-                f"{path}: tokenizer {kind!r} is not supported; known: gpt2, llama", field="model"
-            )
-    except KeyError as error:
-        raise InputError(f"{path}: {error.args[0]} is missing", field="model") from None
+        tokenizer, config = build_tokenizer(metadata), tokenizer_config(metadata)
+    except InputError:
+        raise
+    except Exception as error:  # noqa: BLE001 -- tokenizers raises nothing narrower
+        raise InputError(f"its tokenizer is damaged ({error!r})", field="model") from None
+    tokenizer.save(str(directory / "tokenizer.json"))
+    text = json.dumps(config, indent=2, ensure_ascii=False)
+    (directory / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
+
+
+def build_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer:
+    """Byte-level BPE (``gpt2``) or SentencePiece BPE (``llama``) from the metadata."""
+    kind = metadata.get("tokenizer.ggml.model")
+    if kind == "gpt2":
+        tokenizer = _byte_level(metadata)
+    elif kind == "llama":
+        tokenizer = _sentence_piece(metadata)
+    else:
+        raise InputError(f"tokenizer {kind!r} is not supported; known: gpt2, llama", field="model")
     _add_special_tokens(tokenizer, metadata)
     return tokenizer
 
@@ -105,9 +114,8 @@ def tokenizer_config(metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 def starts_with_bos(metadata: Mapping[str, Any]) -> bool:
     """Whether encoding puts the begin token in front: the file's word, or its kind's habit."""
-    habit = metadata.get("tokenizer.ggml.model") == "llama" or _pre_tokenizer(metadata)
-    if isinstance(habit, _PreTokenizer):
-        habit = habit.starts_with_bos
+    pre = _pre_tokenizer(metadata)
+    habit = metadata["tokenizer.ggml.model"] == "llama" or (pre is not None and pre.starts_with_bos)
     return bool(metadata.get("tokenizer.ggml.add_bos_token", habit))
 
 
@@ -115,11 +123,11 @@ def _pre_tokenizer(metadata: Mapping[str, Any]) -> _PreTokenizer | None:
     return _PRE_TOKENIZERS.get(metadata.get("tokenizer.ggml.pre", "default"))
 
 
-def _byte_level(metadata: Mapping[str, Any], *, path: Path) -> Tokenizer:
+def _byte_level(metadata: Mapping[str, Any]) -> Tokenizer:
     pre = _pre_tokenizer(metadata)
     if pre is None:
         raise InputError(
-            f"{path}: pre-tokenizer {metadata['tokenizer.ggml.pre']!r} is not supported; known: "
+            f"pre-tokenizer {metadata['tokenizer.ggml.pre']!r} is not supported; known: "
             f"{', '.join(_PRE_TOKENIZERS)}",
             field="model",
         )

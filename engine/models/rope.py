@@ -21,6 +21,7 @@ class Rope:
         self._config = config
         self._head_dim = head_dim
         self._frequencies_F = frequencies_F.to(device)
+        self._exponents_F = _exponents(head_dim).to(device)
 
     def tables(
         self, positions_N: Tensor, *, lengths_N: Tensor | None, dtype: torch.dtype
@@ -47,7 +48,7 @@ class Rope:
         lengths_N = lengths_N.clamp(min=config.original_max_position).float()
         stretch_N = config.factor * lengths_N / config.original_max_position - (config.factor - 1)
         theta_N = config.theta * stretch_N ** (dim / (dim - 2))
-        return 1.0 / theta_N[:, None] ** _exponents(dim).to(theta_N.device)
+        return 1.0 / theta_N[:, None] ** self._exponents_F
 
 
 def rotate(x_NHD: Tensor, cos_N1D: Tensor, sin_N1D: Tensor) -> Tensor:
