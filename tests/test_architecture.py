@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import inspect
 import re
 import subprocess
@@ -48,8 +49,8 @@ def core_classes() -> list[type]:
 def test_the_vocabulary_is_frozen(value_class: type) -> None:
     if issubclass(value_class, Enum | BaseException):
         return
-    parameters = value_class.__dataclass_params__  # type: ignore[attr-defined]  # not public
-    assert parameters.frozen and parameters.kw_only
+    assert value_class.__dataclass_params__.frozen  # type: ignore[attr-defined]  # not public
+    assert all(item.kw_only for item in dataclasses.fields(value_class))
     assert "__slots__" in vars(value_class)
 
 
