@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from http.client import HTTPResponse
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -23,9 +26,11 @@ ROOT = Path(__file__).resolve().parents[1]
 STATE_DIR = ROOT / ".demo"
 MODEL = "smollm2-135m"
 TUNED = STATE_DIR / "tuned.toml"
+MEMORY = ("--kv-hbm-gib", "0.25", "--kv-dram-gib", "1")  # small, so that pages have to move
 DOCUMENT_TOKENS = 6000
 TOKEN_BUDGET = 1024
 NUM_TRIALS = 3
+PROGRESS_S = 3.0
 ENVIRONMENT = os.environ | {"PYTHONSAFEPATH": "1"}
 
 
@@ -38,12 +43,14 @@ class Daemon:
 
     def __init__(self, port: int) -> None:
         self._port = port
+        self._url = f"http://127.0.0.1:{port}"
         self._log = STATE_DIR / "sparsed.log"
         self._log_offset = 0
 
     def start(self) -> None:
         self._log_offset = self._log.stat().st_size if self._log.exists() else 0
-        sparsed("start", "--model", MODEL, "--port", str(self._port), "--detach", *state_dir())
+        port = ("--port", str(self._port))
+        sparsed("start", "--model", MODEL, *MEMORY, *port, "--detach", *state_dir())
 
     def stop(self) -> None:
         sparsed("stop", *state_dir())
@@ -69,21 +76,54 @@ class Daemon:
             **options,
         }
         usage: dict[str, Any] = {}
-        with self._post("/v1/chat/completions", body) as response:
+        with (
+            self._prefill_shown() as stop_showing,
+            self._post("/v1/chat/completions", body) as response,
+        ):
             for event in events(response):
                 if "error" in event:
                     raise DemoError(f"the server answered {event['error']}")
                 for choice in event["choices"]:
-                    print(choice["delta"].get("content") or "", end="", flush=True)
+                    if text := choice["delta"].get("content"):
+                        stop_showing()
+                        print(text, end="", flush=True)
                 usage = event.get("usage") or usage
         print()
         if not usage:
             raise DemoError("the stream ended without a usage record")
         return usage
 
+    @contextmanager
+    def _prefill_shown(self) -> Iterator[Callable[[], None]]:
+        """Tell every few seconds how far the prompt is, until the block or the yielded call ends
+        it."""
+        done = threading.Event()
+
+        def watch() -> None:
+            shown = before = self._prompt_tokens()
+            while not done.wait(PROGRESS_S):
+                if (now := self._prompt_tokens()) > shown:
+                    print(f"  ... {now - before} prompt tokens read", flush=True)
+                    shown = now
+
+        thread = threading.Thread(target=watch)
+        thread.start()
+        try:
+            yield done.set
+        finally:
+            done.set()
+            thread.join()
+
+    def _prompt_tokens(self) -> int:
+        with urllib.request.urlopen(f"{self._url}/metrics", timeout=30) as response:
+            found = re.search(
+                r"^sparsed_prompt_tokens_total (\S+)", response.read().decode(), re.MULTILINE
+            )
+        return int(float(found[1])) if found else 0
+
     def _post(self, path: str, body: dict[str, Any]) -> HTTPResponse:
         request = urllib.request.Request(
-            f"http://127.0.0.1:{self._port}{path}",
+            f"{self._url}{path}",
             data=json.dumps(body).encode(),
             headers={"Content-Type": "application/json"},
         )
@@ -164,8 +204,8 @@ def tune(daemon: Daemon) -> None:
     print("tuning owns the machine, so the daemon stops first")
     daemon.stop()
     sparsed(
-        *("tune", "--model", MODEL, "--workload", "chat", "--trials", str(NUM_TRIALS)),
-        *("--seed", "1", "--export", str(TUNED), *state_dir()),
+        *("tune", "--model", MODEL, *MEMORY, "--workload", "chat"),
+        *("--trials", str(NUM_TRIALS), "--seed", "1", "--export", str(TUNED), *state_dir()),
     )
 
 
