@@ -52,7 +52,7 @@ bench: $(VENV)/.dev
 wheel: $(VENV)/.dev
 	rm -rf build/wheel src/*.egg-info
 	$(PYTHON) -m build -q -o build/wheel .
-	test -f $(BARE)/.ready -a $(BARE)/.ready -nt pyproject.toml \
+	test $(BARE)/.ready -nt pyproject.toml \
 		|| { rm -rf $(BARE); $(INSTALL) $(BARE) build/wheel/*.whl && touch $(BARE)/.ready; }
 	$(BARE)/bin/python -m pip install -q --no-deps --force-reinstall build/wheel/*.whl
 	$(BARE)/bin/python -m pip check
