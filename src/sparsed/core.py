@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from enum import IntEnum, StrEnum
+from math import isfinite
 
 BLOCK_TOKENS = 128
 PAGE_SIZES = (8, 16, 32, 64, 128)
@@ -115,8 +116,8 @@ class KnobSpec:
         if self.choices:
             text = "one of " + ", ".join(str(choice) for choice in self.choices)
         else:
-            low = f"{self.minimum:g}" if self.minimum is not None else "any"
-            high = f"{self.maximum:g}" if self.maximum is not None else "any"
+            low = f"{self.minimum:.8g}" if self.minimum is not None else "any"
+            high = f"{self.maximum:.8g}" if self.maximum is not None else "any"
             text = f"{low} to {high} {self.unit}"
         return f"allowed: {text}" + (", or auto" if self.auto else "")
 
@@ -129,7 +130,7 @@ class KnobSpec:
             raise InputError(
                 f"{self.name}={value!r} is not a number; {self.allowed}", field=self.name
             ) from None
-        if isinstance(value, bool) or number != number or number in (float("inf"), float("-inf")):
+        if isinstance(value, bool) or not isfinite(number):
             raise InputError(f"{self.name}={value!r}: {self.allowed}", field=self.name)
         if not self.integer:
             return number

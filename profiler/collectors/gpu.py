@@ -1,0 +1,37 @@
+"""NVML's view of one GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from sparsed.core import HostGauges
+from sparsed.profiler.collectors.nvml import NvmlSession
+from sparsed.profiler.collectors.pcie import choose_pcie
+
+
+class GpuCollector:
+    """Memory, utilisation, PCIe rates and link state of GPU ``index`` (the driver's count).
+
+    Use it inside the ``open_nvml`` block that gave the session.
+    """
+
+    def __init__(self, nvml: NvmlSession, *, index: int, clock: Callable[[], float]) -> None:
+        self._nvml = nvml
+        self._handle = nvml.call("nvmlDeviceGetHandleByIndex", index)
+        self._pcie = choose_pcie(nvml, self._handle, clock=clock)
+
+    def fill(self, gauges: HostGauges) -> HostGauges:
+        memory = self._nvml.memory(self._handle)
+        busy = self._nvml.call("nvmlDeviceGetUtilizationRates", self._handle)
+        rates = self._pcie.read()
+        return replace(
+            gauges,
+            gpu_used_bytes=memory.used_bytes if memory else None,
+            gpu_total_bytes=memory.total_bytes if memory else None,
+            gpu_util_frac=busy.gpu / 100 if busy is not None else None,
+            pcie_h2d_bytes_per_s=rates.h2d_bytes_per_s if rates else None,
+            pcie_d2h_bytes_per_s=rates.d2h_bytes_per_s if rates else None,
+            pcie_generation=self._nvml.call("nvmlDeviceGetCurrPcieLinkGeneration", self._handle),
+            pcie_width=self._nvml.call("nvmlDeviceGetCurrPcieLinkWidth", self._handle),
+        )

@@ -1,0 +1,99 @@
+"""The driver's library behind one door: opened late, and every call allowed to be missing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple, Protocol
+
+
+class NvmlLibrary(Protocol):
+    """The module ``pynvml``, or a fake with the functions a test needs."""
+
+    NVMLError: type[Exception]
+
+    def __getattr__(self, name: str) -> Any: ...
+
+
+class GpuMemory(NamedTuple):
+    """Device memory as the driver counts it; reserved memory is neither used nor free."""
+
+    total_bytes: int
+    used_bytes: int
+    free_bytes: int
+
+
+class NvmlSession:
+    """Calls by name. A call that the driver, the GPU or the binding does not offer is tried
+    once and answers None from then on; one that fails for the moment answers None this time.
+    """
+
+    def __init__(self, library: NvmlLibrary) -> None:
+        self.library = library
+        self._missing: set[str] = set()
+
+    def call(self, name: str, *arguments: object) -> Any:
+        """The call's result; None if it is not to be had."""
+        if name in self._missing:
+            return None
+        try:
+            return getattr(self.library, name)(*arguments)
+        except AttributeError:  # an older binding
+            self._missing.add(name)
+        except self.library.NVMLError as error:
+            if getattr(error, "value", None) in self._lasting_errors():
+                self._missing.add(name)
+        return None
+
+    def memory(self, handle: object) -> GpuMemory | None:
+        """Version 2 of the call; version 1, on old drivers, counts reserved memory as used."""
+        version = getattr(self.library, "nvmlMemory_v2", None)
+        info = self.call("nvmlDeviceGetMemoryInfo", handle, version) if version else None
+        if info is None:
+            info = self._memory_v1(handle)
+        return GpuMemory(info.total, info.used, info.free) if info is not None else None
+
+    def _memory_v1(self, handle: object) -> Any:
+        try:  # not through ``call``, which remembers by name and would mix the versions up
+            return self.library.nvmlDeviceGetMemoryInfo(handle)
+        except self.library.NVMLError:
+            return None
+
+    def _lasting_errors(self) -> tuple[int, ...]:
+        library = self.library
+        return (
+            library.NVML_ERROR_NOT_SUPPORTED,
+            library.NVML_ERROR_NO_PERMISSION,
+            library.NVML_ERROR_FUNCTION_NOT_FOUND,
+            library.NVML_ERROR_ARGUMENT_VERSION_MISMATCH,
+        )
+
+
+@contextmanager
+def open_nvml(library: NvmlLibrary | None = None) -> Iterator[NvmlSession | None]:
+    """A session for the length of the block; None where there is no binding or no driver."""
+    library = library or _import_nvml()
+    if library is None or not _initialised(library):
+        yield None
+        return
+    try:
+        yield NvmlSession(library)
+    finally:
+        library.nvmlShutdown()
+
+
+def _import_nvml() -> NvmlLibrary | None:
+    try:
+        import pynvml
+    except ImportError:
+        return None
+    library: NvmlLibrary = pynvml
+    return library
+
+
+def _initialised(library: NvmlLibrary) -> bool:
+    try:
+        library.nvmlInit()
+    except library.NVMLError:
+        return False
+    return True

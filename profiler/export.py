@@ -1,0 +1,182 @@
+"""Prometheus text. The names are a promise: ``tests/profiler/metric_names.txt`` holds them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+
+from prometheus_client import CollectorRegistry, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+from sparsed.core import EngineStats, HostGauges, LinkProbe, Slo, Snapshot
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+TTFT_BUCKETS_S = (
+    *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75),
+    *(1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0, 2560.0),
+)
+TPOT_BUCKETS_S = (
+    *(0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75),
+    *(1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0),
+)
+STEP_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Telemetry:
+    """What a scrape shows. ``snapshot`` None: no report is fresh, so gauges are left out."""
+
+    totals: EngineStats
+    snapshot: Snapshot | None = None
+    link: LinkProbe | None = None
+    engine_restarts: int = 0
+    requests_failed: int = 0
+    store_lost_writes: int = 0
+    labels: dict[str, str] = field(default_factory=dict)  # of sparsed_info
+
+
+class Exporter:
+    """Metrics in a registry of its own. ``read`` is asked at every scrape; histograms are fed
+    by ``observe_*``. The histograms have an edge at each target of ``slo``. Thread-safe as far
+    as ``read`` is."""
+
+    def __init__(self, read: Callable[[], Telemetry], *, slo: Slo | None = None) -> None:
+        slo = slo or Slo()
+        self._registry = CollectorRegistry()
+        self._ttft = self._histogram(
+            "sparsed_time_to_first_token_seconds",
+            "Time from a request's arrival to its first token.",
+            _with_edge(TTFT_BUCKETS_S, slo.ttft_s),
+        )
+        self._tpot = self._histogram(
+            "sparsed_time_per_output_token_seconds",
+            "Mean time of a finished request's tokens after the first.",
+            _with_edge(TPOT_BUCKETS_S, slo.tpot_s),
+        )
+        self._step = self._histogram(
+            "sparsed_step_seconds", "Duration of an engine step.", STEP_BUCKETS_S
+        )
+        self._registry.register(_TelemetryCollector(read))
+
+    def observe_request(self, *, ttft_s: float, tpot_s: float | None) -> None:
+        self._ttft.observe(ttft_s)
+        if tpot_s is not None:
+            self._tpot.observe(tpot_s)
+
+    def observe_steps(self, step_s: Iterable[float]) -> None:
+        for duration_s in step_s:
+            self._step.observe(duration_s)
+
+    def render(self) -> bytes:
+        """The exposition text, of type ``CONTENT_TYPE``."""
+        return generate_latest(self._registry)
+
+    def _histogram(self, name: str, text: str, buckets_s: Iterable[float]) -> Histogram:
+        return Histogram(name, text, buckets=tuple(buckets_s), registry=self._registry)
+
+
+class _TelemetryCollector:
+    def __init__(self, read: Callable[[], Telemetry]) -> None:
+        self._read = read
+
+    def describe(self) -> Iterator[Metric]:
+        return iter(())  # registering must not ask ``read`` before the daemon is up
+
+    def collect(self) -> Iterator[Metric]:
+        telemetry = self._read()
+        yield _gauge("info", "What is running.", 1, telemetry.labels)
+        yield from _counters(telemetry)
+        if telemetry.link is not None:
+            yield _by_direction(
+                "link_capacity_bytes_per_second",
+                "Rate between the tiers, measured at start.",
+                h2d=telemetry.link.h2d_bytes_per_s,
+                d2h=telemetry.link.d2h_bytes_per_s,
+            )
+        if telemetry.snapshot is not None:
+            yield from _engine_gauges(telemetry.snapshot)
+            yield from _host_gauges(telemetry.snapshot.host)
+
+
+def _counters(telemetry: Telemetry) -> Iterator[Metric]:
+    totals = telemetry.totals
+    for name, text, value in (
+        ("engine_steps", "Engine steps.", totals.steps),
+        ("prompt_tokens", "Prompt tokens computed.", totals.prompt_tokens),
+        ("generation_tokens", "Tokens generated.", totals.generated_tokens),
+        ("requests_finished", "Requests that ended.", totals.requests_finished),
+        ("requests_failed", "Requests that ended with an error.", telemetry.requests_failed),
+        ("kv_hot_hits", "Selected pages found in the hot tier.", totals.hot_hits),
+        ("kv_hot_misses", "Selected pages fetched from the DRAM tier.", totals.hot_misses),
+        ("kv_evicted_pages", "Pages evicted from the hot tier.", totals.evicted_pages),
+        ("kv_overflow_pages", "Selected pages attended in passes.", totals.overflow_pages),
+        ("h2d_bytes", "Bytes copied into the hot tier.", totals.h2d_bytes),
+        ("h2d_seconds", "Seconds copies into the hot tier were under way.", totals.h2d_s),
+        ("d2h_bytes", "Bytes copied into the DRAM tier.", totals.d2h_bytes),
+        ("d2h_seconds", "Seconds copies into the DRAM tier were under way.", totals.d2h_s),
+        ("engine_restarts", "Engine processes started again.", telemetry.engine_restarts),
+        ("store_lost_writes", "Rows the store could not keep.", telemetry.store_lost_writes),
+    ):
+        yield CounterMetricFamily(f"sparsed_{name}", text, value=value)
+
+
+def _engine_gauges(snapshot: Snapshot) -> Iterator[Metric]:
+    for name, text, value in (
+        ("requests_running", "Requests in the batch.", snapshot.num_running),
+        ("requests_waiting", "Requests in the queue.", snapshot.num_waiting),
+        ("kv_hot_usage_ratio", "Share of the hot tier in use.", snapshot.hot_used_frac),
+        ("host_cache_usage_ratio", "Share of the DRAM tier in use.", snapshot.dram_used_frac),
+        ("attention_recall", "Attention mass on the tokens read.", snapshot.attention_recall),
+        ("last_report_timestamp_seconds", "Time of the engine's last report.", snapshot.ended_at),
+    ):
+        yield _gauge(name, text, value)
+    knobs = snapshot.knobs.as_dict() if snapshot.knobs else {}
+    family = GaugeMetricFamily("sparsed_knob", "Knob values that are numbers.", labels=["knob"])
+    for knob, setting in knobs.items():
+        if isinstance(setting, int | float):
+            family.add_metric([knob], setting)
+    yield family
+
+
+def _host_gauges(host: HostGauges) -> Iterator[Metric]:
+    for name, text, value in (
+        ("process_resident_bytes", "Memory of controller and engine.", host.process_rss_bytes),
+        ("process_cpu_ratio", "Cores busy in controller and engine.", host.process_cpu_frac),
+        ("host_cpu_ratio", "Share of the host's cores busy.", host.host_cpu_frac),
+        ("host_free_bytes", "Memory free on the host.", host.host_free_bytes),
+        ("gpu_used_bytes", "GPU memory in use, all processes.", host.gpu_used_bytes),
+        ("gpu_total_bytes", "GPU memory.", host.gpu_total_bytes),
+        ("gpu_utilisation_ratio", "Share of time the GPU was busy.", host.gpu_util_frac),
+        ("pcie_generation", "Generation the link runs at.", host.pcie_generation),
+        ("pcie_width", "Lanes the link runs at.", host.pcie_width),
+    ):
+        yield _gauge(name, text, value)
+    yield _by_direction(
+        "pcie_bytes_per_second",
+        "The GPU's own PCIe counters, all processes.",
+        h2d=host.pcie_h2d_bytes_per_s,
+        d2h=host.pcie_d2h_bytes_per_s,
+    )
+
+
+def _gauge(
+    name: str, text: str, value: float | None, labels: dict[str, str] | None = None
+) -> Metric:
+    """A family without a sample where there is no value; zero is a value."""
+    labels = labels or {}
+    family = GaugeMetricFamily(f"sparsed_{name}", text, labels=list(labels))
+    if value is not None:
+        family.add_metric(list(labels.values()), value)
+    return family
+
+
+def _by_direction(name: str, text: str, *, h2d: float | None, d2h: float | None) -> Metric:
+    family = GaugeMetricFamily(f"sparsed_{name}", text, labels=["direction"])
+    for direction, value in (("h2d", h2d), ("d2h", d2h)):
+        if value is not None:
+            family.add_metric([direction], value)
+    return family
+
+
+def _with_edge(buckets_s: tuple[float, ...], edge_s: float | None) -> tuple[float, ...]:
+    return tuple(sorted({*buckets_s, *([edge_s] if edge_s else [])}))

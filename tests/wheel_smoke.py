@@ -1,0 +1,63 @@
+"""Run in an environment that holds the wheel and its declared dependencies, nothing else.
+
+Finds what a development environment hides: a dependency nobody declared, a file that is not in
+the wheel (migrations, stubs), a schema that is never made.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import tempfile
+from pathlib import Path
+
+import sparsed
+from sparsed.core import Objective, Profile, ProfileKey, ProfileStatus
+from sparsed.db import open_store
+
+KEY = ProfileKey(hardware="cpu:smoke:1:1GiB", model="smoke", dtype="float32")
+
+
+def import_every_module() -> int:
+    """Number of modules imported. Alembic alone runs the migration scripts."""
+    names = [
+        module.name
+        for module in pkgutil.walk_packages(sparsed.__path__, prefix="sparsed.")
+        if ".migrations." not in module.name
+    ]
+    for name in names:
+        importlib.import_module(name)
+    return len(names)
+
+
+def keep_a_profile() -> None:
+    saved = Profile(
+        key=KEY,
+        values={"token_budget": 1024},
+        status=ProfileStatus.VERIFIED,
+        workload="smoke",
+        objective=Objective.THROUGHPUT,
+        default_scores=(1.0,),
+        winner_scores=(2.0,),
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        store = open_store(Path(folder) / "sparsed.db")
+        store.save_profile(saved)
+        store.close()
+        again = open_store(Path(folder) / "sparsed.db")
+        found = again.find_verified(KEY)
+        again.close()
+    assert found is not None and found.values == saved.values, found
+
+
+def main() -> None:
+    repository = Path(__file__).resolve().parents[1]
+    assert repository not in Path(sparsed.__file__).resolve().parents, sparsed.__file__
+    num_modules = import_every_module()
+    assert num_modules > 30, num_modules
+    keep_a_profile()
+    print(f"wheel: {num_modules} modules import, a profile is kept")
+
+
+if __name__ == "__main__":
+    main()
