@@ -6,7 +6,7 @@ import asyncio
 import logging
 import os
 import sys
-from asyncio.subprocess import DEVNULL, PIPE, Process
+from asyncio.subprocess import PIPE, Process
 from collections import deque
 from typing import Final
 
@@ -123,7 +123,6 @@ class TunerHost:
                 "sparsed.tuner.optimizer",
                 stdin=PIPE,
                 stdout=PIPE,
-                stderr=DEVNULL,
                 limit=MAX_LINE_BYTES,
                 process_group=0,  # Ctrl-C is for the daemon, which then closes us
                 env=os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},

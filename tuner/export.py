@@ -213,7 +213,7 @@ def sglang_flags(profile: Profile, *, memory: DeviceMemory | None) -> dict[str, 
     return {name: value for name, value in flags.items() if value is not None}
 
 
-def _flags(command: str, flags: Mapping[str, KnobValue], profile: Profile, versions: str) -> str:
+def _flags(command: str, flags: Mapping[str, KnobValue], profile: Profile) -> str:
     words = [command.format(model=profile.key.model)]
     words += [f"--{name} {value}" for name, value in flags.items()]
     lines = (*_header(profile), *_losses(profile, flags), " \\\n  ".join(words), "")

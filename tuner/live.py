@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean, median
 from typing import Final
 
-from sparsed.core import Decision, Knobs, KnobValue, TrialResult, TrialStatus
+from sparsed.core import KNOBS_BY_NAME, Decision, Knobs, KnobValue, TrialResult, TrialStatus
 from sparsed.tuner.guard import guard
 from sparsed.tuner.messages import LiveContext
 from sparsed.tuner.policy import neighbours
@@ -17,6 +17,7 @@ MIN_BUSY_FRAC: Final = 0.5  # of the windows
 MIN_TRIALS: Final = 4
 MIN_GAIN_FRAC: Final = 0.03  # below this the incumbent stays
 RESTART_KNOBS: Final = frozenset({"page_size"})
+MAX_HBM_BUDGET: Final = int(KNOBS_BY_NAME["hbm_budget"].maximum or 0)
 
 Change = tuple[Mapping[str, KnobValue], str]  # values and reason; no values: hold
 
@@ -75,7 +76,8 @@ def improve(
     space = live_space(current)
     here = space.encode({})
     near = neighbours(space, here)
-    whole = build_space(current, auto_hbm_budget=current.token_budget)
+    # On auto a request keeps what it can: as much as its length where there is room.
+    whole = build_space(current, auto_hbm_budget=min(current.max_model_len, MAX_HBM_BUDGET))
     model = Surrogate.fit(
         whole,
         points=[whole.encode(trial.values) for trial in done],

@@ -7,16 +7,18 @@ observations give the same suggestion, so that a resumed study goes on as if nev
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
+from itertools import product
 from typing import Final, NamedTuple, Protocol
 
 from sparsed.core import KnobValue
-from sparsed.tuner.space import Point, SearchSpace
+from sparsed.tuner.space import Ladder, Point, SearchSpace
 from sparsed.tuner.surrogate import Surrogate
 
-NUM_CANDIDATES: Final = 400  # random points the acquisition function is looked up at
+NUM_CANDIDATES: Final = 400  # points the acquisition function is looked up at
+TRUST_RADIUS_FRAC: Final = 0.15  # of the rungs of a ladder
 
 
 class Observation(NamedTuple):
@@ -53,14 +55,14 @@ class RandomSearch:
 class BayesSearch:
     """Gaussian process with expected improvement on the log score (scikit-optimize).
 
-    The first ``num_initial`` suggestions are random. The acquisition function is looked up at
-    random points and round the best one, among points not seen yet: the library's own ``ask``
-    may repeat a point and does not know the constraints between knobs.
+    The first ``num_initial`` suggestions are random. Then the acquisition function is looked up
+    in a trust region round the best point, among points not seen yet: a few trials in five
+    dimensions say little about the far corners, and the library's own ``ask`` may repeat a point.
     """
 
     space: SearchSpace
     seed: int
-    num_initial: int = 3
+    num_initial: int = 2
 
     def suggest(self, observations: Sequence[Observation]) -> Suggestion | None:
         best = max(observations, key=lambda item: item.score or 0.0, default=None)
@@ -68,22 +70,18 @@ class BayesSearch:
             return RandomSearch(space=self.space, seed=~self.seed).suggest(observations)
         points = [self.space.encode(item.values) for item in observations]
         generator = random.Random(f"{self.seed}:{len(observations)}")
-        candidates = [
-            *draw(self.space, generator=generator, num_points=NUM_CANDIDATES, seen=set(points)),
-            *(
-                point
-                for point in neighbours(self.space, self.space.encode(best.values))
-                if point not in points
-            ),
-        ]
+        candidates = draw(
+            self.space,
+            generator=generator,
+            num_points=NUM_CANDIDATES,
+            seen=set(points),
+            centre=self.space.encode(best.values),
+        )
         if not candidates:
             return None
-        model = Surrogate.fit(
-            self.space,
-            points=points,
-            scores=[x.score for x in observations],
-            seed=generator.randrange(1 << 31),
-        )
+        scores = [item.score for item in observations]
+        seed = generator.randrange(1 << 31)
+        model = Surrogate.fit(self.space, points=points, scores=scores, seed=seed)
         gains = model.expected_improvement(candidates)
         chosen = max(range(len(candidates)), key=gains.__getitem__)
         reason = f"expected improvement, learned from {len(points)} trials"
@@ -91,12 +89,19 @@ class BayesSearch:
 
 
 def draw(
-    space: SearchSpace, *, generator: random.Random, num_points: int, seen: AbstractSet[Point]
+    space: SearchSpace,
+    *,
+    generator: random.Random,
+    num_points: int,
+    seen: AbstractSet[Point],
+    centre: Point | None = None,
 ) -> list[Point]:
-    """Up to ``num_points`` distinct valid points outside ``seen``, at least one if any is left."""
+    """Up to ``num_points`` distinct valid points outside ``seen``, within the trust region of
+    ``centre`` if one is given; from everywhere if none is left there; none if none is left."""
+    ranges = [_rungs_around(ladder, rung) for ladder, rung in _with_rung(space, centre)]
     found: dict[Point, None] = {}
     for _ in range(4 * num_points + 100):
-        point = tuple(generator.randrange(len(ladder.rungs)) for ladder in space.ladders)
+        point = tuple(generator.choice(rungs) for rungs in ranges)
         if point not in seen and space.is_valid(point):
             found[point] = None
         if len(found) == num_points:
@@ -110,11 +115,22 @@ def draw(
 
 def neighbours(space: SearchSpace, point: Point) -> list[Point]:
     """Valid points one rung away in one knob or in two."""
-    moves = [(i, step) for i in range(len(point)) for step in (-1, 1)]
-    pairs = [((i, a), (j, b)) for i, a in moves for j, b in moves if i <= j]
-    reached = {_moved(point, dict(pair)) for pair in pairs}
+    moves = [(axis, step) for axis in range(len(point)) for step in (-1, 1)]
+    reached = {_moved(point, dict(pair)) for pair in product(moves, repeat=2)}
     return sorted(item for item in reached if space.contains(item) and item != point)
 
 
+def _with_rung(space: SearchSpace, centre: Point | None) -> Iterator[tuple[Ladder, int | None]]:
+    return zip(space.ladders, centre or (None,) * len(space.ladders), strict=True)
+
+
+def _rungs_around(ladder: Ladder, rung: int | None) -> range:
+    size = len(ladder.rungs)
+    if rung is None:
+        return range(size)
+    radius = max(1, round(TRUST_RADIUS_FRAC * size))
+    return range(max(0, rung - radius), min(size, rung + radius + 1))
+
+
 def _moved(point: Point, steps: Mapping[int, int]) -> Point:
-    return tuple(rung + steps.get(i, 0) for i, rung in enumerate(point))
+    return tuple(rung + steps.get(axis, 0) for axis, rung in enumerate(point))
