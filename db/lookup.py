@@ -52,7 +52,7 @@ def config_id(session: Session, values: Mapping[str, object]) -> int:
 
 def workload_id(session: Session, workload: Workload) -> int:
     requests = rows.workload_requests(workload)
-    unique = {"sha256": rows.sha256(requests)}
+    unique = {"sha256": rows.sha256([workload.name, requests])}
     others = {"name": workload.name, "requests": requests}
     return _ensure(session, WorkloadRow, unique=unique, others=others)
 

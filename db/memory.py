@@ -20,7 +20,7 @@ from sparsed.core import (
 )
 from sparsed.db import rows
 from sparsed.db.rollup import MAX_DECISIONS, RETENTION_S, Rollup, RollupBuilder
-from sparsed.db.store import StoreError
+from sparsed.db.store import StoreError, Study
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -108,14 +108,14 @@ class InMemoryProfileStore:
             return len(self._studies)
 
     def find_study(
-        self, key: ProfileKey, *, workload: Workload, objective: Objective, slo: Slo, seed: int
-    ) -> int | None:
-        wanted = (key, workload.requests, objective, slo, seed)
+        self, key: ProfileKey, *, workload: str, objective: Objective, slo: Slo, seed: int
+    ) -> Study | None:
+        wanted = (key, workload, objective, slo, seed)
         with self._lock:
             for number, study in reversed(list(enumerate(self._studies, start=1))):
-                has = (study.key, study.workload.requests, study.objective, study.slo, study.seed)
+                has = (study.key, study.workload.name, study.objective, study.slo, study.seed)
                 if has == wanted:
-                    return number
+                    return Study(study_id=number, workload=study.workload)
         return None
 
     def record_trial(self, study_id: int, trial: TrialResult) -> None:

@@ -21,8 +21,9 @@ from sparsed.core import (
     TrialResult,
     TrialStatus,
     Workload,
+    WorkloadRequest,
 )
-from sparsed.db.models import DecisionRow, ProfileRow, RollupRow, TrialRow
+from sparsed.db.models import DecisionRow, ProfileRow, RollupRow, TrialRow, WorkloadRow
 from sparsed.db.rollup import Rollup
 
 
@@ -66,6 +67,14 @@ def workload_requests(workload: Workload) -> list[list[float | int]]:
         [plain_number(item.arrival_s), int(item.input_tokens), int(item.output_tokens)]
         for item in workload.requests
     ]
+
+
+def workload_of(row: WorkloadRow) -> Workload:
+    requests = (
+        WorkloadRequest(arrival_s=arrival_s, input_tokens=num_input, output_tokens=num_output)
+        for arrival_s, num_input, num_output in row.requests
+    )
+    return Workload(name=row.name, requests=tuple(requests))
 
 
 def slo_values(slo: Slo) -> dict[str, Any]:

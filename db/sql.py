@@ -33,6 +33,7 @@ from sparsed.db.models import (
 )
 from sparsed.db.rollup import MAX_DECISIONS, RETENTION_S, Rollup, RollupBuilder
 from sparsed.db.session import reading, writing
+from sparsed.db.store import Study
 
 
 class SqlProfileStore:
@@ -122,19 +123,21 @@ class SqlProfileStore:
             return row.id
 
     def find_study(
-        self, key: ProfileKey, *, workload: Workload, objective: Objective, slo: Slo, seed: int
-    ) -> int | None:
-        digest = rows.sha256(rows.workload_requests(workload))
+        self, key: ProfileKey, *, workload: str, objective: Objective, slo: Slo, seed: int
+    ) -> Study | None:
         query = (
-            lookup.of_key(select(StudyRow), key, row=StudyRow)
+            lookup.of_key(select(StudyRow, WorkloadRow), key, row=StudyRow)
             .join(WorkloadRow, WorkloadRow.id == StudyRow.workload_id)
-            .where(WorkloadRow.sha256 == digest, StudyRow.objective == objective.value)
+            .where(WorkloadRow.name == workload, StudyRow.objective == objective.value)
             .where(StudyRow.seed == int(seed))
             .order_by(StudyRow.id.desc())
         )
         wanted = rows.slo_values(slo)
         with reading(self._engine) as session:
-            return next((row.id for row in session.scalars(query) if row.slo == wanted), None)
+            for study, served in session.execute(query):
+                if study.slo == wanted:
+                    return Study(study_id=study.id, workload=rows.workload_of(served))
+        return None
 
     def record_trial(self, study_id: int, trial: TrialResult) -> None:
         with writing(self._engine) as session:

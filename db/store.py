@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Protocol
 
 from sparsed.core import (
@@ -20,6 +21,14 @@ from sparsed.db.rollup import Rollup
 
 class StoreError(Exception):
     """The storage refused or lost an operation (disk full, locked, damaged); nothing changed."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Study:
+    """An offline search as it was begun; ``workload`` is what its trials served."""
+
+    study_id: int
+    workload: Workload
 
 
 class ProfileStore(Protocol):
@@ -63,9 +72,9 @@ class StudyStore(Protocol):
         ...
 
     def find_study(
-        self, key: ProfileKey, *, workload: Workload, objective: Objective, slo: Slo, seed: int
-    ) -> int | None:
-        """The newest study that asked exactly this, to be resumed."""
+        self, key: ProfileKey, *, workload: str, objective: Objective, slo: Slo, seed: int
+    ) -> Study | None:
+        """The newest study that asked this over a workload of this name, to be resumed."""
         ...
 
     def record_trial(self, study_id: int, trial: TrialResult) -> None:

@@ -27,7 +27,7 @@ from sparsed.core import (
 from sparsed.db import open_store
 from sparsed.db.memory import InMemoryProfileStore
 from sparsed.db.rollup import HOUR_S, MAX_DECISIONS, MINUTE_S, RETENTION_S
-from sparsed.db.store import Store, StoreError
+from sparsed.db.store import Store, StoreError, Study
 
 KEY = ProfileKey(hardware="cpu:x:2:4GiB", model="tiny", dtype="float32")
 OTHER_KEY = ProfileKey(hardware="gpu:y:80GiB", model="tiny", dtype="float32")
@@ -203,18 +203,17 @@ def test_find_study_wants_the_same_question(reopen: Callable[[], Store]) -> None
     start_study(store, seed=1)
     newest = start_study(store, seed=1)
     slo = Slo(ttft_s=1.0)
-    question = {"workload": WORKLOAD, "objective": Objective.THROUGHPUT, "slo": slo, "seed": 1}
-    other_workload = Workload(name="chat", requests=WORKLOAD.requests * 2)
+    question = {"workload": "chat", "objective": Objective.THROUGHPUT, "slo": slo, "seed": 1}
 
-    def find(key: ProfileKey = KEY, **changes: object) -> int | None:
+    def find(key: ProfileKey = KEY, **changes: object) -> Study | None:
         return reopen().find_study(key, **(question | changes))  # type: ignore[arg-type]
 
-    assert find() == newest
+    assert find() == Study(study_id=newest, workload=WORKLOAD)
     assert find(OTHER_KEY) is None
     assert find(seed=2) is None
     assert find(slo=Slo(ttft_s=2.0)) is None
     assert find(objective=Objective.GOODPUT) is None
-    assert find(workload=other_workload) is None
+    assert find(workload="mixed") is None
 
 
 def test_minutes_and_hours_are_rolled_up(reopen: Callable[[], Store]) -> None:

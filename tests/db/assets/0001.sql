@@ -140,7 +140,7 @@ CREATE TABLE workload (
 	CONSTRAINT pk_workload PRIMARY KEY (id), 
 	CONSTRAINT uq_workload_sha256 UNIQUE (sha256)
 );
-INSERT INTO "workload" VALUES(1,'4cfbc93399102892c021015c22cfaa581de00cdd66e373181d7cc7b478b2683f','chat','[[0.0, 8, 4]]');
+INSERT INTO "workload" VALUES(1,'98bc2a2a390d5104c8e4ba564970331c8553846c6f4669e40130950e872effbc','chat','[[0.0, 8, 4]]');
 CREATE INDEX ix_decision_made_at ON decision (made_at);
 CREATE INDEX ix_profile_hardware_id ON profile (hardware_id, model_id);
 CREATE INDEX ix_rollup_period_s ON rollup (period_s, started_at);
