@@ -23,6 +23,7 @@ DEFAULT: Final = "default"
 BAYES: Final = "bayes"
 RANDOM: Final = "random"
 VERIFY: Final = "verify"
+NUM_REPEATS: Final = 2  # measurements of a trial
 NUM_VERIFY_ROUNDS: Final = 5
 MAX_RECALL_LOSS: Final = 0.05  # below the default's recall, where no floor was given
 BROKEN: Final = (
@@ -44,7 +45,7 @@ class StudyPlan:
     slo: Slo
     num_trials: int
     seed: int
-    num_repeats: int = 2
+    num_repeats: int = NUM_REPEATS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,6 +60,11 @@ class StudyOutcome:
     interrupted: bool = False
     default_scores: tuple[float, ...] = ()
     winner_scores: tuple[float, ...] = ()
+
+    @property
+    def default_ran(self) -> bool:
+        """Whether there is anything to compare with."""
+        return self.default is not None and self.default.status not in BROKEN
 
 
 def run_study(
