@@ -1,0 +1,148 @@
+"""The live tuner as the daemon sees it: windows go in, advice comes out, nothing is applied."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import sys
+from asyncio.subprocess import PIPE, Process
+from collections import deque
+from typing import Final
+
+import msgspec
+
+from sparsed.controller.control import TunerState
+from sparsed.core import Decision, ProfileKey, Slo, Snapshot, TrialResult, TunerMode
+from sparsed.db.store import Store, StoreError
+from sparsed.tuner.messages import Answer, LiveContext
+
+NUM_WINDOWS: Final = 30  # of one question
+MAX_DEATHS: Final = 3  # of the optimizer, then advice ends
+MAX_LINE_BYTES: Final = 1 << 24
+MAX_DECISIONS: Final = 50  # shown
+
+logger = logging.getLogger(__name__)
+
+
+class TunerHost:
+    """Collects windows and asks the optimizer process, one question at a time.
+
+    Lives on the event loop. The process starts with the first question, which takes
+    ``num_windows`` windows with work in them: an idle daemon never pays for it.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        key: ProfileKey,
+        *,
+        slo: Slo | None = None,
+        mode: TunerMode = TunerMode.ADVISE,
+        num_windows: int = NUM_WINDOWS,
+    ) -> None:
+        self._store: Final = store
+        self._key: Final = key
+        self._slo: Final = slo or Slo()
+        self._mode = mode
+        self._windows: deque[Snapshot] = deque(maxlen=num_windows)
+        self._num_observations = 0
+        self._decisions: deque[Decision] = deque(maxlen=MAX_DECISIONS)
+        self._process: Process | None = None
+        self._question: asyncio.Task[None] | None = None
+        self._num_deaths = 0
+
+    def set_mode(self, mode: TunerMode) -> None:
+        """Off forgets the windows; observe collects without advice."""
+        self._mode = mode
+        if mode is TunerMode.OFF:
+            self._windows.clear()
+
+    def state(self) -> TunerState:
+        return TunerState(
+            mode=self._mode,
+            num_observations=self._num_observations,
+            decisions=tuple(self._decisions),
+        )
+
+    def on_snapshot(self, snapshot: Snapshot) -> None:
+        """Take one window; returns at once. Windows of other knobs than the newest are dropped."""
+        if self._mode is TunerMode.OFF or snapshot.knobs is None:
+            return
+        if not snapshot.steps and not self._windows:
+            return
+        if self._windows and self._windows[-1].knobs != snapshot.knobs:
+            self._windows.clear()
+        self._windows.append(snapshot)
+        self._num_observations += 1
+        if self._mode is TunerMode.ADVISE and self._may_ask():
+            self._question = asyncio.create_task(self._ask(tuple(self._windows)))
+            self._windows.clear()
+
+    async def close(self) -> None:
+        """End the optimizer; a question under way is dropped."""
+        if self._question is not None:
+            self._question.cancel()
+            await asyncio.wait({self._question})
+        await self._end_process()
+
+    def _may_ask(self) -> bool:
+        idle = self._question is None or self._question.done()
+        return idle and len(self._windows) == self._windows.maxlen and self._num_deaths < MAX_DEATHS
+
+    async def _ask(self, windows: tuple[Snapshot, ...]) -> None:
+        try:
+            trials = await asyncio.to_thread(self._latest_trials)
+            question = LiveContext(windows=windows, trials=trials, slo=self._slo)
+            decision = await self._exchange(question)
+            if self._is_news(decision):
+                self._decisions.appendleft(decision)
+                logger.info("advice: %s (%s)", dict(decision.values) or "hold", decision.reason)
+                await asyncio.to_thread(self._store.record_decision, self._key, decision)
+        except StoreError as error:
+            logger.warning("the store failed the tuner: %s", error)
+        except (OSError, ValueError, msgspec.MsgspecError) as error:
+            self._num_deaths += 1
+            logger.warning("the optimizer is gone (%s), %d times so far", error, self._num_deaths)
+            await self._end_process()
+
+    async def _exchange(self, question: LiveContext) -> Decision:
+        process = await self._running_process()
+        assert process.stdin is not None and process.stdout is not None
+        process.stdin.write(msgspec.json.encode(question) + b"\n")
+        await process.stdin.drain()
+        line = await process.stdout.readline()
+        return msgspec.json.decode(line, type=Answer).decision
+
+    async def _running_process(self) -> Process:
+        if self._process is None:
+            self._process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-P",
+                "-m",
+                "sparsed.tuner.optimizer",
+                stdin=PIPE,
+                stdout=PIPE,
+                limit=MAX_LINE_BYTES,
+                process_group=0,  # Ctrl-C is for the daemon, which then closes us
+                env=os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+            )
+        return self._process
+
+    async def _end_process(self) -> None:
+        process, self._process = self._process, None
+        if process is None:
+            return
+        if process.returncode is None:
+            process.kill()
+        await process.wait()
+
+    def _latest_trials(self) -> tuple[TrialResult, ...]:
+        """Trials of the newest study: scores of different workloads do not compare."""
+        trials = self._store.list_trials(key=self._key)
+        begins = max((i for i, trial in enumerate(trials) if trial.number == 0), default=0)
+        return trials[begins:]
+
+    def _is_news(self, decision: Decision) -> bool:
+        last = self._decisions[0] if self._decisions else None
+        return last is None or (last.values, last.reason) != (decision.values, decision.reason)

@@ -1,0 +1,257 @@
+"""``sparsed tune``: owns the machine, searches on the real engine, keeps a verified profile."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final
+
+from rich.console import Console
+
+from sparsed import __version__
+from sparsed.controller.config import DaemonConfig
+from sparsed.controller.startup import StartPlan, prepare
+from sparsed.controller.state_dir import StateLock
+from sparsed.controller.trials import EngineBench
+from sparsed.controller.tuning_report import StudyProgress, print_outcome
+from sparsed.controller.workload import ServiceTimes, expected_s, fit_workload, load_workload
+from sparsed.core import (
+    BLOCK_TOKENS,
+    ExitCode,
+    InputError,
+    KnobValue,
+    Measurement,
+    Objective,
+    Profile,
+    ProfileStatus,
+    TrialResult,
+    Workload,
+)
+from sparsed.db import open_store
+from sparsed.db.store import Store, StoreError
+from sparsed.engine.planner import HBM_WORKSPACE_BYTES
+from sparsed.tuner.export import FORMAT_BY_SUFFIX, DeviceMemory, render_profile
+from sparsed.tuner.offline import NUM_REPEATS, StudyOutcome, StudyPlan, run_study
+from sparsed.tuner.space import build_space
+
+EXIT_INTERRUPTED: Final = 130  # as a shell reports Ctrl-C
+DEFAULT_TRIAL_S: Final = {"cpu": 6.0, "cuda": 30.0}
+DEADLINE_FACTOR: Final = 10.0  # of the expected time of a window
+MIN_DEADLINE_S: Final = 60.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TuneOptions:
+    """``trials``: of each arm. ``trial_s``: seconds of one trial, None by the device.
+    Knobs given in ``config`` are fixed. ``min_recall`` None: a little below the default's."""
+
+    config: DaemonConfig
+    workload: str
+    trials: int
+    objective: Objective = Objective.THROUGHPUT
+    export: Path | None = None
+    resume: bool = False
+    trial_s: float | None = None
+    min_recall: float | None = None
+
+
+def run_tune(options: TuneOptions) -> int:
+    """Search, verify, store and export; returns the exit code.
+
+    Errors: StartError (75 beside a daemon; 65 or 77 for the database), InputError for an option.
+    """
+    requested = _check(options)
+    state_dir = options.config.state_dir
+    with StateLock(state_dir, verb="tune"), asyncio.Runner() as runner:
+        store = open_store(state_dir.database)
+        tune = _Tune(options, store=store, console=Console())
+        try:
+            return tune.run(runner, requested)
+        finally:
+            runner.run(tune.bench.close())
+            store.close()
+
+
+def _check(options: TuneOptions) -> Workload:
+    """The workload as it was asked for; InputError before anything is started."""
+    slo = options.config.slo
+    if options.objective is Objective.GOODPUT and slo.ttft_s is None and slo.tpot_s is None:
+        raise InputError(
+            "goodput counts requests that meet their targets: give --slo-ttft-ms or --slo-tpot-ms",
+            field="objective",
+        )
+    if options.export is not None and options.export.suffix not in FORMAT_BY_SUFFIX:
+        known = ", ".join(FORMAT_BY_SUFFIX)
+        raise InputError(f"--export {options.export}: end it in one of {known}", field="export")
+    return load_workload(options.workload)
+
+
+class _Tune:
+    """One run, from the probe to the table. ``bench`` is to be closed by the caller."""
+
+    def __init__(self, options: TuneOptions, *, store: Store, console: Console) -> None:
+        config = replace(options.config, no_profile=True)  # trial 0 is the default, not a winner
+        self._options = options
+        self._store = store
+        self._console = console
+        self._slo = replace(config.slo, min_recall=options.min_recall)
+        self._plan = prepare(config, progress=self._say_progress)
+        self.bench = EngineBench(config, self._plan)
+        self._record_due_at = time.time()
+
+    def run(self, runner: asyncio.Runner, requested: Workload) -> int:
+        times = runner.run(self.bench.probe())
+        study_id, workload = self._open_study(requested, times=times)
+        deadline_s = max(
+            MIN_DEADLINE_S, DEADLINE_FACTOR * expected_s(workload.requests, times=times)
+        )
+
+        def measure(values: Mapping[str, KnobValue]) -> Measurement:
+            window = self.bench.measure(values, workload=workload, deadline_s=deadline_s)
+            return runner.run(window)
+
+        outcome = self._search(measure, study_id=study_id)
+        profile = self._profile(outcome, workload=workload)
+        print_outcome(self._console, outcome, objective=self._options.objective)
+        self._export(profile)
+        if outcome.interrupted:
+            return EXIT_INTERRUPTED
+        return ExitCode.OK if outcome.default_ran else ExitCode.SOFTWARE
+
+    def _open_study(self, requested: Workload, *, times: ServiceTimes) -> tuple[int, Workload]:
+        """The study to go on with, or a new one over a workload cut to this machine."""
+        options, seed = self._options, self._options.config.seed
+        if options.resume:
+            found = self._store.find_study(
+                self._plan.key,
+                workload=requested.name,
+                objective=options.objective,
+                slo=self._slo,
+                seed=seed,
+            )
+            if found is not None:
+                self._console.print(f"resuming study {found.study_id}")
+                return found.study_id, found.workload
+        fitted = fit_workload(
+            requested,
+            max_tokens=self._plan.spec.knobs.max_model_len,
+            window_s=self._trial_s / NUM_REPEATS,
+            times=times,
+        )
+        self._console.print(
+            f"workload {requested.name}: {fitted.description}, about {fitted.expected_s:.1f} s a "
+            f"window, {NUM_REPEATS} windows a trial"
+        )
+        study_id = self._store.start_study(
+            self._plan.key,
+            workload=fitted.workload,
+            objective=options.objective,
+            slo=self._slo,
+            seed=seed,
+            versions=self._versions,
+            started_at=time.time(),
+        )
+        return study_id, fitted.workload
+
+    def _search(
+        self, measure: Callable[[Mapping[str, KnobValue]], Measurement], *, study_id: int
+    ) -> StudyOutcome:
+        options, knobs = self._options, self._plan.spec.knobs
+        plan = StudyPlan(
+            space=build_space(
+                knobs,
+                auto_hbm_budget=_auto_hbm_budget(self._plan),
+                fixed=set(options.config.knobs),
+            ),
+            objective=options.objective,
+            slo=self._slo,
+            num_trials=options.trials,
+            seed=options.config.seed,
+        )
+        previous = self._store.list_trials(study_id=study_id)
+        self._record_due_at = time.time()
+        with StudyProgress(self._console, plan=plan, previous=previous) as progress:
+
+            def record(trial: TrialResult) -> None:
+                self._record(study_id, trial)
+                progress.show(trial)
+
+            return run_study(measure, plan=plan, record=record, previous=previous)
+
+    def _record(self, study_id: int, trial: TrialResult) -> None:
+        now = time.time()
+        timed = replace(trial, started_at=self._record_due_at, ended_at=now)
+        self._record_due_at = now
+        try:
+            self._store.record_trial(study_id, timed)
+        except StoreError as error:
+            self._console.print(f"trial {trial.number} could not be stored: {error}")
+
+    def _profile(self, outcome: StudyOutcome, *, workload: Workload) -> Profile | None:
+        """The verified winner, stored; else the default as a draft, which is not. None without
+        a default that ran."""
+        chosen = outcome.winner or outcome.default
+        if chosen is None or not outcome.default_ran:
+            return None
+        verified = outcome.winner is not None
+        profile = Profile(
+            key=self._plan.key,
+            values=chosen.values,
+            status=ProfileStatus.VERIFIED if verified else ProfileStatus.DRAFT,
+            workload=workload.name,
+            objective=self._options.objective,
+            default_scores=outcome.default_scores,
+            winner_scores=outcome.winner_scores if verified else outcome.default_scores,
+            versions=self._versions,
+            created_at=time.time(),
+        )
+        if not verified:
+            return profile
+        saved = self._store.save_profile(profile)
+        self._console.print(f"profile {saved.profile_id} is verified: the next start takes it")
+        return saved
+
+    def _export(self, profile: Profile | None) -> None:
+        file = self._options.export
+        if file is None or profile is None:
+            return
+        text = render_profile(
+            profile, format=FORMAT_BY_SUFFIX[file.suffix], memory=_device_memory(self._plan)
+        )
+        file.write_text(text, encoding="utf-8")
+        what = "winner" if profile.status is ProfileStatus.VERIFIED else "default, which stays"
+        self._console.print(f"{file}: the {what}")
+
+    @property
+    def _trial_s(self) -> float:
+        kind = self._plan.spec.device.partition(":")[0]
+        return self._options.trial_s or DEFAULT_TRIAL_S[kind]
+
+    @property
+    def _versions(self) -> dict[str, str]:
+        return {"sparsed": __version__, **self.bench.versions}
+
+    def _say_progress(self, phase: str, frac: float) -> None:
+        self._console.print(f"{phase}, {100 * frac:.0f} %")
+
+
+def _auto_hbm_budget(plan: StartPlan) -> int:
+    """Tokens of a lane that the closed form gives: an even share of the arena."""
+    lane_blocks = plan.spec.plan.num_blocks // plan.model.shape.num_lanes
+    knobs = plan.spec.knobs
+    share = lane_blocks * BLOCK_TOKENS // knobs.max_num_active_seqs
+    return min(max(share, knobs.token_budget), knobs.max_model_len)
+
+
+def _device_memory(plan: StartPlan) -> DeviceMemory | None:
+    if not plan.machine.hbm_total_bytes:
+        return None
+    return DeviceMemory(
+        device_bytes=plan.machine.hbm_total_bytes,
+        weights_bytes=plan.spec.plan.weights_bytes,
+        workspace_bytes=HBM_WORKSPACE_BYTES,
+        kv_bytes=plan.spec.plan.hot_bytes,
+    )

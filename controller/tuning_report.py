@@ -1,0 +1,92 @@
+"""A study on the terminal: a bar with the best so far, a line per trial, a table at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from statistics import median
+from types import TracebackType
+from typing import Final, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from sparsed.core import KnobValue, Objective, TrialResult, TrialStatus
+from sparsed.tuner.offline import (
+    BAYES,
+    DEFAULT,
+    NUM_VERIFY_ROUNDS,
+    RANDOM,
+    VERIFY,
+    StudyOutcome,
+    StudyPlan,
+)
+
+UNITS: Final = {Objective.THROUGHPUT: "tokens/s", Objective.GOODPUT: "requests/s"}
+ARM_NAMES: Final = {DEFAULT: "default", RANDOM: "best of random", BAYES: "best of Bayesian"}
+
+
+class StudyProgress:
+    """A context manager; ``show`` gets every trial as it ends."""
+
+    def __init__(
+        self, console: Console, *, plan: StudyPlan, previous: Sequence[TrialResult]
+    ) -> None:
+        self._objective = plan.objective
+        self._best = 0.0
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=console,
+        )
+        done = sum(trial.status is not TrialStatus.INTERRUPTED for trial in previous)
+        total = 1 + 2 * plan.num_trials + 2 * NUM_VERIFY_ROUNDS
+        self._task = self._bar.add_task("tuning", total=total, completed=done)
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._bar.stop()
+
+    def show(self, trial: TrialResult) -> None:
+        unit = UNITS[self._objective]
+        if trial.score is not None and trial.arm != VERIFY:
+            self._best = max(self._best, trial.score)
+        result = f"{trial.score:.4g} {unit}" if trial.score is not None else trial.status.value
+        note = f" ({trial.reason})" if trial.reason else ""
+        knobs = values_in_words(trial.values)
+        self._bar.console.print(f"{trial.number:>4} {trial.arm:<8}{result}{note}  {knobs}")
+        self._bar.update(self._task, advance=1, description=f"best {self._best:.4g} {unit}")
+
+
+def print_outcome(console: Console, outcome: StudyOutcome, *, objective: Objective) -> None:
+    """The default, the best of both arms, and the verification with its spreads."""
+    table = Table("", f"{UNITS[objective]}", "spread", "knobs", title="result")
+    for arm, name in ARM_NAMES.items():
+        if trial := outcome.best.get(arm):
+            spread = "" if trial.spread_frac is None else f"{trial.spread_frac:.1%}"
+            table.add_row(name, f"{trial.score:.4g}", spread, values_in_words(trial.values))
+    for name, scores in (
+        ("default, again", outcome.default_scores),
+        ("best, again", outcome.winner_scores),
+    ):
+        if scores:
+            spread_frac = (max(scores) - min(scores)) / median(scores)
+            runs = f"{len(scores)} runs, worst {min(scores):.4g}"
+            table.add_row(name, f"{median(scores):.4g}", f"{spread_frac:.1%}", runs)
+    console.print(table)
+    console.print(outcome.reason)
+
+
+def values_in_words(values: Mapping[str, KnobValue]) -> str:
+    pairs = values.items()
+    return ", ".join(f"{name}={'auto' if value is None else value}" for name, value in pairs)

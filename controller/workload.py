@@ -1,0 +1,163 @@
+"""What a trial serves: presets and traces, cut to the model, the machine and the time there is."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final
+
+from sparsed.core import (
+    AddRequest,
+    InputError,
+    SamplingParams,
+    SparseMode,
+    SparseOptions,
+    Workload,
+    WorkloadRequest,
+)
+
+MIN_REQUESTS: Final = 2
+MIN_INPUT_TOKENS: Final = 32
+MIN_OUTPUT_TOKENS: Final = 8
+CHAT: Final = ((900, 180), (400, 250), (2200, 150), (600, 300))
+DOCUMENTS: Final = ((12_000, 120), (30_000, 160), (7_000, 100))
+PRESET_REPEATS: Final = 8
+PRESETS: Final = {"chat": CHAT, "documents": DOCUMENTS, "mixed": (*CHAT, *DOCUMENTS)}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServiceTimes:
+    """What a probe of one request took, to foresee what a workload takes."""
+
+    prompt_tokens_per_s: float
+    output_token_s: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FittedWorkload:
+    """``description`` says what was cut, for the user."""
+
+    workload: Workload
+    expected_s: float
+    description: str
+
+
+def load_workload(name: str) -> Workload:
+    """A preset, or the JSONL file ``name``: timestamp in ms, input_length, output_length.
+
+    InputError names the preset or the line that is wrong.
+    """
+    if shapes := PRESETS.get(name):
+        sizes = shapes * PRESET_REPEATS
+        return Workload(name=name, requests=tuple(_request(0.0, *size) for size in sizes))
+    path = Path(name)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        known = ", ".join(PRESETS)
+        raise InputError(
+            f"workload {name!r} is neither a preset ({known}) nor a readable file: {error}",
+            field="workload",
+        ) from None
+    return Workload(name=path.stem, requests=parse_trace(lines))
+
+
+def parse_trace(lines: list[str]) -> tuple[WorkloadRequest, ...]:
+    """Requests of a trace, by arrival. InputError names the line."""
+    requests = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+            sizes = int(row["input_length"]), int(row["output_length"])
+            request = _request(float(row["timestamp"]) / 1e3, *sizes)
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(
+                f"line {number} of the workload: {error!r}; each line is a JSON object with "
+                "timestamp, input_length and output_length, all positive",
+                field="workload",
+            ) from None
+        requests.append(request)
+    if not requests:
+        raise InputError("the workload has no requests", field="workload")
+    return tuple(sorted(requests, key=lambda request: request.arrival_s))
+
+
+def fit_workload(
+    workload: Workload, *, max_tokens: int, window_s: float, times: ServiceTimes
+) -> FittedWorkload:
+    """Cut ``workload`` so that serving it takes about ``window_s``.
+
+    First lengths are scaled so that the longest request fits ``max_tokens`` (prompt and output),
+    then requests are left out, then lengths are scaled again. Long prompts are kept as long as
+    possible: short ones never meet the sparse path.
+    """
+    longest = max(item.input_tokens + item.output_tokens for item in workload.requests)
+    length_frac = min(1.0, max_tokens / longest)
+    requests = [_scaled(item, length_frac) for item in workload.requests]
+    kept = requests[:1]
+    for item in requests[1:]:
+        over = expected_s((*kept, item), times=times) > window_s
+        if over and len(kept) >= MIN_REQUESTS:
+            break
+        kept.append(item)
+    cost_s = expected_s(tuple(kept), times=times)
+    if cost_s > window_s:
+        length_frac *= window_s / cost_s
+        kept = [_scaled(item, window_s / cost_s) for item in kept]
+    kept = _squeezed(kept, window_s=window_s)
+    return FittedWorkload(
+        workload=replace(workload, requests=tuple(kept)),
+        expected_s=expected_s(tuple(kept), times=times),
+        description=f"{len(kept)} of {len(requests)} requests, lengths x {length_frac:.2g}",
+    )
+
+
+def expected_s(requests: tuple[WorkloadRequest, ...], *, times: ServiceTimes) -> float:
+    """Prompts one after the other, then the longest answer; decoding together costs extra."""
+    prompt_s = sum(item.input_tokens for item in requests) / times.prompt_tokens_per_s
+    outputs = sorted(item.output_tokens for item in requests)
+    together = outputs[-1] + 0.5 * sum(outputs[:-1])
+    return prompt_s + together * times.output_token_s
+
+
+def to_messages(
+    workload: Workload, *, vocab_size: int, seed: int, prefix: str
+) -> tuple[AddRequest, ...]:
+    """Requests of seeded random tokens, each of exactly its output length."""
+    generator = random.Random(seed)
+    return tuple(
+        AddRequest(
+            request_id=f"{prefix}-{number}",
+            prompt_tokens=tuple(generator.choices(range(vocab_size), k=item.input_tokens)),
+            sampling=SamplingParams(
+                max_tokens=item.output_tokens, temperature=0.0, ignore_eos=True
+            ),
+            sparse=SparseOptions(mode=SparseMode.AUTO),
+        )
+        for number, item in enumerate(workload.requests)
+    )
+
+
+def _request(arrival_s: float, input_tokens: int, output_tokens: int) -> WorkloadRequest:
+    if arrival_s < 0 or input_tokens < 1 or output_tokens < 1:
+        raise ValueError(f"{arrival_s=}, {input_tokens=}, {output_tokens=}")
+    return WorkloadRequest(
+        arrival_s=arrival_s, input_tokens=input_tokens, output_tokens=output_tokens
+    )
+
+
+def _scaled(request: WorkloadRequest, frac: float) -> WorkloadRequest:
+    return replace(
+        request,
+        input_tokens=max(MIN_INPUT_TOKENS, int(request.input_tokens * frac)),
+        output_tokens=max(MIN_OUTPUT_TOKENS, int(request.output_tokens * frac)),
+    )
+
+
+def _squeezed(requests: list[WorkloadRequest], *, window_s: float) -> list[WorkloadRequest]:
+    """Arrivals spread over the first half of the window, in their own rhythm."""
+    first, last = requests[0].arrival_s, requests[-1].arrival_s
+    frac = min(1.0, 0.5 * window_s / (last - first)) if last > first else 0.0
+    return [replace(item, arrival_s=(item.arrival_s - first) * frac) for item in requests]

@@ -1,0 +1,166 @@
+"""The store without a file: for tests, and for a daemon whose disk refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from threading import Lock
+
+from sparsed.core import (
+    Decision,
+    InputError,
+    Objective,
+    Profile,
+    ProfileKey,
+    ProfileStatus,
+    Slo,
+    Snapshot,
+    TrialResult,
+    Workload,
+)
+from sparsed.db import rows
+from sparsed.db.rollup import MAX_DECISIONS, RETENTION_S, Rollup, RollupBuilder
+from sparsed.db.store import StoreError, Study
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Study:
+    key: ProfileKey
+    workload: Workload
+    objective: Objective
+    slo: Slo
+    seed: int
+    trials: list[TrialResult] = field(default_factory=list)
+
+
+class InMemoryProfileStore:
+    """``Store`` in this process; ids count from 1 as in SQL."""
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._profiles: list[Profile] = []
+        self._studies: list[_Study] = []
+        self._builders = tuple(RollupBuilder(period_s) for period_s in RETENTION_S)
+        self._rollups: list[tuple[ProfileKey, Rollup]] = []
+        self._decisions: list[tuple[ProfileKey, Decision]] = []
+
+    def close(self) -> None:
+        """Nothing to release; what was remembered stays readable."""
+
+    # profiles
+
+    def save_profile(self, profile: Profile) -> Profile:
+        with self._lock:
+            if profile.pinned:
+                self._unpin(profile.key)
+            saved = replace(
+                profile,
+                values=rows.plain_mapping(profile.values),
+                default_scores=tuple(rows.plain_numbers(profile.default_scores)),
+                winner_scores=tuple(rows.plain_numbers(profile.winner_scores)),
+                profile_id=len(self._profiles) + 1,
+            )
+            self._profiles.append(saved)
+            return saved
+
+    def list_profiles(self, key: ProfileKey | None = None) -> tuple[Profile, ...]:
+        with self._lock:
+            return tuple(item for item in reversed(self._profiles) if key in (None, item.key))
+
+    def find_verified(self, key: ProfileKey) -> Profile | None:
+        found = self.list_profiles(key)
+        verified = (item for item in found if item.status is ProfileStatus.VERIFIED)
+        return next((item for item in found if item.pinned), next(verified, None))
+
+    def pin(self, profile_id: int) -> Profile:
+        with self._lock:
+            if not 1 <= profile_id <= len(self._profiles):
+                raise InputError(
+                    f"no profile {profile_id}; see: sparsed profile list", field="profile_id"
+                )
+            self._unpin(self._profiles[profile_id - 1].key)
+            pinned = replace(self._profiles[profile_id - 1], pinned=True)
+            self._profiles[profile_id - 1] = pinned
+            return pinned
+
+    def _unpin(self, key: ProfileKey) -> None:
+        self._profiles = [
+            replace(item, pinned=False) if item.key == key else item for item in self._profiles
+        ]
+
+    # studies
+
+    def start_study(
+        self,
+        key: ProfileKey,
+        *,
+        workload: Workload,
+        objective: Objective,
+        slo: Slo,
+        seed: int,
+        versions: Mapping[str, str],
+        started_at: float,
+    ) -> int:
+        del versions, started_at  # no reader asks for them
+        with self._lock:
+            study = _Study(key=key, workload=workload, objective=objective, slo=slo, seed=seed)
+            self._studies.append(study)
+            return len(self._studies)
+
+    def find_study(
+        self, key: ProfileKey, *, workload: str, objective: Objective, slo: Slo, seed: int
+    ) -> Study | None:
+        wanted = (key, workload, objective, slo, seed)
+        with self._lock:
+            for number, study in reversed(list(enumerate(self._studies, start=1))):
+                has = (study.key, study.workload.name, study.objective, study.slo, study.seed)
+                if has == wanted:
+                    return Study(study_id=number, workload=study.workload)
+        return None
+
+    def record_trial(self, study_id: int, trial: TrialResult) -> None:
+        with self._lock:
+            if not 1 <= study_id <= len(self._studies):
+                raise StoreError(f"no study {study_id}")
+            trials = self._studies[study_id - 1].trials
+            if any(item.number == trial.number for item in trials):
+                raise StoreError(f"trial {trial.number} of study {study_id} exists")
+            trials.append(replace(trial, values=rows.plain_mapping(trial.values)))
+
+    def list_trials(
+        self, *, study_id: int | None = None, key: ProfileKey | None = None
+    ) -> tuple[TrialResult, ...]:
+        with self._lock:
+            return tuple(
+                trial
+                for number, study in enumerate(self._studies, start=1)
+                for trial in study.trials
+                if study_id in (None, number) and key in (None, study.key)
+            )
+
+    # telemetry
+
+    def record_snapshot(self, key: ProfileKey, snapshot: Snapshot) -> None:
+        with self._lock:
+            finished = [item for builder in self._builders for item in builder.add(snapshot)]
+            kept = (
+                (owner, item)
+                for owner, item in self._rollups
+                if item.started_at >= snapshot.ended_at - RETENTION_S[item.period_s]
+            )
+            if finished:
+                self._rollups = [*kept, *((key, item) for item in finished)]
+
+    def list_rollups(self, key: ProfileKey, *, period_s: int) -> tuple[Rollup, ...]:
+        with self._lock:
+            return tuple(
+                item for owner, item in self._rollups if (owner, item.period_s) == (key, period_s)
+            )
+
+    def record_decision(self, key: ProfileKey, decision: Decision) -> None:
+        with self._lock:
+            self._decisions = [*self._decisions, (key, decision)][-MAX_DECISIONS:]
+
+    def list_decisions(self, key: ProfileKey) -> tuple[Decision, ...]:
+        with self._lock:
+            return tuple(item for owner, item in reversed(self._decisions) if owner == key)

@@ -1,0 +1,1 @@
+"""Alembic revisions, numbered, forward only, never edited after release."""

@@ -1,0 +1,155 @@
+"""The tables: columns, constraints, a naming convention. No queries.
+
+Times are seconds since the epoch, durations seconds; JSON columns hold plain values only.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from sqlalchemy import JSON, Double, ForeignKey, Index, MetaData, String, UniqueConstraint
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+NAMING_CONVENTION = {
+    "ix": "ix_%(column_0_label)s",
+    "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+    "ck": "ck_%(table_name)s_%(constraint_name)s",
+    "fk": "fk_%(table_name)s_%(column_0_name)s_%(referred_table_name)s",
+    "pk": "pk_%(table_name)s",
+}
+
+
+class Base(DeclarativeBase):
+    metadata = MetaData(naming_convention=NAMING_CONVENTION)
+    type_annotation_map: ClassVar[dict[Any, Any]] = {float: Double}
+
+
+class HardwareRow(Base):
+    __tablename__ = "hardware"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    fingerprint: Mapped[str] = mapped_column(String, unique=True)
+
+
+class SoftwareRow(Base):
+    __tablename__ = "software"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    sha256: Mapped[str] = mapped_column(String(64), unique=True)
+    versions: Mapped[dict[str, Any]] = mapped_column(JSON)
+
+
+class ModelRow(Base):
+    __tablename__ = "model"
+    __table_args__ = (UniqueConstraint("name", "dtype"),)
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    name: Mapped[str]
+    dtype: Mapped[str]
+
+
+class WorkloadRow(Base):
+    __tablename__ = "workload"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    sha256: Mapped[str] = mapped_column(String(64), unique=True)
+    name: Mapped[str]
+    requests: Mapped[list[Any]] = mapped_column(JSON)  # [arrival_s, input, output tokens]
+
+
+class ConfigRow(Base):
+    __tablename__ = "config"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    sha256: Mapped[str] = mapped_column(String(64), unique=True)
+    values: Mapped[dict[str, Any]] = mapped_column(JSON)
+
+
+class StudyRow(Base):
+    __tablename__ = "study"
+    __table_args__ = (Index(None, "hardware_id", "model_id"),)
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    hardware_id: Mapped[int] = mapped_column(ForeignKey("hardware.id"))
+    model_id: Mapped[int] = mapped_column(ForeignKey("model.id"))
+    software_id: Mapped[int] = mapped_column(ForeignKey("software.id"))
+    workload_id: Mapped[int] = mapped_column(ForeignKey("workload.id"))
+    objective: Mapped[str]
+    slo: Mapped[dict[str, Any]] = mapped_column(JSON)
+    seed: Mapped[int]
+    started_at: Mapped[float]
+
+
+class TrialRow(Base):
+    __tablename__ = "trial"
+    __table_args__ = (UniqueConstraint("study_id", "number"),)
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    study_id: Mapped[int] = mapped_column(ForeignKey("study.id"))
+    config_id: Mapped[int] = mapped_column(ForeignKey("config.id"))
+    number: Mapped[int]
+    arm: Mapped[str]
+    status: Mapped[str]
+    score: Mapped[float | None]
+    spread_frac: Mapped[float | None]
+    reason: Mapped[str]
+    started_at: Mapped[float]
+    ended_at: Mapped[float]
+
+
+class TrialMetricRow(Base):
+    __tablename__ = "trial_metric"
+    __table_args__ = (UniqueConstraint("trial_id", "name"),)
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    trial_id: Mapped[int] = mapped_column(ForeignKey("trial.id"))
+    name: Mapped[str]
+    value: Mapped[float]
+
+
+class ProfileRow(Base):
+    __tablename__ = "profile"
+    __table_args__ = (Index(None, "hardware_id", "model_id"),)
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    hardware_id: Mapped[int] = mapped_column(ForeignKey("hardware.id"))
+    model_id: Mapped[int] = mapped_column(ForeignKey("model.id"))
+    software_id: Mapped[int] = mapped_column(ForeignKey("software.id"))
+    config_id: Mapped[int] = mapped_column(ForeignKey("config.id"))
+    status: Mapped[str]
+    workload: Mapped[str]
+    objective: Mapped[str]
+    default_scores: Mapped[list[Any]] = mapped_column(JSON)
+    winner_scores: Mapped[list[Any]] = mapped_column(JSON)
+    created_at: Mapped[float]
+    pinned: Mapped[bool]
+
+
+class RollupRow(Base):
+    __tablename__ = "rollup"
+    __table_args__ = (Index(None, "period_s", "started_at"),)
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    hardware_id: Mapped[int] = mapped_column(ForeignKey("hardware.id"))
+    model_id: Mapped[int] = mapped_column(ForeignKey("model.id"))
+    period_s: Mapped[int]
+    started_at: Mapped[float]
+    metric: Mapped[str]
+    num_samples: Mapped[int]
+    mean: Mapped[float]
+    p50: Mapped[float]
+    p95: Mapped[float]
+
+
+class DecisionRow(Base):
+    __tablename__ = "decision"
+    __table_args__ = (Index(None, "made_at"),)
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    hardware_id: Mapped[int] = mapped_column(ForeignKey("hardware.id"))
+    model_id: Mapped[int] = mapped_column(ForeignKey("model.id"))
+    config_id: Mapped[int] = mapped_column(ForeignKey("config.id"))
+    made_at: Mapped[float]
+    reason: Mapped[str]
+    predicted_score: Mapped[float | None]
+    current_score: Mapped[float | None]

@@ -1,0 +1,116 @@
+"""What the database remembers, as contracts over core values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from sparsed.core import (
+    Decision,
+    Objective,
+    Profile,
+    ProfileKey,
+    Slo,
+    Snapshot,
+    TrialResult,
+    Workload,
+)
+from sparsed.db.rollup import Rollup
+
+
+class StoreError(Exception):
+    """The storage refused or lost an operation (disk full, locked, damaged); nothing changed."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Study:
+    """An offline search as it was begun; ``workload`` is what its trials served."""
+
+    study_id: int
+    workload: Workload
+
+
+class ProfileStore(Protocol):
+    """Tuned configurations. Any thread may call; each call is one transaction.
+
+    Errors: StoreError when the storage fails, InputError for an unknown id.
+    """
+
+    def save_profile(self, profile: Profile) -> Profile:
+        """Add a new row; returns the profile with its id. A pinned one takes over the pin."""
+        ...
+
+    def list_profiles(self, key: ProfileKey | None = None) -> tuple[Profile, ...]:
+        """Newest first; all keys without ``key``."""
+        ...
+
+    def find_verified(self, key: ProfileKey) -> Profile | None:
+        """What a start should use: the pinned profile of ``key``, else its newest verified one."""
+        ...
+
+    def pin(self, profile_id: int) -> Profile:
+        """Prefer this profile from now on; the key's earlier pin is dropped."""
+        ...
+
+
+class StudyStore(Protocol):
+    """Trials of offline tuning. Threads and errors as in ``ProfileStore``."""
+
+    def start_study(
+        self,
+        key: ProfileKey,
+        *,
+        workload: Workload,
+        objective: Objective,
+        slo: Slo,
+        seed: int,
+        versions: Mapping[str, str],
+        started_at: float,
+    ) -> int:
+        """Open a study; returns its id."""
+        ...
+
+    def find_study(
+        self, key: ProfileKey, *, workload: str, objective: Objective, slo: Slo, seed: int
+    ) -> Study | None:
+        """The newest study that asked this over a workload of this name, to be resumed."""
+        ...
+
+    def record_trial(self, study_id: int, trial: TrialResult) -> None:
+        """Keep one trial. Numbers are unique within a study."""
+        ...
+
+    def list_trials(
+        self, *, study_id: int | None = None, key: ProfileKey | None = None
+    ) -> tuple[TrialResult, ...]:
+        """Trials of one study, or of every study of one key, oldest first."""
+        ...
+
+
+class TelemetryStore(Protocol):
+    """What the daemon saw and advised. Threads and errors as in ``ProfileStore``.
+
+    Growth is bounded: minute rollups are kept for a week, hour rollups for half a year, the
+    newest thousand decisions for good.
+    """
+
+    def record_snapshot(self, key: ProfileKey, snapshot: Snapshot) -> None:
+        """Add a window to the running minute and hour; a full one is written."""
+        ...
+
+    def list_rollups(self, key: ProfileKey, *, period_s: int) -> tuple[Rollup, ...]:
+        """Rollups of one period (a key of ``RETENTION_S``), oldest first."""
+        ...
+
+    def record_decision(self, key: ProfileKey, decision: Decision) -> None: ...
+
+    def list_decisions(self, key: ProfileKey) -> tuple[Decision, ...]:
+        """Newest first."""
+        ...
+
+
+class Store(ProfileStore, StudyStore, TelemetryStore, Protocol):
+    """Everything; the opener owns it and closes it once."""
+
+    def close(self) -> None: ...

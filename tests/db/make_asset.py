@@ -1,0 +1,93 @@
+"""Writes the database of the newest revision into ``assets/``; run once per released schema.
+
+PYTHONPATH=src python tests/db/make_asset.py
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from pathlib import Path
+
+from sparsed.core import (
+    Decision,
+    Objective,
+    Profile,
+    ProfileKey,
+    ProfileStatus,
+    Slo,
+    TrialResult,
+    TrialStatus,
+    Workload,
+    WorkloadRequest,
+)
+from sparsed.db import open_store
+
+ASSETS = Path(__file__).parent / "assets"
+KEY = ProfileKey(hardware="cpu:asset:2:4GiB", model="smollm2-135m", dtype="float32")
+
+
+def fill(path: Path) -> None:
+    """One row of everything a user would miss."""
+    store = open_store(path)
+    study = store.start_study(
+        KEY,
+        workload=Workload(
+            name="chat",
+            requests=(WorkloadRequest(arrival_s=0.0, input_tokens=8, output_tokens=4),),
+        ),
+        objective=Objective.THROUGHPUT,
+        slo=Slo(min_recall=0.5),
+        seed=1,
+        versions={"sparsed": "0.1.0"},
+        started_at=1.0,
+    )
+    store.record_trial(
+        study,
+        TrialResult(
+            number=0,
+            arm="default",
+            values={"token_budget": 1024},
+            status=TrialStatus.OK,
+            score=2.0,
+            spread_frac=0.1,
+            metrics={"duration_s": 3.0},
+        ),
+    )
+    store.save_profile(
+        Profile(
+            key=KEY,
+            values={"token_budget": 1024, "hbm_budget": None},
+            status=ProfileStatus.VERIFIED,
+            workload="chat",
+            objective=Objective.THROUGHPUT,
+            default_scores=(1.0,),
+            winner_scores=(2.0,),
+            versions={"sparsed": "0.1.0"},
+            created_at=1.0,
+            pinned=True,
+        )
+    )
+    decision = Decision(
+        made_at=1.0,
+        values={"token_budget": 512},
+        reason="asset",
+        predicted_score=1.0,
+        current_score=1.0,
+    )
+    store.record_decision(KEY, decision)
+    store.close()
+
+
+def main() -> None:
+    scratch = ASSETS / "scratch.db"
+    fill(scratch)
+    with sqlite3.connect(scratch) as connection:
+        (revision,) = connection.execute("SELECT version_num FROM alembic_version").fetchone()
+        (ASSETS / f"{revision}.sql").write_text("\n".join(connection.iterdump()) + "\n")
+    connection.close()
+    for left_over in ASSETS.glob("scratch.db*"):
+        left_over.unlink()
+
+
+if __name__ == "__main__":
+    main()

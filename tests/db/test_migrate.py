@@ -1,0 +1,116 @@
+"""Databases of every released schema open, upgrade and read."""
+
+from __future__ import annotations
+
+import sqlite3
+import warnings
+from pathlib import Path
+
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.runtime.migration import MigrationContext
+from sqlalchemy import create_engine
+
+from sparsed.core import ExitCode, ProfileKey, StartError
+from sparsed.db import open_store
+from sparsed.db.models import Base
+from sparsed.db.session import PRAGMAS, open_engine
+
+ASSETS = sorted((Path(__file__).parent / "assets").glob("*.sql"))
+KEY = ProfileKey(hardware="cpu:asset:2:4GiB", model="smollm2-135m", dtype="float32")
+
+
+def restore(dump: Path, path: Path) -> Path:
+    connection = sqlite3.connect(path)
+    connection.executescript(dump.read_text())
+    connection.close()
+    return path
+
+
+@pytest.mark.parametrize("dump", ASSETS, ids=lambda path: path.stem)
+def test_every_released_schema_upgrades_and_reads(dump: Path, tmp_path: Path) -> None:
+    store = open_store(restore(dump, tmp_path / "sparsed.db"))
+    profile = store.find_verified(KEY)
+    assert profile is not None
+    assert profile.values == {"hbm_budget": None, "token_budget": 1024}
+    (trial,) = store.list_trials(key=KEY)
+    assert (trial.score, trial.metrics) == (2.0, {"duration_s": 3.0})
+    assert store.list_decisions(KEY)[0].reason == "asset"
+    store.close()
+
+
+def test_there_is_a_dump_of_the_newest_schema(tmp_path: Path) -> None:
+    path = tmp_path / "sparsed.db"
+    open_store(path).close()
+    assert ASSETS[-1].stem == query(path, "SELECT version_num FROM alembic_version")
+
+
+def test_migrations_and_models_agree(tmp_path: Path) -> None:
+    engine = open_engine(tmp_path / "sparsed.db")
+    with engine.connect() as connection, warnings.catch_warnings():
+        context = MigrationContext.configure(connection, opts={"compare_type": True})
+        assert compare_metadata(context, Base.metadata) == []
+    engine.dispose()
+
+
+def test_connections_are_configured(tmp_path: Path) -> None:
+    engine = open_engine(tmp_path / "sparsed.db")
+    with engine.connect() as connection:
+        for pragma in PRAGMAS:
+            name, wanted = pragma.removeprefix("PRAGMA ").split(" = ")
+            names = {"wal": "WAL", "1": "ON" if name == "foreign_keys" else "NORMAL"}
+            found = str(connection.exec_driver_sql(f"PRAGMA {name}").scalar_one())
+            assert names.get(found, found) == wanted
+    engine.dispose()
+
+
+def test_a_newer_schema_is_refused_and_untouched(tmp_path: Path) -> None:
+    path = tmp_path / "sparsed.db"
+    open_store(path).close()
+    query(path, "UPDATE alembic_version SET version_num = '9999'")
+    with pytest.raises(StartError, match="newer than this version") as caught:
+        open_store(path)
+    assert caught.value.code is ExitCode.DATA
+    assert len(str(caught.value).splitlines()) == 1
+    assert query(path, "SELECT version_num FROM alembic_version") == "9999"
+
+
+def test_a_file_that_is_no_database_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "sparsed.db"
+    path.write_bytes(b"not a database, but long enough to be looked at " * 100)
+    with pytest.raises(StartError, match="not a readable database") as caught:
+        open_store(path)
+    assert caught.value.code is ExitCode.DATA
+
+
+def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(StartError, match="cannot be opened") as caught:
+        open_store(tmp_path / "missing" / "sparsed.db")
+    assert caught.value.code is ExitCode.NO_PERMISSION
+
+
+def test_an_upgrade_leaves_a_copy_of_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = restore(ASSETS[0], tmp_path / "sparsed.db")
+    monkeypatch.setattr("sparsed.db.migrate.ScriptDirectory.get_current_head", lambda _: "0002")
+    open_store(path).close()
+    copy = tmp_path / "sparsed.db.before-0002"
+    assert query(copy, "SELECT fingerprint FROM hardware") == KEY.hardware
+    engine = create_engine(f"sqlite:///{copy}")
+    assert Base.metadata.tables.keys() <= set(_tables(copy))
+    engine.dispose()
+
+
+def query(path: Path, statement: str) -> str | None:
+    connection = sqlite3.connect(path, isolation_level=None)
+    row = connection.execute(statement).fetchone()
+    connection.close()
+    return row and str(row[0])
+
+
+def _tables(path: Path) -> list[str]:
+    connection = sqlite3.connect(path)
+    rows = connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall()
+    connection.close()
+    return [name for (name,) in rows]

@@ -1,0 +1,257 @@
+"""One suite over every store."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy
+import pytest
+
+from sparsed.core import (
+    Decision,
+    InputError,
+    Objective,
+    Profile,
+    ProfileKey,
+    ProfileStatus,
+    Slo,
+    Snapshot,
+    TrialResult,
+    TrialStatus,
+    Workload,
+    WorkloadRequest,
+)
+from sparsed.db import open_store
+from sparsed.db.memory import InMemoryProfileStore
+from sparsed.db.rollup import HOUR_S, MAX_DECISIONS, MINUTE_S, RETENTION_S
+from sparsed.db.store import Store, StoreError, Study
+
+KEY = ProfileKey(hardware="cpu:x:2:4GiB", model="tiny", dtype="float32")
+OTHER_KEY = ProfileKey(hardware="gpu:y:80GiB", model="tiny", dtype="float32")
+WORKLOAD = Workload(
+    name="chat", requests=(WorkloadRequest(arrival_s=0.5, input_tokens=64, output_tokens=8),)
+)
+
+
+@pytest.fixture(params=["memory", "sql"])
+def reopen(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[[], Store]]:
+    """Opens the same store again, as the next process would."""
+    if request.param == "memory":
+        memory = InMemoryProfileStore()
+        yield lambda: memory
+        return
+    opened: list[Store] = []
+
+    def open_again() -> Store:
+        opened.append(open_store(tmp_path / "sparsed.db"))
+        return opened[-1]
+
+    yield open_again
+    for store in opened:
+        store.close()
+
+
+def make_profile(**changes: object) -> Profile:
+    profile = Profile(
+        key=KEY,
+        values={"token_budget": 1024, "hbm_budget": None, "kv_hbm_gib": 0.5},
+        status=ProfileStatus.VERIFIED,
+        workload="chat",
+        objective=Objective.THROUGHPUT,
+        default_scores=(10.0, 11.0),
+        winner_scores=(12.0, 13.0),
+        versions={"torch": "2.13.0"},
+        created_at=1000.5,
+    )
+    return replace(profile, **changes)  # type: ignore[arg-type]  # fields by name
+
+
+def make_trial(number: int, **changes: object) -> TrialResult:
+    trial = TrialResult(
+        number=number,
+        arm="bayes",
+        values={"page_size": 16, "token_budget": 512},
+        status=TrialStatus.OK,
+        score=3.5,
+        spread_frac=0.02,
+        metrics={"ttft_p95_s": 0.25, "errors": 0.0},
+        started_at=1.0,
+        ended_at=2.0,
+    )
+    return replace(trial, **changes)  # type: ignore[arg-type]  # fields by name
+
+
+def make_snapshot(ended_at: float, *, recall: float | None = 0.9) -> Snapshot:
+    return Snapshot(
+        ended_at=ended_at,
+        window_s=1.0,
+        steps=10,
+        step_p50_s=0.1,
+        step_p95_s=0.2,
+        step_p99_s=0.3,
+        prompt_tokens_per_s=0.0,
+        generated_tokens_per_s=ended_at % 60,
+        hot_hit_frac=0.9,
+        miss_bytes_per_step=10.0,
+        h2d_bytes=100,
+        d2h_bytes=10,
+        h2d_gb_per_s=1.0,
+        d2h_gb_per_s=1.0,
+        attention_recall=recall,
+        num_running=1,
+        num_waiting=0,
+        hot_used_frac=0.5,
+        dram_used_frac=0.1,
+        requests_finished=0,
+    )
+
+
+def start_study(store: Store, *, key: ProfileKey = KEY, seed: int = 0) -> int:
+    return store.start_study(
+        key,
+        workload=WORKLOAD,
+        objective=Objective.THROUGHPUT,
+        slo=Slo(ttft_s=1.0),
+        seed=seed,
+        versions={"torch": "2.13.0"},
+        started_at=1.0,
+    )
+
+
+def test_profile_survives_reopening(reopen: Callable[[], Store]) -> None:
+    saved = reopen().save_profile(make_profile())
+    assert saved.profile_id is not None
+    assert saved == make_profile(profile_id=saved.profile_id)
+    assert reopen().list_profiles() == (saved,)
+    assert reopen().list_profiles(OTHER_KEY) == ()
+
+
+def test_find_verified_prefers_the_pin_then_the_newest(reopen: Callable[[], Store]) -> None:
+    store = reopen()
+    assert store.find_verified(KEY) is None
+    old = store.save_profile(make_profile(created_at=1.0))
+    new = store.save_profile(make_profile(created_at=2.0))
+    draft = store.save_profile(make_profile(status=ProfileStatus.DRAFT))
+    store.save_profile(make_profile(key=OTHER_KEY))
+    assert store.find_verified(KEY) == new
+    assert store.pin(draft.profile_id or 0).pinned
+    assert store.pin(old.profile_id or 0) == replace(old, pinned=True)
+    assert store.find_verified(KEY) == replace(old, pinned=True)
+    assert [item.pinned for item in store.list_profiles(KEY)] == [False, False, True]
+
+
+def test_saving_a_pinned_profile_takes_over_the_pin(reopen: Callable[[], Store]) -> None:
+    store = reopen()
+    store.save_profile(make_profile(pinned=True))
+    second = store.save_profile(make_profile(pinned=True, values={"token_budget": 512}))
+    assert store.find_verified(KEY) == second
+    assert sum(item.pinned for item in store.list_profiles(KEY)) == 1
+
+
+def test_pin_of_an_unknown_profile_names_it(reopen: Callable[[], Store]) -> None:
+    with pytest.raises(InputError, match="no profile 7"):
+        reopen().pin(7)
+
+
+def test_numpy_scalars_become_plain(reopen: Callable[[], Store]) -> None:
+    store = reopen()
+    values = {"token_budget": numpy.int64(512), "sparse_method": numpy.str_("quest")}
+    saved = store.save_profile(
+        make_profile(values=values, winner_scores=(numpy.float64(2.5),))  # type: ignore[arg-type]
+    )
+    assert [type(value) for value in saved.values.values()] == [str, int]
+    assert json.dumps(dict(saved.values)) == '{"sparse_method": "quest", "token_budget": 512}'
+    assert type(saved.winner_scores[0]) is float
+
+
+def test_a_score_that_is_not_a_number_is_a_defect(reopen: Callable[[], Store]) -> None:
+    with pytest.raises(AssertionError, match="nan"):
+        reopen().save_profile(make_profile(winner_scores=(float("nan"),)))
+    assert reopen().list_profiles() == ()
+
+
+def test_trials_round_trip_by_study_and_by_key(reopen: Callable[[], Store]) -> None:
+    store = reopen()
+    first, second = start_study(store), start_study(store, key=OTHER_KEY)
+    failed = make_trial(
+        1, status=TrialStatus.OUT_OF_MEMORY, score=None, spread_frac=None, metrics={}, reason="big"
+    )
+    store.record_trial(first, make_trial(0))
+    store.record_trial(first, failed)
+    store.record_trial(second, make_trial(0))
+    assert reopen().list_trials(study_id=first) == (make_trial(0), failed)
+    assert reopen().list_trials(key=OTHER_KEY) == (make_trial(0),)
+    assert len(reopen().list_trials()) == 3
+
+
+def test_a_trial_number_is_taken_once(reopen: Callable[[], Store]) -> None:
+    store = reopen()
+    study = start_study(store)
+    store.record_trial(study, make_trial(0))
+    with pytest.raises(StoreError):
+        store.record_trial(study, make_trial(0, score=9.0))
+    with pytest.raises(StoreError):
+        store.record_trial(study + 1, make_trial(1))
+    assert store.list_trials(study_id=study) == (make_trial(0),)
+
+
+def test_find_study_wants_the_same_question(reopen: Callable[[], Store]) -> None:
+    store = reopen()
+    start_study(store, seed=1)
+    newest = start_study(store, seed=1)
+    slo = Slo(ttft_s=1.0)
+    question = {"workload": "chat", "objective": Objective.THROUGHPUT, "slo": slo, "seed": 1}
+
+    def find(key: ProfileKey = KEY, **changes: object) -> Study | None:
+        return reopen().find_study(key, **(question | changes))  # type: ignore[arg-type]
+
+    assert find() == Study(study_id=newest, workload=WORKLOAD)
+    assert find(OTHER_KEY) is None
+    assert find(seed=2) is None
+    assert find(slo=Slo(ttft_s=2.0)) is None
+    assert find(objective=Objective.GOODPUT) is None
+    assert find(workload="mixed") is None
+
+
+def test_minutes_and_hours_are_rolled_up(reopen: Callable[[], Store]) -> None:
+    store = reopen()
+    for second in range(HOUR_S + 1):
+        store.record_snapshot(KEY, make_snapshot(float(second), recall=None))
+    minutes = reopen().list_rollups(KEY, period_s=MINUTE_S)
+    rates = [item for item in minutes if item.metric == "generated_tokens_per_s"]
+    assert len(rates) == 60
+    assert (rates[0].num_samples, rates[0].mean, rates[0].p50, rates[0].p95) == (60, 29.5, 30, 57)
+    assert "attention_recall" not in {item.metric for item in minutes}
+    hours = reopen().list_rollups(KEY, period_s=HOUR_S)
+    assert {item.num_samples for item in hours} == {HOUR_S}
+    assert reopen().list_rollups(OTHER_KEY, period_s=HOUR_S) == ()
+
+
+def test_old_rollups_are_dropped(reopen: Callable[[], Store]) -> None:
+    store = reopen()
+    later = RETENTION_S[MINUTE_S] + 10 * MINUTE_S
+    for ended_at in (0.0, MINUTE_S * 1.0, later, later + MINUTE_S):
+        store.record_snapshot(KEY, make_snapshot(ended_at))
+    started = {item.started_at for item in store.list_rollups(KEY, period_s=MINUTE_S)}
+    assert started == {later}
+    assert {item.started_at for item in store.list_rollups(KEY, period_s=HOUR_S)} == {0.0}
+
+
+def test_decisions_are_kept_newest_first_and_bounded(reopen: Callable[[], Store]) -> None:
+    store = reopen()
+    decision = Decision(
+        made_at=0.0,
+        values={"token_budget": 512},
+        reason="r",
+        predicted_score=1.5,
+        current_score=None,
+    )
+    store.record_decision(OTHER_KEY, decision)
+    for second in range(MAX_DECISIONS):
+        store.record_decision(KEY, replace(decision, made_at=float(second)))
+    kept = reopen().list_decisions(KEY)
+    assert (len(kept), kept[0].made_at, kept[-1]) == (MAX_DECISIONS, 999.0, decision)
+    assert reopen().list_decisions(OTHER_KEY) == ()

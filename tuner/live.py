@@ -1,0 +1,118 @@
+"""Advice while serving: one step on one or two hot knobs, or hold, always with the reason."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from statistics import fmean, median
+from typing import Final
+
+from sparsed.core import KNOBS_BY_NAME, Decision, Knobs, KnobValue, TrialResult, TrialStatus
+from sparsed.tuner.guard import guard
+from sparsed.tuner.messages import LiveContext
+from sparsed.tuner.policy import neighbours
+from sparsed.tuner.space import Point, SearchSpace, build_space
+from sparsed.tuner.surrogate import Surrogate
+
+MIN_BUSY_FRAC: Final = 0.5  # of the windows
+MIN_TRIALS: Final = 4
+MIN_GAIN_FRAC: Final = 0.03  # below this the incumbent stays
+RESTART_KNOBS: Final = frozenset({"page_size"})
+MAX_HBM_BUDGET: Final = int(KNOBS_BY_NAME["hbm_budget"].maximum or 0)
+
+Change = tuple[Mapping[str, KnobValue], str]  # values and reason; no values: hold
+
+
+def propose(context: LiveContext) -> Decision:
+    """What to change now. Pure; the time is that of the last window."""
+    current = context.windows[-1].knobs
+    assert current is not None, "windows without knobs cannot be judged"
+    busy = [window for window in context.windows if window.steps]
+    live_score = fmean(window.generated_tokens_per_s for window in context.windows)
+    values: Mapping[str, KnobValue] = {}
+    ratio = 1.0
+    if len(busy) < MIN_BUSY_FRAC * len(context.windows):
+        reason = "hold: too little traffic to learn from"
+    elif repair := repair_targets(context, current=current):
+        values, reason = repair
+    else:
+        values, reason, ratio = improve(context.trials, current=current)
+    return Decision(
+        made_at=context.windows[-1].ended_at,
+        values=values,
+        reason=reason,
+        predicted_score=live_score * ratio if ratio != 1.0 else None,
+        current_score=live_score,
+    )
+
+
+def repair_targets(context: LiveContext, *, current: Knobs) -> Change | None:
+    """A step towards a target that is missed now; None if all are met or unknown."""
+    slo, windows = context.slo, context.windows
+    recall = _median([window.attention_recall for window in windows])
+    tpot_s = _median([window.tpot_p95_s for window in windows])
+    ttft_s = _median([window.ttft_p95_s for window in windows])
+    if slo.min_recall is not None and recall is not None and recall < slo.min_recall:
+        reason = f"attention recall {recall:.3f} is below {slo.min_recall:.3f}: read more tokens"
+        return _step(current, "token_budget", up=True, reason=reason)
+    if slo.tpot_s is not None and tpot_s is not None and tpot_s > slo.tpot_s:
+        reason = f"time per token {tpot_s:.3f} s is above {slo.tpot_s:.3f} s: run fewer at once"
+        return _step(current, "max_num_active_seqs", up=False, reason=reason)
+    if slo.ttft_s is not None and ttft_s is not None and ttft_s > slo.ttft_s:
+        waiting = any(window.num_waiting for window in windows)
+        knob = "max_num_active_seqs" if waiting else "prefill_chunk"
+        why = "requests wait for a place" if waiting else "prompts take too many steps"
+        reason = f"time to first token {ttft_s:.3f} s is above {slo.ttft_s:.3f} s: {why}"
+        return _step(current, knob, up=True, reason=reason)
+    return None
+
+
+def improve(
+    trials: Sequence[TrialResult], *, current: Knobs
+) -> tuple[Mapping[str, KnobValue], str, float]:
+    """The neighbour that past trials promise most from: values, reason, predicted ratio."""
+    done = [trial for trial in trials if trial.status is not TrialStatus.INTERRUPTED]
+    if sum(trial.score is not None for trial in done) < MIN_TRIALS:
+        return {}, "hold: too few trials of this hardware and model; run: sparsed tune", 1.0
+    space = live_space(current)
+    here = space.encode({})
+    near = neighbours(space, here)
+    # On auto a request keeps what it can: as much as its length where there is room.
+    whole = build_space(current, auto_hbm_budget=min(current.max_model_len, MAX_HBM_BUDGET))
+    model = Surrogate.fit(
+        whole,
+        points=[whole.encode(trial.values) for trial in done],
+        scores=[trial.score for trial in done],
+        seed=0,
+    )
+    ours, *theirs = model.predict([_lift(point, space, whole) for point in (here, *near)])
+    best = max(range(len(near)), key=lambda i: theirs[i].score)
+    if theirs[best].low < ours.score * (1.0 + MIN_GAIN_FRAC):
+        return {}, "hold: no step is surely better by the trials of this machine", 1.0
+    values = guard(space.decode(near[best]), current=current, space=space)
+    ratio = theirs[best].score / ours.score
+    return values, f"trials of this machine predict {ratio - 1.0:+.0%} tokens/s", ratio
+
+
+def live_space(current: Knobs) -> SearchSpace:
+    """Hot knobs only; a hot budget on auto is left to its closed form."""
+    auto = {"hbm_budget"} if current.hbm_budget is None else set()
+    hbm_budget = current.hbm_budget or current.token_budget
+    return build_space(current, auto_hbm_budget=hbm_budget, fixed=RESTART_KNOBS | auto)
+
+
+def _lift(point: Point, space: SearchSpace, whole: SearchSpace) -> Point:
+    return whole.encode(space.decode(point))
+
+
+def _step(current: Knobs, knob: str, *, up: bool, reason: str) -> Change:
+    space = live_space(current)
+    ladder = next(ladder for ladder in space.ladders if ladder.name == knob)
+    rung = ladder.nearest(getattr(current, knob)) + (1 if up else -1)
+    if not 0 <= rung < len(ladder.rungs):
+        return {}, f"hold: {reason}, but {knob} is at its bound"
+    return guard({knob: ladder.value(rung)}, current=current, space=space), reason
+
+
+def _median(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return median(known) if known else None

@@ -1,0 +1,24 @@
+"""What the daemon and the optimizer process tell each other: one JSON object a line."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sparsed.core import Decision, Slo, Snapshot, TrialResult
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LiveContext:
+    """One question. ``windows``: consecutive, oldest first, all under the same knobs;
+    ``trials``: of one study of this hardware and model, maybe none."""
+
+    windows: tuple[Snapshot, ...]
+    trials: tuple[TrialResult, ...]
+    slo: Slo
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Answer:
+    """One answer; no ``values`` in the decision means hold."""
+
+    decision: Decision

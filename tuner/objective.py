@@ -1,0 +1,100 @@
+"""What a measurement is worth, and whether it may win."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from sparsed.core import Measurement, Objective, Slo, TrialStatus
+
+
+class TrialFailed(Exception):
+    """Raised by ``measure`` when a configuration could not be measured; ``status`` says why."""
+
+    def __init__(self, message: str, *, status: TrialStatus) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Verdict:
+    """``score``: higher is better, in the objective's unit; None when the run may not win."""
+
+    status: TrialStatus
+    score: float | None
+    metrics: Mapping[str, float]
+    reason: str = ""
+
+
+def judge(measurement: Measurement, *, objective: Objective, slo: Slo) -> Verdict:
+    """Score one measurement and check it against the targets."""
+    metrics = describe(measurement, slo=slo)
+    status, reason = _check(measurement, metrics=metrics, objective=objective, slo=slo)
+    score = metrics["output_tokens_per_s"]
+    if objective is Objective.GOODPUT:
+        score = metrics["goodput_requests_per_s"]
+    feasible = status is TrialStatus.OK
+    return Verdict(status=status, score=score if feasible else None, metrics=metrics, reason=reason)
+
+
+def describe(measurement: Measurement, *, slo: Slo) -> dict[str, float]:
+    """The figures of a measurement that exist, by name with unit; all finite."""
+    duration_s = measurement.duration_s
+    assert duration_s > 0, "a measurement takes time"
+    figures = {
+        "duration_s": duration_s,
+        "output_tokens_per_s": measurement.output_tokens / duration_s,
+        "goodput_requests_per_s": _num_good(measurement, slo=slo) / duration_s,
+        "ttft_p95_s": percentile(measurement.ttft_s, 0.95),
+        "tpot_p95_s": percentile(measurement.tpot_s, 0.95),
+        "attention_recall": measurement.attention_recall,
+        "hot_hit_frac": measurement.hot_hit_frac,
+        "h2d_bytes": float(measurement.h2d_bytes),
+        "hot_peak_bytes": float(measurement.hot_peak_bytes),
+        "errors": float(measurement.errors),
+    }
+    return {
+        name: float(value)
+        for name, value in figures.items()
+        if value is not None and math.isfinite(value)
+    }
+
+
+def percentile(values: Sequence[float], frac: float) -> float | None:
+    """Nearest-rank percentile; None of nothing."""
+    if not values:
+        return None
+    return sorted(values)[max(0, math.ceil(frac * len(values)) - 1)]
+
+
+def _num_good(measurement: Measurement, *, slo: Slo) -> int:
+    """Requests that met every target."""
+    return sum(
+        (slo.ttft_s is None or ttft_s <= slo.ttft_s)
+        and (slo.tpot_s is None or tpot_s <= slo.tpot_s)
+        for ttft_s, tpot_s in zip(measurement.ttft_s, measurement.tpot_s, strict=True)
+    )
+
+
+def _check(
+    measurement: Measurement, *, metrics: Mapping[str, float], objective: Objective, slo: Slo
+) -> tuple[TrialStatus, str]:
+    if measurement.errors:
+        return TrialStatus.ENGINE_ERROR, f"{measurement.errors} requests failed"
+    recall = measurement.attention_recall
+    if slo.min_recall is not None and recall is not None and not recall >= slo.min_recall:
+        reason = f"attention recall {recall:.3f} is below {slo.min_recall:.3f}"
+        return TrialStatus.RECALL_BROKEN, reason
+    if objective is Objective.GOODPUT:
+        # Late requests do not count there already, so a single late one breaks nothing.
+        if metrics["goodput_requests_per_s"] > 0:
+            return TrialStatus.OK, ""
+        return TrialStatus.SLO_BROKEN, "no request met its targets"
+    for name, target in (("ttft_p95_s", slo.ttft_s), ("tpot_p95_s", slo.tpot_s)):
+        if target is not None and metrics.get(name, 0.0) > target:
+            reason = f"{name} {metrics[name]:.3f} is above {target:.3f}"
+            return TrialStatus.SLO_BROKEN, reason
+    if not metrics["output_tokens_per_s"] > 0:
+        return TrialStatus.TIMEOUT, "no token came out"
+    return TrialStatus.OK, ""

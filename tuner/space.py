@@ -1,0 +1,126 @@
+"""Which values of which knobs are worth trying."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+from itertools import product
+from typing import Final
+
+from sparsed.core import KNOBS_BY_NAME, InputError, Knobs, KnobValue
+
+MIN_PREFILL_CHUNK: Final = 128  # smaller chunks cost a step each and are never worth a trial
+
+Point = tuple[int, ...]  # one rung number per ladder
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ladder:
+    """The values of one knob to try, ascending, about equal steps in the logarithm.
+
+    ``auto_rung`` is the value that ``auto`` comes to on this machine: taking it means auto.
+    """
+
+    name: str
+    rungs: tuple[int, ...]
+    auto_rung: int | None = None
+
+    def nearest(self, value: KnobValue) -> int:
+        """Number of the rung closest to ``value`` in the logarithm."""
+        number = self.auto_rung if value is None else value
+        assert isinstance(number, int | float), f"{self.name}={value!r} is not on a ladder"
+        return min(range(len(self.rungs)), key=lambda i: abs(math.log(self.rungs[i] / number)))
+
+    def value(self, rung: int) -> KnobValue:
+        return None if self.rungs[rung] == self.auto_rung else self.rungs[rung]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SearchSpace:
+    """The ladders around ``default``; knobs without a ladder keep the default's value."""
+
+    default: Knobs
+    ladders: tuple[Ladder, ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(ladder.name for ladder in self.ladders)
+
+    @property
+    def default_values(self) -> dict[str, KnobValue]:
+        return {name: getattr(self.default, name) for name in self.names}
+
+    def encode(self, values: Mapping[str, KnobValue]) -> Point:
+        """The nearest point; knobs that ``values`` lacks stand at the default."""
+        complete = self.default_values | dict(values)
+        return tuple(ladder.nearest(complete[ladder.name]) for ladder in self.ladders)
+
+    def decode(self, point: Point) -> dict[str, KnobValue]:
+        """Plain values, whatever integer type ``point`` holds."""
+        pairs = zip(self.ladders, point, strict=True)
+        return {ladder.name: ladder.value(int(rung)) for ladder, rung in pairs}
+
+    def contains(self, point: Point) -> bool:
+        """Whether every rung exists and the knobs agree with each other."""
+        pairs = zip(self.ladders, point, strict=True)
+        return all(0 <= rung < len(ladder.rungs) for ladder, rung in pairs) and self.is_valid(point)
+
+    def is_valid(self, point: Point) -> bool:
+        """Whether the knobs agree with each other."""
+        try:
+            self.default.with_values(self.decode(point))
+        except InputError:
+            return False
+        return True
+
+    def points(self) -> Iterator[Point]:
+        """Every valid point."""
+        grid = product(*(range(len(ladder.rungs)) for ladder in self.ladders))
+        return (point for point in grid if self.is_valid(point))
+
+
+def build_space(
+    default: Knobs, *, auto_hbm_budget: int, fixed: AbstractSet[str] = frozenset()
+) -> SearchSpace:
+    """The offline space: page size, both budgets, active sequences, prefill chunk.
+
+    ``auto_hbm_budget``: tokens the closed form gives with ``default``. ``fixed``: knobs to leave
+    alone. Bounds are those of the knobs, cut to the model's length and the start-up capacity; the
+    default is always on a rung.
+    """
+    longest = default.max_model_len
+    caps = {
+        "token_budget": longest,
+        "hbm_budget": longest,
+        "max_num_active_seqs": default.max_num_seqs,
+        "prefill_chunk": longest,
+    }
+    ladders = [Ladder(name="page_size", rungs=_choices("page_size"))]
+    for name, cap in caps.items():
+        auto = auto_hbm_budget if name == "hbm_budget" else None
+        ladders.append(_ladder(name, cap=cap, default=getattr(default, name), auto=auto))
+    free = tuple(ladder for ladder in ladders if ladder.name not in fixed)
+    return SearchSpace(default=default, ladders=free)
+
+
+def half_octaves(low: int, high: int) -> tuple[int, ...]:
+    """Powers of two and one and a half times them, between ``low`` and ``high``."""
+    powers = [1 << exponent for exponent in range(high.bit_length())]
+    steps = {value for power in powers for value in (power, power + power // 2)}
+    return tuple(sorted(value for value in steps if low <= value <= high))
+
+
+def _choices(name: str) -> tuple[int, ...]:
+    return tuple(sorted(int(choice) for choice in KNOBS_BY_NAME[name].choices))
+
+
+def _ladder(name: str, *, cap: int, default: int | None, auto: int | None) -> Ladder:
+    spec = KNOBS_BY_NAME[name]
+    assert spec.minimum is not None and spec.maximum is not None
+    low, high = int(spec.minimum), int(min(spec.maximum, cap))
+    if name == "prefill_chunk":
+        low = min(max(low, MIN_PREFILL_CHUNK), high)
+    rungs = set(half_octaves(low, high)) | {value for value in (default, auto) if value}
+    return Ladder(name=name, rungs=tuple(sorted(rungs)), auto_rung=auto)
