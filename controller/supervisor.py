@@ -94,8 +94,9 @@ class Supervisor:
         self._stopping = True
         if self._engine is not None:
             await self._engine.stop(timeout_s)
+        elif self._keeper is not None:  # between two engines
+            self._keeper.cancel()
         if self._keeper is not None:
-            self._keeper.cancel() if self._engine is None else None
             await asyncio.wait({self._keeper})
         self._context.destroy(linger=0)
         os.close(self._pool_fd)
