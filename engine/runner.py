@@ -202,7 +202,7 @@ def _device_name(device: torch.device) -> str:
 
 def _versions() -> dict[str, str]:
     return {
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "triton": version("triton"),
         "cuda": torch.version.cuda or "none",
     }
