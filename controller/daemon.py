@@ -79,7 +79,7 @@ class Daemon:
         self._stop = asyncio.Event()
         self._hard_stop = asyncio.Event()
         self._writer = TelemetryWriter(store)
-        self._tuner = TunerHost(store, plan.key)
+        self._tuner = TunerHost(store, plan.key, slo=config.slo)
         self._senses = Senses(self._telemetry, slo=config.slo)
         self._engine = EngineLink(
             plan,
@@ -107,14 +107,14 @@ class Daemon:
 
     async def _until_stopped(self, http: asyncio.Task[None], stack: AsyncExitStack) -> None:
         """Wait for a stop; a part that ends by itself takes the daemon with it, loudly."""
-        parts = {
+        parts: set[asyncio.Task[Any]] = {
             http,
             asyncio.create_task(self._keep_engine(), name="engine"),
             asyncio.create_task(self._watch_host(), name="gauges"),
         }
         for part in parts - {http}:
             stack.push_async_callback(_cancel, part)
-        stop = asyncio.create_task(self._stop.wait(), name="stop")
+        stop: asyncio.Task[Any] = asyncio.create_task(self._stop.wait(), name="stop")
         stack.push_async_callback(_cancel, stop)
         done, _ = await asyncio.wait(parts | {stop}, return_when=asyncio.FIRST_COMPLETED)
         for part in done:

@@ -7,6 +7,7 @@ import logging
 import random
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from sparsed.controller.knob_board import KnobBoard
@@ -65,7 +66,7 @@ class EngineLink:
             send=self.supervisor.send,
             observe=senses.observe_request,
             clock=time.monotonic,
-            draw_seed=lambda rng=random.Random(plan.spec.seed): rng.getrandbits(63),
+            draw_seed=partial(random.Random(plan.spec.seed).getrandbits, 63),
         )
 
     async def apply(self, knobs: Knobs) -> None:

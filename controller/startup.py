@@ -75,7 +75,7 @@ def prepare(
     def size(values: Mapping[str, KnobValue]) -> _Sized:
         shape = model.shape
         knobs = resolve_knobs(values, shape=shape, machine=machine, device=device, dtype=dtype)
-        return _Sized(knobs=knobs, plan=plan_memory(knobs, shape=shape, dtype=dtype, device=device))
+        return _Sized(knobs=knobs, plan=plan_memory(knobs, shape=shape, dtype=dtype))
 
     profile, why = _choose_profile(config, key, find_verified=find_verified)
     sized, profile, why = _size_with_profile(size, config.knobs, profile=profile, why=why)

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import zmq.asyncio
 
@@ -74,7 +75,8 @@ class Supervisor:
         for stale in self._run_dir.glob("engine.*.sock"):
             stale.unlink(missing_ok=True)
         self._keeper = asyncio.create_task(self._keep_alive())
-        await asyncio.wait({self._keeper, self._facts}, return_when=asyncio.FIRST_COMPLETED)
+        either: set[asyncio.Future[Any]] = {self._keeper, self._facts}
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         if self._keeper.done():
             self._keeper.result()
         return self._facts.result()
