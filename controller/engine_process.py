@@ -42,11 +42,13 @@ class EngineProcess:
         process: Process,
         socket: zmq.asyncio.Socket,
         *,
+        endpoint: Path,
         on_message: Callable[[FromEngine], None],
         limits: WatchLimits,
     ) -> None:
         self._process = process
         self._socket = socket
+        self._endpoint = endpoint
         self._on_message = on_message
         self._limits = limits
         self._outbox: asyncio.Queue[bytes] = asyncio.Queue()
@@ -80,7 +82,7 @@ class EngineProcess:
             process_group=0,
             env=_worker_environment(),
         )
-        engine = cls(process, socket, on_message=on_message, limits=limits)
+        engine = cls(process, socket, endpoint=endpoint, on_message=on_message, limits=limits)
         engine.send(spec)
         return engine
 
@@ -102,6 +104,7 @@ class EngineProcess:
         finally:
             self._kill()
             self._socket.close(linger=0)
+            self._endpoint.unlink(missing_ok=True)  # ZeroMQ leaves the file
 
     async def stop(self, timeout_s: float) -> None:
         """Ask the worker to end, and kill it after ``timeout_s``; ``run`` then returns."""

@@ -136,16 +136,17 @@ def describe_plan(plan: StartPlan) -> str:
 def num_fitting(plan: StartPlan, num_tokens: int) -> int:
     """How many requests of ``num_tokens`` (prompt and output) both tiers hold at once.
 
-    In the hot tier a request needs its selection and the block it writes, never more than all
-    of its own blocks.
+    In the hot tier each needs its selection and the block it writes, never more than all of its
+    own blocks or what the tier has for one request alone.
     """
     knobs, memory = plan.spec.knobs, plan.spec.plan
     if num_tokens > knobs.max_model_len:
         return 0
-    blocks = -(-num_tokens // BLOCK_TOKENS)
+    frames = -(-num_tokens // BLOCK_TOKENS)
     selected = -(-knobs.token_budget // BLOCK_TOKENS) + 1
-    hot_blocks = min(blocks, selected) * plan.model.shape.num_lanes
-    return min(memory.num_frames // blocks, memory.num_blocks // hot_blocks, knobs.max_num_seqs)
+    lane_blocks = memory.num_blocks // plan.model.shape.num_lanes
+    mandatory = min(frames, selected, lane_blocks)
+    return min(memory.num_frames // frames, lane_blocks // mandatory, knobs.max_num_seqs)
 
 
 def _fit_in_words(plan: StartPlan, num_tokens: int) -> str:
