@@ -1,0 +1,259 @@
+"""What an operator asked for, from flags, environment and a TOML file, checked and frozen."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NoReturn
+
+from sparsed.controller.control import KnobSource
+from sparsed.controller.state_dir import StateDir, resolve_cache_dir, resolve_state_dir
+from sparsed.core import DTYPE_BYTES, KNOBS_BY_NAME, InputError, KnobValue, Slo
+
+CONFIG_VERSION = 1
+ENVIRONMENT_PREFIX = "SPARSED_"
+TEST_PREFIX = "SPARSED_TEST_"  # variables of the test suite, inherited by the daemons it starts
+BUILTIN_MODEL = "smollm2-135m"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DaemonConfig:
+    """Everything `sparsed start` was told; knobs that were not given are not in ``knobs``.
+
+    ``origins`` names the source of each value that was given (options and knobs alike).
+    """
+
+    state_dir: StateDir
+    cache_dir: Path
+    model: str = BUILTIN_MODEL
+    served_model_name: str | None = None
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_key: str | None = field(default=None, repr=False)
+    device: str = "auto"  # auto, cpu, cuda, cuda:N
+    dtype: str = "auto"  # auto or a key of DTYPE_BYTES
+    slo: Slo = field(default_factory=Slo)
+    drain_timeout_s: float = 30.0
+    seed: int = 0
+    no_profile: bool = False
+    tensor_parallel_size: int = 1
+    knobs: Mapping[str, KnobValue] = field(default_factory=dict)
+    origins: Mapping[str, KnobSource] = field(default_factory=dict)
+
+    def origin(self, name: str) -> KnobSource:
+        return self.origins.get(name, KnobSource.DEFAULT)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Given:
+    """One value as it was given; ``where`` is the name to blame, as the user wrote it."""
+
+    value: object
+    source: KnobSource
+    where: str
+
+
+def load_config(
+    *,
+    flags: Mapping[str, object],
+    environment: Mapping[str, str],
+    file: Path | None = None,
+) -> DaemonConfig:
+    """Merge the sources, a flag over SPARSED_* over the file over the default, and check them.
+
+    ``flags``: by flag name with underscores (``OPTION_NAMES`` and knob names); None: not given.
+    Errors: InputError naming the field, where it was given, and what is allowed.
+    """
+    given: dict[str, _Given] = {}
+    if file is not None:
+        given |= _from_file(file)
+    given |= _from_environment(environment)
+    given |= _from_flags(flags)
+    options = {name: _OPTIONS[name](item) for name, item in given.items() if name in _OPTIONS}
+    explicit = options.pop("state_dir", None)
+    assert explicit is None or isinstance(explicit, Path)
+    ttft_s, tpot_s = options.pop("slo_ttft_ms", None), options.pop("slo_tpot_ms", None)
+    if "shutdown_timeout" in options:
+        options["drain_timeout_s"] = options.pop("shutdown_timeout")
+    return DaemonConfig(
+        state_dir=resolve_state_dir(explicit, environment=environment),
+        cache_dir=resolve_cache_dir(environment),
+        slo=Slo(ttft_s=ttft_s, tpot_s=tpot_s),  # type: ignore[arg-type]  # checked by _OPTIONS
+        knobs={name: _knob(name, item) for name, item in given.items() if name not in _OPTIONS},
+        origins={name: item.source for name, item in given.items()},
+        **options,  # type: ignore[arg-type]  # each value was made by its parser in _OPTIONS
+    )
+
+
+def _from_flags(flags: Mapping[str, object]) -> dict[str, _Given]:
+    named = {name: value for name, value in flags.items() if value is not None}
+    return {
+        name: _Given(value=value, source=KnobSource.FLAG, where=f"--{name.replace('_', '-')}")
+        for name, value in named.items()
+        if _known(name, where=f"--{name.replace('_', '-')}")
+    }
+
+
+def _from_environment(environment: Mapping[str, str]) -> dict[str, _Given]:
+    given = {}
+    for variable, value in environment.items():
+        if variable.startswith(ENVIRONMENT_PREFIX) and not variable.startswith(TEST_PREFIX):
+            name = variable.removeprefix(ENVIRONMENT_PREFIX).lower()
+            _known(name, where=f"environment variable {variable}")
+            given[name] = _Given(value=value, source=KnobSource.ENVIRONMENT, where=variable)
+    return given
+
+
+def _from_file(file: Path) -> dict[str, _Given]:
+    try:
+        content = tomllib.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read {file}: {error.strerror}", field="config") from error
+    except ValueError as error:  # also bytes that are not UTF-8
+        raise InputError(f"{file} is not valid TOML: {error}", field="config") from error
+    version = content.pop("config_version", None)
+    if version != CONFIG_VERSION:
+        raise InputError(
+            f"{file}: config_version is {version!r}; this version reads "
+            f"`config_version = {CONFIG_VERSION}`",
+            field="config_version",
+        )
+    return {
+        name: _Given(value=value, source=KnobSource.FILE, where=f"{name} in {file}")
+        for name, value in content.items()
+        if _known(name, where=f"key {name!r} in {file}")
+    }
+
+
+def _known(name: str, *, where: str) -> bool:
+    if name in OPTION_NAMES or name in KNOBS_BY_NAME:
+        return True
+    near = difflib.get_close_matches(name, [*OPTION_NAMES, *KNOBS_BY_NAME], n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else "; see: sparsed start --help"
+    raise InputError(f"unknown {where}{hint}", field=name)
+
+
+def _knob(name: str, given: _Given) -> KnobValue:
+    spec = KNOBS_BY_NAME[name]
+    from_toml = given.source is KnobSource.FILE
+    is_text = isinstance(given.value, str) and given.value != "auto"
+    if from_toml and is_text and not (spec.choices and isinstance(spec.choices[0], str)):
+        raise InputError(
+            f"{given.where}: {given.value!r} is text, not a number; "
+            f"remove the quotes ({spec.allowed})",
+            field=name,
+        )
+    try:
+        return spec.check(given.value)
+    except InputError as error:
+        raise InputError(f"{given.where}: {error}", field=name) from None
+
+
+# --------------------------------------------------------------------------------------------
+# Parsers: one value each, InputError saying what is allowed
+# --------------------------------------------------------------------------------------------
+
+
+def _refuse(given: _Given, allowed: str) -> NoReturn:
+    name = re.split(r"[ =]", given.where)[0].lstrip("-").removeprefix(ENVIRONMENT_PREFIX)
+    raise InputError(
+        f"{given.where}: {given.value!r} is not {allowed}", field=name.replace("-", "_").lower()
+    )
+
+
+def _text(given: _Given) -> str:
+    if not isinstance(given.value, str) or not given.value.strip():
+        _refuse(given, "a text (in quotes in a file, and not empty)")
+    return given.value
+
+
+def _path(given: _Given) -> Path:
+    return Path(given.value if isinstance(given.value, Path) else _text(given))
+
+
+def _number(minimum: float, maximum: float, *, unit: str) -> Callable[[_Given], float]:
+    def parse(given: _Given) -> float:
+        allowed = f"a number from {minimum:g} to {maximum:g}{unit}"
+        if isinstance(given.value, bool) or (
+            given.source is KnobSource.FILE and isinstance(given.value, str)
+        ):
+            _refuse(given, allowed)
+        try:
+            number = float(str(given.value))
+        except ValueError:
+            _refuse(given, allowed)
+        if not minimum <= number <= maximum:
+            _refuse(given, allowed)
+        return number
+
+    return parse
+
+
+def _integer(minimum: int, maximum: int) -> Callable[[_Given], int]:
+    parse_number = _number(minimum, maximum, unit="")
+
+    def parse(given: _Given) -> int:
+        number = parse_number(given)
+        if number != int(number):
+            _refuse(given, "a whole number")
+        return int(number)
+
+    return parse
+
+
+def _boolean(given: _Given) -> bool:
+    if isinstance(given.value, bool):
+        return given.value
+    words = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
+    if given.source is KnobSource.FILE or str(given.value).lower() not in words:
+        _refuse(given, "true or false")
+    return words[str(given.value).lower()]
+
+
+def _pattern(pattern: str, *, allowed: str) -> Callable[[_Given], str]:
+    def parse(given: _Given) -> str:
+        if not re.fullmatch(pattern, str(given.value)):
+            _refuse(given, f"one of {allowed}")
+        return str(given.value)
+
+    return parse
+
+
+def _milliseconds(given: _Given) -> float:
+    """Targets are given in milliseconds and kept in seconds."""
+    return _number(0.001, 1e9, unit=" ms")(given) / 1e3
+
+
+def _one_gpu(given: _Given) -> int:
+    size = _integer(1, 1024)(given)
+    if size > 1:
+        raise InputError(
+            f"{given.where}: a model over {size} GPUs is not supported; "
+            "start one daemon per GPU with --device cuda:N",
+            field="tensor_parallel_size",
+        )
+    return size
+
+
+_OPTIONS: Mapping[str, Callable[[_Given], object]] = {
+    "model": _text,
+    "served_model_name": _text,
+    "host": _text,
+    "port": _integer(1, 65535),
+    "state_dir": _path,
+    "api_key": _text,
+    "device": _pattern(r"auto|cpu|cuda(:\d{1,3})?", allowed="auto, cpu, cuda, cuda:N"),
+    "dtype": _pattern("|".join(("auto", *DTYPE_BYTES)), allowed=", ".join(("auto", *DTYPE_BYTES))),
+    "slo_ttft_ms": _milliseconds,
+    "slo_tpot_ms": _milliseconds,
+    "shutdown_timeout": _number(0, 86400, unit=" s"),
+    "seed": _integer(0, 2**31 - 1),
+    "no_profile": _boolean,
+    "tensor_parallel_size": _one_gpu,
+}
+
+OPTION_NAMES: tuple[str, ...] = tuple(_OPTIONS)

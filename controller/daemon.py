@@ -1,0 +1,332 @@
+"""The daemon: startup, service, ordered shutdown; the only place that knows all."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from contextlib import AsyncExitStack
+from typing import Any
+
+import msgspec
+
+from sparsed import __version__
+from sparsed.controller import servicer
+from sparsed.controller.config import DaemonConfig
+from sparsed.controller.control import DaemonState, DaemonStatus, KnobState, TunerState
+from sparsed.controller.engine_link import EngineLink
+from sparsed.controller.http.app import create_app
+from sparsed.controller.http.context import HttpContext
+from sparsed.controller.http_server import HttpServer, bind_port
+from sparsed.controller.startup import StartPlan, prepare
+from sparsed.controller.state_dir import StateLock
+from sparsed.controller.telemetry import Senses
+from sparsed.controller.tokenizer import Tokenizer
+from sparsed.controller.tuner_host import TunerHost
+from sparsed.core import ExitCode, KnobValue, Snapshot, StartError, TunerMode
+from sparsed.db import open_store
+from sparsed.db.memory import InMemoryProfileStore
+from sparsed.db.store import ProfileStore, Store
+from sparsed.db.writer import TelemetryWriter
+from sparsed.profiler.export import Telemetry
+
+logger = logging.getLogger(__name__)
+
+
+async def run(config: DaemonConfig) -> int:
+    """The life of `sparsed start`; returns the exit code of a clean end.
+
+    Errors: StartError and InputError, one line for the user each: what keeps it from starting,
+    or an engine that cannot be kept alive.
+    """
+    started_s = time.monotonic()
+    _log_to_stderr()
+    with StateLock(config.state_dir, verb="start"), bind_port(config.host, config.port) as bound:
+        store, fault = _open_store(config)
+        try:
+            plan = await asyncio.to_thread(
+                prepare, config, progress=_log_progress, find_verified=store.find_verified
+            )
+            daemon = Daemon(config, plan, store=store, store_fault=fault, started_s=started_s)
+            await daemon.serve(bound)
+        finally:
+            store.close()
+    return ExitCode.OK
+
+
+class Daemon:
+    """Implements ``Control``. Lives on the event loop; one ``serve`` is its whole life."""
+
+    def __init__(
+        self,
+        config: DaemonConfig,
+        plan: StartPlan,
+        *,
+        store: Store,
+        store_fault: str | None,
+        started_s: float,
+    ) -> None:
+        self._config = config
+        self._plan = plan
+        self._store = store
+        self._store_fault = store_fault
+        self._started_s = started_s
+        self._stop = asyncio.Event()
+        self._hard_stop = asyncio.Event()
+        self._writer = TelemetryWriter(store)
+        self._tuner = TunerHost(store, plan.key, slo=config.slo)
+        self._senses = Senses(self._telemetry, slo=config.slo)
+        self._engine = EngineLink(
+            plan,
+            run_dir=config.state_dir.run_dir,
+            senses=self._senses,
+            on_snapshot=self._on_snapshot,
+        )
+
+    # ---- life ------------------------------------------------------------------------------
+
+    async def serve(self, bound: socket.socket) -> None:
+        """Open every door, load the engine, serve until told to stop, drain, close in order.
+
+        Errors: StartError when the engine cannot be loaded or kept alive.
+        """
+        self._handle_signals()
+        async with AsyncExitStack() as stack:  # closed from the last line to the first
+            stack.callback(self._writer.close)
+            stack.push_async_callback(self._tuner.close)
+            stack.push_async_callback(self._engine.stop)
+            await self._open_admin(stack)
+            http = await self._open_http(stack, bound)
+            await self._until_stopped(http, stack)
+            await self._drain_before_end()
+
+    async def _until_stopped(self, http: asyncio.Task[None], stack: AsyncExitStack) -> None:
+        """Wait for a stop; a part that ends by itself takes the daemon with it, loudly."""
+        parts: set[asyncio.Task[Any]] = {
+            http,
+            asyncio.create_task(self._keep_engine(), name="engine"),
+            asyncio.create_task(self._watch_host(), name="gauges"),
+        }
+        for part in parts - {http}:
+            stack.push_async_callback(_cancel, part)
+        stop: asyncio.Task[Any] = asyncio.create_task(self._stop.wait(), name="stop")
+        stack.push_async_callback(_cancel, stop)
+        done, _ = await asyncio.wait(parts | {stop}, return_when=asyncio.FIRST_COMPLETED)
+        for part in done:
+            part.result()
+        if stop not in done:
+            names = ", ".join(part.get_name() for part in done)
+            raise StartError(f"{names} ended unasked", code=ExitCode.SOFTWARE)
+
+    async def _keep_engine(self) -> None:
+        await self._engine.supervisor.start()
+        seconds = time.monotonic() - self._started_s
+        name = self._model_ids[0]
+        print(f"sparsed ready: model={name} {self._url} in {seconds:.1f} s", flush=True)
+        await self._engine.supervisor.wait()
+
+    async def _watch_host(self) -> None:
+        device = self._plan.spec.device
+        gpu_index = None if device == "cpu" else int(device.partition(":")[2])
+        await self._senses.watch_host(self._pids, gpu_index=gpu_index)
+
+    async def _drain_before_end(self) -> None:
+        if self._engine.facts is None:
+            return
+        drain = asyncio.create_task(self.drain(timeout_s=self._config.drain_timeout_s))
+        hard_stop = asyncio.create_task(self._hard_stop.wait())
+        _, waiting = await asyncio.wait({drain, hard_stop}, return_when=asyncio.FIRST_COMPLETED)
+        for task in waiting:
+            await _cancel(task)
+
+    async def _open_http(self, stack: AsyncExitStack, bound: socket.socket) -> asyncio.Task[None]:
+        server = HttpServer(create_app(self._http_context()), bound=bound)
+        task = server.start()
+        stack.push_async_callback(server.stop)
+        return task
+
+    async def _open_admin(self, stack: AsyncExitStack) -> None:
+        paths = self._config.state_dir
+        servers = await servicer.serve(
+            self, read_socket=paths.read_socket, admin_socket=paths.admin_socket
+        )
+        stack.push_async_callback(servers.stop)
+
+    def _handle_signals(self) -> None:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self.request_stop)
+        loop.add_signal_handler(signal.SIGUSR1, self._log_status)
+
+    def _log_status(self) -> None:
+        logger.info("status: %s", msgspec.json.encode(self.status()).decode())
+
+    # ---- Control ---------------------------------------------------------------------------
+
+    @property
+    def profiles(self) -> ProfileStore:
+        return self._store
+
+    def status(self) -> DaemonStatus:
+        spec = self._plan.spec
+        return DaemonStatus(
+            state=self._state(),
+            reasons=self._reasons(),
+            version=__version__,
+            pid=os.getpid(),
+            uptime_s=time.monotonic() - self._started_s,
+            http_url=self._url,
+            model=self._model_ids[0],
+            device=spec.device,
+            dtype=spec.dtype,
+            knobs=self._engine.board.knobs,
+            plan=spec.plan,
+            profile=self._plan.profile,
+            engine_restarts=self._engine.supervisor.restarts,
+            requests_failed=self._engine.ledger.num_failed,
+            store_lost_writes=self._writer.lost_writes,
+            tuner_mode=self._tuner.state().mode,
+            facts=self._engine.facts,
+            stats=self._senses.stats,
+            snapshot=self._senses.snapshot,
+        )
+
+    def list_knobs(self) -> tuple[KnobState, ...]:
+        return self._engine.board.states()
+
+    async def set_knobs(
+        self, values: Mapping[str, KnobValue], *, validate_only: bool, reason: str
+    ) -> tuple[KnobState, ...]:
+        """Hot knobs change at the next step boundary, others wait for a restart."""
+        board = self._engine.board
+        change = board.resolve(values)
+        if validate_only:
+            return board.states(change)
+        if change.knobs != board.knobs:
+            await self._engine.apply(change.knobs)
+        board.keep(change.pending)
+        logger.info("knobs set: %s (%s)", dict(values), reason)
+        return board.states()
+
+    async def drain(self, *, timeout_s: float | None) -> int:
+        logger.info("draining %d requests", self._engine.ledger.num_unfinished)
+        return await self._engine.ledger.drain(timeout_s=timeout_s)
+
+    def request_stop(self) -> None:
+        """Begin to stop; asked a second time, stop without draining."""
+        (self._hard_stop if self._stop.is_set() else self._stop).set()
+
+    def tuner(self, mode: TunerMode | None = None) -> TunerState:
+        if mode is not None:
+            self._tuner.set_mode(mode)
+        return self._tuner.state()
+
+    # ---- inside ----------------------------------------------------------------------------
+
+    @property
+    def _url(self) -> str:
+        host = self._config.host
+        return f"http://{f'[{host}]' if ':' in host else host}:{self._config.port}"
+
+    @property
+    def _model_ids(self) -> tuple[str, ...]:
+        """Served names; the first one is written into answers."""
+        given = self._config.served_model_name
+        return (given,) if given else (self._plan.model_id,)
+
+    def _state(self) -> DaemonState:
+        if self._engine.ledger.draining:
+            return DaemonState.DRAINING
+        if self._engine.facts is None:
+            return DaemonState.LOADING
+        if not self._engine.up:
+            return DaemonState.RESTARTING
+        return DaemonState.DEGRADED if self._reasons() else DaemonState.SERVING
+
+    def _reasons(self) -> tuple[str, ...]:
+        lost = self._writer.lost_writes
+        reasons = [self._store_fault] if self._store_fault else []
+        if lost:
+            reasons.append(f"the store lost {lost} writes; is the disk full?")
+        return tuple(reasons)
+
+    def _pids(self) -> Iterable[int]:
+        facts = self._engine.facts
+        return (os.getpid(), facts.pid) if facts and self._engine.up else (os.getpid(),)
+
+    def _on_snapshot(self, snapshot: Snapshot) -> None:
+        self._writer.record_snapshot(self._plan.key, snapshot)
+        self._tuner.on_snapshot(snapshot)
+
+    def _telemetry(self) -> Telemetry:
+        spec, facts = self._plan.spec, self._engine.facts
+        return Telemetry(
+            totals=self._senses.totals,
+            snapshot=self._senses.snapshot,
+            link=facts.link if facts else None,
+            engine_restarts=self._engine.supervisor.restarts,
+            requests_failed=self._engine.ledger.num_failed,
+            store_lost_writes=self._writer.lost_writes,
+            labels={
+                "version": __version__,
+                "model": self._model_ids[0],
+                "device": spec.device,
+                "dtype": spec.dtype,
+            },
+        )
+
+    def _http_context(self) -> HttpContext:
+        plan = self._plan
+        directory = plan.tokenizer_dir
+        return HttpContext(
+            ledger=self._engine.ledger,
+            tokenizer=(
+                Tokenizer.load(directory)
+                if directory
+                else Tokenizer.of_bytes(vocab_size=plan.model.vocab_size)
+            ),
+            model_ids=self._model_ids,
+            model=plan.model,
+            max_model_len=plan.spec.knobs.max_model_len,
+            sparse_method=plan.spec.knobs.sparse_method,
+            state=self._state,
+            metrics=self._senses.metrics,
+            api_key=self._config.api_key,
+            version=__version__,
+        )
+
+
+def _open_store(config: DaemonConfig) -> tuple[Store, str | None]:
+    """The database, or a store in memory and the reason: a bad disk must not keep us down.
+
+    Errors: StartError for a database that is damaged or newer than this version.
+    """
+    try:
+        return open_store(config.state_dir.database), None
+    except StartError as error:
+        if error.code is ExitCode.DATA:
+            raise
+        logger.warning("%s; profiles and measurements are kept in memory only", error)
+        return InMemoryProfileStore(), str(error)
+
+
+async def _cancel(task: asyncio.Task[Any]) -> None:
+    task.cancel()
+    await asyncio.wait({task})
+
+
+def _log_progress(phase: str, frac: float) -> None:
+    logger.info("%s, %.0f %%", phase, 100 * frac)
+
+
+def _log_to_stderr() -> None:
+    logging.basicConfig(
+        stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s"
+    )
+    for chatty in ("uvicorn", "httpx", "httpcore", "alembic"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)

@@ -1,0 +1,133 @@
+"""The engine as the daemon sees it: one process behind the ledger, the knobs and the senses."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from sparsed.controller.knob_board import KnobBoard
+from sparsed.controller.ledger import Ledger, LedgerLimits
+from sparsed.controller.startup import StartPlan
+from sparsed.controller.supervisor import Supervisor
+from sparsed.controller.telemetry import Senses
+from sparsed.core import (
+    ApplyKnobs,
+    EngineFacts,
+    EngineReady,
+    EngineStats,
+    InputError,
+    Knobs,
+    KnobsApplied,
+    LoadProgress,
+    Snapshot,
+    TokenBatch,
+)
+from sparsed.engine.wire import FromEngine
+
+MAX_WAITING_REQUESTS = 1024
+APPLY_TIMEOUT_S = 60.0  # the step that is under way ends first
+STOP_TIMEOUT_S = 5.0
+
+logger = logging.getLogger(__name__)
+
+
+class EngineLink:
+    """Routes the engine's messages, and keeps requests and knobs over its deaths.
+
+    Lives on the event loop. ``on_snapshot`` gets every closed window. ``facts`` is None until
+    the engine is loaded for the first time; ``up`` is whether it runs now.
+    """
+
+    def __init__(
+        self,
+        plan: StartPlan,
+        *,
+        run_dir: Path,
+        senses: Senses,
+        on_snapshot: Callable[[Snapshot], None],
+    ) -> None:
+        self.facts: EngineFacts | None = None
+        self.up = False
+        self.board = KnobBoard(plan.spec.knobs, sources=plan.sources)
+        self._senses = senses
+        self._on_snapshot = on_snapshot
+        self._apply_lock = asyncio.Lock()
+        self._applied: asyncio.Future[KnobsApplied] | None = None
+        self.supervisor = Supervisor(
+            plan.spec, run_dir=run_dir, on_message=self._on_message, on_lost=self._on_lost
+        )
+        self.ledger = Ledger(
+            self._limits(plan),
+            send=self.supervisor.send,
+            observe=senses.observe_request,
+            clock=time.monotonic,
+            draw_seed=partial(random.Random(plan.spec.seed).getrandbits, 63),
+        )
+
+    async def apply(self, knobs: Knobs) -> None:
+        """Change hot knobs at the engine's next step boundary and wait until it is done.
+
+        Errors: InputError when the engine refuses a knob, is away, or does not answer.
+        """
+        async with self._apply_lock:
+            if not self.up:
+                raise InputError("the engine is not running yet; try again in a few seconds")
+            self._applied = asyncio.get_running_loop().create_future()
+            self.supervisor.send(ApplyKnobs(knobs=knobs))
+            try:
+                async with asyncio.timeout(APPLY_TIMEOUT_S):
+                    answer = await self._applied
+            except TimeoutError:
+                raise InputError(
+                    f"the engine did not take the knobs within {APPLY_TIMEOUT_S:.0f} s; "
+                    "see: sparsed knobs list"
+                ) from None
+        if answer.error is not None:
+            raise InputError(answer.error)
+
+    async def stop(self) -> None:
+        """End what is unfinished with an error, then the engine."""
+        self.ledger.fail_all("the daemon is shutting down")
+        await self.supervisor.stop(STOP_TIMEOUT_S if self.facts else 0.0)
+
+    def _limits(self, plan: StartPlan) -> LedgerLimits:
+        return LedgerLimits(
+            max_tokens=min(plan.spec.knobs.max_model_len, plan.spec.plan.max_tokens),
+            max_waiting=MAX_WAITING_REQUESTS,
+            num_active=lambda: self.board.knobs.max_num_active_seqs,
+        )
+
+    def _on_message(self, message: FromEngine) -> None:
+        match message:
+            case TokenBatch():
+                self.ledger.on_batch(message)
+            case EngineStats():
+                if (snapshot := self._senses.on_stats(message)) is not None:
+                    self._on_snapshot(snapshot)
+            case EngineReady():
+                self._on_ready(message.facts)
+            case KnobsApplied():
+                self._on_applied(message)
+            case LoadProgress():
+                logger.info("loading: %s, %.0f %%", message.phase, 100 * message.frac)
+
+    def _on_ready(self, facts: EngineFacts) -> None:
+        self.facts, self.up = facts, True
+        self.ledger.on_engine_ready()
+
+    def _on_lost(self, reason: str) -> None:
+        self.up = False
+        self.ledger.on_engine_lost()
+        if self._applied is not None and not self._applied.done():
+            self._applied.set_exception(InputError(f"the engine died meanwhile: {reason}"))
+
+    def _on_applied(self, answer: KnobsApplied) -> None:
+        if answer.error is None:
+            self.board.take(answer.knobs)  # also when the caller has stopped waiting
+        if self._applied is not None and not self._applied.done():
+            self._applied.set_result(answer)

@@ -1,0 +1,73 @@
+"""The knobs of a running daemon: values, where they came from, and what waits for a restart."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from sparsed.controller.control import KnobSource, KnobState
+from sparsed.core import (
+    KNOB_SPECS,
+    KNOBS_BY_NAME,
+    KnobClass,
+    Knobs,
+    KnobValue,
+    check_knob_values,
+)
+
+
+class KnobChange(NamedTuple):
+    """What a set of values asks for: the knobs to have now, and what waits for a restart."""
+
+    knobs: Knobs
+    pending: Mapping[str, KnobValue]
+
+
+class KnobBoard:
+    """The values in force, ``knobs``, follow the engine: they change by ``take`` alone."""
+
+    def __init__(self, knobs: Knobs, *, sources: Mapping[str, KnobSource]) -> None:
+        self.knobs = knobs
+        self._sources = dict(sources)
+        self._pending: dict[str, KnobValue] = {}
+
+    def resolve(self, values: Mapping[str, KnobValue]) -> KnobChange:
+        """Split into hot and waiting values. InputError if they cannot be; nothing changes."""
+        checked = check_knob_values(values)
+        hot = {name: value for name, value in checked.items() if _is_hot(name)}
+        knobs = self.knobs.with_values(hot)
+        asked = self._pending | {name: checked[name] for name in checked.keys() - hot.keys()}
+        pending = {name: value for name, value in asked.items() if value != getattr(knobs, name)}
+        knobs.with_values(pending)  # what the next start will be told must hold together
+        return KnobChange(knobs=knobs, pending=pending)
+
+    def take(self, knobs: Knobs) -> None:
+        """The engine runs with ``knobs`` from now on."""
+        self._sources |= self._changed_sources(knobs)
+        self.knobs = knobs
+
+    def keep(self, pending: Mapping[str, KnobValue]) -> None:
+        """Remember what waits for a restart."""
+        self._pending = dict(pending)
+
+    def states(self, change: KnobChange | None = None) -> tuple[KnobState, ...]:
+        """All knobs, as they are or as they would be after ``change``."""
+        knobs, pending = change or KnobChange(knobs=self.knobs, pending=self._pending)
+        sources = self._sources | self._changed_sources(knobs)
+        return tuple(
+            KnobState(
+                spec=spec,
+                value=getattr(knobs, spec.name),
+                source=sources[spec.name],
+                pending=pending.get(spec.name),
+            )
+            for spec in KNOB_SPECS
+        )
+
+    def _changed_sources(self, knobs: Knobs) -> dict[str, KnobSource]:
+        before, after = self.knobs.as_dict(), knobs.as_dict()
+        return {name: KnobSource.LIVE for name in after if after[name] != before[name]}
+
+
+def _is_hot(name: str) -> bool:
+    return KNOBS_BY_NAME[name].klass is KnobClass.HOT

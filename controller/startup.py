@@ -1,0 +1,261 @@
+"""From what was asked to what an engine is started with: model, machine, profile, knobs, bytes."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from sparsed.controller.config import DaemonConfig
+from sparsed.controller.control import KnobSource
+from sparsed.core import (
+    BLOCK_TOKENS,
+    GIB,
+    KNOB_SPECS,
+    EngineSpec,
+    InputError,
+    Knobs,
+    KnobValue,
+    MachineFacts,
+    MemoryPlan,
+    Profile,
+    ProfileKey,
+)
+from sparsed.db import open_store
+from sparsed.engine.models.catalog import ResolvedModel, resolve_model
+from sparsed.engine.models.config import ModelConfig, load_config
+from sparsed.engine.models.dummy import dummy_config
+from sparsed.engine.planner import plan_memory, resolve_knobs
+from sparsed.profiler.machine import read_machine
+
+FIT_EXAMPLES_TOKENS = (8_192, 32_768, 131_072)
+
+Progress = Callable[[str, float], None]
+FindVerified = Callable[[ProfileKey], Profile | None]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StartPlan:
+    """Everything a start needs, decided; ``spec`` is what the engine gets."""
+
+    spec: EngineSpec
+    model: ModelConfig
+    model_id: str
+    tokenizer_dir: Path | None  # None: a dummy model, which has no tokenizer of its own
+    machine: MachineFacts
+    key: ProfileKey
+    profile: str  # which profile was taken and why, or why none
+    sources: Mapping[str, KnobSource]  # of every knob
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Sized:
+    knobs: Knobs
+    plan: MemoryPlan
+
+
+def prepare(
+    config: DaemonConfig, *, progress: Progress, find_verified: FindVerified | None = None
+) -> StartPlan:
+    """Resolve model, device, profile, knobs and memory. Reads files, may fetch a model: blocks.
+
+    ``find_verified`` None: profiles are read from the database of the state directory, if any.
+    Errors: InputError naming the field that is wrong or does not fit.
+    """
+    resolved = resolve_model(config.model, cache_dir=config.cache_dir, progress=progress)
+    model = _model_config(resolved)
+    machine = _machine(config.device)
+    device = _device(config.device, machine)
+    dtype = _dtype(config.dtype, device=device, model=model)
+    key = ProfileKey(hardware=machine.fingerprint, model=resolved.model_id, dtype=dtype)
+
+    def size(values: Mapping[str, KnobValue]) -> _Sized:
+        shape = model.shape
+        knobs = resolve_knobs(values, shape=shape, machine=machine, device=device, dtype=dtype)
+        return _Sized(knobs=knobs, plan=plan_memory(knobs, shape=shape, dtype=dtype))
+
+    profile, why = _choose_profile(config, key, find_verified=find_verified)
+    sized, profile, why = _size_with_profile(size, config.knobs, profile=profile, why=why)
+    return StartPlan(
+        spec=EngineSpec(
+            model=f"dummy:{resolved.dummy}" if resolved.dummy else str(resolved.path),
+            device=device,
+            dtype=dtype,
+            knobs=sized.knobs,
+            plan=sized.plan,
+            seed=config.seed,
+        ),
+        model=model,
+        model_id=resolved.model_id,
+        tokenizer_dir=resolved.path,
+        machine=machine,
+        key=key,
+        profile=why,
+        sources=_sources(config, profile=profile),
+    )
+
+
+def describe_plan(plan: StartPlan) -> str:
+    """The text of `sparsed start --dry-run`: bytes per tier and part, and what fits."""
+    spec, memory = plan.spec, plan.spec.plan
+    parts = (
+        ("weights", memory.weights_bytes),
+        ("hot tier", memory.hot_bytes),
+        ("  pages", memory.hot_pages_bytes),
+        ("  summaries", memory.summaries_bytes),
+        ("  page tables", memory.tables_bytes),
+        ("  staging", memory.staging_bytes),
+        ("  prefill buffers", memory.prefill_buffer_bytes),
+        ("DRAM tier", memory.dram_pool_bytes),
+    )
+    knobs = spec.knobs.as_dict()
+    return "\n".join(
+        (
+            f"model    {plan.model_id} ({plan.model.shape.num_parameters / 1e6:,.0f} M parameters)",
+            f"device   {spec.device}, {spec.dtype}, {plan.machine.fingerprint}",
+            f"profile  {plan.profile}",
+            "memory",
+            *(f"  {name:<20}{num_bytes / GIB:>10.3f} GiB" for name, num_bytes in parts),
+            "knobs",
+            *(
+                f"  {name:<20}{'auto' if value is None else value:>10}  ({plan.sources[name]})"
+                for name, value in knobs.items()
+            ),
+            "requests that fit at once",
+            *(
+                f"  {tokens:>9,} tokens  {_fit_in_words(plan, tokens)}"
+                for tokens in FIT_EXAMPLES_TOKENS
+            ),
+        )
+    )
+
+
+def num_fitting(plan: StartPlan, num_tokens: int) -> int:
+    """How many requests of ``num_tokens`` (prompt and output) both tiers hold at once.
+
+    In the hot tier each needs its selection and the block it writes, never more than all of its
+    own blocks or what the tier has for one request alone.
+    """
+    knobs, memory = plan.spec.knobs, plan.spec.plan
+    if num_tokens > knobs.max_model_len:
+        return 0
+    frames = -(-num_tokens // BLOCK_TOKENS)
+    selected = -(-knobs.token_budget // BLOCK_TOKENS) + 1
+    lane_blocks = memory.num_blocks // plan.model.shape.num_lanes
+    mandatory = min(frames, selected, lane_blocks)
+    return min(memory.num_frames // frames, lane_blocks // mandatory, knobs.max_num_seqs)
+
+
+def _fit_in_words(plan: StartPlan, num_tokens: int) -> str:
+    if num_tokens > plan.spec.knobs.max_model_len:
+        return f"none: max_model_len is {plan.spec.knobs.max_model_len}"
+    return str(num_fitting(plan, num_tokens))
+
+
+def _model_config(resolved: ResolvedModel) -> ModelConfig:
+    if resolved.dummy is not None:
+        return dummy_config(resolved.dummy)
+    assert resolved.path is not None
+    return load_config(resolved.path)
+
+
+def _machine(device: str) -> MachineFacts:
+    """Facts of the machine, without its GPU where that is not to be used."""
+    index = int(device.partition(":")[2] or 0)
+    machine = read_machine(gpu_index=index)
+    if device != "cpu":
+        return machine
+    return replace(machine, gpu_name=None, gpu_uuid=None, hbm_total_bytes=0, hbm_free_bytes=0)
+
+
+def _device(device: str, machine: MachineFacts) -> str:
+    if device == "cpu" or (device == "auto" and not machine.num_gpus):
+        return "cpu"
+    index = int(device.partition(":")[2] or 0)
+    if index >= machine.num_gpus:
+        raise InputError(
+            f"--device {device}: this machine has {machine.num_gpus} GPUs that its driver knows; "
+            "give one of them, or cpu",
+            field="device",
+        )
+    return f"cuda:{index}"
+
+
+def _dtype(dtype: str, *, device: str, model: ModelConfig) -> str:
+    """On a CPU float32 is the fast and exact one; on a GPU float32 weights run as bfloat16."""
+    if dtype != "auto":
+        return dtype
+    if device == "cpu":
+        return "float32"
+    return "bfloat16" if model.dtype == "float32" else model.dtype
+
+
+# --------------------------------------------------------------------------------------------
+# Profile
+# --------------------------------------------------------------------------------------------
+
+
+def _choose_profile(
+    config: DaemonConfig, key: ProfileKey, *, find_verified: FindVerified | None
+) -> tuple[Profile | None, str]:
+    if config.no_profile:
+        return None, "none: --no-profile"
+    profile = (find_verified or _read_database(config))(key)
+    if profile is None:
+        return None, f"none: no verified one for {key.model}, {key.dtype} on {key.hardware}"
+    return profile, _profile_in_words(profile)
+
+
+def _read_database(config: DaemonConfig) -> FindVerified:
+    def find(key: ProfileKey) -> Profile | None:
+        if not config.state_dir.database.exists():
+            return None
+        store = open_store(config.state_dir.database)
+        try:
+            return store.find_verified(key)
+        finally:
+            store.close()
+
+    return find
+
+
+def _profile_in_words(profile: Profile) -> str:
+    name = f"#{profile.profile_id}" + (" (pinned)" if profile.pinned else "")
+    values = ", ".join(f"{knob}={value}" for knob, value in profile.values.items())
+    gain = profile.gain_frac
+    evidence = "" if gain is None else f", {gain:+.1%} {profile.objective} over the default"
+    return f"{name}: verified for this hardware and model on {profile.workload}{evidence}; {values}"
+
+
+def _size_with_profile(
+    size: Callable[[Mapping[str, KnobValue]], _Sized],
+    explicit: Mapping[str, KnobValue],
+    *,
+    profile: Profile | None,
+    why: str,
+) -> tuple[_Sized, Profile | None, str]:
+    """Explicit values win over the profile's; a profile that no longer fits is left out."""
+    if profile is not None:
+        try:
+            return size({**profile.values, **explicit}), profile, why
+        except InputError as error:
+            why = f"none: #{profile.profile_id} does not fit this start ({error})"
+            logger.warning("profile left out: %s", why)
+    return size(explicit), None, why
+
+
+def _sources(config: DaemonConfig, *, profile: Profile | None) -> dict[str, KnobSource]:
+    tuned = profile.values if profile else {}
+    sources = {}
+    for spec in KNOB_SPECS:
+        if spec.name in config.knobs:
+            sources[spec.name] = config.origin(spec.name)
+        elif spec.name in tuned:
+            sources[spec.name] = KnobSource.PROFILE
+        else:
+            from_machine = spec.default is None and not spec.auto
+            sources[spec.name] = KnobSource.MACHINE if from_machine else KnobSource.DEFAULT
+    return sources

@@ -1,0 +1,65 @@
+"""The daemon's senses: the profiler's window, its gauges and its metrics, kept together."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+
+from sparsed.core import EngineStats, HostGauges, Slo, Snapshot
+from sparsed.profiler.collectors.gauges import open_gauges
+from sparsed.profiler.export import Exporter, Telemetry
+from sparsed.profiler.window import Window
+
+GAUGES_PERIOD_S = 1.0
+
+
+class Senses:
+    """Window and metrics of the engine, gauges of the host. Lives on the event loop.
+
+    ``read`` gives what a scrape shows; it is asked only by ``metrics``.
+    """
+
+    def __init__(self, read: Callable[[], Telemetry], *, slo: Slo) -> None:
+        self._window = Window(clock=time.monotonic)
+        self._exporter = Exporter(read, slo=slo)
+        self._host = HostGauges()
+        self.stats: EngineStats | None = None  # the engine's last report
+
+    @property
+    def totals(self) -> EngineStats:
+        """Counters over every engine of this daemon."""
+        return self._window.totals
+
+    @property
+    def snapshot(self) -> Snapshot | None:
+        """The last window; None when the engine has not reported for three seconds."""
+        return self._window.latest()
+
+    def on_stats(self, stats: EngineStats) -> Snapshot | None:
+        """Close the window with the engine's report of this second."""
+        self.stats = stats
+        self._exporter.observe_steps(stats.recent_step_s)
+        return self._window.close(stats, ended_at=time.time(), host=self._host)
+
+    def observe_request(self, *, ttft_s: float, tpot_s: float | None) -> None:
+        self._window.observe_request(ttft_s=ttft_s, tpot_s=tpot_s)
+        self._exporter.observe_request(ttft_s=ttft_s, tpot_s=tpot_s)
+
+    def metrics(self) -> bytes:
+        """Prometheus text of now."""
+        return self._exporter.render()
+
+    async def watch_host(
+        self, read_pids: Callable[[], Iterable[int]], *, gpu_index: int | None
+    ) -> None:
+        """Read the gauges once a second, until cancelled; on a thread, for NVML may block."""
+        loop = asyncio.get_running_loop()
+        with (
+            ThreadPoolExecutor(max_workers=1, thread_name_prefix="gauges") as thread,
+            open_gauges(read_pids, gpu_index=gpu_index, clock=time.monotonic) as read,
+        ):
+            while True:
+                self._host = await loop.run_in_executor(thread, read)
+                await asyncio.sleep(GAUGES_PERIOD_S)

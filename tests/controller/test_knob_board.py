@@ -1,0 +1,77 @@
+"""The knob board: hot values now, others after a restart, nothing on a refusal."""
+
+from __future__ import annotations
+
+import pytest
+
+from sparsed.controller.control import KnobSource, KnobState
+from sparsed.controller.knob_board import KnobBoard
+from sparsed.core import KNOB_SPECS, InputError, Knobs
+
+KNOBS = Knobs(
+    token_budget=1024,
+    hbm_budget=None,
+    max_num_active_seqs=4,
+    prefill_chunk=512,
+    page_size=32,
+    sparse_method="cuboid-mean",
+    dense_layers=0,
+    max_num_seqs=8,
+    kv_hbm_gib=1.0,
+    kv_dram_gib=2.0,
+    max_model_len=4096,
+)
+
+
+@pytest.fixture
+def board() -> KnobBoard:
+    return KnobBoard(KNOBS, sources={spec.name: KnobSource.DEFAULT for spec in KNOB_SPECS})
+
+
+def find(states: tuple[KnobState, ...], name: str) -> KnobState:
+    (state,) = (state for state in states if state.spec.name == name)
+    return state
+
+
+def test_hot_values_are_for_now_and_others_wait(board: KnobBoard) -> None:
+    change = board.resolve({"token_budget": 2048, "page_size": 16})
+    assert change.knobs.token_budget == 2048
+    assert change.knobs.page_size == 32
+    assert change.pending == {"page_size": 16}
+    assert find(board.states(), "token_budget").value == 1024  # nothing has happened yet
+    board.take(change.knobs)
+    board.keep(change.pending)
+    budget, page = find(board.states(), "token_budget"), find(board.states(), "page_size")
+    assert (budget.value, budget.source) == (2048, KnobSource.LIVE)
+    assert (page.value, page.source, page.pending) == (32, KnobSource.DEFAULT, 16)
+
+
+def test_the_preview_is_what_comes_true(board: KnobBoard) -> None:
+    change = board.resolve({"token_budget": 2048, "max_num_seqs": 16})
+    preview = board.states(change)
+    board.take(change.knobs)
+    board.keep(change.pending)
+    assert board.states() == preview
+
+
+def test_waiting_values_add_up_and_can_be_taken_back(board: KnobBoard) -> None:
+    board.keep(board.resolve({"page_size": 16}).pending)
+    board.keep(board.resolve({"max_num_seqs": 16}).pending)
+    assert board.resolve({"page_size": 32}).pending == {"max_num_seqs": 16}
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"max_num_active_seqs": 9},  # above the capacity of now
+        {"max_num_seqs": 2},  # the next start would refuse it
+        {"page_size": 24},
+        {"unheard_of": 1},
+    ],
+)
+def test_a_refusal_changes_nothing(board: KnobBoard, values: dict[str, int]) -> None:
+    before = board.states()
+    with pytest.raises(InputError) as caught:
+        board.resolve(values)
+    assert caught.value.field
+    assert board.states() == before

@@ -1,0 +1,339 @@
+"""The ledger: nothing lost, nothing doubled, whatever the engine does."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from sparsed.controller.ledger import Ledger, LedgerLimits, RequestStream, Unavailable
+from sparsed.core import (
+    AbortRequest,
+    AddRequest,
+    CapacityError,
+    FinishReason,
+    InputError,
+    SamplingParams,
+    TokenBatch,
+    TokenOutput,
+)
+
+NUM_ACTIVE = 2
+
+
+@dataclass
+class Bench:
+    """A ledger with its clock, its outgoing messages and the figures it reported."""
+
+    now_s: float = 0.0
+    sent: list[AddRequest | AbortRequest] = field(default_factory=list)
+    observed: list[tuple[float, float | None]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        seeds = iter(range(100, 1_000_000))
+        self.ledger = Ledger(
+            LedgerLimits(max_tokens=64, max_waiting=3, num_active=lambda: NUM_ACTIVE),
+            send=self.sent.append,
+            observe=lambda *, ttft_s, tpot_s: self.observed.append((ttft_s, tpot_s)),
+            clock=lambda: self.now_s,
+            draw_seed=lambda: next(seeds),
+        )
+
+    def submit(self, name: str, *, max_tokens: int = 4, prompt: int = 3) -> RequestStream:
+        return self.ledger.submit(
+            AddRequest(
+                request_id=name,
+                prompt_tokens=tuple(range(prompt)),
+                sampling=SamplingParams(max_tokens=max_tokens),
+            )
+        )
+
+    def token(self, name: str, index: int, *, last: bool = False) -> None:
+        self.ledger.on_batch(
+            TokenBatch(
+                outputs=(
+                    TokenOutput(
+                        request_id=name,
+                        index=index,
+                        token_id=1000 + index,
+                        finish_reason=FinishReason.LENGTH if last else None,
+                    ),
+                )
+            )
+        )
+
+
+def read(stream: RequestStream) -> list[TokenOutput]:
+    """All outputs of a stream that has ended."""
+
+    async def collect() -> list[TokenOutput]:
+        async with asyncio.timeout(1.0):
+            return [output async for output in stream]
+
+    return asyncio.run(collect())
+
+
+def tokens_of(stream: RequestStream) -> list[int | None]:
+    return [output.token_id for output in read(stream)]
+
+
+@pytest.fixture
+def bench() -> Bench:
+    bench = Bench()
+    bench.ledger.on_engine_ready()
+    return bench
+
+
+def test_tokens_reach_their_stream_in_order(bench: Bench) -> None:
+    one, two = bench.submit("one"), bench.submit("two")
+    for index in range(4):
+        bench.token("one", index, last=index == 3)
+        bench.token("two", index, last=index == 3)
+    assert tokens_of(one) == tokens_of(two) == [1000, 1001, 1002, 1003]
+    assert bench.ledger.num_unfinished == 0
+
+
+def test_requests_before_the_engine_is_up_wait_for_it() -> None:
+    bench = Bench()
+    bench.submit("one")
+    bench.submit("two")
+    assert bench.sent == []
+    bench.ledger.on_engine_ready()
+    assert [message.request_id for message in bench.sent] == ["one", "two"]
+
+
+def test_latencies_come_from_the_injected_clock(bench: Bench) -> None:
+    bench.submit("one", max_tokens=3)
+    for now_s, index in ((2.0, 0), (3.0, 1), (7.0, 2)):
+        bench.now_s = now_s
+        bench.token("one", index, last=index == 2)
+    bench.submit("two", max_tokens=1)
+    bench.now_s = 7.5
+    bench.token("two", 0, last=True)
+    assert bench.observed == [(2.0, 2.5), (0.5, None)]
+
+
+def test_a_replay_carries_the_tokens_and_the_same_seed(bench: Bench) -> None:
+    stream = bench.submit("one")
+    bench.token("one", 0)
+    bench.token("one", 1)
+    bench.ledger.on_engine_lost()
+    bench.ledger.on_engine_ready()
+    first, replay = bench.sent
+    assert isinstance(first, AddRequest) and isinstance(replay, AddRequest)
+    assert replay.generated_tokens == (1000, 1001)
+    assert replay.sampling.seed == first.sampling.seed is not None
+    for index in (1, 2, 3):  # 1 was delivered before the death
+        bench.token("one", index, last=index == 3)
+    assert tokens_of(stream) == [1000, 1001, 1002, 1003]
+
+
+def test_only_running_requests_are_blamed_for_a_death(bench: Bench) -> None:
+    streams = [bench.submit(name) for name in ("one", "two", "three")]
+    for _ in range(2):
+        bench.ledger.on_engine_lost()
+        bench.ledger.on_engine_ready()
+    assert bench.ledger.num_unfinished == 1  # "three" never ran: two at a time
+    assert bench.ledger.num_failed == 2
+    outputs = read(streams[0])
+    assert [output.finish_reason for output in outputs] == [FinishReason.ERROR]
+    assert "died 2 times" in str(outputs[0].error)
+    bench.token("three", 0, last=True)
+    assert tokens_of(streams[2]) == [1000]
+
+
+def test_a_death_while_loading_is_nobodys_fault(bench: Bench) -> None:
+    bench.submit("one")
+    for _ in range(5):
+        bench.ledger.on_engine_lost()
+    assert bench.ledger.num_unfinished == 1
+
+
+def test_cancel_ends_the_stream_and_tells_the_engine(bench: Bench) -> None:
+    stream = bench.submit("one")
+    bench.token("one", 0)
+    stream.cancel()
+    bench.token("one", 1)
+    stream.cancel()
+    assert tokens_of(stream) == [1000]
+    assert bench.sent[1:] == [AbortRequest(request_id="one")]
+    assert bench.ledger.num_failed == 0
+
+
+def test_a_request_that_can_never_fit_names_the_limit(bench: Bench) -> None:
+    with pytest.raises(CapacityError, match=r"60 tokens and max_tokens is 5.*at most 64") as caught:
+        bench.submit("one", prompt=60, max_tokens=5)
+    assert caught.value.field == "max_tokens"
+    with pytest.raises(CapacityError) as caught:
+        bench.submit("one", prompt=64, max_tokens=1)
+    assert caught.value.field == "prompt"
+    bench.submit("one", prompt=60, max_tokens=4)
+
+
+def test_a_full_queue_refuses_and_says_when_to_return(bench: Bench) -> None:
+    for number in range(NUM_ACTIVE + 3):
+        bench.submit(str(number))
+    with pytest.raises(Unavailable) as caught:
+        bench.submit("one more")
+    assert caught.value.retry_after_s > 0
+
+
+def test_a_request_id_in_use_is_refused(bench: Bench) -> None:
+    bench.submit("one")
+    with pytest.raises(InputError, match="in use"):
+        bench.submit("one")
+
+
+def test_drain_refuses_new_requests_and_waits_for_the_others(bench: Bench) -> None:
+    stream = bench.submit("one")
+
+    async def drain() -> int:
+        draining = asyncio.create_task(bench.ledger.drain(timeout_s=5.0))
+        await asyncio.sleep(0)
+        with pytest.raises(Unavailable):
+            bench.submit("two")
+        assert not draining.done()
+        bench.token("one", 0, last=True)
+        return await draining
+
+    assert asyncio.run(drain()) == 0
+    assert tokens_of(stream) == [1000]
+
+
+def test_drain_cuts_off_what_is_left(bench: Bench) -> None:
+    stream = bench.submit("one")
+    assert asyncio.run(bench.ledger.drain(timeout_s=0.01)) == 1
+    assert read(stream)[-1].finish_reason is FinishReason.ERROR
+    assert bench.sent[-1] == AbortRequest(request_id="one")
+
+
+def word(name: str, index: int) -> int:
+    """What the model says: a function of the request and the position alone."""
+    return hash((name, index)) % 50_000
+
+
+@dataclass
+class Running:
+    """A request inside the scripted engine."""
+
+    add: AddRequest
+    index: int
+
+
+class CrashingEngine(RuleBasedStateMachine):
+    """Any interleaving of clients, steps, deaths and restarts, against a scripted engine.
+
+    Each step's batch is delivered, or lost with a death, or delivered after it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bench = Bench()
+        self.streams: dict[str, tuple[RequestStream, int]] = {}
+        self.cancelled: set[str] = set()
+        self.running: dict[str, Running] = {}
+        self.late: TokenBatch | None = None
+        self.up = False
+
+    def take_messages(self) -> None:
+        for message in self.bench.sent:
+            if isinstance(message, AbortRequest):
+                self.running.pop(message.request_id, None)
+            else:
+                self.running[message.request_id] = Running(
+                    add=message, index=len(message.generated_tokens)
+                )
+        self.bench.sent.clear()
+
+    def step(self) -> TokenBatch:
+        self.take_messages()
+        outputs = []
+        for name, state in list(self.running.items())[:NUM_ACTIVE]:
+            last = state.index + 1 == state.add.sampling.max_tokens
+            outputs.append(
+                TokenOutput(
+                    request_id=name,
+                    index=state.index,
+                    token_id=word(name, state.index),
+                    finish_reason=FinishReason.LENGTH if last else None,
+                )
+            )
+            state.index += 1
+            if last:
+                del self.running[name]
+        return TokenBatch(outputs=tuple(outputs))
+
+    @rule(max_tokens=st.integers(1, 5))
+    def submit(self, max_tokens: int) -> None:
+        name = f"request {len(self.streams)}"
+        try:
+            stream = self.bench.submit(name, max_tokens=max_tokens)
+        except Unavailable:
+            assert self.bench.ledger.num_unfinished == NUM_ACTIVE + 3
+        else:
+            self.streams[name] = (stream, max_tokens)
+
+    @precondition(lambda self: self.streams)
+    @rule(data=st.data())
+    def cancel(self, data: st.DataObject) -> None:
+        name = data.draw(st.sampled_from(sorted(self.streams)))
+        self.streams[name][0].cancel()
+        self.cancelled.add(name)
+
+    @precondition(lambda self: self.up)
+    @rule()
+    def run_step(self) -> None:
+        self.bench.ledger.on_batch(self.step())
+
+    @precondition(lambda self: self.up)
+    @rule(fate=st.sampled_from(["delivered", "lost", "late"]))
+    def die(self, fate: str) -> None:
+        batch = self.step()
+        if fate == "delivered":
+            self.bench.ledger.on_batch(batch)
+        self.late = batch if fate == "late" else None
+        self.bench.ledger.on_engine_lost()
+        self.running.clear()
+        self.bench.sent.clear()
+        self.up = False
+
+    @precondition(lambda self: not self.up)
+    @rule()
+    def die_while_loading(self) -> None:
+        self.bench.ledger.on_engine_lost()
+
+    @precondition(lambda self: not self.up)
+    @rule()
+    def restart(self) -> None:
+        self.up = True
+        self.bench.ledger.on_engine_ready()
+        if self.late is not None:
+            self.bench.ledger.on_batch(self.late)
+            self.late = None
+
+    @invariant()
+    def sends_only_to_a_living_engine(self) -> None:
+        assert self.up or not self.bench.sent
+
+    def teardown(self) -> None:
+        if not self.up:
+            self.restart()
+        while self.bench.ledger.num_unfinished:
+            self.run_step()
+        for name, (stream, max_tokens) in self.streams.items():
+            outputs = read(stream)
+            spoken = [output.token_id for output in outputs if output.token_id is not None]
+            assert spoken == [word(name, index) for index in range(len(spoken))]
+            finish = outputs[-1].finish_reason if outputs else None
+            if finish is FinishReason.LENGTH:
+                assert len(spoken) == max_tokens
+            else:
+                assert finish is FinishReason.ERROR or name in self.cancelled
+
+
+TestCrashingEngine = CrashingEngine.TestCase
+TestCrashingEngine.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)

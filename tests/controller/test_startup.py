@@ -1,0 +1,141 @@
+"""Start plans: what was asked, what a profile adds, what the machine gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from sparsed.controller.config import DaemonConfig
+from sparsed.controller.control import KnobSource
+from sparsed.controller.startup import StartPlan, describe_plan, num_fitting, prepare
+from sparsed.core import (
+    GIB,
+    InputError,
+    KnobValue,
+    Objective,
+    Profile,
+    ProfileKey,
+    ProfileStatus,
+)
+from sparsed.db import open_store
+
+PlanStart = Callable[..., StartPlan]
+KEY = ProfileKey(hardware="cpu", model="dummy:tiny", dtype="float32")
+
+
+def profile(**values: KnobValue) -> Profile:
+    return Profile(
+        key=KEY,
+        values=values,
+        status=ProfileStatus.VERIFIED,
+        workload="chat",
+        objective=Objective.THROUGHPUT,
+        default_scores=(10.0, 10.0, 10.0),
+        winner_scores=(12.0, 12.0, 12.0),
+        profile_id=7,
+    )
+
+
+def test_a_start_without_wishes(plan_start: PlanStart) -> None:
+    plan = plan_start(find_verified=lambda key: None)
+    assert plan.spec.model == "dummy:tiny"
+    assert (plan.spec.device, plan.spec.dtype) == ("cpu", "float32")
+    assert plan.key == ProfileKey(
+        hardware=plan.machine.fingerprint, model="dummy:tiny", dtype="float32"
+    )
+    assert plan.profile.startswith("none: no verified one for dummy:tiny")
+    assert plan.tokenizer_dir is None
+    assert plan.sources["token_budget"] is KnobSource.DEFAULT
+    assert plan.sources["kv_hbm_gib"] is KnobSource.FLAG
+    assert plan.sources["max_num_seqs"] is KnobSource.MACHINE
+
+
+def test_a_profile_fills_in_what_was_not_asked_for(plan_start: PlanStart) -> None:
+    asked: list[ProfileKey] = []
+
+    def find(key: ProfileKey) -> Profile:
+        asked.append(key)
+        return profile(token_budget=512, page_size=16)
+
+    plan = plan_start(find_verified=find, page_size=64)
+    assert asked == [plan.key]
+    assert (plan.spec.knobs.token_budget, plan.spec.knobs.page_size) == (512, 64)
+    assert plan.sources["token_budget"] is KnobSource.PROFILE
+    assert plan.sources["page_size"] is KnobSource.FLAG
+    for words in ("#7", "chat", "+20.0% throughput", "token_budget=512"):
+        assert words in plan.profile
+
+
+def test_a_profile_that_does_not_fit_is_left_out(plan_start: PlanStart) -> None:
+    plan = plan_start(find_verified=lambda key: profile(max_num_active_seqs=8), max_num_seqs=4)
+    assert plan.spec.knobs.max_num_active_seqs == 4
+    assert plan.profile.startswith("none: #7 does not fit this start (max_num_active_seqs=8")
+    assert plan.sources["max_num_active_seqs"] is KnobSource.MACHINE
+
+
+def test_a_profile_is_not_even_read_when_unwanted(plan_start: PlanStart) -> None:
+    def find(key: ProfileKey) -> Profile:
+        raise AssertionError("read")
+
+    assert plan_start(find_verified=find, no_profile=True).profile == "none: --no-profile"
+
+
+def test_profiles_come_from_the_state_directory(configure: Callable[..., DaemonConfig]) -> None:
+    config = configure()
+
+    def plan() -> StartPlan:
+        return prepare(config, progress=lambda phase, frac: None)
+
+    first = plan()
+    assert not config.state_dir.root.exists()  # looking leaves nothing behind
+    config.state_dir.root.mkdir()
+    store = open_store(config.state_dir.database)
+    store.save_profile(replace(profile(token_budget=512), key=first.key, profile_id=None))
+    store.close()
+    assert plan().spec.knobs.token_budget == 512
+
+
+@pytest.mark.parametrize(
+    ("flags", "field", "says"),
+    [
+        ({"device": "cuda:9"}, "device", "GPUs"),
+        ({"model": "dummy:unheard-of"}, "model", "tiny"),
+        ({"model": "/nowhere/at/all"}, "model", "/nowhere/at/all"),
+        ({"kv_hbm_gib": 0.001}, "kv_hbm_gib", "at least"),
+        ({"max_num_active_seqs": 8, "max_num_seqs": 4}, "max_num_active_seqs", "max_num_seqs=4"),
+    ],
+)
+def test_what_cannot_start_names_the_field(
+    plan_start: PlanStart, flags: dict[str, object], field: str, says: str
+) -> None:
+    with pytest.raises(InputError) as caught:
+        plan_start(find_verified=lambda key: None, **flags)
+    assert caught.value.field == field
+    assert says in str(caught.value)
+
+
+def test_the_description_shows_every_byte_and_knob(plan_start: PlanStart) -> None:
+    plan = plan_start(find_verified=lambda key: None)
+    text = describe_plan(plan)
+    for name, value in plan.spec.knobs.as_dict().items():
+        assert any(
+            name in line and ("auto" if value is None else str(value)[:5]) in line
+            for line in text.splitlines()
+        )
+    assert f"{plan.spec.plan.dram_pool_bytes / GIB:.3f} GiB" in text
+    assert "131,072 tokens" in text
+    assert plan.profile in text
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(st.integers(1, 10**6), st.integers(1, 10**6))
+def test_longer_requests_never_fit_more_often(plan_start: PlanStart, one: int, other: int) -> None:
+    plan = plan_start(find_verified=lambda key: None, no_profile=True)
+    short, long = sorted((one, other))
+    assert num_fitting(plan, long) <= num_fitting(plan, short)
+    frames = num_fitting(plan, long) * -(-long // 128)
+    assert frames <= plan.spec.plan.num_frames
