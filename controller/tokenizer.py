@@ -87,12 +87,12 @@ class Tokenizer:
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """Token ids of ``text``; InputError if it holds half a surrogate pair."""
         try:
-            encoding = self.backend.encode(text, add_special_tokens=add_special_tokens)
+            text.encode()
         except UnicodeEncodeError as error:
             raise InputError(
                 f"the text is not valid Unicode at character {error.start}; remove the surrogate"
             ) from error
-        return list(encoding.ids)
+        return list(self.backend.encode(text, add_special_tokens=add_special_tokens).ids)
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
         """Text of ``token_ids``; unknown ids read as nothing, broken UTF-8 as U+FFFD."""

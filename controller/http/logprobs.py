@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -51,14 +52,17 @@ def token_text(token_id: int, *, tokenizer: Tokenizer) -> str:
 
 
 class CompletionLogprobs:
-    """The parallel lists of ``/v1/completions``, for one choice; offsets run on over its deltas.
+    """The parallel lists of ``/v1/completions``, for one choice.
 
     ``num_top`` best tokens are listed at each place, and the token itself if it is not one.
+    Offsets are in characters of the choice's text and run on over its deltas; a token in the
+    middle of a character has the offset of the character.
     """
 
     def __init__(self, *, num_top: int, tokenizer: Tokenizer) -> None:
         self._num_top = num_top
         self._tokenizer = tokenizer
+        self._characters = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._num_chars = 0
 
     def take(self, delta: Delta) -> dict[str, object]:
@@ -68,7 +72,7 @@ class CompletionLogprobs:
             "tokens": texts,
             "token_logprobs": [item.logprob for item in scored],
             "top_logprobs": [self._top(item) for item in scored],
-            "text_offset": [self._advance(text) for text in texts],
+            "text_offset": [self._advance(item.token_id) for item in scored],
         }
 
     def _top(self, scored: ScoredToken) -> dict[str, float] | None:
@@ -81,9 +85,9 @@ class CompletionLogprobs:
             for token_id, logprob in best.items()
         }
 
-    def _advance(self, text: str) -> int:
+    def _advance(self, token_id: int) -> int:
         offset = self._num_chars
-        self._num_chars += len(text)
+        self._num_chars += len(self._characters.decode(self._tokenizer.token_bytes(token_id)))
         return offset
 
 
