@@ -93,8 +93,8 @@ def _encode_prompt(
         token_ids = encode_text(
             prompt, field="prompt", add_special_tokens=body.add_special_tokens, context=context
         )
-        return Prompt(token_ids=token_ids, echo=prompt if body.echo else "")
+        return Prompt(token_ids=token_ids, echo=prompt if body.echo else None)
     check_token_ids(prompt, context=context, field="prompt")
     skip = body.skip_special_tokens
-    echo = context.tokenizer.decode(prompt, skip_special_tokens=skip) if body.echo else ""
+    echo = context.tokenizer.decode(prompt, skip_special_tokens=skip) if body.echo else None
     return Prompt(token_ids=tuple(prompt), echo=echo)

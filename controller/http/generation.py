@@ -26,12 +26,13 @@ class TextRules:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ChoicePlan:
-    """One choice of an answer, before it runs. ``echo``: prompt text that goes out first."""
+    """One choice of an answer, before it runs. ``echo``: prompt text that goes out first, None if
+    the prompt is not part of the answer."""
 
     index: int
     request: AddRequest
     rules: TextRules
-    echo: str = ""
+    echo: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,7 +74,7 @@ class ChoiceText:
         if output.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
             raise GenerationError(output.error or "the request was cut off")
         delta = self._hidden(output) if self._plan.rules.hide_output else self._shown(output)
-        if self._started or not self._plan.echo:
+        if self._started or self._plan.echo is None:
             return delta
         self._started = True
         prompt_tokens = self._plan.request.prompt_tokens

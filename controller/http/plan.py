@@ -20,10 +20,10 @@ from sparsed.core import AddRequest, InputError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prompt:
-    """A prompt in tokens; ``echo``: its text, if the answer begins with it."""
+    """A prompt in tokens; ``echo``: its text, if the answer is to begin with it."""
 
     token_ids: tuple[int, ...]
-    echo: str = ""
+    echo: str | None = None
 
 
 def plan_choices(

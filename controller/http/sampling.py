@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 
 from sparsed.controller.http.context import HttpContext
 from sparsed.controller.http.errors import ModelNotFoundError
 from sparsed.controller.http.protocol import MAX_SEED, GenerationBody, SparseBody
 from sparsed.core import KNOBS_BY_NAME, InputError, SamplingParams, SparseMode, SparseOptions
+
+_TOKEN_ID = re.compile(r"[0-9]{1,10}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -119,9 +122,9 @@ def _max_tokens(limits: OutputLimits, *, num_prompt_tokens: int, context: HttpCo
 
 def _logit_bias(body: GenerationBody, *, context: HttpContext) -> tuple[tuple[int, float], ...]:
     bias = body.logit_bias or {}
-    wrong = next((key for key in bias if not (key.isascii() and key.isdigit())), None)
+    wrong = next((key for key in bias if not _TOKEN_ID.fullmatch(key)), None)
     if wrong is not None:
-        raise InputError(f"logit_bias: {wrong!r} is not a token id", field="logit_bias")
-    pairs = tuple((int(key[:10]), value) for key, value in bias.items())
+        raise InputError(f"logit_bias: {wrong[:20]!r} is not a token id", field="logit_bias")
+    pairs = tuple((int(key), value) for key, value in bias.items())
     check_token_ids([token for token, _ in pairs], context=context, field="logit_bias")
     return pairs
