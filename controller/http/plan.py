@@ -1,0 +1,85 @@
+"""From a checked body and its prompts to the requests that the ledger takes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sparsed.controller.http.context import HttpContext
+from sparsed.controller.http.generation import ChoicePlan, TextRules
+from sparsed.controller.http.protocol import ChatBody, GenerationBody, TokenizeBody
+from sparsed.controller.http.sampling import (
+    OutputLimits,
+    check_token_ids,
+    for_choice,
+    resolve_sampling,
+    resolve_sparse,
+)
+from sparsed.core import AddRequest, InputError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prompt:
+    """A prompt in tokens; ``echo``: its text, if the answer is to begin with it."""
+
+    token_ids: tuple[int, ...]
+    echo: str | None = None
+
+
+def plan_choices(
+    body: GenerationBody,
+    prompts: Sequence[Prompt],
+    *,
+    limits: OutputLimits,
+    reply_id: str,
+    context: HttpContext,
+) -> list[ChoicePlan]:
+    """``n`` choices for each prompt, in order; InputError naming the field that does not fit."""
+    rules = TextRules(
+        stops=tuple(body.stop),
+        include_stop=body.include_stop_str_in_output,
+        skip_special_tokens=body.skip_special_tokens,
+        hide_output=limits.max_tokens == 0,
+    )
+    sparse = resolve_sparse(body.sparse)
+    plans: list[ChoicePlan] = []
+    for prompt in prompts:
+        sampling = resolve_sampling(
+            body, limits=limits, num_prompt_tokens=len(prompt.token_ids), context=context
+        )
+        for choice in range(body.n):
+            index = len(plans)
+            request = AddRequest(
+                request_id=f"{reply_id}-{index}",
+                prompt_tokens=prompt.token_ids,
+                sampling=for_choice(sampling, choice=choice),
+                sparse=sparse,
+            )
+            plans.append(ChoicePlan(index=index, request=request, rules=rules, echo=prompt.echo))
+    return plans
+
+
+def encode_text(
+    text: str, *, field: str, add_special_tokens: bool, context: HttpContext
+) -> tuple[int, ...]:
+    """Token ids of a prompt; InputError if there is none, or one the model does not know."""
+    token_ids = context.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+    if not token_ids:
+        raise InputError(f"{field} is empty; give at least one token", field=field)
+    check_token_ids(token_ids, context=context, field=field)
+    return tuple(token_ids)
+
+
+def encode_chat(body: ChatBody | TokenizeBody, *, context: HttpContext) -> tuple[int, ...]:
+    """Token ids of a conversation; templates write special tokens, so none is added."""
+    text = context.tokenizer.apply_chat_template(
+        [message.for_template() for message in body.messages or ()],
+        add_generation_prompt=body.add_generation_prompt,
+        variables=body.chat_template_kwargs,
+    )
+    return encode_text(
+        text,
+        field="messages",
+        add_special_tokens=bool(body.add_special_tokens),
+        context=context,
+    )

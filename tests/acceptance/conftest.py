@@ -1,0 +1,116 @@
+"""The real daemon, as a process of its own."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+
+READY_TIMEOUT_S = 180.0
+STOP_TIMEOUT_S = 60.0
+QUIET = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Daemon:
+    """A running ``sparsed start``. ``log`` holds what it wrote to both streams."""
+
+    process: subprocess.Popen[bytes]
+    url: str
+    state_dir: Path
+    log: Path
+
+    def client(self, *, api_key: str = "none", max_retries: int = 0) -> openai.OpenAI:
+        """A new client of the OpenAI library; close it, or use it as a context."""
+        return openai.OpenAI(api_key=api_key, base_url=f"{self.url}/v1", max_retries=max_retries)
+
+    def is_ready(self) -> bool:
+        try:
+            return httpx.get(f"{self.url}/ready", timeout=5.0).status_code == 200
+        except httpx.TransportError:
+            return False
+
+    def wait_until_ready(self, *, timeout_s: float = READY_TIMEOUT_S) -> None:
+        """Return when requests are taken; fail with the log if the daemon ends or takes longer."""
+        deadline = time.monotonic() + timeout_s
+        while not self.is_ready():
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                self.process.kill()
+                pytest.fail(f"the daemon did not become ready:\n{self.log.read_text()}")
+            time.sleep(0.1)
+
+    def stop(self) -> int:
+        """SIGTERM; returns the exit code. Harmless when it has ended."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        try:
+            return self.process.wait(timeout=STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+            pytest.fail(f"the daemon did not stop:\n{self.log.read_text()}")
+
+
+StartDaemon = Callable[..., Daemon]
+
+
+@pytest.fixture(scope="session")
+def free_port() -> Callable[[], int]:
+    """Finds a TCP port that nobody uses now."""
+
+    def find() -> int:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            return int(probe.getsockname()[1])
+
+    return find
+
+
+@pytest.fixture(scope="module")
+def daemon(
+    tmp_path_factory: pytest.TempPathFactory, free_port: Callable[[], int]
+) -> Iterator[StartDaemon]:
+    """``daemon(*flags, model="dummy:tiny", wait=True)`` starts one; all are stopped in the end.
+
+    ``state_dir`` may be given to start again on the same state. With ``wait=False`` the daemon
+    may still be starting, or may have failed to.
+    """
+    running: list[Daemon] = []
+
+    def start(
+        *flags: str,
+        model: str = "dummy:tiny",
+        state_dir: Path | None = None,
+        port: int | None = None,
+        wait: bool = True,
+    ) -> Daemon:
+        state_dir = state_dir or tmp_path_factory.mktemp("d")  # short: sockets have 108 bytes
+        port = port or free_port()
+        log = tmp_path_factory.mktemp("log") / "daemon.log"
+        command = [sys.executable, "-m", "sparsed", "start", "--model", model, "--device", "cpu"]
+        command += ["--state-dir", str(state_dir), "--port", str(port), *flags]
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=os.environ | QUIET,
+            )
+        url = f"http://127.0.0.1:{port}"
+        running.append(Daemon(process=process, url=url, state_dir=state_dir, log=log))
+        if wait:
+            running[-1].wait_until_ready()
+        return running[-1]
+
+    yield start
+    for started in running:
+        started.stop()
