@@ -15,10 +15,10 @@ from grpc_status import rpc_status
 
 from sparsed.controller.control import DaemonStatus, KnobState, TunerState
 from sparsed.controller.messages import from_message, to_enum, to_knob_value
-from sparsed.controller.profiles import ProfileFormat
 from sparsed.controller.v1 import admin_pb2 as pb
 from sparsed.controller.v1 import admin_pb2_grpc as rpc
 from sparsed.core import InputError, KnobValue, Profile, Snapshot, TunerMode
+from sparsed.tuner.export import ExportFormat
 
 CALL_TIMEOUT_S = 30.0
 DRAIN_MARGIN_S = 30.0
@@ -125,7 +125,7 @@ class AdminClient:
         request = pb.ImportProfileRequest(options=_options(validate_only, reason), text=text)
         return from_message(self._call(self._profiles.Import, request).profile, Profile)
 
-    def export_profile(self, profile_id: int, *, format: ProfileFormat) -> str:
+    def export_profile(self, profile_id: int, *, format: ExportFormat) -> str:
         number = to_enum(format)
         request = pb.ExportProfileRequest(profile_id=profile_id, format=number)
         return str(self._call(self._profiles.Export, request).text)

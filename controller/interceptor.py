@@ -88,8 +88,13 @@ class Changes:
         run = self._check_then_call if is_lifecycle else self._change
         task = asyncio.create_task(run(request, call))
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._finish)
         return task
+
+    def _finish(self, task: asyncio.Task[Message]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled():
+            task.exception()  # retrieved here: the caller may be gone
 
     async def _change(self, request: Any, call: Call) -> Message:
         async with self._lock:

@@ -68,7 +68,7 @@ def from_knob_value(message: pb.KnobValue) -> KnobValue:
 
 def to_enum(member: StrEnum) -> Any:
     """Number of ``member``; each generated enum has a type of its own, hence Any."""
-    name = f"{_prefix(type(member))}{member.value.upper()}"
+    name = _prefix(type(member)) + member.name
     return _descriptor(type(member)).values_by_name[name].number
 
 
@@ -78,7 +78,7 @@ def from_enum(number: int, kind: type[EnumT]) -> EnumT:
     if not number or known is None:
         choices = ", ".join(member.value for member in kind)
         raise InputError(f"{kind.__name__} is not given; one of {choices}", field=kind.__name__)
-    return kind(known.name.removeprefix(_prefix(kind)).lower())
+    return kind[known.name.removeprefix(_prefix(kind))]
 
 
 def _hints(kind: type) -> dict[str, Any]:

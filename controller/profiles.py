@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from typing import Protocol
 
 from sparsed.core import InputError, Profile
 from sparsed.db.store import ProfileStore
-
-
-class ProfileFormat(StrEnum):
-    TOML = "toml"  # a file for `sparsed start --config`
-    JSON = "json"  # complete; import gives the same profile back
-    VLLM = "vllm"  # flags of `vllm serve`
-    SGLANG = "sglang"  # flags of `sglang.launch_server`
+from sparsed.tuner.export import ExportFormat, parse_profile, render_profile
 
 
 class ProfileShelf(Protocol):
@@ -30,7 +23,7 @@ class ProfileShelf(Protocol):
         """Store the profile that ``text`` (TOML or JSON) describes, and return it."""
         ...
 
-    def export_profile(self, profile_id: int, *, format: ProfileFormat) -> str: ...
+    def export_profile(self, profile_id: int, *, format: ExportFormat) -> str: ...
 
     def pin_profile(self, profile_id: int, *, validate_only: bool, reason: str) -> Profile:
         """Prefer this profile to all others of its key at the next start."""
@@ -55,15 +48,11 @@ class StoredProfiles:
         )
 
     def import_profile(self, text: str, *, validate_only: bool, reason: str) -> Profile:
-        from sparsed.tuner.export import parse_profile
-
         profile = parse_profile(text)
         return profile if validate_only else self._store.save_profile(profile)
 
-    def export_profile(self, profile_id: int, *, format: ProfileFormat) -> str:
-        from sparsed.tuner.export import render_profile
-
-        return render_profile(self.get_profile(profile_id), format=format.value)
+    def export_profile(self, profile_id: int, *, format: ExportFormat) -> str:
+        return render_profile(self.get_profile(profile_id), format=format)
 
     def pin_profile(self, profile_id: int, *, validate_only: bool, reason: str) -> Profile:
         profile = self.get_profile(profile_id)

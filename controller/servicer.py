@@ -20,10 +20,11 @@ from grpc_reflection.v1alpha import reflection
 from sparsed.controller.control import Control, DaemonState, DaemonStatus
 from sparsed.controller.interceptor import AdminInterceptor, Changes
 from sparsed.controller.messages import from_enum, from_knob_value, to_message
-from sparsed.controller.profiles import ProfileFormat, StoredProfiles
+from sparsed.controller.profiles import StoredProfiles
 from sparsed.controller.v1 import admin_pb2 as pb
 from sparsed.controller.v1 import admin_pb2_grpc as rpc
 from sparsed.core import KNOBS_BY_NAME, InputError, KnobValue, Profile, TunerMode, check_knob_values
+from sparsed.tuner.export import ExportFormat
 
 SERVICES = tuple(service.full_name for service in pb.DESCRIPTOR.services_by_name.values())
 SOCKET_MODE = 0o660
@@ -123,7 +124,7 @@ class ProfileServicer(rpc.ProfileServiceServicer):
     async def Export(
         self, request: pb.ExportProfileRequest, context: Any
     ) -> pb.ExportProfileResponse:
-        format = from_enum(request.format, ProfileFormat)
+        format = from_enum(request.format, ExportFormat)
         text = await asyncio.to_thread(
             self._profiles.export_profile, request.profile_id, format=format
         )

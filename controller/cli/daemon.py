@@ -17,6 +17,8 @@ from sparsed.controller.cli.output import (
     print_table,
 )
 from sparsed.controller.cli.session import DEGRADED, ERROR, StateDirOption, connect, find_state_dir
+from sparsed.controller.state_dir import StateDir, StateLock
+from sparsed.core import ExitCode, StartError
 
 if TYPE_CHECKING:
     from sparsed.controller.control import DaemonStatus
@@ -69,14 +71,23 @@ def stop(
     with connect(state_dir, write=True) as client:
         pid = client.status().pid
         client.request_stop()
-    print(f"stopping pid {pid}")
-    socket = find_state_dir(state_dir).admin_socket
-    deadline = time.monotonic() + wait
-    while wait and socket.exists():
+    print(f"stopping pid {pid}", flush=True)
+    place, deadline = find_state_dir(state_dir), time.monotonic() + wait
+    while wait and not _has_ended(place):
         if time.monotonic() > deadline:
             complain(f"pid {pid} is still stopping after {wait:g} s")
             raise typer.Exit(ERROR)
         time.sleep(POLL_S)
+
+
+def _has_ended(place: StateDir) -> bool:
+    """The lock of the state directory is free, so another daemon could start there."""
+    try:
+        StateLock(place, verb="stop").release()
+    except StartError as error:
+        # Who may not even try the lock sees at least the sockets go.
+        return error.code is ExitCode.NO_PERMISSION and not place.admin_socket.exists()
+    return True
 
 
 def _lines(now: DaemonStatus) -> Iterator[tuple[str, object]]:

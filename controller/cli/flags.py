@@ -91,7 +91,7 @@ MODEL_FLAGS = (
     _option("state_dir", "DIR", "Where database, log and sockets live"),
     _option("device", "DEVICE", "auto, cpu, cuda or cuda:N"),
     _option("dtype", "NAME", "auto, float32, bfloat16 or float16"),
-    _option("seed", "N", "Seed of requests without their own, and of dummy weights"),
+    _option("seed", "N", "Seed of dummy weights, of requests without their own, and of a search"),
     _option("tensor_parallel_size", "N", "GPUs of one model; only 1 is supported"),
     _option("slo_ttft_ms", "MS", "Target of the time to the first token, milliseconds"),
     _option("slo_tpot_ms", "MS", "Target of the time per further token, milliseconds"),
@@ -100,7 +100,9 @@ SERVING_FLAGS = (
     _option("served_model_name", "NAME", "Name of the model in the HTTP interface"),
     _option("host", "ADDRESS", "Address the HTTP interface listens on"),
     _option("port", "N", "Port of the HTTP interface"),
-    _option("api_key", "KEY", "Clients must send it as a bearer token"),
+    _option(
+        "api_key", "KEY", "Clients must send it as a bearer token; SPARSED_API_KEY hides it from ps"
+    ),
     _option("shutdown_timeout", "SECONDS", "Time running requests get at a stop"),
     _option("no_profile", "", "Ignore stored profiles", is_switch=True),
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import traceback
 from typing import Annotated
 
 import typer
@@ -58,7 +59,7 @@ def _root(
 
 
 def main() -> None:
-    """Run the command line and exit; no failure of a user's making shows a traceback."""
+    """Run the command line and exit; only a bug shows a traceback."""
     raise SystemExit(run(sys.argv[1:]))
 
 
@@ -76,4 +77,7 @@ def run(arguments: list[str]) -> int:
     except InputError as error:
         complain(str(error))
         return ExitCode.USAGE if is_local else ERROR
-    return 0
+    except Exception:  # noqa: BLE001  # the outermost frame: a bug has an exit status too
+        traceback.print_exc()
+        return ExitCode.SOFTWARE if is_local else ERROR
+    return ExitCode.OK

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from sparsed.controller.cli.output import Output, OutputOption, print_json, print_table
+from sparsed.controller.cli.output import Output, OutputOption, gib, print_json, print_table
 from sparsed.controller.cli.progress import ProgressLine
 from sparsed.controller.config import BUILTIN_MODEL
 
@@ -21,8 +21,9 @@ def fetch(
     ] = BUILTIN_MODEL,
 ) -> None:
     """Fetch a model into the cache, check it, and print where it is."""
-    from sparsed.controller.state_dir import resolve_cache_dir
     from sparsed.engine.models.catalog import resolve_model
+
+    from sparsed.controller.state_dir import resolve_cache_dir
 
     found = resolve_model(model, cache_dir=resolve_cache_dir(os.environ), progress=ProgressLine())
     print(found.path or found.model_id)
@@ -30,12 +31,16 @@ def fetch(
 
 @app.command("list")
 def list_(output: OutputOption = Output.TEXT) -> None:
-    """Show the models that start without fetching anything."""
-    from sparsed.controller.state_dir import resolve_cache_dir
+    """Show built-in models, converted files and dummies; one without a path is not here yet."""
     from sparsed.engine.models.catalog import list_models
+
+    from sparsed.controller.state_dir import resolve_cache_dir
 
     models = list_models(resolve_cache_dir(os.environ))
     if output is Output.JSON:
         print_json(list(models))
     else:
-        print_table(("model", "path"), ((model.model_id, model.path) for model in models))
+        print_table(
+            ("model", "kind", "size", "path"),
+            ((model.name, model.kind, gib(model.num_bytes), model.path) for model in models),
+        )

@@ -23,7 +23,8 @@ from sparsed.controller.cli.session import (
     StateDirOption,
     find_state_dir,
 )
-from sparsed.controller.profiles import ProfileFormat, ProfileShelf, StoredProfiles
+from sparsed.controller.profiles import ProfileShelf, StoredProfiles
+from sparsed.tuner.export import FORMAT_BY_SUFFIX, ExportFormat
 
 if TYPE_CHECKING:
     from sparsed.controller.state_dir import StateDir
@@ -80,12 +81,13 @@ def show(
 def export(
     profile_id: IdArgument,
     format: Annotated[
-        ProfileFormat,
+        ExportFormat | None,
         typer.Option(
             "--format",
-            help="toml: for start --config; json: complete, for import; vllm, sglang: flags.",
+            help="toml: for start --config; json: complete; vllm, sglang: flags; vllm-yaml: its "
+            "configuration file. Default: by the suffix of FILE, else toml.",
         ),
-    ] = ProfileFormat.TOML,
+    ] = None,
     file: Annotated[
         Path | None,
         typer.Option("--output", "-o", metavar="FILE", help="Default: standard output."),
@@ -93,8 +95,9 @@ def export(
     state_dir: StateDirOption = None,
 ) -> None:
     """Write one profile in the format of another program or start."""
+    by_suffix = FORMAT_BY_SUFFIX.get(file.suffix if file else "", ExportFormat.TOML)
     with _shelf(state_dir) as shelf:
-        text = shelf.export_profile(profile_id, format=format)
+        text = shelf.export_profile(profile_id, format=format or by_suffix)
     if file is None:
         print(text, end="" if text.endswith("\n") else "\n")
     else:

@@ -54,8 +54,9 @@ def tune(
 
     Owns the machine while it runs. Knobs given as flags are fixed; Ctrl-C keeps what was measured.
     """
-    from sparsed.controller.config import load_config
     from sparsed.controller.tuning import TuneOptions, run_tune
+
+    from sparsed.controller.config import load_config
 
     flags["model"] = one_model(model_argument, flags["model"])
     options = TuneOptions(

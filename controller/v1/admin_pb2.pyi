@@ -54,13 +54,14 @@ class Objective(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     OBJECTIVE_THROUGHPUT: _ClassVar[Objective]
     OBJECTIVE_GOODPUT: _ClassVar[Objective]
 
-class ProfileFormat(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+class ExportFormat(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
-    PROFILE_FORMAT_UNSPECIFIED: _ClassVar[ProfileFormat]
-    PROFILE_FORMAT_TOML: _ClassVar[ProfileFormat]
-    PROFILE_FORMAT_JSON: _ClassVar[ProfileFormat]
-    PROFILE_FORMAT_VLLM: _ClassVar[ProfileFormat]
-    PROFILE_FORMAT_SGLANG: _ClassVar[ProfileFormat]
+    EXPORT_FORMAT_UNSPECIFIED: _ClassVar[ExportFormat]
+    EXPORT_FORMAT_TOML: _ClassVar[ExportFormat]
+    EXPORT_FORMAT_JSON: _ClassVar[ExportFormat]
+    EXPORT_FORMAT_VLLM: _ClassVar[ExportFormat]
+    EXPORT_FORMAT_VLLM_YAML: _ClassVar[ExportFormat]
+    EXPORT_FORMAT_SGLANG: _ClassVar[ExportFormat]
 DAEMON_STATE_UNSPECIFIED: DaemonState
 DAEMON_STATE_LOADING: DaemonState
 DAEMON_STATE_SERVING: DaemonState
@@ -90,11 +91,12 @@ PROFILE_STATUS_STALE: ProfileStatus
 OBJECTIVE_UNSPECIFIED: Objective
 OBJECTIVE_THROUGHPUT: Objective
 OBJECTIVE_GOODPUT: Objective
-PROFILE_FORMAT_UNSPECIFIED: ProfileFormat
-PROFILE_FORMAT_TOML: ProfileFormat
-PROFILE_FORMAT_JSON: ProfileFormat
-PROFILE_FORMAT_VLLM: ProfileFormat
-PROFILE_FORMAT_SGLANG: ProfileFormat
+EXPORT_FORMAT_UNSPECIFIED: ExportFormat
+EXPORT_FORMAT_TOML: ExportFormat
+EXPORT_FORMAT_JSON: ExportFormat
+EXPORT_FORMAT_VLLM: ExportFormat
+EXPORT_FORMAT_VLLM_YAML: ExportFormat
+EXPORT_FORMAT_SGLANG: ExportFormat
 
 class MutationOptions(_message.Message):
     __slots__ = ("validate_only", "reason", "request_id", "expected_revision")
@@ -759,8 +761,8 @@ class ExportProfileRequest(_message.Message):
     PROFILE_ID_FIELD_NUMBER: _ClassVar[int]
     FORMAT_FIELD_NUMBER: _ClassVar[int]
     profile_id: int
-    format: ProfileFormat
-    def __init__(self, profile_id: _Optional[int] = ..., format: _Optional[_Union[ProfileFormat, str]] = ...) -> None: ...
+    format: ExportFormat
+    def __init__(self, profile_id: _Optional[int] = ..., format: _Optional[_Union[ExportFormat, str]] = ...) -> None: ...
 
 class ExportProfileResponse(_message.Message):
     __slots__ = ("text",)
