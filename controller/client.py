@@ -24,6 +24,7 @@ CALL_TIMEOUT_S = 30.0
 DRAIN_MARGIN_S = 30.0
 LONGEST_DRAIN_S = 86400.0
 
+_INPUT_CODES = (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.FAILED_PRECONDITION)
 _CHANNEL_OPTIONS = (("grpc.enable_http_proxy", 0), ("grpc.max_receive_message_length", 4 << 20))
 
 
@@ -144,7 +145,7 @@ class AdminClient:
     def _raise(self, error: Any) -> NoReturn:
         if error.code() is grpc.StatusCode.UNAVAILABLE:
             raise DaemonUnreachable(self._advice()) from None
-        if error.code() is grpc.StatusCode.INVALID_ARGUMENT:
+        if error.code() in _INPUT_CODES:
             raise InputError(error.details(), field=_field(error)) from None
         raise CallFailed(error.details() or error.code().name) from None
 

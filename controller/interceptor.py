@@ -160,7 +160,7 @@ class AdminInterceptor(grpc.aio.ServerInterceptor):
                 self._admit(context)
                 return await self._changes.run(method, request, lambda: behavior(request, context))
             except InputError as error:
-                await _abort(context, _invalid_argument(error))
+                await _abort(context, _input_status(error))
             except StoreError as error:
                 await _abort(context, _store_failure(error))
             except Refused as error:
@@ -197,9 +197,12 @@ async def _unimplemented(request: Message, context: Any) -> NoReturn:
     )
 
 
-def _invalid_argument(error: InputError) -> status_pb2.Status:
+def _input_status(error: InputError) -> status_pb2.Status:
+    if error.field is None:  # no value is wrong: the daemon is not in a state to take it
+        info = error_details_pb2.ErrorInfo(reason="NOT_NOW", domain=ERROR_DOMAIN)
+        return _status(code_pb2.FAILED_PRECONDITION, str(error), info)
     violation = error_details_pb2.BadRequest.FieldViolation(
-        field=error.field or "", description=str(error)
+        field=error.field, description=str(error)
     )
     details = error_details_pb2.BadRequest(field_violations=[violation])
     return _status(code_pb2.INVALID_ARGUMENT, str(error), details)

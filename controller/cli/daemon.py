@@ -67,7 +67,10 @@ def stop(
     ] = 60.0,
     state_dir: StateDirOption = None,
 ) -> None:
-    """Stop the daemon in order: running requests finish up to its shutdown timeout."""
+    """Stop the daemon in order: running requests finish up to its shutdown timeout.
+
+    Asked a second time, it stops at once.
+    """
     with connect(state_dir, write=True) as client:
         pid = client.status().pid
         client.request_stop()

@@ -27,6 +27,7 @@ from sparsed.core import (
     Decision,
     EngineFacts,
     EngineStats,
+    InputError,
     KnobClass,
     Knobs,
     KnobValue,
@@ -143,6 +144,7 @@ class ScriptedControl:
         self.may_drain.set()
         self.stops = 0
         self.step_s = 0.01
+        self.is_engine_away = False
 
     def status(self) -> DaemonStatus:
         return self.now
@@ -162,6 +164,8 @@ class ScriptedControl:
         self, values: Mapping[str, KnobValue], *, validate_only: bool, reason: str
     ) -> tuple[KnobState, ...]:
         self.now.knobs.with_values(values)
+        if self.is_engine_away:
+            raise InputError("the engine is not running; try again")
         if not validate_only:
             await asyncio.sleep(self.step_s)  # the next step boundary
             hot = {name for name in values if KNOBS_BY_NAME[name].klass is KnobClass.HOT}

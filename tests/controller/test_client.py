@@ -101,6 +101,13 @@ def test_a_bad_value_names_its_field(
     assert control.changes == []
 
 
+def test_a_daemon_that_cannot_now_says_so(caller: Any, control: Any) -> None:
+    control.is_engine_away = True
+    with pytest.raises(InputError, match="try again") as raised:
+        caller.set_knobs({"token_budget": 1024}, validate_only=False, reason="")
+    assert raised.value.field is None
+
+
 def test_the_tuner_switches_its_mode(caller: Any, control: Any) -> None:
     assert caller.tuner(TunerMode.ADVISE).mode is TunerMode.ADVISE
     assert control.now.tuner_mode is TunerMode.ADVISE

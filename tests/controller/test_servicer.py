@@ -159,6 +159,14 @@ def test_a_change_outlives_its_caller(knobs: Any, control: Any) -> None:
     assert wait_for(lambda: control.now.knobs.token_budget == 1024)
 
 
+def test_a_precondition_has_its_own_code(knobs: Any, control: Any) -> None:
+    control.is_engine_away = True
+    with pytest.raises(grpc.RpcError) as raised:
+        knobs.Set(set_budget(1024), timeout=10)
+    assert raised.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+    assert reason_of(raised.value) == "NOT_NOW"
+
+
 def test_bad_values_name_their_field(knobs: Any, channel: grpc.Channel) -> None:
     with pytest.raises(grpc.RpcError) as raised:
         knobs.Set(set_budget(1), timeout=10)
