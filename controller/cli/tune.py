@@ -40,6 +40,12 @@ def tune(
             help="throughput: output tokens/s; goodput: requests/s within both SLO targets."
         ),
     ] = Objective.THROUGHPUT,
+    trial_seconds: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SECONDS", min=1, help="Measured time of a trial. Default: from the workload."
+        ),
+    ] = None,
     export: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Write the result here; .toml or .json."),
@@ -64,6 +70,7 @@ def tune(
         workload=workload,
         trials=trials,
         objective=objective,
+        trial_seconds=trial_seconds,
         export=export,
         resume=resume,
     )
