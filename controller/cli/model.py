@@ -10,6 +10,7 @@ import typer
 from sparsed.controller.cli.output import Output, OutputOption, gib, print_json, print_table
 from sparsed.controller.cli.progress import ProgressLine
 from sparsed.controller.config import BUILTIN_MODEL
+from sparsed.controller.state_dir import resolve_cache_dir
 
 app = typer.Typer(help="Models on this machine.", no_args_is_help=True)
 
@@ -23,8 +24,6 @@ def fetch(
     """Fetch a model into the cache, check it, and print where it is."""
     from sparsed.engine.models.catalog import resolve_model
 
-    from sparsed.controller.state_dir import resolve_cache_dir
-
     found = resolve_model(model, cache_dir=resolve_cache_dir(os.environ), progress=ProgressLine())
     print(found.path or found.model_id)
 
@@ -33,8 +32,6 @@ def fetch(
 def list_(output: OutputOption = Output.TEXT) -> None:
     """Show built-in models, converted files and dummies; one without a path is not here yet."""
     from sparsed.engine.models.catalog import list_models
-
-    from sparsed.controller.state_dir import resolve_cache_dir
 
     models = list_models(resolve_cache_dir(os.environ))
     if output is Output.JSON:

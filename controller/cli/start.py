@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from sparsed.controller.cli.flags import KNOB_FLAGS, MODEL_FLAGS, SERVING_FLAGS, takes
 from sparsed.controller.cli.progress import ProgressLine
+from sparsed.controller.config import DaemonConfig, load_config
 from sparsed.core import InputError
-
-if TYPE_CHECKING:
-    from sparsed.controller.config import DaemonConfig
 
 ConfigOption = Annotated[
     Path | None,
@@ -47,8 +45,6 @@ def start(
     **flags: str | bool | None,
 ) -> None:
     """Serve a model until it is stopped."""
-    from sparsed.controller.config import load_config
-
     flags["model"] = one_model(model_argument, flags["model"])
     configuration = load_config(flags=flags, environment=os.environ, file=config)
     if dry_run:

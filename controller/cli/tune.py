@@ -10,6 +10,7 @@ import typer
 
 from sparsed.controller.cli.flags import KNOB_FLAGS, MODEL_FLAGS, takes
 from sparsed.controller.cli.start import ConfigOption, one_model
+from sparsed.controller.config import load_config
 from sparsed.core import Objective
 
 
@@ -61,8 +62,6 @@ def tune(
     Owns the machine while it runs. Knobs given as flags are fixed; Ctrl-C keeps what was measured.
     """
     from sparsed.controller.tuning import TuneOptions, run_tune
-
-    from sparsed.controller.config import load_config
 
     flags["model"] = one_model(model_argument, flags["model"])
     options = TuneOptions(
