@@ -137,7 +137,10 @@ def report_row(
             f"{mine:9.1f} tok/s, transformers {other:9.1f}, ratio {mine / other:.2f}",
             flush=True,
         )
-    row["runs"] = {"sparsed": [asdict(s) for s in ours], "transformers": [asdict(s) for s in theirs]}
+    row["runs"] = {
+        "sparsed": [asdict(s) for s in ours],
+        "transformers": [asdict(s) for s in theirs],
+    }
     return row
 
 

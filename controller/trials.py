@@ -104,7 +104,11 @@ class EngineBench:
         if self._supervisor is not None and knobs == self._knobs:
             return
         # What a running engine refuses (a chunk beyond its buffers) a fresh one may take.
-        if self._supervisor is None or _needs_restart(self._knobs, knobs) or not await self._apply(knobs):
+        if (
+            self._supervisor is None
+            or _needs_restart(self._knobs, knobs)
+            or not await self._apply(knobs)
+        ):
             await self._restart(knobs)
         self._knobs = knobs
 

@@ -94,7 +94,7 @@ class Tiers:
                 absent_HK.gather(-1, order_Hn), pages_BHK[b].gather(-1, order_Hn), -1
             )
             state = (o[b : b + 1], lse[b : b + 1])
-            for pages in pages_Hn.split(len(self.staging_NX) // len(pages_Hn), dim=-1):
+            for pages in torch.split(pages_Hn, len(self.staging_NX) // len(pages_Hn), dim=-1):
                 state = merge_states(*state, *self._attend_staged(row, layer, q[b : b + 1], pages))
             o[b], lse[b] = state[0][0], state[1][0]
         return o, lse

@@ -186,8 +186,15 @@ class Runner:
             tokens.append(decode.token)
             positions.append(decode.position)
             lengths.append(decode.position + 1)
-        rows = (torch.tensor(row, device=self._device) for row in (tokens, positions, lengths))
-        return StepInput(*rows, torch.tensor(wanted, dtype=torch.int64, device=self._device))
+        return StepInput(
+            tokens_N=self._index(tokens),
+            positions_N=self._index(positions),
+            lengths_N=self._index(lengths),
+            logits_index_n=self._index(wanted),
+        )
+
+    def _index(self, values: list[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=self._device)
 
 
 def _logits_index(chunk: PromptChunk, *, first: int) -> range:

@@ -269,9 +269,7 @@ class KVCache:
 
     def _release_blocks(self, row: Row, *, keep: int) -> None:
         per_block = self.geometry.pages_per_block
-        self.tables.release(
-            self.arena, row.index, keep * per_block, row.num_blocks * per_block
-        )
+        self.tables.release(self.arena, row.index, keep * per_block, row.num_blocks * per_block)
         self.arena.blocks.give(row.blocks[:, keep:].reshape(-1))
         row.blocks = row.blocks[:, :keep]
         if row.num_placed > keep * per_block:
@@ -287,9 +285,7 @@ class KVCache:
         self._grow(row, -(-last_page // self.geometry.pages_per_block))
         fitting = min(last_page, self._num_slots(row))
         if fitting > row.num_placed:
-            self.tables.place_in_order(
-                self.arena, row.index, row.num_placed, fitting, step=step
-            )
+            self.tables.place_in_order(self.arena, row.index, row.num_placed, fitting, step=step)
             row.num_placed = fitting
         row.complete = fitting == last_page
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,10 +52,8 @@ class DramPool:
 
     def close(self) -> None:
         """Unregister the memory; the pool must not be used afterwards."""
-        runtime = torch.cuda.cudart() if self._registered else None
-        for address in self._registered:
-            runtime.cudaHostUnregister(address)
-        self._registered.clear()
+        while self._registered:
+            _cuda_runtime().cudaHostUnregister(self._registered.pop())
 
     def _register(self) -> None:
         """Pin the pool in chunks that end on frame boundaries."""
@@ -63,7 +62,7 @@ class DramPool:
         start = self.pages_RX.data_ptr()
         for offset in range(0, self._bytes, chunk):
             size = min(chunk, self._bytes - offset)
-            status = torch.cuda.cudart().cudaHostRegister(start + offset, size, 0)
+            status = _cuda_runtime().cudaHostRegister(start + offset, size, 0)
             if int(status) != 0:
                 raise StartError(
                     f"cannot pin {size / 2**30:.1f} GiB of the DRAM tier (CUDA error "
@@ -71,6 +70,10 @@ class DramPool:
                     code=ExitCode.UNAVAILABLE,
                 )
             self._registered.append(start + offset)
+
+
+def _cuda_runtime() -> Any:
+    return torch.cuda.cudart()  # type: ignore[no-untyped-call]  # torch's own
 
 
 def _map_memory(num_bytes: int, pool_fd: int | None) -> mmap.mmap:

@@ -27,7 +27,7 @@ class _Direction:
 
     def collect(self) -> float:
         """Seconds so far; finished event pairs are folded in."""
-        while self.events and self.events[0][1].query():
+        while self.events and self.events[0][1].query():  # type: ignore[no-untyped-call]  # torch's
             start, end = self.events.pop(0)
             self.seconds += start.elapsed_time(end) / 1e3
         return self.seconds
@@ -76,13 +76,16 @@ class Transfer:
             yield
             total.seconds += time.perf_counter() - start
             return
-        first = torch.cuda.Event(enable_timing=True)
-        last = torch.cuda.Event(enable_timing=True)
+        first, last = _timer(), _timer()
         first.record()
         yield
         last.record()
         total.events.append((first, last))
         total.collect()
+
+
+def _timer() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]  # torch's own
 
 
 def probe_link(dram_RX: Tensor, hot_NX: Tensor) -> LinkProbe:

@@ -1,0 +1,136 @@
+"""``sparsed status``, ``drain`` and ``stop``."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from sparsed.controller.cli.output import (
+    Output,
+    OutputOption,
+    complain,
+    gib,
+    print_json,
+    print_table,
+)
+from sparsed.controller.cli.session import DEGRADED, ERROR, StateDirOption, connect, find_state_dir
+from sparsed.controller.state_dir import StateDir, StateLock
+from sparsed.core import ExitCode, StartError
+
+if TYPE_CHECKING:
+    from sparsed.controller.control import DaemonStatus
+    from sparsed.core import EngineStats, Snapshot
+
+POLL_S = 0.2
+
+
+def status(state_dir: StateDirOption = None, output: OutputOption = Output.TEXT) -> None:
+    """Show state, model, tiers, traffic and the last measured window.
+
+    Exit status 0 when serving, 4 when degraded, restarting, loading or draining, 3 when no
+    daemon runs.
+    """
+    with connect(state_dir) as client:
+        now = client.status()
+    if output is Output.JSON:
+        print_json(now)
+    else:
+        print_table(("status", ""), _lines(now))
+    if now.state != "serving":
+        raise typer.Exit(DEGRADED)
+
+
+def drain(
+    timeout: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SECONDS",
+            min=0,
+            help="Cut off what still runs after this time. Default: --shutdown-timeout of start.",
+        ),
+    ] = None,
+    state_dir: StateDirOption = None,
+) -> None:
+    """Refuse new requests and wait for the running ones; the daemon stays up."""
+    with connect(state_dir, write=True) as client:
+        num_cut_off = client.drain(timeout_s=timeout)
+    print(f"drained; {num_cut_off} requests were cut off")
+
+
+def stop(
+    wait: Annotated[
+        float,
+        typer.Option(metavar="SECONDS", min=0, help="Wait this long for the end; 0 does not wait."),
+    ] = 60.0,
+    state_dir: StateDirOption = None,
+) -> None:
+    """Stop the daemon in order: running requests finish up to its shutdown timeout.
+
+    Asked a second time, it stops at once.
+    """
+    with connect(state_dir, write=True) as client:
+        pid = client.status().pid
+        client.request_stop()
+    print(f"stopping pid {pid}", flush=True)
+    place, deadline = find_state_dir(state_dir), time.monotonic() + wait
+    while wait and not _has_ended(place):
+        if time.monotonic() > deadline:
+            complain(f"pid {pid} is still stopping after {wait:g} s")
+            raise typer.Exit(ERROR)
+        time.sleep(POLL_S)
+
+
+def _has_ended(place: StateDir) -> bool:
+    """The lock of the state directory is free, so another daemon could start there."""
+    try:
+        StateLock(place, verb="stop").release()
+    except StartError as error:
+        # Who may not even try the lock sees at least the sockets go.
+        return error.code is ExitCode.NO_PERMISSION and not place.admin_socket.exists()
+    return True
+
+
+def _lines(now: DaemonStatus) -> Iterator[tuple[str, object]]:
+    yield "state", ", ".join((now.state.value, *now.reasons))
+    yield "version", f"{now.version}, pid {now.pid}, up {now.uptime_s:.0f} s"
+    yield "address", now.http_url
+    yield "model", f"{now.model}, {now.dtype} on {now.device}"
+    yield "profile", now.profile
+    yield "tuner", now.tuner_mode.value
+    yield "engine restarts", now.engine_restarts
+    yield "failed requests", now.requests_failed
+    yield "lost writes", now.store_lost_writes
+    if now.stats:
+        yield from _tier_lines(now.stats)
+    if now.snapshot:
+        yield from _traffic_lines(now.snapshot)
+
+
+def _tier_lines(stats: EngineStats) -> Iterator[tuple[str, object]]:
+    yield "requests", f"{stats.num_running} running, {stats.num_waiting} waiting"
+    yield "hot tier", f"{gib(stats.hot_used_bytes)} of {gib(stats.hot_total_bytes)}"
+    yield "DRAM tier", f"{gib(stats.dram_used_bytes)} of {gib(stats.dram_total_bytes)}"
+
+
+def _traffic_lines(last: Snapshot) -> Iterator[tuple[str, object]]:
+    yield "window", f"{last.window_s:.1f} s, {last.steps} steps"
+    yield "prompt tokens/s", f"{last.prompt_tokens_per_s:.1f}"
+    yield "output tokens/s", f"{last.generated_tokens_per_s:.1f}"
+    yield "step p50/p95/p99", _quantiles(last.step_p50_s, last.step_p95_s, last.step_p99_s)
+    yield "TTFT p50/p95", _quantiles(last.ttft_p50_s, last.ttft_p95_s)
+    yield "TPOT p50/p95", _quantiles(last.tpot_p50_s, last.tpot_p95_s)
+    yield "hot hits", "-" if last.hot_hit_frac is None else f"{100 * last.hot_hit_frac:.1f} %"
+    yield "link H2D / D2H", f"{_rate(last.h2d_gb_per_s)} / {_rate(last.d2h_gb_per_s)}"
+    recall = last.attention_recall
+    yield "attention recall", "-" if recall is None else f"{recall:.4f}"
+
+
+def _quantiles(*seconds: float | None) -> str:
+    return " / ".join("-" if value is None else f"{1e3 * value:.1f}" for value in seconds) + " ms"
+
+
+def _rate(gb_per_s: float | None) -> str:
+    return "-" if gb_per_s is None else f"{gb_per_s:.2f} GB/s"

@@ -1,0 +1,126 @@
+"""The flags of `sparsed start`: one table, and the decorator that gives them to a verb.
+
+Knobs become flags by their specification; the values stay text, and are read where the file and
+the environment are read too, so that every source has the same rules and the same messages.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable
+from typing import Annotated, Any, TypeVar
+
+import typer
+
+from sparsed.controller.config import DaemonConfig
+from sparsed.core import KNOB_SPECS, KnobSpec
+
+Verb = TypeVar("Verb", bound=Callable[..., None])
+
+# Spellings of vLLM and SGLang, where the meaning is the same.
+_ALIASES = {
+    "page_size": ("--block-size",),
+    "prefill_chunk": ("--max-num-batched-tokens", "--chunked-prefill-size"),
+    "max_model_len": ("--context-length",),
+    "max_num_seqs": ("--max-running-requests",),
+    "tensor_parallel_size": ("--tp",),
+}
+_FIELDS = {"shutdown_timeout": "drain_timeout_s"}  # where the configuration says it otherwise
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Flag:
+    """One flag; ``default`` is for the help text alone."""
+
+    name: str
+    metavar: str
+    help: str
+    default: str | None = None
+    is_switch: bool = False
+
+    @property
+    def spellings(self) -> tuple[str, ...]:
+        return (f"--{self.name.replace('_', '-')}", *_ALIASES.get(self.name, ()))
+
+    @property
+    def parameter(self) -> inspect.Parameter:
+        aliases = _ALIASES.get(self.name)
+        suffix = "" if self.default is None else f" Default: {self.default}."
+        suffix += f" Also: {', '.join(aliases)}." if aliases else ""
+        option = typer.Option(
+            *self.spellings,
+            metavar=None if self.is_switch else self.metavar,
+            help=f"{self.help}.{suffix}",
+            show_default=False,
+        )
+        return inspect.Parameter(
+            self.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=None,
+            annotation=Annotated[bool | None if self.is_switch else str | None, option],
+        )
+
+
+def _option(name: str, metavar: str, help: str, *, is_switch: bool = False) -> Flag:
+    field = _FIELDS.get(name, name)
+    defaults = {item.name: item.default for item in dataclasses.fields(DaemonConfig)}
+    default = None if is_switch else defaults.get(field)
+    text = None if default in (None, dataclasses.MISSING) else str(default)
+    return Flag(name=name, metavar=metavar, help=help, default=text, is_switch=is_switch)
+
+
+def _knob_flag(spec: KnobSpec) -> Flag:
+    fixed = "from the machine" if spec.default is None else str(spec.default)
+    unit = "NAME" if spec.name == "sparse_method" else spec.unit.upper()
+    return Flag(
+        name=spec.name,
+        metavar=unit,
+        help=f"{spec.help[0].upper()}{spec.help[1:]}; {spec.allowed}",
+        default="auto" if spec.auto and spec.default is None else fixed,
+    )
+
+
+KNOB_FLAGS = tuple(_knob_flag(spec) for spec in KNOB_SPECS)
+MODEL_FLAGS = (
+    _option(
+        "model",
+        "MODEL",
+        "A directory, a .gguf file, a hub id, a built-in name or dummy:SHAPE; also as the argument",
+    ),
+    _option("state_dir", "DIR", "Where database, log and sockets live"),
+    _option("device", "DEVICE", "auto, cpu, cuda or cuda:N"),
+    _option("dtype", "NAME", "auto, float32, bfloat16 or float16"),
+    _option("seed", "N", "Seed of dummy weights, of requests without their own, and of a search"),
+    _option("tensor_parallel_size", "N", "GPUs of one model; only 1 is supported"),
+    _option("slo_ttft_ms", "MS", "Target of the time to the first token, milliseconds"),
+    _option("slo_tpot_ms", "MS", "Target of the time per further token, milliseconds"),
+)
+SERVING_FLAGS = (
+    _option("served_model_name", "NAME", "Name of the model in the HTTP interface"),
+    _option("host", "ADDRESS", "Address the HTTP interface listens on"),
+    _option("port", "N", "Port of the HTTP interface"),
+    _option(
+        "api_key", "KEY", "Clients must send it as a bearer token; SPARSED_API_KEY hides it from ps"
+    ),
+    _option("shutdown_timeout", "SECONDS", "Time running requests get at a stop"),
+    _option("no_profile", "", "Ignore stored profiles", is_switch=True),
+)
+
+
+def takes(*flags: Flag) -> Callable[[Verb], Verb]:
+    """Replace the ``**`` parameter of a verb by ``flags``; one not given arrives as None."""
+
+    def replace(verb: Verb) -> Verb:
+        signature = inspect.signature(verb, eval_str=True)
+        own = [
+            parameter
+            for parameter in signature.parameters.values()
+            if parameter.kind is not inspect.Parameter.VAR_KEYWORD
+        ]
+        parameters = [*own, *(flag.parameter for flag in flags)]
+        wrapped: Any = verb
+        wrapped.__signature__ = signature.replace(parameters=parameters)
+        return verb
+
+    return replace

@@ -1,0 +1,53 @@
+"""How verbs print: tables for people, JSON for programs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+class Output(StrEnum):
+    TEXT = "text"
+    JSON = "json"
+
+
+OutputOption = Annotated[
+    Output, typer.Option("--output", "-o", help="text for people, json for programs.")
+]
+
+
+def print_json(value: Any) -> None:
+    """A dataclass, or a sequence of them, under the field names of the vocabulary."""
+    print(json.dumps(value, default=_plain, indent=2))
+
+
+def print_table(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*headers, box=box.SIMPLE_HEAD, pad_edge=False)
+    for row in rows:
+        table.add_row(*("-" if cell is None else str(cell) for cell in row))
+    Console(width=None if sys.stdout.isatty() else 200, highlight=False).print(table)
+
+
+def complain(message: str) -> None:
+    print(f"sparsed: {message}", file=sys.stderr)
+
+
+def gib(size_bytes: float) -> str:
+    return f"{size_bytes / (1 << 30):.2f} GiB"
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {item.name: getattr(value, item.name) for item in dataclasses.fields(value)}
+    return str(value) if isinstance(value, Path) else dict(value)

@@ -1,0 +1,76 @@
+"""``sparsed tune``: an offline search on the real engine."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sparsed.controller.cli.flags import KNOB_FLAGS, MODEL_FLAGS, takes
+from sparsed.controller.cli.start import ConfigOption, one_model
+from sparsed.controller.config import load_config
+from sparsed.core import Objective
+
+
+@takes(*MODEL_FLAGS, *KNOB_FLAGS)
+def tune(
+    model_argument: Annotated[
+        str | None, typer.Argument(metavar="[MODEL]", show_default=False, help="As --model.")
+    ] = None,
+    workload: Annotated[
+        str,
+        typer.Option(
+            metavar="FILE|PRESET",
+            help="chat, documents, mixed, or a JSONL file with timestamp (ms), input_length and "
+            "output_length (tokens) on each line.",
+        ),
+    ] = "mixed",
+    trials: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Trials of the Bayesian search, and as many of a random one beside it.",
+        ),
+    ] = 10,
+    objective: Annotated[
+        Objective,
+        typer.Option(
+            help="throughput: output tokens/s; goodput: requests/s within both SLO targets."
+        ),
+    ] = Objective.THROUGHPUT,
+    trial_seconds: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SECONDS", min=1, help="Measured time of a trial. Default: from the workload."
+        ),
+    ] = None,
+    export: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write the result here; .toml or .json."),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the last study of the same options.")
+    ] = False,
+    config: ConfigOption = None,
+    **flags: str | bool | None,
+) -> None:
+    """Search for the best configuration of a model on this machine, and keep the profile.
+
+    Owns the machine while it runs. Knobs given as flags are fixed; Ctrl-C keeps what was measured.
+    """
+    from sparsed.controller.tuning import TuneOptions, run_tune
+
+    flags["model"] = one_model(model_argument, flags["model"])
+    options = TuneOptions(
+        config=load_config(flags=flags, environment=os.environ, file=config),
+        workload=workload,
+        trials=trials,
+        objective=objective,
+        trial_s=trial_seconds,
+        export=export,
+        resume=resume,
+    )
+    raise typer.Exit(run_tune(options))

@@ -1,0 +1,919 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class DaemonState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    DAEMON_STATE_UNSPECIFIED: _ClassVar[DaemonState]
+    DAEMON_STATE_LOADING: _ClassVar[DaemonState]
+    DAEMON_STATE_SERVING: _ClassVar[DaemonState]
+    DAEMON_STATE_DEGRADED: _ClassVar[DaemonState]
+    DAEMON_STATE_RESTARTING: _ClassVar[DaemonState]
+    DAEMON_STATE_DRAINING: _ClassVar[DaemonState]
+    DAEMON_STATE_STOPPED: _ClassVar[DaemonState]
+
+class KnobClass(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    KNOB_CLASS_UNSPECIFIED: _ClassVar[KnobClass]
+    KNOB_CLASS_HOT: _ClassVar[KnobClass]
+    KNOB_CLASS_RESTART: _ClassVar[KnobClass]
+
+class KnobSource(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    KNOB_SOURCE_UNSPECIFIED: _ClassVar[KnobSource]
+    KNOB_SOURCE_DEFAULT: _ClassVar[KnobSource]
+    KNOB_SOURCE_MACHINE: _ClassVar[KnobSource]
+    KNOB_SOURCE_PROFILE: _ClassVar[KnobSource]
+    KNOB_SOURCE_FILE: _ClassVar[KnobSource]
+    KNOB_SOURCE_ENVIRONMENT: _ClassVar[KnobSource]
+    KNOB_SOURCE_FLAG: _ClassVar[KnobSource]
+    KNOB_SOURCE_LIVE: _ClassVar[KnobSource]
+
+class TunerMode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    TUNER_MODE_UNSPECIFIED: _ClassVar[TunerMode]
+    TUNER_MODE_OFF: _ClassVar[TunerMode]
+    TUNER_MODE_OBSERVE: _ClassVar[TunerMode]
+    TUNER_MODE_ADVISE: _ClassVar[TunerMode]
+
+class ProfileStatus(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    PROFILE_STATUS_UNSPECIFIED: _ClassVar[ProfileStatus]
+    PROFILE_STATUS_DRAFT: _ClassVar[ProfileStatus]
+    PROFILE_STATUS_VERIFIED: _ClassVar[ProfileStatus]
+    PROFILE_STATUS_STALE: _ClassVar[ProfileStatus]
+
+class Objective(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    OBJECTIVE_UNSPECIFIED: _ClassVar[Objective]
+    OBJECTIVE_THROUGHPUT: _ClassVar[Objective]
+    OBJECTIVE_GOODPUT: _ClassVar[Objective]
+
+class ExportFormat(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    EXPORT_FORMAT_UNSPECIFIED: _ClassVar[ExportFormat]
+    EXPORT_FORMAT_TOML: _ClassVar[ExportFormat]
+    EXPORT_FORMAT_JSON: _ClassVar[ExportFormat]
+    EXPORT_FORMAT_VLLM: _ClassVar[ExportFormat]
+    EXPORT_FORMAT_VLLM_YAML: _ClassVar[ExportFormat]
+    EXPORT_FORMAT_SGLANG: _ClassVar[ExportFormat]
+DAEMON_STATE_UNSPECIFIED: DaemonState
+DAEMON_STATE_LOADING: DaemonState
+DAEMON_STATE_SERVING: DaemonState
+DAEMON_STATE_DEGRADED: DaemonState
+DAEMON_STATE_RESTARTING: DaemonState
+DAEMON_STATE_DRAINING: DaemonState
+DAEMON_STATE_STOPPED: DaemonState
+KNOB_CLASS_UNSPECIFIED: KnobClass
+KNOB_CLASS_HOT: KnobClass
+KNOB_CLASS_RESTART: KnobClass
+KNOB_SOURCE_UNSPECIFIED: KnobSource
+KNOB_SOURCE_DEFAULT: KnobSource
+KNOB_SOURCE_MACHINE: KnobSource
+KNOB_SOURCE_PROFILE: KnobSource
+KNOB_SOURCE_FILE: KnobSource
+KNOB_SOURCE_ENVIRONMENT: KnobSource
+KNOB_SOURCE_FLAG: KnobSource
+KNOB_SOURCE_LIVE: KnobSource
+TUNER_MODE_UNSPECIFIED: TunerMode
+TUNER_MODE_OFF: TunerMode
+TUNER_MODE_OBSERVE: TunerMode
+TUNER_MODE_ADVISE: TunerMode
+PROFILE_STATUS_UNSPECIFIED: ProfileStatus
+PROFILE_STATUS_DRAFT: ProfileStatus
+PROFILE_STATUS_VERIFIED: ProfileStatus
+PROFILE_STATUS_STALE: ProfileStatus
+OBJECTIVE_UNSPECIFIED: Objective
+OBJECTIVE_THROUGHPUT: Objective
+OBJECTIVE_GOODPUT: Objective
+EXPORT_FORMAT_UNSPECIFIED: ExportFormat
+EXPORT_FORMAT_TOML: ExportFormat
+EXPORT_FORMAT_JSON: ExportFormat
+EXPORT_FORMAT_VLLM: ExportFormat
+EXPORT_FORMAT_VLLM_YAML: ExportFormat
+EXPORT_FORMAT_SGLANG: ExportFormat
+
+class MutationOptions(_message.Message):
+    __slots__ = ("validate_only", "reason", "request_id", "expected_revision")
+    VALIDATE_ONLY_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    EXPECTED_REVISION_FIELD_NUMBER: _ClassVar[int]
+    validate_only: bool
+    reason: str
+    request_id: str
+    expected_revision: int
+    def __init__(self, validate_only: bool = ..., reason: _Optional[str] = ..., request_id: _Optional[str] = ..., expected_revision: _Optional[int] = ...) -> None: ...
+
+class KnobValue(_message.Message):
+    __slots__ = ("integer", "number", "text")
+    INTEGER_FIELD_NUMBER: _ClassVar[int]
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    integer: int
+    number: float
+    text: str
+    def __init__(self, integer: _Optional[int] = ..., number: _Optional[float] = ..., text: _Optional[str] = ...) -> None: ...
+
+class KnobSpec(_message.Message):
+    __slots__ = ("name", "unit", "klass", "help", "default", "minimum", "maximum", "choices", "auto", "integer")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    UNIT_FIELD_NUMBER: _ClassVar[int]
+    KLASS_FIELD_NUMBER: _ClassVar[int]
+    HELP_FIELD_NUMBER: _ClassVar[int]
+    DEFAULT_FIELD_NUMBER: _ClassVar[int]
+    MINIMUM_FIELD_NUMBER: _ClassVar[int]
+    MAXIMUM_FIELD_NUMBER: _ClassVar[int]
+    CHOICES_FIELD_NUMBER: _ClassVar[int]
+    AUTO_FIELD_NUMBER: _ClassVar[int]
+    INTEGER_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    unit: str
+    klass: KnobClass
+    help: str
+    default: KnobValue
+    minimum: float
+    maximum: float
+    choices: _containers.RepeatedCompositeFieldContainer[KnobValue]
+    auto: bool
+    integer: bool
+    def __init__(self, name: _Optional[str] = ..., unit: _Optional[str] = ..., klass: _Optional[_Union[KnobClass, str]] = ..., help: _Optional[str] = ..., default: _Optional[_Union[KnobValue, _Mapping]] = ..., minimum: _Optional[float] = ..., maximum: _Optional[float] = ..., choices: _Optional[_Iterable[_Union[KnobValue, _Mapping]]] = ..., auto: bool = ..., integer: bool = ...) -> None: ...
+
+class KnobState(_message.Message):
+    __slots__ = ("spec", "value", "source", "pending")
+    SPEC_FIELD_NUMBER: _ClassVar[int]
+    VALUE_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
+    PENDING_FIELD_NUMBER: _ClassVar[int]
+    spec: KnobSpec
+    value: KnobValue
+    source: KnobSource
+    pending: KnobValue
+    def __init__(self, spec: _Optional[_Union[KnobSpec, _Mapping]] = ..., value: _Optional[_Union[KnobValue, _Mapping]] = ..., source: _Optional[_Union[KnobSource, str]] = ..., pending: _Optional[_Union[KnobValue, _Mapping]] = ...) -> None: ...
+
+class Knobs(_message.Message):
+    __slots__ = ("values",)
+    class ValuesEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: KnobValue
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[_Union[KnobValue, _Mapping]] = ...) -> None: ...
+    VALUES_FIELD_NUMBER: _ClassVar[int]
+    values: _containers.MessageMap[str, KnobValue]
+    def __init__(self, values: _Optional[_Mapping[str, KnobValue]] = ...) -> None: ...
+
+class MemoryPlan(_message.Message):
+    __slots__ = ("weights_bytes", "hot_pages_bytes", "summaries_bytes", "tables_bytes", "staging_bytes", "prefill_buffer_bytes", "dram_pool_bytes", "num_blocks", "num_frames")
+    WEIGHTS_BYTES_FIELD_NUMBER: _ClassVar[int]
+    HOT_PAGES_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SUMMARIES_BYTES_FIELD_NUMBER: _ClassVar[int]
+    TABLES_BYTES_FIELD_NUMBER: _ClassVar[int]
+    STAGING_BYTES_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_BUFFER_BYTES_FIELD_NUMBER: _ClassVar[int]
+    DRAM_POOL_BYTES_FIELD_NUMBER: _ClassVar[int]
+    NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    NUM_FRAMES_FIELD_NUMBER: _ClassVar[int]
+    weights_bytes: int
+    hot_pages_bytes: int
+    summaries_bytes: int
+    tables_bytes: int
+    staging_bytes: int
+    prefill_buffer_bytes: int
+    dram_pool_bytes: int
+    num_blocks: int
+    num_frames: int
+    def __init__(self, weights_bytes: _Optional[int] = ..., hot_pages_bytes: _Optional[int] = ..., summaries_bytes: _Optional[int] = ..., tables_bytes: _Optional[int] = ..., staging_bytes: _Optional[int] = ..., prefill_buffer_bytes: _Optional[int] = ..., dram_pool_bytes: _Optional[int] = ..., num_blocks: _Optional[int] = ..., num_frames: _Optional[int] = ...) -> None: ...
+
+class LinkProbe(_message.Message):
+    __slots__ = ("h2d_bytes_per_s", "d2h_bytes_per_s")
+    H2D_BYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
+    D2H_BYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
+    h2d_bytes_per_s: float
+    d2h_bytes_per_s: float
+    def __init__(self, h2d_bytes_per_s: _Optional[float] = ..., d2h_bytes_per_s: _Optional[float] = ...) -> None: ...
+
+class EngineFacts(_message.Message):
+    __slots__ = ("pid", "device_name", "weights_bytes", "load_s", "link", "versions")
+    class VersionsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    PID_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_NAME_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_BYTES_FIELD_NUMBER: _ClassVar[int]
+    LOAD_S_FIELD_NUMBER: _ClassVar[int]
+    LINK_FIELD_NUMBER: _ClassVar[int]
+    VERSIONS_FIELD_NUMBER: _ClassVar[int]
+    pid: int
+    device_name: str
+    weights_bytes: int
+    load_s: float
+    link: LinkProbe
+    versions: _containers.ScalarMap[str, str]
+    def __init__(self, pid: _Optional[int] = ..., device_name: _Optional[str] = ..., weights_bytes: _Optional[int] = ..., load_s: _Optional[float] = ..., link: _Optional[_Union[LinkProbe, _Mapping]] = ..., versions: _Optional[_Mapping[str, str]] = ...) -> None: ...
+
+class EngineStats(_message.Message):
+    __slots__ = ("steps", "step_s", "prompt_tokens", "generated_tokens", "requests_finished", "hot_hits", "hot_misses", "evicted_pages", "overflow_pages", "h2d_bytes", "h2d_s", "d2h_bytes", "d2h_s", "recall_sum", "recall_samples", "num_running", "num_waiting", "hot_used_bytes", "hot_total_bytes", "dram_used_bytes", "dram_total_bytes", "recent_step_s", "knobs")
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    STEP_S_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    GENERATED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    REQUESTS_FINISHED_FIELD_NUMBER: _ClassVar[int]
+    HOT_HITS_FIELD_NUMBER: _ClassVar[int]
+    HOT_MISSES_FIELD_NUMBER: _ClassVar[int]
+    EVICTED_PAGES_FIELD_NUMBER: _ClassVar[int]
+    OVERFLOW_PAGES_FIELD_NUMBER: _ClassVar[int]
+    H2D_BYTES_FIELD_NUMBER: _ClassVar[int]
+    H2D_S_FIELD_NUMBER: _ClassVar[int]
+    D2H_BYTES_FIELD_NUMBER: _ClassVar[int]
+    D2H_S_FIELD_NUMBER: _ClassVar[int]
+    RECALL_SUM_FIELD_NUMBER: _ClassVar[int]
+    RECALL_SAMPLES_FIELD_NUMBER: _ClassVar[int]
+    NUM_RUNNING_FIELD_NUMBER: _ClassVar[int]
+    NUM_WAITING_FIELD_NUMBER: _ClassVar[int]
+    HOT_USED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    HOT_TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
+    DRAM_USED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    DRAM_TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
+    RECENT_STEP_S_FIELD_NUMBER: _ClassVar[int]
+    KNOBS_FIELD_NUMBER: _ClassVar[int]
+    steps: int
+    step_s: float
+    prompt_tokens: int
+    generated_tokens: int
+    requests_finished: int
+    hot_hits: int
+    hot_misses: int
+    evicted_pages: int
+    overflow_pages: int
+    h2d_bytes: int
+    h2d_s: float
+    d2h_bytes: int
+    d2h_s: float
+    recall_sum: float
+    recall_samples: int
+    num_running: int
+    num_waiting: int
+    hot_used_bytes: int
+    hot_total_bytes: int
+    dram_used_bytes: int
+    dram_total_bytes: int
+    recent_step_s: _containers.RepeatedScalarFieldContainer[float]
+    knobs: Knobs
+    def __init__(self, steps: _Optional[int] = ..., step_s: _Optional[float] = ..., prompt_tokens: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., requests_finished: _Optional[int] = ..., hot_hits: _Optional[int] = ..., hot_misses: _Optional[int] = ..., evicted_pages: _Optional[int] = ..., overflow_pages: _Optional[int] = ..., h2d_bytes: _Optional[int] = ..., h2d_s: _Optional[float] = ..., d2h_bytes: _Optional[int] = ..., d2h_s: _Optional[float] = ..., recall_sum: _Optional[float] = ..., recall_samples: _Optional[int] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., hot_used_bytes: _Optional[int] = ..., hot_total_bytes: _Optional[int] = ..., dram_used_bytes: _Optional[int] = ..., dram_total_bytes: _Optional[int] = ..., recent_step_s: _Optional[_Iterable[float]] = ..., knobs: _Optional[_Union[Knobs, _Mapping]] = ...) -> None: ...
+
+class HostGauges(_message.Message):
+    __slots__ = ("process_rss_bytes", "process_cpu_frac", "host_cpu_frac", "host_free_bytes", "gpu_used_bytes", "gpu_total_bytes", "gpu_util_frac", "pcie_h2d_bytes_per_s", "pcie_d2h_bytes_per_s", "pcie_generation", "pcie_width")
+    PROCESS_RSS_BYTES_FIELD_NUMBER: _ClassVar[int]
+    PROCESS_CPU_FRAC_FIELD_NUMBER: _ClassVar[int]
+    HOST_CPU_FRAC_FIELD_NUMBER: _ClassVar[int]
+    HOST_FREE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    GPU_USED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    GPU_TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
+    GPU_UTIL_FRAC_FIELD_NUMBER: _ClassVar[int]
+    PCIE_H2D_BYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
+    PCIE_D2H_BYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
+    PCIE_GENERATION_FIELD_NUMBER: _ClassVar[int]
+    PCIE_WIDTH_FIELD_NUMBER: _ClassVar[int]
+    process_rss_bytes: int
+    process_cpu_frac: float
+    host_cpu_frac: float
+    host_free_bytes: int
+    gpu_used_bytes: int
+    gpu_total_bytes: int
+    gpu_util_frac: float
+    pcie_h2d_bytes_per_s: float
+    pcie_d2h_bytes_per_s: float
+    pcie_generation: int
+    pcie_width: int
+    def __init__(self, process_rss_bytes: _Optional[int] = ..., process_cpu_frac: _Optional[float] = ..., host_cpu_frac: _Optional[float] = ..., host_free_bytes: _Optional[int] = ..., gpu_used_bytes: _Optional[int] = ..., gpu_total_bytes: _Optional[int] = ..., gpu_util_frac: _Optional[float] = ..., pcie_h2d_bytes_per_s: _Optional[float] = ..., pcie_d2h_bytes_per_s: _Optional[float] = ..., pcie_generation: _Optional[int] = ..., pcie_width: _Optional[int] = ...) -> None: ...
+
+class Snapshot(_message.Message):
+    __slots__ = ("ended_at", "window_s", "steps", "step_p50_s", "step_p95_s", "step_p99_s", "prompt_tokens_per_s", "generated_tokens_per_s", "hot_hit_frac", "miss_bytes_per_step", "h2d_bytes", "d2h_bytes", "h2d_gb_per_s", "d2h_gb_per_s", "attention_recall", "num_running", "num_waiting", "hot_used_frac", "dram_used_frac", "requests_finished", "ttft_p50_s", "ttft_p95_s", "tpot_p50_s", "tpot_p95_s", "host", "knobs")
+    ENDED_AT_FIELD_NUMBER: _ClassVar[int]
+    WINDOW_S_FIELD_NUMBER: _ClassVar[int]
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    STEP_P50_S_FIELD_NUMBER: _ClassVar[int]
+    STEP_P95_S_FIELD_NUMBER: _ClassVar[int]
+    STEP_P99_S_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
+    GENERATED_TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
+    HOT_HIT_FRAC_FIELD_NUMBER: _ClassVar[int]
+    MISS_BYTES_PER_STEP_FIELD_NUMBER: _ClassVar[int]
+    H2D_BYTES_FIELD_NUMBER: _ClassVar[int]
+    D2H_BYTES_FIELD_NUMBER: _ClassVar[int]
+    H2D_GB_PER_S_FIELD_NUMBER: _ClassVar[int]
+    D2H_GB_PER_S_FIELD_NUMBER: _ClassVar[int]
+    ATTENTION_RECALL_FIELD_NUMBER: _ClassVar[int]
+    NUM_RUNNING_FIELD_NUMBER: _ClassVar[int]
+    NUM_WAITING_FIELD_NUMBER: _ClassVar[int]
+    HOT_USED_FRAC_FIELD_NUMBER: _ClassVar[int]
+    DRAM_USED_FRAC_FIELD_NUMBER: _ClassVar[int]
+    REQUESTS_FINISHED_FIELD_NUMBER: _ClassVar[int]
+    TTFT_P50_S_FIELD_NUMBER: _ClassVar[int]
+    TTFT_P95_S_FIELD_NUMBER: _ClassVar[int]
+    TPOT_P50_S_FIELD_NUMBER: _ClassVar[int]
+    TPOT_P95_S_FIELD_NUMBER: _ClassVar[int]
+    HOST_FIELD_NUMBER: _ClassVar[int]
+    KNOBS_FIELD_NUMBER: _ClassVar[int]
+    ended_at: float
+    window_s: float
+    steps: int
+    step_p50_s: float
+    step_p95_s: float
+    step_p99_s: float
+    prompt_tokens_per_s: float
+    generated_tokens_per_s: float
+    hot_hit_frac: float
+    miss_bytes_per_step: float
+    h2d_bytes: int
+    d2h_bytes: int
+    h2d_gb_per_s: float
+    d2h_gb_per_s: float
+    attention_recall: float
+    num_running: int
+    num_waiting: int
+    hot_used_frac: float
+    dram_used_frac: float
+    requests_finished: int
+    ttft_p50_s: float
+    ttft_p95_s: float
+    tpot_p50_s: float
+    tpot_p95_s: float
+    host: HostGauges
+    knobs: Knobs
+    def __init__(self, ended_at: _Optional[float] = ..., window_s: _Optional[float] = ..., steps: _Optional[int] = ..., step_p50_s: _Optional[float] = ..., step_p95_s: _Optional[float] = ..., step_p99_s: _Optional[float] = ..., prompt_tokens_per_s: _Optional[float] = ..., generated_tokens_per_s: _Optional[float] = ..., hot_hit_frac: _Optional[float] = ..., miss_bytes_per_step: _Optional[float] = ..., h2d_bytes: _Optional[int] = ..., d2h_bytes: _Optional[int] = ..., h2d_gb_per_s: _Optional[float] = ..., d2h_gb_per_s: _Optional[float] = ..., attention_recall: _Optional[float] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., hot_used_frac: _Optional[float] = ..., dram_used_frac: _Optional[float] = ..., requests_finished: _Optional[int] = ..., ttft_p50_s: _Optional[float] = ..., ttft_p95_s: _Optional[float] = ..., tpot_p50_s: _Optional[float] = ..., tpot_p95_s: _Optional[float] = ..., host: _Optional[_Union[HostGauges, _Mapping]] = ..., knobs: _Optional[_Union[Knobs, _Mapping]] = ...) -> None: ...
+
+class DaemonStatus(_message.Message):
+    __slots__ = ("state", "reasons", "version", "pid", "uptime_s", "http_url", "model", "device", "dtype", "knobs", "plan", "profile", "engine_restarts", "requests_failed", "store_lost_writes", "tuner_mode", "facts", "stats", "snapshot")
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    REASONS_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    PID_FIELD_NUMBER: _ClassVar[int]
+    UPTIME_S_FIELD_NUMBER: _ClassVar[int]
+    HTTP_URL_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    KNOBS_FIELD_NUMBER: _ClassVar[int]
+    PLAN_FIELD_NUMBER: _ClassVar[int]
+    PROFILE_FIELD_NUMBER: _ClassVar[int]
+    ENGINE_RESTARTS_FIELD_NUMBER: _ClassVar[int]
+    REQUESTS_FAILED_FIELD_NUMBER: _ClassVar[int]
+    STORE_LOST_WRITES_FIELD_NUMBER: _ClassVar[int]
+    TUNER_MODE_FIELD_NUMBER: _ClassVar[int]
+    FACTS_FIELD_NUMBER: _ClassVar[int]
+    STATS_FIELD_NUMBER: _ClassVar[int]
+    SNAPSHOT_FIELD_NUMBER: _ClassVar[int]
+    state: DaemonState
+    reasons: _containers.RepeatedScalarFieldContainer[str]
+    version: str
+    pid: int
+    uptime_s: float
+    http_url: str
+    model: str
+    device: str
+    dtype: str
+    knobs: Knobs
+    plan: MemoryPlan
+    profile: str
+    engine_restarts: int
+    requests_failed: int
+    store_lost_writes: int
+    tuner_mode: TunerMode
+    facts: EngineFacts
+    stats: EngineStats
+    snapshot: Snapshot
+    def __init__(self, state: _Optional[_Union[DaemonState, str]] = ..., reasons: _Optional[_Iterable[str]] = ..., version: _Optional[str] = ..., pid: _Optional[int] = ..., uptime_s: _Optional[float] = ..., http_url: _Optional[str] = ..., model: _Optional[str] = ..., device: _Optional[str] = ..., dtype: _Optional[str] = ..., knobs: _Optional[_Union[Knobs, _Mapping]] = ..., plan: _Optional[_Union[MemoryPlan, _Mapping]] = ..., profile: _Optional[str] = ..., engine_restarts: _Optional[int] = ..., requests_failed: _Optional[int] = ..., store_lost_writes: _Optional[int] = ..., tuner_mode: _Optional[_Union[TunerMode, str]] = ..., facts: _Optional[_Union[EngineFacts, _Mapping]] = ..., stats: _Optional[_Union[EngineStats, _Mapping]] = ..., snapshot: _Optional[_Union[Snapshot, _Mapping]] = ...) -> None: ...
+
+class Decision(_message.Message):
+    __slots__ = ("made_at", "values", "reason", "predicted_score", "current_score")
+    class ValuesEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: KnobValue
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[_Union[KnobValue, _Mapping]] = ...) -> None: ...
+    MADE_AT_FIELD_NUMBER: _ClassVar[int]
+    VALUES_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    PREDICTED_SCORE_FIELD_NUMBER: _ClassVar[int]
+    CURRENT_SCORE_FIELD_NUMBER: _ClassVar[int]
+    made_at: float
+    values: _containers.MessageMap[str, KnobValue]
+    reason: str
+    predicted_score: float
+    current_score: float
+    def __init__(self, made_at: _Optional[float] = ..., values: _Optional[_Mapping[str, KnobValue]] = ..., reason: _Optional[str] = ..., predicted_score: _Optional[float] = ..., current_score: _Optional[float] = ...) -> None: ...
+
+class TunerState(_message.Message):
+    __slots__ = ("mode", "num_observations", "decisions")
+    MODE_FIELD_NUMBER: _ClassVar[int]
+    NUM_OBSERVATIONS_FIELD_NUMBER: _ClassVar[int]
+    DECISIONS_FIELD_NUMBER: _ClassVar[int]
+    mode: TunerMode
+    num_observations: int
+    decisions: _containers.RepeatedCompositeFieldContainer[Decision]
+    def __init__(self, mode: _Optional[_Union[TunerMode, str]] = ..., num_observations: _Optional[int] = ..., decisions: _Optional[_Iterable[_Union[Decision, _Mapping]]] = ...) -> None: ...
+
+class ProfileKey(_message.Message):
+    __slots__ = ("hardware", "model", "dtype")
+    HARDWARE_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    hardware: str
+    model: str
+    dtype: str
+    def __init__(self, hardware: _Optional[str] = ..., model: _Optional[str] = ..., dtype: _Optional[str] = ...) -> None: ...
+
+class Profile(_message.Message):
+    __slots__ = ("key", "values", "status", "workload", "objective", "default_scores", "winner_scores", "versions", "created_at", "pinned", "profile_id")
+    class ValuesEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: KnobValue
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[_Union[KnobValue, _Mapping]] = ...) -> None: ...
+    class VersionsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    VALUES_FIELD_NUMBER: _ClassVar[int]
+    STATUS_FIELD_NUMBER: _ClassVar[int]
+    WORKLOAD_FIELD_NUMBER: _ClassVar[int]
+    OBJECTIVE_FIELD_NUMBER: _ClassVar[int]
+    DEFAULT_SCORES_FIELD_NUMBER: _ClassVar[int]
+    WINNER_SCORES_FIELD_NUMBER: _ClassVar[int]
+    VERSIONS_FIELD_NUMBER: _ClassVar[int]
+    CREATED_AT_FIELD_NUMBER: _ClassVar[int]
+    PINNED_FIELD_NUMBER: _ClassVar[int]
+    PROFILE_ID_FIELD_NUMBER: _ClassVar[int]
+    key: ProfileKey
+    values: _containers.MessageMap[str, KnobValue]
+    status: ProfileStatus
+    workload: str
+    objective: Objective
+    default_scores: _containers.RepeatedScalarFieldContainer[float]
+    winner_scores: _containers.RepeatedScalarFieldContainer[float]
+    versions: _containers.ScalarMap[str, str]
+    created_at: float
+    pinned: bool
+    profile_id: int
+    def __init__(self, key: _Optional[_Union[ProfileKey, _Mapping]] = ..., values: _Optional[_Mapping[str, KnobValue]] = ..., status: _Optional[_Union[ProfileStatus, str]] = ..., workload: _Optional[str] = ..., objective: _Optional[_Union[Objective, str]] = ..., default_scores: _Optional[_Iterable[float]] = ..., winner_scores: _Optional[_Iterable[float]] = ..., versions: _Optional[_Mapping[str, str]] = ..., created_at: _Optional[float] = ..., pinned: bool = ..., profile_id: _Optional[int] = ...) -> None: ...
+
+class GetStatusRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class GetStatusResponse(_message.Message):
+    __slots__ = ("status", "revision")
+    STATUS_FIELD_NUMBER: _ClassVar[int]
+    REVISION_FIELD_NUMBER: _ClassVar[int]
+    status: DaemonStatus
+    revision: int
+    def __init__(self, status: _Optional[_Union[DaemonStatus, _Mapping]] = ..., revision: _Optional[int] = ...) -> None: ...
+
+class DrainRequest(_message.Message):
+    __slots__ = ("options", "timeout_s")
+    OPTIONS_FIELD_NUMBER: _ClassVar[int]
+    TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
+    options: MutationOptions
+    timeout_s: float
+    def __init__(self, options: _Optional[_Union[MutationOptions, _Mapping]] = ..., timeout_s: _Optional[float] = ...) -> None: ...
+
+class DrainResponse(_message.Message):
+    __slots__ = ("num_cut_off",)
+    NUM_CUT_OFF_FIELD_NUMBER: _ClassVar[int]
+    num_cut_off: int
+    def __init__(self, num_cut_off: _Optional[int] = ...) -> None: ...
+
+class StopRequest(_message.Message):
+    __slots__ = ("options",)
+    OPTIONS_FIELD_NUMBER: _ClassVar[int]
+    options: MutationOptions
+    def __init__(self, options: _Optional[_Union[MutationOptions, _Mapping]] = ...) -> None: ...
+
+class StopResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ReloadRequest(_message.Message):
+    __slots__ = ("options",)
+    OPTIONS_FIELD_NUMBER: _ClassVar[int]
+    options: MutationOptions
+    def __init__(self, options: _Optional[_Union[MutationOptions, _Mapping]] = ...) -> None: ...
+
+class ReloadResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class SetLogLevelRequest(_message.Message):
+    __slots__ = ("options", "level")
+    OPTIONS_FIELD_NUMBER: _ClassVar[int]
+    LEVEL_FIELD_NUMBER: _ClassVar[int]
+    options: MutationOptions
+    level: str
+    def __init__(self, options: _Optional[_Union[MutationOptions, _Mapping]] = ..., level: _Optional[str] = ...) -> None: ...
+
+class SetLogLevelResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class CollectBundleRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class CollectBundleResponse(_message.Message):
+    __slots__ = ("data",)
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    data: bytes
+    def __init__(self, data: _Optional[bytes] = ...) -> None: ...
+
+class StartTuningRequest(_message.Message):
+    __slots__ = ("options",)
+    OPTIONS_FIELD_NUMBER: _ClassVar[int]
+    options: MutationOptions
+    def __init__(self, options: _Optional[_Union[MutationOptions, _Mapping]] = ...) -> None: ...
+
+class StartTuningResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class StopTuningRequest(_message.Message):
+    __slots__ = ("options",)
+    OPTIONS_FIELD_NUMBER: _ClassVar[int]
+    options: MutationOptions
+    def __init__(self, options: _Optional[_Union[MutationOptions, _Mapping]] = ...) -> None: ...
+
+class StopTuningResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class PauseRequest(_message.Message):
+    __slots__ = ("options",)
+    OPTIONS_FIELD_NUMBER: _ClassVar[int]
+    options: MutationOptions
+    def __init__(self, options: _Optional[_Union[MutationOptions, _Mapping]] = ...) -> None: ...
+
+class PauseResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ResumeRequest(_message.Message):
+    __slots__ = ("options",)
+    OPTIONS_FIELD_NUMBER: _ClassVar[int]
+    options: MutationOptions
+    def __init__(self, options: _Optional[_Union[MutationOptions, _Mapping]] = ...) -> None: ...
+
+class ResumeResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class SetModeRequest(_message.Message):
+    __slots__ = ("options", "mode")
+    OPTIONS_FIELD_NUMBER: _ClassVar[int]
+    MODE_FIELD_NUMBER: _ClassVar[int]
+    options: MutationOptions
+    mode: TunerMode
+    def __init__(self, options: _Optional[_Union[MutationOptions, _Mapping]] = ..., mode: _Optional[_Union[TunerMode, str]] = ...) -> None: ...
+
+class SetModeResponse(_message.Message):
+    __slots__ = ("state",)
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    state: TunerState
+    def __init__(self, state: _Optional[_Union[TunerState, _Mapping]] = ...) -> None: ...
+
+class GetStateRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class GetStateResponse(_message.Message):
+    __slots__ = ("state",)
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    state: TunerState
+    def __init__(self, state: _Optional[_Union[TunerState, _Mapping]] = ...) -> None: ...
+
+class WatchEventsRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class WatchEventsResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ListTrialsRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ListTrialsResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ExplainRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ExplainResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ApproveRequest(_message.Message):
+    __slots__ = ("options",)
+    OPTIONS_FIELD_NUMBER: _ClassVar[int]
+    options: MutationOptions
+    def __init__(self, options: _Optional[_Union[MutationOptions, _Mapping]] = ...) -> None: ...
+
+class ApproveResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class RejectRequest(_message.Message):
+    __slots__ = ("options",)
+    OPTIONS_FIELD_NUMBER: _ClassVar[int]
+    options: MutationOptions
+    def __init__(self, options: _Optional[_Union[MutationOptions, _Mapping]] = ...) -> None: ...
+
+class RejectResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class PinRequest(_message.Message):
+    __slots__ = ("options",)
+    OPTIONS_FIELD_NUMBER: _ClassVar[int]
+    options: MutationOptions
+    def __init__(self, options: _Optional[_Union[MutationOptions, _Mapping]] = ...) -> None: ...
+
+class PinResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class UnpinRequest(_message.Message):
+    __slots__ = ("options",)
+    OPTIONS_FIELD_NUMBER: _ClassVar[int]
+    options: MutationOptions
+    def __init__(self, options: _Optional[_Union[MutationOptions, _Mapping]] = ...) -> None: ...
+
+class UnpinResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ListKnobsRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ListKnobsResponse(_message.Message):
+    __slots__ = ("knobs", "revision")
+    KNOBS_FIELD_NUMBER: _ClassVar[int]
+    REVISION_FIELD_NUMBER: _ClassVar[int]
+    knobs: _containers.RepeatedCompositeFieldContainer[KnobState]
+    revision: int
+    def __init__(self, knobs: _Optional[_Iterable[_Union[KnobState, _Mapping]]] = ..., revision: _Optional[int] = ...) -> None: ...
+
+class SetKnobsRequest(_message.Message):
+    __slots__ = ("options", "values")
+    class ValuesEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: KnobValue
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[_Union[KnobValue, _Mapping]] = ...) -> None: ...
+    OPTIONS_FIELD_NUMBER: _ClassVar[int]
+    VALUES_FIELD_NUMBER: _ClassVar[int]
+    options: MutationOptions
+    values: _containers.MessageMap[str, KnobValue]
+    def __init__(self, options: _Optional[_Union[MutationOptions, _Mapping]] = ..., values: _Optional[_Mapping[str, KnobValue]] = ...) -> None: ...
+
+class SetKnobsResponse(_message.Message):
+    __slots__ = ("knobs",)
+    KNOBS_FIELD_NUMBER: _ClassVar[int]
+    knobs: _containers.RepeatedCompositeFieldContainer[KnobState]
+    def __init__(self, knobs: _Optional[_Iterable[_Union[KnobState, _Mapping]]] = ...) -> None: ...
+
+class ResetKnobsRequest(_message.Message):
+    __slots__ = ("options", "names")
+    OPTIONS_FIELD_NUMBER: _ClassVar[int]
+    NAMES_FIELD_NUMBER: _ClassVar[int]
+    options: MutationOptions
+    names: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, options: _Optional[_Union[MutationOptions, _Mapping]] = ..., names: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class ResetKnobsResponse(_message.Message):
+    __slots__ = ("knobs",)
+    KNOBS_FIELD_NUMBER: _ClassVar[int]
+    knobs: _containers.RepeatedCompositeFieldContainer[KnobState]
+    def __init__(self, knobs: _Optional[_Iterable[_Union[KnobState, _Mapping]]] = ...) -> None: ...
+
+class ListProfilesRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ListProfilesResponse(_message.Message):
+    __slots__ = ("profiles",)
+    PROFILES_FIELD_NUMBER: _ClassVar[int]
+    profiles: _containers.RepeatedCompositeFieldContainer[Profile]
+    def __init__(self, profiles: _Optional[_Iterable[_Union[Profile, _Mapping]]] = ...) -> None: ...
+
+class GetProfileRequest(_message.Message):
+    __slots__ = ("profile_id",)
+    PROFILE_ID_FIELD_NUMBER: _ClassVar[int]
+    profile_id: int
+    def __init__(self, profile_id: _Optional[int] = ...) -> None: ...
+
+class GetProfileResponse(_message.Message):
+    __slots__ = ("profile",)
+    PROFILE_FIELD_NUMBER: _ClassVar[int]
+    profile: Profile
+    def __init__(self, profile: _Optional[_Union[Profile, _Mapping]] = ...) -> None: ...
+
+class ImportProfileRequest(_message.Message):
+    __slots__ = ("options", "text")
+    OPTIONS_FIELD_NUMBER: _ClassVar[int]
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    options: MutationOptions
+    text: str
+    def __init__(self, options: _Optional[_Union[MutationOptions, _Mapping]] = ..., text: _Optional[str] = ...) -> None: ...
+
+class ImportProfileResponse(_message.Message):
+    __slots__ = ("profile",)
+    PROFILE_FIELD_NUMBER: _ClassVar[int]
+    profile: Profile
+    def __init__(self, profile: _Optional[_Union[Profile, _Mapping]] = ...) -> None: ...
+
+class ExportProfileRequest(_message.Message):
+    __slots__ = ("profile_id", "format")
+    PROFILE_ID_FIELD_NUMBER: _ClassVar[int]
+    FORMAT_FIELD_NUMBER: _ClassVar[int]
+    profile_id: int
+    format: ExportFormat
+    def __init__(self, profile_id: _Optional[int] = ..., format: _Optional[_Union[ExportFormat, str]] = ...) -> None: ...
+
+class ExportProfileResponse(_message.Message):
+    __slots__ = ("text",)
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    text: str
+    def __init__(self, text: _Optional[str] = ...) -> None: ...
+
+class PinProfileRequest(_message.Message):
+    __slots__ = ("options", "profile_id")
+    OPTIONS_FIELD_NUMBER: _ClassVar[int]
+    PROFILE_ID_FIELD_NUMBER: _ClassVar[int]
+    options: MutationOptions
+    profile_id: int
+    def __init__(self, options: _Optional[_Union[MutationOptions, _Mapping]] = ..., profile_id: _Optional[int] = ...) -> None: ...
+
+class PinProfileResponse(_message.Message):
+    __slots__ = ("profile",)
+    PROFILE_FIELD_NUMBER: _ClassVar[int]
+    profile: Profile
+    def __init__(self, profile: _Optional[_Union[Profile, _Mapping]] = ...) -> None: ...
+
+class ApplyProfileRequest(_message.Message):
+    __slots__ = ("options", "profile_id")
+    OPTIONS_FIELD_NUMBER: _ClassVar[int]
+    PROFILE_ID_FIELD_NUMBER: _ClassVar[int]
+    options: MutationOptions
+    profile_id: int
+    def __init__(self, options: _Optional[_Union[MutationOptions, _Mapping]] = ..., profile_id: _Optional[int] = ...) -> None: ...
+
+class ApplyProfileResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class RollbackProfileRequest(_message.Message):
+    __slots__ = ("options",)
+    OPTIONS_FIELD_NUMBER: _ClassVar[int]
+    options: MutationOptions
+    def __init__(self, options: _Optional[_Union[MutationOptions, _Mapping]] = ...) -> None: ...
+
+class RollbackProfileResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class DiffProfilesRequest(_message.Message):
+    __slots__ = ("left_id", "right_id")
+    LEFT_ID_FIELD_NUMBER: _ClassVar[int]
+    RIGHT_ID_FIELD_NUMBER: _ClassVar[int]
+    left_id: int
+    right_id: int
+    def __init__(self, left_id: _Optional[int] = ..., right_id: _Optional[int] = ...) -> None: ...
+
+class DiffProfilesResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class DeleteProfileRequest(_message.Message):
+    __slots__ = ("options", "profile_id")
+    OPTIONS_FIELD_NUMBER: _ClassVar[int]
+    PROFILE_ID_FIELD_NUMBER: _ClassVar[int]
+    options: MutationOptions
+    profile_id: int
+    def __init__(self, options: _Optional[_Union[MutationOptions, _Mapping]] = ..., profile_id: _Optional[int] = ...) -> None: ...
+
+class DeleteProfileResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class CreateStudyRequest(_message.Message):
+    __slots__ = ("options",)
+    OPTIONS_FIELD_NUMBER: _ClassVar[int]
+    options: MutationOptions
+    def __init__(self, options: _Optional[_Union[MutationOptions, _Mapping]] = ...) -> None: ...
+
+class CreateStudyResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class GetStudyRequest(_message.Message):
+    __slots__ = ("study_id",)
+    STUDY_ID_FIELD_NUMBER: _ClassVar[int]
+    study_id: int
+    def __init__(self, study_id: _Optional[int] = ...) -> None: ...
+
+class GetStudyResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ListStudiesRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ListStudiesResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class CancelStudyRequest(_message.Message):
+    __slots__ = ("options", "study_id")
+    OPTIONS_FIELD_NUMBER: _ClassVar[int]
+    STUDY_ID_FIELD_NUMBER: _ClassVar[int]
+    options: MutationOptions
+    study_id: int
+    def __init__(self, options: _Optional[_Union[MutationOptions, _Mapping]] = ..., study_id: _Optional[int] = ...) -> None: ...
+
+class CancelStudyResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class SnapshotRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class SnapshotResponse(_message.Message):
+    __slots__ = ("snapshot",)
+    SNAPSHOT_FIELD_NUMBER: _ClassVar[int]
+    snapshot: Snapshot
+    def __init__(self, snapshot: _Optional[_Union[Snapshot, _Mapping]] = ...) -> None: ...
+
+class WatchRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class WatchResponse(_message.Message):
+    __slots__ = ("snapshot",)
+    SNAPSHOT_FIELD_NUMBER: _ClassVar[int]
+    snapshot: Snapshot
+    def __init__(self, snapshot: _Optional[_Union[Snapshot, _Mapping]] = ...) -> None: ...
+
+class ProbePcieRequest(_message.Message):
+    __slots__ = ("options",)
+    OPTIONS_FIELD_NUMBER: _ClassVar[int]
+    options: MutationOptions
+    def __init__(self, options: _Optional[_Union[MutationOptions, _Mapping]] = ...) -> None: ...
+
+class ProbePcieResponse(_message.Message):
+    __slots__ = ("link",)
+    LINK_FIELD_NUMBER: _ClassVar[int]
+    link: LinkProbe
+    def __init__(self, link: _Optional[_Union[LinkProbe, _Mapping]] = ...) -> None: ...
+
+class ListAuditRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ListAuditResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class VerifyAuditRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class VerifyAuditResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...

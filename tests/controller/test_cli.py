@@ -1,0 +1,289 @@
+"""The command line against a scripted daemon on real sockets."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer.main
+
+from sparsed.controller.cli import start as start_verb
+from sparsed.controller.cli.detach import _wait_until_ready
+from sparsed.controller.cli.main import app, run
+from sparsed.controller.config import OPTION_NAMES, DaemonConfig
+from sparsed.controller.control import DaemonState
+from sparsed.controller.state_dir import StateLock
+from sparsed.core import KNOB_SPECS, ExitCode, InputError, StartError, TunerMode
+from sparsed.db import open_store
+
+GOLDEN = Path(__file__).parent / "golden" / "cli.txt"
+Sparsed = Callable[..., int]
+
+
+@pytest.fixture
+def sparsed(daemon: Any) -> Sparsed:
+    """Run a verb that asks the scripted daemon; returns the exit status."""
+
+    def run_verb(*arguments: str) -> int:
+        return run([*arguments, "--state-dir", str(daemon.place.root)])
+
+    return run_verb
+
+
+def surface() -> set[str]:
+    """Every verb with each of its arguments and flags."""
+    lines = set()
+
+    def walk(command: Any, path: str) -> None:
+        for name, child in getattr(command, "commands", {}).items():
+            walk(child, f"{path} {name}")
+        for parameter in command.params:
+            spellings = [*parameter.opts, *parameter.secondary_opts]
+            lines.update(f"{path} {spelling}" for spelling in spellings)
+
+    walk(typer.main.get_command(app), "sparsed")
+    return lines
+
+
+def test_verbs_and_flags_are_the_golden_ones() -> None:
+    golden = set(GOLDEN.read_text().splitlines())
+    assert not golden - surface(), "a script that uses these would break"
+    assert not surface() - golden, f"new: add these lines to {GOLDEN.name}"
+
+
+def test_start_takes_every_option_and_knob() -> None:
+    names = [*OPTION_NAMES, *(spec.name for spec in KNOB_SPECS)]
+    flags = {f"sparsed start --{name.replace('_', '-')}" for name in names}
+    assert flags <= surface()
+
+
+def test_status_in_words(sparsed: Sparsed, capsys: pytest.CaptureFixture[str]) -> None:
+    assert sparsed("status") == 0
+    text = capsys.readouterr().out
+    for part in ("serving", "dummy:tiny", "97.0 %", "30.0 / 40.0 / - ms", "0.50 GiB"):
+        assert part in text
+
+
+def test_status_as_json(sparsed: Sparsed, daemon: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    daemon.control.now = replace(
+        daemon.control.now, state=DaemonState.DEGRADED, reasons=("disk full",)
+    )
+    assert sparsed("status", "-o", "json") == 4
+    answer = json.loads(capsys.readouterr().out)
+    assert (answer["state"], answer["reasons"]) == ("degraded", ["disk full"])
+    assert answer["knobs"]["hbm_budget"] is None
+    assert answer["snapshot"]["h2d_bytes"] == 1 << 40
+
+
+@pytest.mark.parametrize("output", ["text", "json"])
+def test_reads_print_both_forms(
+    sparsed: Sparsed, output: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for verb in (
+        ("knobs", "list"),
+        ("tuner", "status"),
+        ("profile", "list"),
+        ("profile", "show", "1"),
+    ):
+        assert sparsed(*verb, "-o", output) == 0
+        text = capsys.readouterr().out
+        assert ("token_budget" in text) or ("dummy:tiny" in text)
+        if output == "json":
+            json.loads(text)
+
+
+def test_knobs_set(sparsed: Sparsed, daemon: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert sparsed("knobs", "set", "token_budget=1024", "--dry-run") == 0
+    assert daemon.control.changes == []
+    assert sparsed("knobs", "set", "token-budget=1024", "--reason", "test", "-o", "json") == 0
+    assert daemon.control.changes == [({"token_budget": 1024}, "test")]
+    assert sparsed("knobs", "set", "page_size=64") == 5
+    assert sparsed("knobs", "reset", "token_budget") == 0
+    assert daemon.control.now.knobs.token_budget == 2048
+    assert "64" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("assignment", "code", "message"),
+    [
+        ("token_budget=7", 1, "allowed: 256 to 8192 tokens"),
+        ("nonsense=1", 1, "unknown knob 'nonsense'"),
+        ("token_budget", 2, "is not NAME=VALUE"),
+    ],
+)
+def test_bad_assignments(
+    sparsed: Sparsed,
+    assignment: str,
+    code: int,
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert sparsed("knobs", "set", assignment) == code
+    assert message in capsys.readouterr().err
+
+
+def test_the_tuner_is_switched(sparsed: Sparsed, daemon: Any) -> None:
+    for verb in ("advise", "observe", "off"):
+        assert sparsed("tuner", verb) == 0
+        assert daemon.control.now.tuner_mode is TunerMode(verb)
+
+
+def test_drain_and_stop(sparsed: Sparsed, daemon: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    daemon.control.may_drain.clear()
+    assert sparsed("drain", "--timeout", "0.05") == 0
+    assert "2 requests were cut off" in capsys.readouterr().out
+    assert sparsed("stop") == 0
+    assert daemon.control.stops == 1
+    with StateLock(daemon.place, verb="start"):  # of a daemon that goes on
+        assert sparsed("stop", "--wait", "0") == 0
+        assert sparsed("stop", "--wait", "0.1") == 1
+    assert "still stopping" in capsys.readouterr().err
+
+
+def test_profiles_through_the_daemon(
+    sparsed: Sparsed, daemon: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "profile.json"
+    assert sparsed("profile", "export", "1", "-o", str(file)) == 0
+    assert sparsed("profile", "import", str(file)) == 0
+    assert sparsed("profile", "pin", "2") == 0
+    assert [profile.pinned for profile in daemon.control.profiles.list_profiles()].count(True) == 1
+    assert sparsed("profile", "export", "1") == 0
+    assert "token_budget = 1024" in capsys.readouterr().out
+    assert sparsed("profile", "show", "77") == 1
+    assert "there is no profile 77" in capsys.readouterr().err
+
+
+def test_profiles_without_a_daemon(
+    daemon: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    elsewhere = str(tmp_path / "elsewhere")
+    store = open_store(_made(Path(elsewhere)) / "sparsed.db")
+    store.save_profile(daemon.control.profiles.list_profiles()[0])
+    store.close()
+    assert run(["profile", "list", "-o", "json", "--state-dir", elsewhere]) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)[0]["values"]["sparse_method"] == "quest"
+    assert f"no daemon runs; using the database {elsewhere}" in captured.err
+    assert run(["profile", "pin", "1", "--state-dir", elsewhere]) == 0
+
+
+@pytest.mark.parametrize("verb", [["status"], ["drain"], ["stop"], ["knobs", "list"]])
+def test_no_daemon_is_status_3(
+    verb: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run([*verb, "--state-dir", str(tmp_path)]) == 3
+    assert "start one with: sparsed start" in capsys.readouterr().err
+
+
+def test_usage_errors_differ_by_verb(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["status", "--no-such-flag"]) == 2
+    assert run(["start", "--no-such-flag"]) == ExitCode.USAGE
+    assert run(["start", "--token-budget", "-5"]) == ExitCode.USAGE
+    assert "--token-budget" in capsys.readouterr().err
+    assert run(["start", "one", "--model", "two"]) == ExitCode.USAGE
+    assert run(["start", "--tp", "2"]) == ExitCode.USAGE
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (StartError("port 8000 is in use", code=ExitCode.UNAVAILABLE), ExitCode.UNAVAILABLE),
+        (InputError("no such model", field="model"), ExitCode.USAGE),
+    ],
+)
+def test_a_failed_start_is_one_line(
+    error: Exception,
+    code: ExitCode,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(configuration: DaemonConfig) -> None:
+        raise error
+
+    monkeypatch.setattr(start_verb, "_serve", fail)
+    assert run(["start"]) == code
+    assert capsys.readouterr().err == f"sparsed: {error}\n"
+
+
+def test_flags_and_their_aliases_reach_the_configuration(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    served: list[DaemonConfig] = []
+    monkeypatch.setattr(start_verb, "_serve", served.append)
+    file = tmp_path / "sparsed.toml"
+    file.write_text("config_version = 1\nport = 9000\ntoken_budget = 512\n")
+    flags = "--block-size 64 --context-length 4096 --max-running-requests 4 --hbm-budget auto"
+    flags += f" --max-num-batched-tokens 512 --tp 1 --no-profile --config {file}"
+    assert run(["start", "dummy:tiny", *flags.split(), "--state-dir", str(tmp_path)]) == 0
+    (configuration,) = served
+    assert configuration.model == "dummy:tiny"
+    assert (configuration.port, configuration.no_profile) == (9000, True)
+    assert dict(configuration.knobs) == {
+        "page_size": 64,
+        "max_model_len": 4096,
+        "max_num_seqs": 4,
+        "hbm_budget": None,
+        "prefill_chunk": 512,
+        "token_budget": 512,
+    }
+
+
+def test_a_bug_shows_its_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(start_verb, "_serve", lambda configuration: {}["engine"])
+    assert run(["start"]) == ExitCode.SOFTWARE
+    assert "KeyError" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("code", "expected"), [(75, 75), (0, ExitCode.SOFTWARE)])
+def test_a_detached_daemon_that_ends_gives_its_status(
+    code: int, expected: int, place: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = f"print('port in use', flush=True); raise SystemExit({code})"
+    with (
+        place.log_file.open("wb") as log,
+        place.log_file.open("rb") as reader,
+        subprocess.Popen([sys.executable, "-c", script], stdout=log) as process,
+    ):
+        assert _wait_until_ready(process, place, reader) == expected
+    assert "port in use" in capsys.readouterr().out
+
+
+def test_a_detached_daemon_is_awaited(daemon: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    place = daemon.place
+    with subprocess.Popen(["sleep", "60"]) as process:
+        daemon.control.now = replace(daemon.control.now, pid=process.pid)
+        place.log_file.write_text("sparsed ready: dummy:tiny\n")
+        with place.log_file.open("rb") as reader:
+            assert _wait_until_ready(process, place, reader) == 0
+        process.terminate()
+    assert capsys.readouterr().out == (
+        f"sparsed ready: dummy:tiny\npid {process.pid}, log {place.log_file}\n"
+    )
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["start", "--help"], ["--version"]])
+def test_light_verbs_load_nothing_heavy(arguments: list[str]) -> None:
+    heavy = ("torch", "numpy", "sqlalchemy", "grpc", "google.protobuf", "fastapi", "zmq", "skopt")
+    script = (
+        "import sys; from sparsed.controller.cli.main import run; "
+        f"assert run({arguments!r}) == 0; "
+        f"print([name for name in {heavy!r} if name in sys.modules], file=sys.stderr)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert done.stderr == "[]\n"
+
+
+def _made(directory: Path) -> Path:
+    directory.mkdir()
+    return directory
