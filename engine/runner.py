@@ -150,7 +150,7 @@ class Runner:
                 max_model_len=knobs.max_model_len,
                 device=device,
             ),
-            summaries_RE=torch.zeros(
+            summaries_RE=torch.empty(
                 (num_summaries, 2 * geometry.head_dim), dtype=self._dtype, device=device
             ),
             selector=selector,
@@ -161,7 +161,7 @@ class Runner:
     def _make_attention(self, spec: EngineSpec, config: ModelConfig) -> Attention:
         geometry = self.kv.geometry
         num_staged = spec.plan.staging_bytes // geometry.page_bytes
-        staging_NX = torch.zeros(
+        staging_NX = torch.empty(
             (num_staged, self.kv.arena.pages_NX.shape[1]), dtype=self._dtype, device=self._device
         )
         return Attention(

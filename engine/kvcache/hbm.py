@@ -17,8 +17,9 @@ class HotArena:
     """Slots ``[token][K|V][head_dim]`` of one page each, over all requests, layers and heads.
 
     Block 0 belongs to nobody: its first slot takes the writes of lanes that have nothing to
-    write, so that device code needs no branches. ``slot_page`` is the page in a slot (-1: none),
-    ``slot_step`` the last step that used it, ``FREE_STEP`` or ``LOCKED_STEP``.
+    write, so that device code needs no branches. Room that was never written holds anything, and
+    readers mask it. ``slot_page`` is the page in a slot (-1: none), ``slot_step`` the last step
+    that used it, ``FREE_STEP`` or ``LOCKED_STEP``.
     """
 
     def __init__(
@@ -28,7 +29,7 @@ class HotArena:
         num_slots = plan.num_blocks * pages_per_block
         shape = (num_slots, geometry.page_size, 2, geometry.head_dim)
         self.blocks = FreeList(plan.num_blocks - 1, first=1)
-        self.pages_NTCD = torch.zeros(shape, dtype=dtype, device=device)
+        self.pages_NTCD = torch.empty(shape, dtype=dtype, device=device)
         self.pages_NX = self.pages_NTCD.view(num_slots, -1)
         self.slot_page_N = torch.full((num_slots,), -1, dtype=torch.int32, device=device)
         self.slot_step_N = torch.full((num_slots,), FREE_STEP, dtype=torch.int32, device=device)

@@ -90,17 +90,15 @@ def _timer() -> torch.cuda.Event:
 
 def probe_link(dram_RX: Tensor, hot_NX: Tensor) -> LinkProbe:
     """Best of three copies of up to 64 MiB of pages each way. Call before use: it overwrites both
-    tiers and leaves the hot one zeroed."""
+    tiers."""
     row_bytes = dram_RX.shape[1] * dram_RX.element_size()
     count = max(1, min(PROBE_BYTES // row_bytes, len(dram_RX), len(hot_NX)))
     rows = torch.arange(count, device=hot_NX.device)
     num_bytes = count * row_bytes
-    probe = LinkProbe(
+    return LinkProbe(
         h2d_bytes_per_s=num_bytes / _best_seconds(hot_NX, dram_RX, rows),
         d2h_bytes_per_s=num_bytes / _best_seconds(dram_RX, hot_NX, rows),
     )
-    hot_NX[:count].zero_()
-    return probe
 
 
 def _best_seconds(dst_RX: Tensor, src_RX: Tensor, rows: Tensor) -> float:
