@@ -93,9 +93,7 @@ class Engine:
         except InputError as error:
             self._refuse(request, error)
         else:
-            budget = request.sparse.token_budget or self.knobs.token_budget
-            seed = self._seed_of(request)
-            self._scheduler.add(RequestState(request=request, seed=seed, token_budget=budget))
+            self._scheduler.add(RequestState(request=request, seed=self._seed_of(request)))
 
     def abort(self, request_id: str) -> None:
         """End a request; nothing happens if it has ended already."""
@@ -137,7 +135,7 @@ class Engine:
 
     def _schedule(self) -> Step:
         while head := self._scheduler.blocked():
-            budget = head.token_budget
+            budget = self._scheduler.token_budget(head)
             self._finish(
                 head,
                 reason=FinishReason.ERROR,
@@ -241,8 +239,9 @@ class Engine:
 
 
 def _output(request: RequestState, *, draw: Draw | None) -> TokenOutput:
-    """The output of a token just appended, or of none."""
-    index = len(request.tokens) - (draw is not None)
+    """The output of a token just appended, or of none, after all that were reported."""
+    num_tokens = max(len(request.tokens), len(request.request.generated_tokens))
+    index = num_tokens - (draw is not None)
     prompt_known = request.status is Status.DECODE and request.wants_prompt_logprobs
     return TokenOutput(
         request_id=request.request_id,

@@ -37,7 +37,6 @@ class RequestState:
 
     request: AddRequest
     seed: int
-    token_budget: int
     status: Status = Status.WAITING
     row: int | None = None
     num_prefilled: int = 0

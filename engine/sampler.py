@@ -222,9 +222,8 @@ def _pick(
 
 
 def _num_kept(probs_C: NDArray[np.float64], params: SamplingParams, *, vocab_size: int) -> int:
-    """Tokens that pass min-p and top-k; ``vocab_size`` if the candidates do not show the end."""
+    """Tokens that pass min-p and top-k; more may pass min-p if all candidates do."""
     kept = vocab_size
     if params.min_p > 0.0:
-        passing = int((probs_C >= params.min_p * probs_C[0]).sum())
-        kept = max(passing, 1) if passing < len(probs_C) else vocab_size
+        kept = max(int((probs_C >= params.min_p * probs_C[0]).sum()), 1)
     return min(kept, params.top_k) if params.top_k > 0 else kept

@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 HEARTBEAT_S = 1.0
 STATS_S = 1.0
 SPEC_TIMEOUT_S = 60.0
+SIGNAL_CHECK_S = 0.2
 LINGER_S = 2.0  # for the last messages of a worker that ends
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _STOP = b""  # between the threads: no more messages
@@ -220,19 +221,14 @@ def main(argv: Sequence[str] | None = None) -> ExitCode:
 
 def _load(link: Link, *, pool_fd: int | None, stopped: threading.Event) -> Engine:
     """The engine the first message describes. StartError with the reason if there is none."""
-    spec = link.receive(timeout_s=SPEC_TIMEOUT_S)
-    if not isinstance(spec, EngineSpec):
-        raise StartError(
-            f"the controller sent {type(spec).__name__} where the engine's spec was expected",
-            code=ExitCode.SOFTWARE,
-        )
+    spec = _receive_spec(link, stopped)
 
     def report(phase: str, frac: float) -> None:
         if stopped.is_set():
             raise SystemExit(ExitCode.OK)
         link.send(LoadProgress(phase=phase, frac=frac))
 
-    report("torch", 0.0)
+    report("loading torch", 0.0)
     try:
         engine, facts = _build(spec, pool_fd=pool_fd, on_progress=report)
     except StartError:
@@ -245,6 +241,20 @@ def _load(link: Link, *, pool_fd: int | None, stopped: threading.Event) -> Engin
         raise StartError(f"{type(error).__name__}: {words[0]}", code=ExitCode.SOFTWARE) from error
     link.send(EngineReady(facts=facts))
     return engine
+
+
+def _receive_spec(link: Link, stopped: threading.Event) -> EngineSpec:
+    deadline = time.monotonic() + SPEC_TIMEOUT_S
+    while not stopped.is_set():
+        message = link.receive(timeout_s=SIGNAL_CHECK_S)
+        if isinstance(message, EngineSpec):
+            return message
+        if message is not None or time.monotonic() > deadline:
+            words = "no message" if message is None else type(message).__name__
+            raise StartError(
+                f"the engine got {words} where its spec was expected", code=ExitCode.SOFTWARE
+            )
+    raise SystemExit(ExitCode.OK)
 
 
 def _build(

@@ -241,6 +241,15 @@ def test_a_replay_of_all_tokens_only_closes() -> None:
     assert closing.finish_reason is FinishReason.LENGTH
 
 
+def test_a_replay_cut_short_closes_after_what_was_reported() -> None:
+    cut = engine()
+    cut.add(request("a", prompt=[1], generated=[3, 4, 5]))
+    cut.step()
+    cut.abort("a")
+    (closing,) = outputs(cut)
+    assert closing.index == 3
+
+
 def test_prompt_logprobs_describe_each_token_given_those_before() -> None:
     prompt = list(range(40))
     scored = engine()

@@ -43,6 +43,7 @@ class CountingRows:
         self.free_tokens = capacity
         self.held: dict[int, int] = {}
         self.methods: list[SparseMethod] = []
+        self.budgets: list[int] = []
 
     def can_admit(self, num_tokens: int, *, token_budget: int) -> bool:
         return num_tokens <= self.free_tokens
@@ -53,6 +54,7 @@ class CountingRows:
         self.free_tokens -= num_tokens
         self.held[row] = num_tokens
         self.methods.append(method)
+        self.budgets.append(token_budget)
         return row
 
     def free(self, row: int) -> None:
@@ -67,7 +69,7 @@ def state(name: str, *, prompt: int, output: int = 4, mode: SparseMode = SparseM
         sampling=SamplingParams(max_tokens=output, prompt_logprobs=prompt_logprobs),
         sparse=SparseOptions(mode=mode),
     )
-    return RequestState(request=request, seed=0, token_budget=256)
+    return RequestState(request=request, seed=0)
 
 
 def complete(scheduler: Scheduler, step: Step) -> None:
@@ -169,6 +171,18 @@ def test_the_method_is_the_knob_unless_sparsity_is_off(
     scheduler.add(state("a", prompt=1, mode=mode))
     scheduler.schedule()
     assert rows.methods == [method]
+
+
+def test_a_budget_of_its_own_wins_over_the_knob_at_admission() -> None:
+    rows = CountingRows(100)
+    scheduler = Scheduler(rows, knobs=KNOBS)
+    own = state("own", prompt=1)
+    own.request = replace(own.request, sparse=SparseOptions(token_budget=512))
+    scheduler.add(own)
+    scheduler.add(state("follows", prompt=1))
+    scheduler.knobs = replace(KNOBS, token_budget=1024)
+    scheduler.schedule()
+    assert rows.budgets == [512, 1024]
 
 
 def test_a_finished_request_cannot_go_on() -> None:

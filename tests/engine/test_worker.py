@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import psutil
 import pytest
@@ -155,11 +155,11 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Controller]:
         yield made
 
 
-def request(name: str, *, num_prompt: int = 300, **params: int) -> AddRequest:
+def request(name: str, *, num_prompt: int = 300, **params: Any) -> AddRequest:
     return AddRequest(
         request_id=name,
         prompt_tokens=tuple(7 * i % 500 for i in range(num_prompt)),
-        sampling=SamplingParams(**{"max_tokens": 40, "temperature": 0, **params}),  # type: ignore[arg-type]  # all of them numbers
+        sampling=SamplingParams(**{"max_tokens": 40, "temperature": 0.0, **params}),
     )
 
 
@@ -188,6 +188,30 @@ def test_a_replayed_request_goes_on_with_the_same_text(loaded: Controller) -> No
     details = half[-1].sparse
     assert details is not None
     assert details.sparse_steps > 0, "the text must come from sparse attention"
+
+
+def test_every_way_of_sampling_works_on_the_logits_of_the_model(loaded: Controller) -> None:
+    tuned = request(
+        "tuned",
+        temperature=0.8,
+        top_p=0.9,
+        min_p=0.01,
+        seed=3,
+        repetition_penalty=1.2,
+        frequency_penalty=0.5,
+        logit_bias=((11, 4.0),),
+        logprobs=2,
+        prompt_logprobs=1,
+    )
+    texts = []
+    for name in ("once", "again"):
+        loaded.send(replace(tuned, request_id=name))
+        found = loaded.outputs(name)
+        texts.append([output.token_id for output in found])
+        assert found[0].prompt_logprobs is not None
+        assert len(found[0].prompt_logprobs) == 300
+        assert all(len(output.top_logprobs) == 2 for output in found)
+    assert texts[0] == texts[1]
 
 
 def test_requests_run_together_and_can_be_aborted(loaded: Controller) -> None:
@@ -311,11 +335,10 @@ def test_the_link_beats_while_a_step_is_stuck(tmp_path: Path) -> None:
 def test_the_link_keeps_the_order_and_loses_nothing(tmp_path: Path) -> None:
     with controller(tmp_path) as reading:
         link = Link(reading.endpoint, clock=StepClock())
-        batches = [LoadProgress(phase=str(number), frac=0.0) for number in range(3000)]
-        for batch in batches:
-            link.send(batch)
+        sent = [LoadProgress(phase=str(number), frac=0.0) for number in range(3000)]
+        for message in sent[:-1]:
+            link.send(message)
+        received = [reading.wait_for(LoadProgress) for _ in sent[:-1]]
+        link.send(sent[-1])
         link.close()
-        received = []
-        while len(received) < len(batches):
-            received.append(reading.wait_for(LoadProgress))
-        assert received == batches
+        assert [*received, reading.wait_for(LoadProgress)] == sent
