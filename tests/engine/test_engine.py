@@ -233,6 +233,24 @@ def test_a_replay_feeds_known_tokens_through_decode() -> None:
     assert decoded[:5] == known
 
 
+def test_a_replay_does_not_score_its_prompt_again() -> None:
+    model = ScriptedModel()
+    replayed = Engine(model, knobs=KNOBS)
+    replayed.add(request("a", prompt=range(10), generated=[1], prompt_logprobs=0))
+    replayed.step()
+    assert model.plans[0].chunks[0].logits_from == 9
+
+
+def test_a_name_can_be_used_again_with_nothing_left_behind() -> None:
+    used = engine()
+    again = request("a", prompt=[1, 2], temperature=0.0, frequency_penalty=2.0)
+    found = []
+    for _ in range(2):
+        used.add(again)
+        found.append(texts(outputs(used)))
+    assert found[0] == found[1]
+
+
 def test_a_replay_of_all_tokens_only_closes() -> None:
     done = engine()
     done.add(request("a", prompt=[1], generated=[3, 4], max_tokens=2))
