@@ -135,7 +135,7 @@ class Engine:
 
     def _schedule(self) -> Step:
         while head := self._scheduler.blocked():
-            budget = self._scheduler.token_budget(head)
+            budget = head.request.sparse.token_budget or self.knobs.token_budget
             self._finish(
                 head,
                 reason=FinishReason.ERROR,

@@ -20,8 +20,8 @@ LOGPROBS_CHUNK_TOKENS = 256  # every position has a row of logits: bounds that m
 class Rows(Protocol):
     """What the scheduler needs of the KV cache; ``KVCache`` is one."""
 
-    def can_admit(self, num_tokens: int, *, token_budget: int) -> bool: ...
-    def add(self, num_tokens: int, *, method: SparseMethod, token_budget: int) -> int: ...
+    def can_admit(self, num_tokens: int, *, token_budget: int | None) -> bool: ...
+    def add(self, num_tokens: int, *, method: SparseMethod, token_budget: int | None) -> int: ...
     def free(self, row: int) -> None: ...
 
 
@@ -79,10 +79,6 @@ class Scheduler:
         head = next(iter(self._waiting.values()))
         return None if self._fits(head) else head
 
-    def token_budget(self, request: RequestState) -> int:
-        """The request's own budget, or the knob as it stands."""
-        return request.request.sparse.token_budget or self.knobs.token_budget
-
     def schedule(self) -> Step:
         """The next step; admits waiting requests. Empty only if nothing is running after it."""
         decodes = tuple(r for r in self._running.values() if r.status is Status.DECODE)
@@ -111,14 +107,14 @@ class Scheduler:
         del self._waiting[head.request_id]
         off = head.request.sparse.mode is SparseMode.OFF
         method = SparseMethod.DENSE if off else SparseMethod(self.knobs.sparse_method)
-        budget = self.token_budget(head)
+        budget = head.request.sparse.token_budget
         head.admit(self._rows.add(head.num_total_tokens, method=method, token_budget=budget))
         self._running[head.request_id] = head
         return head
 
     def _fits(self, request: RequestState) -> bool:
         return self.num_running < self.knobs.max_num_active_seqs and self._rows.can_admit(
-            request.num_total_tokens, token_budget=self.token_budget(request)
+            request.num_total_tokens, token_budget=request.request.sparse.token_budget
         )
 
 

@@ -28,12 +28,14 @@ class Row:
     """One request's place in both tiers. Filled by KVCache; attention reads it and counts in it.
 
     ``complete`` means that page i sits in slot i of every lane; once a page has no slot it is
-    false for good. ``blocks`` (lanes, n) are the arena blocks the lanes own.
+    false for good. ``blocks`` (lanes, n) are the arena blocks the lanes own. ``own_budget`` None:
+    ``token_budget`` follows the knob.
     """
 
     index: int
     max_tokens: int
     method: SparseMethod
+    own_budget: int | None
     token_budget: int
     frames: npt.NDArray[np.int64]
     blocks: npt.NDArray[np.int64]
@@ -101,29 +103,32 @@ class KVCache:
                 field="kv_dram_gib",
             )
 
-    def can_admit(self, num_tokens: int, *, token_budget: int) -> bool:
+    def can_admit(self, num_tokens: int, *, token_budget: int | None) -> bool:
         """Frames for the whole life of the request and its mandatory blocks are free, or can be
         taken back from requests that hold more than their share."""
         if not self._free_rows or num_frames(num_tokens) > len(self.pool.frames):
             return False
-        need = self._mandatory_blocks(num_tokens, token_budget) * self.geometry.num_lanes
+        mandatory = self._mandatory_blocks(num_tokens, token_budget or self._knobs.token_budget)
+        need = mandatory * self.geometry.num_lanes
         return need <= len(self.arena.blocks) + self._reclaimable_blocks()
 
-    def add(self, num_tokens: int, *, method: SparseMethod, token_budget: int) -> int:
-        """Reserve both tiers for a request of ``num_tokens`` (prompt and output); its row."""
+    def add(self, num_tokens: int, *, method: SparseMethod, token_budget: int | None) -> int:
+        """Reserve both tiers for a request of ``num_tokens`` (prompt and output); its row.
+        ``token_budget`` None follows the knob."""
         assert self.can_admit(num_tokens, token_budget=token_budget)
         frames = self.pool.frames.take(num_frames(num_tokens))
         row = Row(
             index=self._free_rows.pop(),
             max_tokens=num_tokens,
             method=method,
-            token_budget=token_budget,
+            own_budget=token_budget,
+            token_budget=token_budget or self._knobs.token_budget,
             frames=frames,
             blocks=np.empty((self.geometry.num_lanes, 0), dtype=np.int64),
         )
         self.rows[row.index] = row
         self.tables.frames[row.index, : len(frames)] = torch.from_numpy(frames)
-        mandatory = self._mandatory_blocks(num_tokens, token_budget)
+        mandatory = self._mandatory_blocks(num_tokens, row.token_budget)
         self._reclaim(mandatory * self.geometry.num_lanes)
         self._take_blocks(row, mandatory)
         return row.index
@@ -140,6 +145,7 @@ class KVCache:
         """Take new budgets; rows above a lowered ``hbm_budget`` shrink now."""
         self._knobs = knobs
         for row in self.rows.values():
+            row.token_budget = row.own_budget or knobs.token_budget
             if row.num_blocks > self._quota_blocks(row):
                 self._release_blocks(row, keep=self._quota_blocks(row))
 

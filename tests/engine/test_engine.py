@@ -55,15 +55,15 @@ class ScriptedCache:
         self.rows: dict[int, list[int]] = {}
         self.reserved: dict[int, int] = {}
 
-    def can_admit(self, num_tokens: int, *, token_budget: int) -> bool:
+    def can_admit(self, num_tokens: int, *, token_budget: int | None) -> bool:
         used = sum(self.reserved.values())
-        return used + num_tokens <= self.capacity and token_budget <= self.max_budget
+        return used + num_tokens <= self.capacity and (token_budget or 0) <= self.max_budget
 
     def check_fits(self, num_tokens: int) -> None:
         if num_tokens > self.capacity:
             raise CapacityError(f"{num_tokens} tokens never fit", field="max_tokens")
 
-    def add(self, num_tokens: int, *, method: SparseMethod, token_budget: int) -> int:
+    def add(self, num_tokens: int, *, method: SparseMethod, token_budget: int | None) -> int:
         row = max(self.rows, default=-1) + 1
         self.rows[row] = []
         self.reserved[row] = num_tokens

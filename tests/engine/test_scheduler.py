@@ -43,12 +43,12 @@ class CountingRows:
         self.free_tokens = capacity
         self.held: dict[int, int] = {}
         self.methods: list[SparseMethod] = []
-        self.budgets: list[int] = []
+        self.budgets: list[int | None] = []
 
-    def can_admit(self, num_tokens: int, *, token_budget: int) -> bool:
+    def can_admit(self, num_tokens: int, *, token_budget: int | None) -> bool:
         return num_tokens <= self.free_tokens
 
-    def add(self, num_tokens: int, *, method: SparseMethod, token_budget: int) -> int:
+    def add(self, num_tokens: int, *, method: SparseMethod, token_budget: int | None) -> int:
         assert num_tokens <= self.free_tokens
         row = min(set(range(len(self.held) + 1)) - set(self.held))
         self.free_tokens -= num_tokens
@@ -173,16 +173,15 @@ def test_the_method_is_the_knob_unless_sparsity_is_off(
     assert rows.methods == [method]
 
 
-def test_a_budget_of_its_own_wins_over_the_knob_at_admission() -> None:
+def test_a_request_without_a_budget_of_its_own_follows_the_knob() -> None:
     rows = CountingRows(100)
     scheduler = Scheduler(rows, knobs=KNOBS)
     own = state("own", prompt=1)
     own.request = replace(own.request, sparse=SparseOptions(token_budget=512))
     scheduler.add(own)
     scheduler.add(state("follows", prompt=1))
-    scheduler.knobs = replace(KNOBS, token_budget=1024)
     scheduler.schedule()
-    assert rows.budgets == [512, 1024]
+    assert rows.budgets == [512, None]
 
 
 def test_a_finished_request_cannot_go_on() -> None:
