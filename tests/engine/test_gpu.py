@@ -38,7 +38,7 @@ def make_runner(model: Path, device: str, dtype: str, knobs: Mapping[str, object
 
 def teacher_forced(runner: Runner, tokens: Sequence[int], num_prompt: int, chunk: int) -> Tensor:
     """Logits of every position from the last prompt token on."""
-    row = runner.kv.add(len(tokens), method=SparseMethod.CUBOID_MEAN, token_budget=256)
+    row = runner.kv.add(len(tokens), method=SparseMethod.CUBOID_MEAN, token_budget=None)
     logits = []
     for start in range(0, num_prompt, chunk):
         part = PromptChunk(
