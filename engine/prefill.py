@@ -112,8 +112,8 @@ class PrefillAttention:
         copy_pages(
             cache.arena.pages_NX,
             pages_NX,
-            dst_rows_M=slots_HP.clamp(min=0).flatten(),
-            src_rows_M=torch.where(slots_HP >= 0, index_HP, -1).flatten(),
+            dst_rows_M=slots_HP.clamp(min=0).flatten().contiguous(),
+            src_rows_M=torch.where(slots_HP >= 0, index_HP, -1).flatten().contiguous(),
         )
         sealed = slice(0, plan.num_sealed)
         rows_M = plan.page_rows_LHP[layer, :, sealed].flatten()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import weakref
 from typing import Any
 
 import torch
@@ -39,6 +40,7 @@ class DramPool:
         elements = torch.frombuffer(self._map, dtype=dtype)
         self.pages_RX: Tensor = elements.view(num_frames * geometry.page_rows_per_frame, -1)
         self._registered: list[int] = []
+        weakref.finalize(self, _unregister, self._registered)
         if device.type == "cuda":
             self._register()
 
@@ -49,11 +51,6 @@ class DramPool:
     @property
     def total_bytes(self) -> int:
         return self._bytes
-
-    def close(self) -> None:
-        """Unregister the memory; the pool must not be used afterwards."""
-        while self._registered:
-            _cuda_runtime().cudaHostUnregister(self._registered.pop())
 
     def _register(self) -> None:
         """Pin the pool in chunks that end on frame boundaries."""
@@ -74,6 +71,12 @@ class DramPool:
 
 def _cuda_runtime() -> Any:
     return torch.cuda.cudart()  # type: ignore[no-untyped-call]  # torch's own
+
+
+def _unregister(addresses: list[int]) -> None:
+    """Unpin before the memory is unmapped: the driver remembers addresses."""
+    while addresses:
+        _cuda_runtime().cudaHostUnregister(addresses.pop())
 
 
 def _map_memory(num_bytes: int, pool_fd: int | None) -> mmap.mmap:

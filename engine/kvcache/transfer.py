@@ -67,7 +67,12 @@ class Transfer:
     ) -> None:
         total.pages += (src_rows >= 0).sum()
         with self._timed(total):
-            copy_pages(dst, src, dst_rows_M=dst_rows.flatten(), src_rows_M=src_rows.flatten())
+            copy_pages(
+                dst,
+                src,
+                dst_rows_M=dst_rows.flatten().contiguous(),
+                src_rows_M=src_rows.flatten().contiguous(),
+            )
 
     @contextmanager
     def _timed(self, total: _Direction) -> Iterator[None]:

@@ -36,9 +36,15 @@ def make_runner(model: Path, device: str, dtype: str, knobs: Mapping[str, object
     return Runner(spec, on_progress=lambda phase, frac: None)
 
 
-def teacher_forced(runner: Runner, tokens: Sequence[int], num_prompt: int, chunk: int) -> Tensor:
+def teacher_forced(
+    runner: Runner,
+    tokens: Sequence[int],
+    num_prompt: int,
+    chunk: int,
+    method: SparseMethod = SparseMethod.CUBOID_MEAN,
+) -> Tensor:
     """Logits of every position from the last prompt token on."""
-    row = runner.kv.add(len(tokens), method=SparseMethod.CUBOID_MEAN, token_budget=None)
+    row = runner.kv.add(len(tokens), method=method, token_budget=None)
     logits = []
     for start in range(0, num_prompt, chunk):
         part = PromptChunk(
@@ -83,8 +89,12 @@ def test_the_real_model_in_half_precision_agrees_with_float32(
 ) -> None:
     tokens = torch.randint(0, 49152, (2100,), generator=torch.Generator().manual_seed(2)).tolist()
     knobs = {"sparse_method": sparse_method, "token_budget": 1024}
-    exact = teacher_forced(make_runner(smollm2, "cuda:0", "float32", knobs), tokens, 2000, 512)
-    half = teacher_forced(make_runner(smollm2, "cuda:0", "bfloat16", knobs), tokens, 2000, 512)
+
+    def logits(dtype: str) -> Tensor:
+        runner = make_runner(smollm2, "cuda:0", dtype, knobs)
+        return teacher_forced(runner, tokens, 2000, 512, SparseMethod(sparse_method))
+
+    exact, half = logits("float32"), logits("bfloat16")
     divergence = torch.nn.functional.kl_div(
         half.log_softmax(-1), exact.log_softmax(-1), log_target=True, reduction="batchmean"
     )
