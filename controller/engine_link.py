@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import random
 import time
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from pathlib import Path
 
 from sparsed.controller.knob_board import KnobBoard
 from sparsed.controller.ledger import Ledger, LedgerLimits
+from sparsed.controller.logs import log_progress
 from sparsed.controller.startup import StartPlan
 from sparsed.controller.supervisor import Supervisor
 from sparsed.controller.telemetry import Senses
@@ -32,8 +32,6 @@ from sparsed.engine.wire import FromEngine
 MAX_WAITING_REQUESTS = 1024
 APPLY_TIMEOUT_S = 60.0  # the step that is under way ends first
 STOP_TIMEOUT_S = 5.0
-
-logger = logging.getLogger(__name__)
 
 
 class EngineLink:
@@ -114,7 +112,7 @@ class EngineLink:
             case KnobsApplied():
                 self._on_applied(message)
             case LoadProgress():
-                logger.info("loading: %s, %.0f %%", message.phase, 100 * message.frac)
+                log_progress(message.phase, message.frac)
 
     def _on_ready(self, facts: EngineFacts) -> None:
         self.facts, self.up = facts, True

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from sparsed.controller.config import DaemonConfig
 from sparsed.controller.control import KnobSource
+from sparsed.controller.tokenizer import Tokenizer
 from sparsed.core import (
     BLOCK_TOKENS,
     GIB,
@@ -96,6 +97,13 @@ def prepare(
         profile=why,
         sources=_sources(config, profile=profile),
     )
+
+
+def load_tokenizer(plan: StartPlan) -> Tokenizer:
+    """The model's tokenizer, or one of bytes for a dummy. InputError naming a broken file."""
+    if plan.tokenizer_dir is None:
+        return Tokenizer.of_bytes(vocab_size=plan.model.vocab_size)
+    return Tokenizer.load(plan.tokenizer_dir)
 
 
 def describe_plan(plan: StartPlan) -> str:
