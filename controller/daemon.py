@@ -22,7 +22,7 @@ from sparsed.controller.engine_link import EngineLink
 from sparsed.controller.http.app import create_app
 from sparsed.controller.http.context import HttpContext
 from sparsed.controller.http_server import HttpServer, bind_port
-from sparsed.controller.logs import log_plan, log_progress, log_to_stderr
+from sparsed.controller.logs import ProgressLog, log_plan, log_to_stderr
 from sparsed.controller.startup import StartPlan, load_tokenizer, prepare
 from sparsed.controller.state_dir import StateLock
 from sparsed.controller.telemetry import Senses
@@ -49,7 +49,7 @@ async def run(config: DaemonConfig) -> int:
         store, fault = _open_store(config)
         try:
             plan = await asyncio.to_thread(
-                prepare, config, progress=log_progress, find_verified=store.find_verified
+                prepare, config, progress=ProgressLog(), find_verified=store.find_verified
             )
             log_plan(plan)
             daemon = Daemon(config, plan, store=store, store_fault=fault, started_s=started_s)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
+from collections.abc import Callable
 
 from sparsed.controller.control import KnobSource
 from sparsed.controller.startup import StartPlan
@@ -22,8 +24,19 @@ def log_to_stderr() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
-def log_progress(phase: str, frac: float) -> None:
-    logger.info("%s, %.0f %%", phase, 100 * frac)
+class ProgressLog:
+    """Logs the progress of loading: every new phase, and at most a line a second of one."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._phase = ""
+        self._logged_s = 0.0
+
+    def __call__(self, phase: str, frac: float) -> None:
+        now_s = self._clock()
+        if phase != self._phase or now_s - self._logged_s >= 1.0:
+            self._phase, self._logged_s = phase, now_s
+            logger.info("%s, %.0f %%", phase, 100 * frac)
 
 
 def log_plan(plan: StartPlan) -> None:
