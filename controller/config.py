@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import re
 import tomllib
 from collections.abc import Callable, Mapping
@@ -65,7 +66,9 @@ def load_config(
 ) -> DaemonConfig:
     """Merge the sources, a flag over SPARSED_* over the file over the default, and check them.
 
-    ``flags``: by flag name with underscores (``OPTION_NAMES`` and knob names); None: not given.
+    Knobs that a daemon of the same state directory was told to use from its next start on win
+    over all of them. ``flags``: by flag name with underscores (``OPTION_NAMES`` and knob names);
+    None: not given.
     Errors: InputError naming the field, where it was given, and what is allowed.
     """
     given: dict[str, _Given] = {}
@@ -73,14 +76,17 @@ def load_config(
         given |= _from_file(file)
     given |= _from_environment(environment)
     given |= _from_flags(flags)
+    explicit = _path(given["state_dir"]) if "state_dir" in given else None
+    state_dir = resolve_state_dir(explicit, environment=environment)
+    if state_dir.pending_file.exists():
+        given |= _from_file(state_dir.pending_file, source=KnobSource.LIVE)
     options = {name: _OPTIONS[name](item) for name, item in given.items() if name in _OPTIONS}
-    explicit = options.pop("state_dir", None)
-    assert explicit is None or isinstance(explicit, Path)
+    options.pop("state_dir", None)
     ttft_s, tpot_s = options.pop("slo_ttft_ms", None), options.pop("slo_tpot_ms", None)
     if "shutdown_timeout" in options:
         options["drain_timeout_s"] = options.pop("shutdown_timeout")
     return DaemonConfig(
-        state_dir=resolve_state_dir(explicit, environment=environment),
+        state_dir=state_dir,
         cache_dir=resolve_cache_dir(environment),
         slo=Slo(ttft_s=ttft_s, tpot_s=tpot_s),  # type: ignore[arg-type]  # checked by _OPTIONS
         knobs={name: _knob(name, item) for name, item in given.items() if name not in _OPTIONS},
@@ -108,7 +114,23 @@ def _from_environment(environment: Mapping[str, str]) -> dict[str, _Given]:
     return given
 
 
-def _from_file(file: Path) -> dict[str, _Given]:
+def write_pending(file: Path, values: Mapping[str, KnobValue]) -> None:
+    """Keep ``values`` for the next ``load_config``; none: drop the file. OSError if it cannot."""
+    if not values:
+        file.unlink(missing_ok=True)
+        return
+    lines = [
+        f"{name} = {json.dumps('auto' if value is None else value)}"
+        for name, value in values.items()
+    ]
+    draft = file.with_suffix(".tmp")
+    draft.write_text(
+        "\n".join((f"config_version = {CONFIG_VERSION}", *lines, "")), encoding="utf-8"
+    )
+    draft.replace(file)
+
+
+def _from_file(file: Path, *, source: KnobSource = KnobSource.FILE) -> dict[str, _Given]:
     try:
         content = tomllib.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
@@ -123,7 +145,7 @@ def _from_file(file: Path) -> dict[str, _Given]:
             field="config_version",
         )
     return {
-        name: _Given(value=value, source=KnobSource.FILE, where=f"{name} in {file}")
+        name: _Given(value=value, source=source, where=f"{name} in {file}")
         for name, value in content.items()
         if _known(name, where=f"key {name!r} in {file}")
     }
@@ -139,7 +161,7 @@ def _known(name: str, *, where: str) -> bool:
 
 def _knob(name: str, given: _Given) -> KnobValue:
     spec = KNOBS_BY_NAME[name]
-    from_toml = given.source is KnobSource.FILE
+    from_toml = given.source in (KnobSource.FILE, KnobSource.LIVE)
     is_text = isinstance(given.value, str) and given.value != "auto"
     if from_toml and is_text and not (spec.choices and isinstance(spec.choices[0], str)):
         raise InputError(

@@ -7,7 +7,6 @@ import logging
 import os
 import signal
 import socket
-import sys
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import AsyncExitStack
@@ -17,18 +16,18 @@ import msgspec
 
 from sparsed import __version__
 from sparsed.controller import servicer
-from sparsed.controller.config import DaemonConfig
+from sparsed.controller.config import DaemonConfig, write_pending
 from sparsed.controller.control import DaemonState, DaemonStatus, KnobState, TunerState
 from sparsed.controller.engine_link import EngineLink
 from sparsed.controller.http.app import create_app
 from sparsed.controller.http.context import HttpContext
 from sparsed.controller.http_server import HttpServer, bind_port
-from sparsed.controller.startup import StartPlan, prepare
+from sparsed.controller.logs import ProgressLog, log_plan, log_to_stderr
+from sparsed.controller.startup import StartPlan, load_tokenizer, prepare
 from sparsed.controller.state_dir import StateLock
 from sparsed.controller.telemetry import Senses
-from sparsed.controller.tokenizer import Tokenizer
 from sparsed.controller.tuner_host import TunerHost
-from sparsed.core import ExitCode, KnobValue, Snapshot, StartError, TunerMode
+from sparsed.core import ExitCode, InputError, KnobValue, Snapshot, StartError, TunerMode
 from sparsed.db import open_store
 from sparsed.db.memory import InMemoryProfileStore
 from sparsed.db.store import ProfileStore, Store
@@ -45,13 +44,14 @@ async def run(config: DaemonConfig) -> int:
     or an engine that cannot be kept alive.
     """
     started_s = time.monotonic()
-    _log_to_stderr()
+    log_to_stderr()
     with StateLock(config.state_dir, verb="start"), bind_port(config.host, config.port) as bound:
         store, fault = _open_store(config)
         try:
             plan = await asyncio.to_thread(
-                prepare, config, progress=_log_progress, find_verified=store.find_verified
+                prepare, config, progress=ProgressLog(), find_verified=store.find_verified
             )
+            log_plan(plan)
             daemon = Daemon(config, plan, store=store, store_fault=fault, started_s=started_s)
             await daemon.serve(bound)
         finally:
@@ -209,7 +209,7 @@ class Daemon:
             return board.states(change)
         if change.knobs != board.knobs:
             await self._engine.apply(change.knobs)
-        board.keep(change.pending)
+        self._keep_pending(change.pending)
         logger.info("knobs set: %s (%s)", dict(values), reason)
         return board.states()
 
@@ -255,6 +255,16 @@ class Daemon:
             reasons.append(f"the store lost {lost} writes; is the disk full?")
         return tuple(reasons)
 
+    def _keep_pending(self, pending: Mapping[str, KnobValue]) -> None:
+        file, board = self._config.state_dir.pending_file, self._engine.board
+        try:
+            write_pending(file, board.for_next_start(pending))
+        except OSError as error:
+            raise InputError(
+                f"cannot write {file}: {error.strerror}; knobs of a restart are not kept"
+            ) from error
+        board.keep(pending)
+
     def _pids(self) -> Iterable[int]:
         facts = self._engine.facts
         return (os.getpid(), facts.pid) if facts and self._engine.up else (os.getpid(),)
@@ -282,14 +292,9 @@ class Daemon:
 
     def _http_context(self) -> HttpContext:
         plan = self._plan
-        directory = plan.tokenizer_dir
         return HttpContext(
             ledger=self._engine.ledger,
-            tokenizer=(
-                Tokenizer.load(directory)
-                if directory
-                else Tokenizer.of_bytes(vocab_size=plan.model.vocab_size)
-            ),
+            tokenizer=load_tokenizer(plan),
             model_ids=self._model_ids,
             model=plan.model,
             max_model_len=plan.spec.knobs.max_model_len,
@@ -318,15 +323,3 @@ def _open_store(config: DaemonConfig) -> tuple[Store, str | None]:
 async def _cancel(task: asyncio.Task[Any]) -> None:
     task.cancel()
     await asyncio.wait({task})
-
-
-def _log_progress(phase: str, frac: float) -> None:
-    logger.info("%s, %.0f %%", phase, 100 * frac)
-
-
-def _log_to_stderr() -> None:
-    logging.basicConfig(
-        stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s"
-    )
-    for chatty in ("uvicorn", "httpx", "httpcore", "alembic"):
-        logging.getLogger(chatty).setLevel(logging.WARNING)

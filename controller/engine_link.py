@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import random
 import time
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from pathlib import Path
 
 from sparsed.controller.knob_board import KnobBoard
 from sparsed.controller.ledger import Ledger, LedgerLimits
+from sparsed.controller.logs import ProgressLog
 from sparsed.controller.startup import StartPlan
 from sparsed.controller.supervisor import Supervisor
 from sparsed.controller.telemetry import Senses
@@ -33,8 +33,6 @@ MAX_WAITING_REQUESTS = 1024
 APPLY_TIMEOUT_S = 60.0  # the step that is under way ends first
 STOP_TIMEOUT_S = 5.0
 
-logger = logging.getLogger(__name__)
-
 
 class EngineLink:
     """Routes the engine's messages, and keeps requests and knobs over its deaths.
@@ -54,12 +52,13 @@ class EngineLink:
         self.facts: EngineFacts | None = None
         self.up = False
         self.board = KnobBoard(plan.spec.knobs, sources=plan.sources)
+        self._log_progress = ProgressLog()
         self._senses = senses
         self._on_snapshot = on_snapshot
         self._apply_lock = asyncio.Lock()
         self._applied: asyncio.Future[KnobsApplied] | None = None
         self.supervisor = Supervisor(
-            plan.spec, run_dir=run_dir, on_message=self._on_message, on_lost=self._on_lost
+            plan.spec, run_dir=run_dir, on_message=self.on_message, on_lost=self._on_lost
         )
         self.ledger = Ledger(
             self._limits(plan),
@@ -102,7 +101,8 @@ class EngineLink:
             num_active=lambda: self.board.knobs.max_num_active_seqs,
         )
 
-    def _on_message(self, message: FromEngine) -> None:
+    def on_message(self, message: FromEngine) -> None:
+        """Route one message of the engine."""
         match message:
             case TokenBatch():
                 self.ledger.on_batch(message)
@@ -114,7 +114,7 @@ class EngineLink:
             case KnobsApplied():
                 self._on_applied(message)
             case LoadProgress():
-                logger.info("loading: %s, %.0f %%", message.phase, 100 * message.frac)
+                self._log_progress(message.phase, message.frac)
 
     def _on_ready(self, facts: EngineFacts) -> None:
         self.facts, self.up = facts, True

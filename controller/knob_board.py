@@ -24,7 +24,10 @@ class KnobChange(NamedTuple):
 
 
 class KnobBoard:
-    """The values in force, ``knobs``, follow the engine: they change by ``take`` alone."""
+    """The values in force, ``knobs``, follow the engine: they change by ``take`` alone.
+
+    What was set for a restart is also wanted by every start after it.
+    """
 
     def __init__(self, knobs: Knobs, *, sources: Mapping[str, KnobSource]) -> None:
         self.knobs = knobs
@@ -45,6 +48,15 @@ class KnobBoard:
         """The engine runs with ``knobs`` from now on."""
         self._sources |= self._changed_sources(knobs)
         self.knobs = knobs
+
+    def for_next_start(self, pending: Mapping[str, KnobValue]) -> dict[str, KnobValue]:
+        """``pending``, and what this start was already told in the same way."""
+        told = {
+            spec.name: getattr(self.knobs, spec.name)
+            for spec in KNOB_SPECS
+            if not _is_hot(spec.name) and self._sources[spec.name] is KnobSource.LIVE
+        }
+        return told | dict(pending)
 
     def keep(self, pending: Mapping[str, KnobValue]) -> None:
         """Remember what waits for a restart."""

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from sparsed.controller.config import DaemonConfig
 from sparsed.controller.control import KnobSource
+from sparsed.controller.tokenizer import Tokenizer
 from sparsed.core import (
     BLOCK_TOKENS,
     GIB,
@@ -98,6 +99,13 @@ def prepare(
     )
 
 
+def load_tokenizer(plan: StartPlan) -> Tokenizer:
+    """The model's tokenizer, or one of bytes for a dummy. InputError naming a broken file."""
+    if plan.tokenizer_dir is None:
+        return Tokenizer.of_bytes(vocab_size=plan.model.vocab_size)
+    return Tokenizer.load(plan.tokenizer_dir)
+
+
 def describe_plan(plan: StartPlan) -> str:
     """The text of `sparsed start --dry-run`: bytes per tier and part, and what fits."""
     spec, memory = plan.spec, plan.spec.plan
@@ -121,7 +129,7 @@ def describe_plan(plan: StartPlan) -> str:
             *(f"  {name:<20}{num_bytes / GIB:>10.3f} GiB" for name, num_bytes in parts),
             "knobs",
             *(
-                f"  {name:<20}{'auto' if value is None else value:>10}  ({plan.sources[name]})"
+                f"  {name:<20}{_short(value):>12}  ({plan.sources[name]})"
                 for name, value in knobs.items()
             ),
             "requests that fit at once",
@@ -147,6 +155,12 @@ def num_fitting(plan: StartPlan, num_tokens: int) -> int:
     lane_blocks = memory.num_blocks // plan.model.shape.num_lanes
     mandatory = min(frames, selected, lane_blocks)
     return min(memory.num_frames // frames, lane_blocks // mandatory, knobs.max_num_seqs)
+
+
+def _short(value: KnobValue) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return "auto" if value is None else str(value)
 
 
 def _fit_in_words(plan: StartPlan, num_tokens: int) -> str:

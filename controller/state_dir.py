@@ -31,6 +31,11 @@ class StateDir:
         return self.root / "sparsed.pid"
 
     @property
+    def pending_file(self) -> Path:
+        """Knobs that were set live and wait for the next start."""
+        return self.root / "pending.toml"
+
+    @property
     def log_file(self) -> Path:
         """Output of a detached daemon."""
         return self.root / "sparsed.log"

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparsed.controller.config import OPTION_NAMES, DaemonConfig, load_config
+from sparsed.controller.config import OPTION_NAMES, DaemonConfig, load_config, write_pending
 from sparsed.controller.control import KnobSource
 from sparsed.core import KNOBS_BY_NAME, InputError
 
@@ -141,3 +141,15 @@ def test_any_text_is_taken_or_refused_with_its_name(flags: dict[str, object]) ->
         assert error.field in flags
     else:
         assert set(config.origins) == set(flags)
+
+
+def test_knobs_set_live_for_the_next_start_win(tmp_path: Path) -> None:
+    flags: dict[str, object] = {"state_dir": str(tmp_path), "page_size": 64}
+    pending = load_config(flags=flags, environment={}).state_dir.pending_file
+    values = {"page_size": 16, "kv_hbm_gib": 0.5, "sparse_method": "quest", "hbm_budget": None}
+    write_pending(pending, values)
+    config = load_config(flags=flags, environment={})
+    assert config.knobs == values
+    assert config.origin("page_size") is KnobSource.LIVE
+    write_pending(pending, {})
+    assert load_config(flags=flags, environment={}).knobs == {"page_size": 64}

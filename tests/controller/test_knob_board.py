@@ -75,3 +75,10 @@ def test_a_refusal_changes_nothing(board: KnobBoard, values: dict[str, int]) -> 
         board.resolve(values)
     assert caught.value.field
     assert board.states() == before
+
+
+def test_what_one_restart_was_told_the_next_is_told_again() -> None:
+    sources = {spec.name: KnobSource.DEFAULT for spec in KNOB_SPECS}
+    board = KnobBoard(KNOBS, sources=sources | {"page_size": KnobSource.LIVE})
+    board.take(KNOBS.with_values({"token_budget": 2048}))  # hot: of this process alone
+    assert board.for_next_start({"max_num_seqs": 16}) == {"page_size": 32, "max_num_seqs": 16}

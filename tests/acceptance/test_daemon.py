@@ -1,0 +1,200 @@
+"""The daemon as an operator meets it: ready line, signals, exit codes, refusals."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from sparsed.controller.client import AdminClient
+from sparsed.core import InputError
+
+pytestmark = pytest.mark.slow
+
+StartDaemon = Callable[..., Any]
+SMALL = ("--kv-hbm-gib", "0.05", "--kv-dram-gib", "0.1")
+LONG = {"max_tokens": 2000, "extra_body": {"ignore_eos": True}}  # seconds, on the tiny model
+
+
+def stream_in_background(daemon: Any, *, answers: list[str | None]) -> threading.Thread:
+    """Read one long completion to its end; appends the last finish reason, None if cut off."""
+    started = threading.Event()
+
+    def read() -> None:
+        reason = None
+        with daemon.client() as client:
+            try:
+                for part in client.completions.create(
+                    model="dummy:tiny", prompt="hello", stream=True, **LONG
+                ):
+                    started.set()
+                    reason = part.choices[0].finish_reason or reason
+            except openai.APIError:
+                reason = None
+        answers.append(reason)
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    assert started.wait(30.0)
+    return thread
+
+
+def refusal(daemon: Any) -> tuple[int, str]:
+    """Exit code and last line of a daemon that cannot start."""
+    code = daemon.process.wait(timeout=60)
+    log = daemon.log.read_text()
+    assert "Traceback" not in log
+    assert "sparsed ready" not in log
+    return code, log.strip().splitlines()[-1]
+
+
+def test_from_start_to_a_clean_end(daemon: StartDaemon) -> None:
+    running = daemon(*SMALL)
+    with running.client() as client:
+        answer = client.chat.completions.create(
+            model="dummy:tiny", messages=[{"role": "user", "content": "hi"}], max_tokens=5
+        )
+    assert answer.usage is not None and answer.usage.completion_tokens > 0
+    running.process.send_signal(signal.SIGUSR1)
+    assert running.stop() == 0
+    log = running.log.read_text()
+    (ready,) = [line for line in log.splitlines() if line.startswith("sparsed ready:")]
+    assert f"model=dummy:tiny {running.url} in " in ready
+    assert '"state":"serving"' in log  # SIGUSR1
+    assert not list((running.state_dir / "run").iterdir())  # sockets are gone
+    assert (running.state_dir / "sparsed.pid").read_text() == ""
+
+
+def test_sigterm_lets_answers_end_and_takes_no_new_ones(daemon: StartDaemon) -> None:
+    running = daemon(*SMALL)
+    answers: list[str | None] = []
+    thread = stream_in_background(running, answers=answers)
+    running.process.send_signal(signal.SIGTERM)
+    deadline = time.monotonic() + 10
+    while (ready := httpx.get(f"{running.url}/ready")).status_code == 200:
+        assert time.monotonic() < deadline
+    assert ready.status_code == 503
+    with running.client() as client, pytest.raises(openai.APIStatusError) as caught:
+        client.completions.create(model="dummy:tiny", prompt="too late", max_tokens=1)
+    assert caught.value.status_code == 503
+    assert "retry-after" in caught.value.response.headers
+    thread.join(60)
+    assert answers == ["length"]
+    assert running.process.wait(timeout=30) == 0
+
+
+def test_a_drain_ends_at_its_timeout(daemon: StartDaemon) -> None:
+    running = daemon(*SMALL, "--shutdown-timeout", "0.2")
+    answers: list[str | None] = []
+    thread = stream_in_background(running, answers=answers)
+    assert running.stop() == 0
+    thread.join(30)
+    assert answers == [None]
+
+
+def test_a_second_signal_does_not_wait(daemon: StartDaemon) -> None:
+    running = daemon(*SMALL)
+    answers: list[str | None] = []
+    thread = stream_in_background(running, answers=answers)
+    running.process.send_signal(signal.SIGINT)
+    time.sleep(0.3)
+    running.process.send_signal(signal.SIGINT)
+    assert running.process.wait(timeout=20) == 0
+    thread.join(30)
+    assert answers == [None]
+
+
+def test_knobs_change_now_or_at_the_next_start(daemon: StartDaemon) -> None:
+    running = daemon(*SMALL)
+    with AdminClient(running.state_dir / "run" / "admin.sock") as admin:
+        with pytest.raises(InputError, match="max_num_active_seqs"):
+            admin.set_knobs({"max_num_active_seqs": 1000}, validate_only=False, reason="test")
+        change = {"token_budget": 512, "page_size": 16}
+        preview = admin.set_knobs(change, validate_only=True, reason="test")
+        assert admin.status().knobs.token_budget == 2048
+        assert admin.set_knobs(change, validate_only=False, reason="test") == preview
+        assert admin.status().knobs.token_budget == 512
+        assert admin.status().knobs.page_size == 32
+    assert running.stop() == 0
+    again = daemon(*SMALL, state_dir=running.state_dir)
+    with AdminClient(again.state_dir / "run" / "sparsed.sock") as admin:
+        knobs = {state.spec.name: state for state in admin.list_knobs()}
+        assert (knobs["page_size"].value, knobs["page_size"].source) == (16, "live")
+        assert knobs["token_budget"].value == 2048
+
+
+def test_a_store_that_cannot_be_opened_degrades(daemon: StartDaemon, tmp_path: Path) -> None:
+    (tmp_path / "sparsed.db").mkdir()
+    running = daemon(*SMALL, state_dir=tmp_path)
+    with AdminClient(tmp_path / "run" / "sparsed.sock") as admin:
+        status = admin.status()
+    assert status.state == "degraded"
+    assert "sparsed.db" in status.reasons[0]
+    with running.client() as client:
+        assert client.completions.create(model="dummy:tiny", prompt="hello", max_tokens=2).choices
+
+
+def test_probes_answer_while_the_model_loads(daemon: StartDaemon) -> None:
+    running = daemon(*SMALL, wait=False)
+    deadline = time.monotonic() + 30
+    while True:
+        try:
+            ready = httpx.get(f"{running.url}/ready")
+            break
+        except httpx.TransportError:
+            assert time.monotonic() < deadline
+    assert ready.status_code == 503
+    assert httpx.get(f"{running.url}/health").json() == {"status": "loading"}
+    assert running.stop() == 0  # also before it was ready
+
+
+def test_one_daemon_per_state_directory_and_port(
+    daemon: StartDaemon, free_port: Callable[[], int]
+) -> None:
+    first = daemon(*SMALL, wait=False)
+    lock = first.state_dir / "sparsed.pid"
+    deadline = time.monotonic() + 30
+    while not (lock.exists() and lock.read_text()):
+        assert time.monotonic() < deadline
+    code, line = refusal(daemon(*SMALL, state_dir=first.state_dir, wait=False))
+    assert code == 75
+    assert str(first.process.pid) in line
+    assert first.stop() == 0 or first.process.returncode == -signal.SIGTERM
+    with socket.socket() as taken:
+        port = free_port()
+        taken.bind(("127.0.0.1", port))
+        taken.listen()
+        code, line = refusal(daemon(*SMALL, port=port, wait=False))
+    assert code == 69
+    assert f"127.0.0.1:{port}" in line and "--port" in line
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "says"),
+    [
+        ({"state_dir": Path("/proc/sparsed")}, 77, "--state-dir"),
+        ({"model": "/nowhere/at/all"}, 64, "/nowhere/at/all"),
+    ],
+)
+def test_a_start_that_cannot_be(
+    daemon: StartDaemon, options: dict[str, Any], code: int, says: str
+) -> None:
+    found, line = refusal(daemon(*SMALL, wait=False, **options))
+    assert found == code
+    assert says in line
+
+
+def test_a_damaged_database_is_not_overwritten(daemon: StartDaemon, tmp_path: Path) -> None:
+    (tmp_path / "sparsed.db").write_bytes(b"no database at all" * 1000)
+    code, line = refusal(daemon(*SMALL, state_dir=tmp_path, wait=False))
+    assert code == 65
+    assert "sparsed.db" in line
+    assert (tmp_path / "sparsed.db").read_bytes().startswith(b"no database")
