@@ -12,7 +12,8 @@ from typing import NoReturn
 
 from sparsed.controller.control import KnobSource
 from sparsed.controller.state_dir import StateDir, resolve_cache_dir, resolve_state_dir
-from sparsed.core import DTYPE_BYTES, KNOBS_BY_NAME, InputError, KnobValue, Slo
+from sparsed.core import DTYPE_BYTES, KNOBS_BY_NAME, InputError, KnobValue, Profile, Slo
+from sparsed.tuner.export import TUNED_FOR, read_tuned_for
 
 CONFIG_VERSION = 1
 ENVIRONMENT_PREFIX = "SPARSED_"
@@ -43,6 +44,7 @@ class DaemonConfig:
     tensor_parallel_size: int = 1
     knobs: Mapping[str, KnobValue] = field(default_factory=dict)
     origins: Mapping[str, KnobSource] = field(default_factory=dict)
+    tuned_for: Profile | None = None  # where the file's values come from, if it says so
 
     def origin(self, name: str) -> KnobSource:
         return self.origins.get(name, KnobSource.DEFAULT)
@@ -69,8 +71,10 @@ def load_config(
     Errors: InputError naming the field, where it was given, and what is allowed.
     """
     given: dict[str, _Given] = {}
+    tuned_for: Profile | None = None
     if file is not None:
-        given |= _from_file(file)
+        from_file, tuned_for = _from_file(file)
+        given |= from_file
     given |= _from_environment(environment)
     given |= _from_flags(flags)
     options = {name: _OPTIONS[name](item) for name, item in given.items() if name in _OPTIONS}
@@ -85,6 +89,7 @@ def load_config(
         slo=Slo(ttft_s=ttft_s, tpot_s=tpot_s),  # type: ignore[arg-type]  # checked by _OPTIONS
         knobs={name: _knob(name, item) for name, item in given.items() if name not in _OPTIONS},
         origins={name: item.source for name, item in given.items()},
+        tuned_for=tuned_for,
         **options,  # type: ignore[arg-type]  # each value was made by its parser in _OPTIONS
     )
 
@@ -108,7 +113,8 @@ def _from_environment(environment: Mapping[str, str]) -> dict[str, _Given]:
     return given
 
 
-def _from_file(file: Path) -> dict[str, _Given]:
+def _from_file(file: Path) -> tuple[dict[str, _Given], Profile | None]:
+    """The values, and the profile the file is an export of, if it is one."""
     try:
         content = tomllib.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
@@ -122,11 +128,13 @@ def _from_file(file: Path) -> dict[str, _Given]:
             f"`config_version = {CONFIG_VERSION}`",
             field="config_version",
         )
-    return {
+    tuned_for = read_tuned_for(content.pop(TUNED_FOR)) if TUNED_FOR in content else None
+    given = {
         name: _Given(value=value, source=KnobSource.FILE, where=f"{name} in {file}")
         for name, value in content.items()
         if _known(name, where=f"key {name!r} in {file}")
     }
+    return given, tuned_for
 
 
 def _known(name: str, *, where: str) -> bool:

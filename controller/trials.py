@@ -11,7 +11,6 @@ from typing import Final
 from sparsed.controller.config import DaemonConfig
 from sparsed.controller.startup import StartPlan, prepare
 from sparsed.controller.supervisor import Supervisor
-
 from sparsed.controller.workload import ServiceTimes, to_messages
 from sparsed.core import (
     KNOB_SPECS,

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Final
 
 from rich.console import Console
+
+from sparsed import __version__
 from sparsed.controller.config import DaemonConfig
 from sparsed.controller.startup import StartPlan, prepare
 from sparsed.controller.state_dir import StateLock
-
-from sparsed import __version__
 from sparsed.controller.trials import EngineBench
 from sparsed.controller.tuning_report import StudyProgress, print_outcome
 from sparsed.controller.workload import ServiceTimes, expected_s, fit_workload, load_workload

@@ -95,7 +95,7 @@ def fit_workload(
     """
     longest = max(item.input_tokens + item.output_tokens for item in workload.requests)
     length_frac = min(1.0, max_tokens / longest)
-    requests = [_scaled(item, length_frac) for item in workload.requests]
+    requests = [_scaled(item, length_frac, max_tokens=max_tokens) for item in workload.requests]
     kept = requests[:1]
     for item in requests[1:]:
         over = expected_s((*kept, item), times=times) > window_s
@@ -104,8 +104,9 @@ def fit_workload(
         kept.append(item)
     cost_s = expected_s(tuple(kept), times=times)
     if cost_s > window_s:
-        length_frac *= window_s / cost_s
-        kept = [_scaled(item, window_s / cost_s) for item in kept]
+        frac = window_s / cost_s
+        length_frac *= frac
+        kept = [_scaled(item, frac, max_tokens=max_tokens) for item in kept]
     kept = _squeezed(kept, window_s=window_s)
     return FittedWorkload(
         workload=replace(workload, requests=tuple(kept)),
@@ -148,11 +149,16 @@ def _request(arrival_s: float, input_tokens: int, output_tokens: int) -> Workloa
     )
 
 
-def _scaled(request: WorkloadRequest, frac: float) -> WorkloadRequest:
+def _scaled(request: WorkloadRequest, frac: float, *, max_tokens: int) -> WorkloadRequest:
+    """Both lengths times ``frac``, but not below the least that is worth serving."""
+    least_output = min(MIN_OUTPUT_TOKENS, request.output_tokens)
+    least_input = min(MIN_INPUT_TOKENS, request.input_tokens)
+    output_tokens = max(least_output, int(request.output_tokens * frac))
+    input_tokens = max(least_input, int(request.input_tokens * frac))
     return replace(
         request,
-        input_tokens=max(MIN_INPUT_TOKENS, int(request.input_tokens * frac)),
-        output_tokens=max(MIN_OUTPUT_TOKENS, int(request.output_tokens * frac)),
+        input_tokens=min(input_tokens, max_tokens - output_tokens),
+        output_tokens=output_tokens,
     )
 
 

@@ -87,17 +87,34 @@ def parse_profile(text: str) -> Profile:
     to the database it came from. InputError says what is wrong."""
     try:
         is_json = text.lstrip().startswith("{")
-        content = _known_version(json.loads(text)) if is_json else _from_toml(text)
-    except InputError:
-        raise
+        content = json.loads(text) if is_json else tomllib.loads(text)
     except ValueError as error:
         message = f"the text is neither JSON nor TOML: {error}"
         raise InputError(message, field="profile") from error
-    try:
-        profile = msgspec.convert(content, Profile, strict=False)
-    except msgspec.ValidationError as error:
-        raise InputError(f"not a profile: {error}", field="profile") from error
+    version = content.pop("config_version", None)
+    if version != CONFIG_VERSION:
+        raise InputError(
+            f"config_version is {version!r}; this version reads {CONFIG_VERSION}",
+            field="config_version",
+        )
+    if is_json:
+        profile = _convert(content)
+    else:
+        profile = replace(read_tuned_for(content.pop(TUNED_FOR, None)), values=content)
     return replace(profile, values=check_knob_values(profile.values), profile_id=None, pinned=False)
+
+
+def read_tuned_for(table: object) -> Profile:
+    """The profile, without its values, in the table ``TUNED_FOR`` of a TOML file. InputError."""
+    if not isinstance(table, dict):
+        raise InputError(
+            f"the text has no table [{TUNED_FOR}]; give a file that was exported as a profile",
+            field=TUNED_FOR,
+        )
+    key_names = ("hardware", "model", "dtype")
+    key = {name: table[name] for name in key_names if name in table}
+    others = {name: value for name, value in table.items() if name not in key_names}
+    return _convert({**others, "key": key, "values": {}})
 
 
 def mismatch(
@@ -167,26 +184,11 @@ def _quoted(value: object) -> str:
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
-def _known_version(content: dict[str, Any]) -> dict[str, Any]:
-    version = content.pop("config_version", None)
-    if version != CONFIG_VERSION:
-        raise InputError(
-            f"config_version is {version!r}; this version reads {CONFIG_VERSION}",
-            field="config_version",
-        )
-    return content
-
-
-def _from_toml(text: str) -> dict[str, Any]:
-    content = _known_version(tomllib.loads(text))
-    tuned_for = content.pop(TUNED_FOR, None)
-    if not isinstance(tuned_for, dict):
-        raise InputError(
-            f"the text has no table [{TUNED_FOR}]; give a file that was exported as a profile",
-            field="profile",
-        )
-    key = {name: tuned_for.pop(name, None) for name in ("hardware", "model", "dtype")}
-    return {**tuned_for, "key": key, "values": content}
+def _convert(content: object) -> Profile:
+    try:
+        return msgspec.convert(content, Profile, strict=False)
+    except msgspec.ValidationError as error:
+        raise InputError(f"not a profile: {error}", field="profile") from error
 
 
 # --------------------------------------------------------------------------------------------
