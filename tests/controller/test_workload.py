@@ -69,14 +69,20 @@ def test_where_there_is_time_nothing_is_cut() -> None:
     workload = load_workload("chat")
     fitted = fit_workload(workload, max_tokens=8192, window_s=60.0, times=FAST)
     assert fitted.workload == workload
-    assert fitted.description == "32 of 32 requests, lengths x 1"
+    assert fitted.description == "32 of 32 requests, lengths x 1, longest prompt 2200 tokens"
 
 
 def test_long_prompts_are_kept_before_many() -> None:
     fitted = fit_workload(load_workload("documents"), max_tokens=8192, window_s=20.0, times=SLOW)
     lengths = [item.input_tokens for item in fitted.workload.requests]
     assert len(lengths) == 2
-    assert max(lengths) > 4000
+    assert min(lengths) > 4000
+
+
+def test_the_mixed_preset_begins_with_a_long_prompt_and_a_short_one() -> None:
+    fitted = fit_workload(load_workload("mixed"), max_tokens=8192, window_s=6.0, times=SLOW)
+    long, short = (item.input_tokens for item in fitted.workload.requests)
+    assert long > 5 * short
 
 
 @given(
