@@ -13,7 +13,8 @@ from typing import NoReturn
 
 from sparsed.controller.control import KnobSource
 from sparsed.controller.state_dir import StateDir, resolve_cache_dir, resolve_state_dir
-from sparsed.core import DTYPE_BYTES, KNOBS_BY_NAME, InputError, KnobValue, Slo
+from sparsed.core import DTYPE_BYTES, KNOBS_BY_NAME, InputError, KnobValue, Profile, Slo
+from sparsed.tuner.export import TUNED_FOR, read_tuned_for
 
 CONFIG_VERSION = 1
 ENVIRONMENT_PREFIX = "SPARSED_"
@@ -44,6 +45,7 @@ class DaemonConfig:
     tensor_parallel_size: int = 1
     knobs: Mapping[str, KnobValue] = field(default_factory=dict)
     origins: Mapping[str, KnobSource] = field(default_factory=dict)
+    tuned_for: Profile | None = None  # where the file's values come from, if it says so
 
     def origin(self, name: str) -> KnobSource:
         return self.origins.get(name, KnobSource.DEFAULT)
@@ -72,14 +74,16 @@ def load_config(
     Errors: InputError naming the field, where it was given, and what is allowed.
     """
     given: dict[str, _Given] = {}
+    tuned_for: Profile | None = None
     if file is not None:
-        given |= _from_file(file)
+        from_file, tuned_for = _from_file(file)
+        given |= from_file
     given |= _from_environment(environment)
     given |= _from_flags(flags)
     explicit = _path(given["state_dir"]) if "state_dir" in given else None
     state_dir = resolve_state_dir(explicit, environment=environment)
     if state_dir.pending_file.exists():
-        given |= _from_file(state_dir.pending_file, source=KnobSource.LIVE)
+        given |= _from_file(state_dir.pending_file, source=KnobSource.LIVE)[0]
     options = {name: _OPTIONS[name](item) for name, item in given.items() if name in _OPTIONS}
     options.pop("state_dir", None)
     ttft_s, tpot_s = options.pop("slo_ttft_ms", None), options.pop("slo_tpot_ms", None)
@@ -91,6 +95,7 @@ def load_config(
         slo=Slo(ttft_s=ttft_s, tpot_s=tpot_s),  # type: ignore[arg-type]  # checked by _OPTIONS
         knobs={name: _knob(name, item) for name, item in given.items() if name not in _OPTIONS},
         origins={name: item.source for name, item in given.items()},
+        tuned_for=tuned_for,
         **options,  # type: ignore[arg-type]  # each value was made by its parser in _OPTIONS
     )
 
@@ -130,7 +135,10 @@ def write_pending(file: Path, values: Mapping[str, KnobValue]) -> None:
     draft.replace(file)
 
 
-def _from_file(file: Path, *, source: KnobSource = KnobSource.FILE) -> dict[str, _Given]:
+def _from_file(
+    file: Path, *, source: KnobSource = KnobSource.FILE
+) -> tuple[dict[str, _Given], Profile | None]:
+    """The values, and the profile the file is an export of, if it is one."""
     try:
         content = tomllib.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
@@ -144,11 +152,13 @@ def _from_file(file: Path, *, source: KnobSource = KnobSource.FILE) -> dict[str,
             f"`config_version = {CONFIG_VERSION}`",
             field="config_version",
         )
-    return {
+    tuned_for = read_tuned_for(content.pop(TUNED_FOR)) if TUNED_FOR in content else None
+    given = {
         name: _Given(value=value, source=source, where=f"{name} in {file}")
         for name, value in content.items()
         if _known(name, where=f"key {name!r} in {file}")
     }
+    return given, tuned_for
 
 
 def _known(name: str, *, where: str) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from sparsed import __version__
 from sparsed.controller.config import DaemonConfig
 from sparsed.controller.control import KnobSource
 from sparsed.controller.tokenizer import Tokenizer
@@ -29,6 +30,7 @@ from sparsed.engine.models.config import ModelConfig, load_config
 from sparsed.engine.models.dummy import dummy_config
 from sparsed.engine.planner import plan_memory, resolve_knobs
 from sparsed.profiler.machine import read_machine
+from sparsed.tuner.export import mismatch
 
 FIT_EXAMPLES_TOKENS = (8_192, 32_768, 131_072)
 
@@ -72,6 +74,7 @@ def prepare(
     device = _device(config.device, machine)
     dtype = _dtype(config.dtype, device=device, model=model)
     key = ProfileKey(hardware=machine.fingerprint, model=resolved.model_id, dtype=dtype)
+    _warn_of_mismatch(config, key)
 
     def size(values: Mapping[str, KnobValue]) -> _Sized:
         shape = model.shape
@@ -210,6 +213,13 @@ def _dtype(dtype: str, *, device: str, model: ModelConfig) -> str:
 # --------------------------------------------------------------------------------------------
 # Profile
 # --------------------------------------------------------------------------------------------
+
+
+def _warn_of_mismatch(config: DaemonConfig, key: ProfileKey) -> None:
+    """Values tuned elsewhere are obeyed, but not without a word."""
+    if config.tuned_for is not None:
+        for line in mismatch(config.tuned_for, key, versions={"sparsed": __version__}):
+            logger.warning("the config file was made for another place: %s", line)
 
 
 def _choose_profile(

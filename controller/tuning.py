@@ -27,6 +27,7 @@ from sparsed.core import (
     Objective,
     Profile,
     ProfileStatus,
+    StartError,
     TrialResult,
     Workload,
 )
@@ -34,6 +35,7 @@ from sparsed.db import open_store
 from sparsed.db.store import Store, StoreError
 from sparsed.engine.planner import HBM_WORKSPACE_BYTES
 from sparsed.tuner.export import FORMAT_BY_SUFFIX, DeviceMemory, render_profile
+from sparsed.tuner.objective import TrialFailed
 from sparsed.tuner.offline import NUM_REPEATS, StudyOutcome, StudyPlan, run_study
 from sparsed.tuner.space import build_space
 
@@ -61,7 +63,8 @@ class TuneOptions:
 def run_tune(options: TuneOptions) -> int:
     """Search, verify, store and export; returns the exit code.
 
-    Errors: StartError (75 beside a daemon; 65 or 77 for the database), InputError for an option.
+    Errors: StartError (75 beside a daemon; 65 or 77 for the database; 70 when the default does
+    not run), InputError for an option.
     """
     requested = _check(options)
     state_dir = options.config.state_dir
@@ -103,7 +106,11 @@ class _Tune:
         self._record_due_at = time.time()
 
     def run(self, runner: asyncio.Runner, requested: Workload) -> int:
-        times = runner.run(self.bench.probe())
+        try:
+            times = runner.run(self.bench.probe())
+        except TrialFailed as error:
+            message = f"the default configuration does not run: {error}"
+            raise StartError(message, code=ExitCode.SOFTWARE) from error
         study_id, workload = self._open_study(requested, times=times)
         deadline_s = max(
             MIN_DEADLINE_S, DEADLINE_FACTOR * expected_s(workload.requests, times=times)

@@ -64,7 +64,8 @@ class StudyProgress:
         result = f"{trial.score:.4g} {unit}" if trial.score is not None else trial.status.value
         note = f" ({trial.reason})" if trial.reason else ""
         knobs = values_in_words(trial.values)
-        self._bar.console.print(f"{trial.number:>4} {trial.arm:<8}{result}{note}  {knobs}")
+        line = f"{trial.number:>4} {trial.arm:<8}{result}{note}  {knobs}"
+        self._bar.console.print(line, soft_wrap=True, highlight=False)
         self._bar.update(self._task, advance=1, description=f"best {self._best:.4g} {unit}")
 
 

@@ -24,7 +24,8 @@ MIN_OUTPUT_TOKENS: Final = 8
 CHAT: Final = ((900, 180), (400, 250), (2200, 150), (600, 300))
 DOCUMENTS: Final = ((12_000, 120), (30_000, 160), (7_000, 100))
 PRESET_REPEATS: Final = 8
-PRESETS: Final = {"chat": CHAT, "documents": DOCUMENTS, "mixed": (*CHAT, *DOCUMENTS)}
+MIXED: Final = (DOCUMENTS[0], *CHAT[:2], DOCUMENTS[1], *CHAT[2:], DOCUMENTS[2])
+PRESETS: Final = {"chat": CHAT, "documents": DOCUMENTS, "mixed": MIXED}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,28 +90,27 @@ def fit_workload(
 ) -> FittedWorkload:
     """Cut ``workload`` so that serving it takes about ``window_s``.
 
-    First lengths are scaled so that the longest request fits ``max_tokens`` (prompt and output),
-    then requests are left out, then lengths are scaled again. Long prompts are kept as long as
-    possible: short ones never meet the sparse path.
+    Prompts that do not fit ``max_tokens`` (with their output) are cut, then requests are left
+    out, then all lengths are scaled. Long prompts are kept as long as possible: short ones never
+    meet the sparse path.
     """
-    longest = max(item.input_tokens + item.output_tokens for item in workload.requests)
-    length_frac = min(1.0, max_tokens / longest)
-    requests = [_scaled(item, length_frac) for item in workload.requests]
+    requests = [_scaled(item, 1.0, max_tokens=max_tokens) for item in workload.requests]
     kept = requests[:1]
     for item in requests[1:]:
         over = expected_s((*kept, item), times=times) > window_s
         if over and len(kept) >= MIN_REQUESTS:
             break
         kept.append(item)
-    cost_s = expected_s(tuple(kept), times=times)
-    if cost_s > window_s:
-        length_frac *= window_s / cost_s
-        kept = [_scaled(item, window_s / cost_s) for item in kept]
-    kept = _squeezed(kept, window_s=window_s)
+    frac = min(1.0, window_s / expected_s(tuple(kept), times=times))
+    kept = _squeezed(
+        [_scaled(item, frac, max_tokens=max_tokens) for item in kept], window_s=window_s
+    )
+    longest = max(item.input_tokens for item in kept)
     return FittedWorkload(
         workload=replace(workload, requests=tuple(kept)),
         expected_s=expected_s(tuple(kept), times=times),
-        description=f"{len(kept)} of {len(requests)} requests, lengths x {length_frac:.2g}",
+        description=f"{len(kept)} of {len(requests)} requests, lengths x {frac:.2g}, "
+        f"longest prompt {longest} tokens",
     )
 
 
@@ -148,12 +148,14 @@ def _request(arrival_s: float, input_tokens: int, output_tokens: int) -> Workloa
     )
 
 
-def _scaled(request: WorkloadRequest, frac: float) -> WorkloadRequest:
-    return replace(
-        request,
-        input_tokens=max(MIN_INPUT_TOKENS, int(request.input_tokens * frac)),
-        output_tokens=max(MIN_OUTPUT_TOKENS, int(request.output_tokens * frac)),
-    )
+def _scaled(request: WorkloadRequest, frac: float, *, max_tokens: int) -> WorkloadRequest:
+    """Cut to ``max_tokens``, then times ``frac``, but not below the least worth serving."""
+    least_output = min(MIN_OUTPUT_TOKENS, request.output_tokens)
+    least_input = min(MIN_INPUT_TOKENS, request.input_tokens)
+    output_tokens = max(least_output, int(min(request.output_tokens, max_tokens // 2) * frac))
+    room = max_tokens - min(request.output_tokens, max_tokens // 2)
+    input_tokens = max(least_input, int(min(request.input_tokens, room) * frac))
+    return replace(request, input_tokens=input_tokens, output_tokens=output_tokens)
 
 
 def _squeezed(requests: list[WorkloadRequest], *, window_s: float) -> list[WorkloadRequest]:

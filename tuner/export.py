@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -14,6 +16,7 @@ import msgspec
 from sparsed.core import InputError, KnobValue, Profile, ProfileKey, check_knob_values
 
 CONFIG_VERSION: Final = 1
+BARE_KEY: Final = re.compile(r"[A-Za-z0-9_-]+")  # of TOML
 TUNED_FOR: Final = "tuned_for"  # the table of a TOML file that says where the values come from
 
 
@@ -84,17 +87,34 @@ def parse_profile(text: str) -> Profile:
     to the database it came from. InputError says what is wrong."""
     try:
         is_json = text.lstrip().startswith("{")
-        content = _known_version(json.loads(text)) if is_json else _from_toml(text)
-    except InputError:
-        raise
+        content = json.loads(text) if is_json else tomllib.loads(text)
     except ValueError as error:
         message = f"the text is neither JSON nor TOML: {error}"
         raise InputError(message, field="profile") from error
-    try:
-        profile = msgspec.convert(content, Profile, strict=False)
-    except msgspec.ValidationError as error:
-        raise InputError(f"not a profile: {error}", field="profile") from error
+    version = content.pop("config_version", None)
+    if version != CONFIG_VERSION:
+        raise InputError(
+            f"config_version is {version!r}; this version reads {CONFIG_VERSION}",
+            field="config_version",
+        )
+    if is_json:
+        profile = _convert(content)
+    else:
+        profile = replace(read_tuned_for(content.pop(TUNED_FOR, None)), values=content)
     return replace(profile, values=check_knob_values(profile.values), profile_id=None, pinned=False)
+
+
+def read_tuned_for(table: object) -> Profile:
+    """The profile, without its values, in the table ``TUNED_FOR`` of a TOML file. InputError."""
+    if not isinstance(table, dict):
+        raise InputError(
+            f"the text has no table [{TUNED_FOR}]; give a file that was exported as a profile",
+            field=TUNED_FOR,
+        )
+    key_names = ("hardware", "model", "dtype")
+    key = {name: table[name] for name in key_names if name in table}
+    others = {name: value for name, value in table.items() if name not in key_names}
+    return _convert({**others, "key": key, "values": {}})
 
 
 def mismatch(
@@ -152,33 +172,23 @@ def _toml(profile: Profile) -> str:
 
 
 def _toml_lines(values: Mapping[str, Any]) -> list[str]:
-    # JSON's scalars and flat lists are TOML's as well; so are its quoted keys.
     return [
-        f"{name if name.isidentifier() else json.dumps(name)} = {json.dumps(value)}"
+        f"{name if BARE_KEY.fullmatch(name) else _quoted(name)} = {_quoted(value)}"
         for name, value in values.items()
     ]
 
 
-def _known_version(content: dict[str, Any]) -> dict[str, Any]:
-    version = content.pop("config_version", None)
-    if version != CONFIG_VERSION:
-        raise InputError(
-            f"config_version is {version!r}; this version reads {CONFIG_VERSION}",
-            field="config_version",
-        )
-    return content
+def _quoted(value: object) -> str:
+    """A scalar or a flat list as JSON that is TOML and YAML as well: no surrogate pairs, and the
+    one control character that JSON leaves alone is escaped."""
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
-def _from_toml(text: str) -> dict[str, Any]:
-    content = _known_version(tomllib.loads(text))
-    tuned_for = content.pop(TUNED_FOR, None)
-    if not isinstance(tuned_for, dict):
-        raise InputError(
-            f"the text has no table [{TUNED_FOR}]; give a file that was exported as a profile",
-            field="profile",
-        )
-    key = {name: tuned_for.pop(name, None) for name in ("hardware", "model", "dtype")}
-    return {**tuned_for, "key": key, "values": content}
+def _convert(content: object) -> Profile:
+    try:
+        return msgspec.convert(content, Profile, strict=False)
+    except msgspec.ValidationError as error:
+        raise InputError(f"not a profile: {error}", field="profile") from error
 
 
 # --------------------------------------------------------------------------------------------
@@ -214,7 +224,7 @@ def sglang_flags(profile: Profile, *, memory: DeviceMemory | None) -> dict[str, 
 
 
 def _flags(command: str, flags: Mapping[str, KnobValue], profile: Profile) -> str:
-    words = [command.format(model=profile.key.model)]
+    words = [command.format(model=shlex.quote(profile.key.model))]
     words += [f"--{name} {value}" for name, value in flags.items()]
     lines = (*_header(profile), *_losses(profile, flags), " \\\n  ".join(words), "")
     return "\n".join(lines)
@@ -222,7 +232,7 @@ def _flags(command: str, flags: Mapping[str, KnobValue], profile: Profile) -> st
 
 def _yaml(profile: Profile, flags: Mapping[str, KnobValue]) -> str:
     settings = {"model": profile.key.model, **flags}
-    lines = (f"{name}: {json.dumps(value)}" for name, value in settings.items())
+    lines = (f"{name}: {_quoted(value)}" for name, value in settings.items())
     return "\n".join((*_header(profile), *_losses(profile, flags), *lines, ""))
 
 
@@ -230,10 +240,13 @@ def _header(profile: Profile) -> tuple[str, ...]:
     number = "" if profile.profile_id is None else f" {profile.profile_id}"
     gain = "unknown" if profile.gain_frac is None else f"{profile.gain_frac:+.1%}"
     evidence = f"{profile.objective} on {profile.workload}: {gain} over the default"
-    return (
+    key = profile.key
+    lines = (
         f"# sparsed profile{number} ({profile.status}), {evidence}",
-        f"# tuned on {profile.key.hardware} for {profile.key.model}, {profile.key.dtype}",
+        f"# tuned on {key.hardware} for {key.model}, {key.dtype}",
     )
+    # A name with a line break in it must not end the comment.
+    return tuple("".join(c if c.isprintable() else "?" for c in line) for line in lines)
 
 
 def _losses(profile: Profile, flags: Mapping[str, KnobValue]) -> tuple[str, ...]:

@@ -55,18 +55,17 @@ class RandomSearch:
 class BayesSearch:
     """Gaussian process with expected improvement on the log score (scikit-optimize).
 
-    The first ``num_initial`` suggestions are random. Then the acquisition function is looked up
-    in a trust region round the best point, among points not seen yet: a few trials in five
-    dimensions say little about the far corners, and the library's own ``ask`` may repeat a point.
+    The acquisition function is looked up in a trust region round the best point, among points
+    not seen yet: a few trials in five dimensions say little about the far corners, and the
+    library's own ``ask`` may repeat a point. Random until one point is feasible.
     """
 
     space: SearchSpace
     seed: int
-    num_initial: int = 2
 
     def suggest(self, observations: Sequence[Observation]) -> Suggestion | None:
         best = max(observations, key=lambda item: item.score or 0.0, default=None)
-        if len(observations) <= self.num_initial or best is None or best.score is None:
+        if best is None or best.score is None:
             return RandomSearch(space=self.space, seed=~self.seed).suggest(observations)
         points = [self.space.encode(item.values) for item in observations]
         generator = random.Random(f"{self.seed}:{len(observations)}")

@@ -44,12 +44,26 @@ def tune(
     trial_seconds: Annotated[
         float | None,
         typer.Option(
-            metavar="SECONDS", min=1, help="Measured time of a trial. Default: from the workload."
+            metavar="SECONDS",
+            min=1,
+            help="Measured time of a trial, in two windows; the workload is cut to it. "
+            "Default: 6 on a CPU, 30 on a GPU.",
+        ),
+    ] = None,
+    min_recall: Annotated[
+        float | None,
+        typer.Option(
+            metavar="FRAC",
+            min=0,
+            max=1,
+            help="Attention recall that a winner must keep. Default: the default's less 0.05.",
         ),
     ] = None,
     export: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Write the result here; .toml or .json."),
+        typer.Option(
+            metavar="FILE", help="Write the result here; .toml, .json, or .yaml for vLLM."
+        ),
     ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the last study of the same options.")
@@ -70,6 +84,7 @@ def tune(
         trials=trials,
         objective=objective,
         trial_s=trial_seconds,
+        min_recall=min_recall,
         export=export,
         resume=resume,
     )

@@ -1,0 +1,162 @@
+"""The live tuner's host, with the real optimizer process and scripted windows."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from dataclasses import replace
+
+import pytest
+
+from sparsed.controller.tuner_host import TunerHost
+from sparsed.core import (
+    Knobs,
+    Objective,
+    ProfileKey,
+    Slo,
+    Snapshot,
+    TrialResult,
+    TrialStatus,
+    TunerMode,
+    Workload,
+)
+from sparsed.db.memory import InMemoryProfileStore
+
+KEY = ProfileKey(hardware="cpu:x:2:4GiB", model="tiny", dtype="float32")
+KNOBS = Knobs(
+    token_budget=2048,
+    hbm_budget=None,
+    max_num_active_seqs=4,
+    prefill_chunk=512,
+    page_size=32,
+    sparse_method="cuboid-mean",
+    dense_layers=0,
+    max_num_seqs=16,
+    kv_hbm_gib=1.0,
+    kv_dram_gib=1.0,
+    max_model_len=8192,
+)
+WINDOW = Snapshot(
+    ended_at=100.0,
+    window_s=1.0,
+    steps=10,
+    step_p50_s=0.1,
+    step_p95_s=0.2,
+    step_p99_s=0.3,
+    prompt_tokens_per_s=0.0,
+    generated_tokens_per_s=50.0,
+    hot_hit_frac=0.9,
+    miss_bytes_per_step=10.0,
+    h2d_bytes=100,
+    d2h_bytes=10,
+    h2d_gb_per_s=1.0,
+    d2h_gb_per_s=1.0,
+    attention_recall=0.9,
+    num_running=4,
+    num_waiting=0,
+    hot_used_frac=0.5,
+    dram_used_frac=0.1,
+    requests_finished=1,
+    knobs=KNOBS,
+)
+
+
+def store_with_trials() -> InMemoryProfileStore:
+    """An old study that says the opposite, and a new one in which more sequences win."""
+    store = InMemoryProfileStore()
+    for sign in (-1, 1):
+        study = store.start_study(
+            KEY,
+            workload=Workload(name="chat", requests=()),
+            objective=Objective.THROUGHPUT,
+            slo=Slo(),
+            seed=0,
+            versions={},
+            started_at=0.0,
+        )
+        for number, active in enumerate((1, 2, 3, 4, 6, 8, 12)):
+            trial = TrialResult(
+                number=number,
+                arm="bayes",
+                values={"max_num_active_seqs": active},
+                status=TrialStatus.OK,
+                score=10.0 * active**sign,
+                spread_frac=None,
+                metrics={},
+            )
+            store.record_trial(study, trial)
+    return store
+
+
+def feed(host: TunerHost, num_windows: int, window: Snapshot = WINDOW) -> None:
+    for second in range(num_windows):
+        host.on_snapshot(replace(window, ended_at=window.ended_at + second))
+
+
+async def settled(host: TunerHost) -> None:
+    assert host._question is not None
+    await host._question
+
+
+@pytest.mark.slow
+def test_windows_become_advice_that_is_kept_once() -> None:
+    async def scenario() -> None:
+        store = store_with_trials()
+        host = TunerHost(store, KEY, num_windows=3)
+        for _ in range(2):
+            feed(host, 3)
+            await settled(host)
+        (decision,) = host.state().decisions
+        assert decision.values["max_num_active_seqs"] == 6
+        assert store.list_decisions(KEY) == (decision,)
+        assert host.state().num_observations == 6
+        await host.close()
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.slow
+def test_a_dead_optimizer_is_replaced_three_times_at_most() -> None:
+    async def scenario() -> None:
+        host = TunerHost(store_with_trials(), KEY, num_windows=1)
+        for deaths in range(1, 4):
+            process = await host._running_process()
+            os.kill(process.pid, signal.SIGKILL)
+            feed(host, 1)
+            await settled(host)
+            assert (host._num_deaths, host.state().decisions) == (deaths, ())
+        feed(host, 5)
+        assert host._question is not None and host._question.done()
+        await host.close()
+
+    asyncio.run(scenario())
+
+
+def test_modes_decide_what_is_collected() -> None:
+    async def scenario() -> None:
+        host = TunerHost(InMemoryProfileStore(), KEY, num_windows=3, mode=TunerMode.OBSERVE)
+        feed(host, 5)
+        assert (host.state().num_observations, host._question) == (5, None)
+        host.set_mode(TunerMode.OFF)
+        feed(host, 5)
+        assert host.state().num_observations == 5
+        host.set_mode(TunerMode.ADVISE)
+        feed(host, 2)
+        assert host._question is None
+        await host.close()
+
+    asyncio.run(scenario())
+
+
+def test_windows_of_other_knobs_and_idle_ones_do_not_count_together() -> None:
+    async def scenario() -> None:
+        host = TunerHost(InMemoryProfileStore(), KEY, num_windows=3)
+        feed(host, 5, replace(WINDOW, steps=0))
+        assert host.state().num_observations == 0
+        feed(host, 2)
+        feed(host, 2, replace(WINDOW, knobs=replace(KNOBS, token_budget=1024)))
+        assert host._question is None
+        await host.close()
+
+    asyncio.run(scenario())

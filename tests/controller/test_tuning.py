@@ -1,0 +1,134 @@
+"""What `sparsed tune` refuses before it measures, and what it prints."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from sparsed.controller.config import DaemonConfig, load_config
+from sparsed.controller.state_dir import StateLock
+from sparsed.controller.tuning import TuneOptions, run_tune
+from sparsed.controller.tuning_report import StudyProgress, print_outcome
+from sparsed.core import (
+    ExitCode,
+    InputError,
+    Knobs,
+    Objective,
+    Slo,
+    StartError,
+    TrialResult,
+    TrialStatus,
+)
+from sparsed.tuner.offline import StudyOutcome, StudyPlan
+from sparsed.tuner.space import build_space
+
+KNOBS = Knobs(
+    token_budget=2048,
+    hbm_budget=None,
+    max_num_active_seqs=4,
+    prefill_chunk=512,
+    page_size=32,
+    sparse_method="cuboid-mean",
+    dense_layers=0,
+    max_num_seqs=16,
+    kv_hbm_gib=1.0,
+    kv_dram_gib=1.0,
+    max_model_len=8192,
+)
+
+
+def config(tmp_path: Path, **flags: object) -> DaemonConfig:
+    given = {"model": "dummy:tiny", "state_dir": tmp_path / "state", "device": "cpu"}
+    return load_config(flags=given | flags, environment={})
+
+
+def trial(number: int, arm: str, score: float | None, reason: str = "") -> TrialResult:
+    return TrialResult(
+        number=number,
+        arm=arm,
+        values={"token_budget": 1024, "hbm_budget": None},
+        status=TrialStatus.OK if score else TrialStatus.OUT_OF_MEMORY,
+        score=score,
+        spread_frac=0.015 if score else None,
+        metrics={},
+        reason=reason,
+    )
+
+
+def test_beside_a_daemon_it_points_to_the_live_tuner(tmp_path: Path) -> None:
+    options = TuneOptions(config=config(tmp_path), workload="chat", trials=1)
+    with (
+        StateLock(options.config.state_dir, verb="start"),
+        pytest.raises(StartError, match="sparsed tuner advise") as caught,
+    ):
+        run_tune(options)
+    assert caught.value.code is ExitCode.TEMPORARY
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"workload": "chatt"}, "workload"),
+        ({"objective": Objective.GOODPUT}, "objective"),
+        ({"export": Path("out.txt")}, "export"),
+    ],
+)
+def test_bad_options_are_named_before_anything_starts(
+    tmp_path: Path, changes: dict[str, object], field: str
+) -> None:
+    fields: dict[str, object] = {"config": config(tmp_path), "workload": "chat", "trials": 1}
+    with pytest.raises(InputError) as caught:
+        run_tune(TuneOptions(**(fields | changes)))  # type: ignore[arg-type]  # fields by name
+    assert caught.value.field == field
+    assert not (tmp_path / "state").exists()
+
+
+def test_the_bar_says_the_best_and_every_trial() -> None:
+    text = io.StringIO()
+    plan = StudyPlan(
+        space=build_space(KNOBS, auto_hbm_budget=4096),
+        objective=Objective.THROUGHPUT,
+        slo=Slo(),
+        num_trials=1,
+        seed=0,
+    )
+    with StudyProgress(Console(file=text, width=200), plan=plan, previous=()) as progress:
+        progress.show(trial(0, "default", 10.0))
+        progress.show(trial(1, "bayes", None, "the hot tier is full"))
+        progress.show(trial(2, "verify", 99.0, "of bayes"))
+    lines = [line.rstrip() for line in text.getvalue().splitlines()]
+    knobs = "token_budget=1024, hbm_budget=auto"
+    assert f"   0 default 10 tokens/s  {knobs}" in lines
+    assert f"   1 bayes   out_of_memory (the hot tier is full)  {knobs}" in lines
+    assert "best 10 tokens/s" in lines[-1] and "3/13" in lines[-1]
+
+
+def test_the_table_has_every_arm_and_the_verification() -> None:
+    text = io.StringIO()
+    outcome = StudyOutcome(
+        default=trial(0, "default", 10.0),
+        best={
+            "default": trial(0, "default", 10.0),
+            "bayes": trial(1, "bayes", 12.0),
+            "random": trial(2, "random", 11.0),
+        },
+        winner=trial(1, "bayes", 12.0),
+        reason="verified: so it is",
+        default_scores=(10.0, 9.0, 11.0),
+        winner_scores=(12.0, 11.5, 13.0),
+    )
+    print_outcome(Console(file=text, width=160), outcome, objective=Objective.GOODPUT)
+    printed = text.getvalue()
+    for words in (
+        "requests/s",
+        "best of random",
+        "best of Bayesian",
+        "1.5%",
+        "3 runs, worst 11.5",
+        "12.5%",
+        "verified: so it is",
+    ):
+        assert words in printed

@@ -1,0 +1,125 @@
+"""Workloads are read, cut to size and turned into requests."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sparsed.controller.workload import (
+    PRESETS,
+    ServiceTimes,
+    expected_s,
+    fit_workload,
+    load_workload,
+    to_messages,
+)
+from sparsed.core import InputError, Workload, WorkloadRequest
+
+FAST = ServiceTimes(prompt_tokens_per_s=100_000.0, output_token_s=0.0001)
+SLOW = ServiceTimes(prompt_tokens_per_s=500.0, output_token_s=0.03)
+
+
+def row(timestamp: float = 0, input_length: int = 10, output_length: int = 5) -> str:
+    return json.dumps(
+        {"timestamp": timestamp, "input_length": input_length, "output_length": output_length}
+    )
+
+
+def test_a_trace_is_sorted_and_in_seconds(tmp_path: Path) -> None:
+    file = tmp_path / "trace.jsonl"
+    file.write_text("\n".join((row(1500, 7, 3), row(0))))
+    workload = load_workload(str(file))
+    assert workload.name == "trace"
+    assert workload.requests == (
+        WorkloadRequest(arrival_s=0.0, input_tokens=10, output_tokens=5),
+        WorkloadRequest(arrival_s=1.5, input_tokens=7, output_tokens=3),
+    )
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["", "{", "[]", "{}", row(-1), row(0, 0), row(0, 1, 0), row(0, "x")],  # type: ignore[arg-type]  # on purpose
+)
+def test_a_bad_line_is_named(tmp_path: Path, line: str) -> None:
+    file = tmp_path / "trace.jsonl"
+    file.write_text(f"{row()}\n{line}\n{row()}\n")
+    with pytest.raises(InputError, match="line 2 of the workload"):
+        load_workload(str(file))
+
+
+@pytest.mark.parametrize("content", [None, b"", b"\xff\xfe"])
+def test_a_file_without_requests_is_refused(tmp_path: Path, content: bytes | None) -> None:
+    file = tmp_path / "trace.jsonl"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(InputError, match="workload"):
+        load_workload(str(file))
+
+
+def test_an_unknown_preset_lists_the_known() -> None:
+    with pytest.raises(InputError, match="chat, documents, mixed"):
+        load_workload("chatt")
+
+
+def test_where_there_is_time_nothing_is_cut() -> None:
+    workload = load_workload("chat")
+    fitted = fit_workload(workload, max_tokens=8192, window_s=60.0, times=FAST)
+    assert fitted.workload == workload
+    assert fitted.description == "32 of 32 requests, lengths x 1, longest prompt 2200 tokens"
+
+
+def test_long_prompts_are_kept_before_many() -> None:
+    fitted = fit_workload(load_workload("documents"), max_tokens=8192, window_s=20.0, times=SLOW)
+    lengths = [item.input_tokens for item in fitted.workload.requests]
+    assert len(lengths) == 2
+    assert min(lengths) > 4000
+
+
+def test_the_mixed_preset_begins_with_a_long_prompt_and_a_short_one() -> None:
+    fitted = fit_workload(load_workload("mixed"), max_tokens=8192, window_s=6.0, times=SLOW)
+    long, short = (item.input_tokens for item in fitted.workload.requests)
+    assert long > 5 * short
+
+
+@given(
+    st.lists(
+        st.builds(
+            WorkloadRequest,
+            arrival_s=st.floats(0, 1e6),
+            input_tokens=st.integers(1, 200_000),
+            output_tokens=st.integers(1, 5_000),
+        ),
+        min_size=1,
+        max_size=20,
+    ),
+    st.integers(128, 200_000),
+    st.floats(0.5, 100.0),
+)
+def test_a_fitted_workload_fits(
+    requests: list[WorkloadRequest], max_tokens: int, window_s: float
+) -> None:
+    requests.sort(key=lambda request: request.arrival_s)
+    workload = Workload(name="w", requests=tuple(requests))
+    fitted = fit_workload(workload, max_tokens=max_tokens, window_s=window_s, times=SLOW)
+    kept = fitted.workload.requests
+    assert 1 <= len(kept) <= len(requests)
+    assert all(item.input_tokens + item.output_tokens <= max_tokens for item in kept)
+    assert all(0.0 <= item.arrival_s <= 0.5 * window_s * 1.001 for item in kept)
+    smallest = 2 * (32 / SLOW.prompt_tokens_per_s + 8 * SLOW.output_token_s)
+    assert expected_s(kept, times=SLOW) <= window_s + smallest
+
+
+def test_messages_are_seeded_and_exact() -> None:
+    workload = load_workload("chat")
+    messages = to_messages(workload, vocab_size=100, seed=3, prefix="a")
+    assert messages == to_messages(workload, vocab_size=100, seed=3, prefix="a")
+    assert messages != to_messages(workload, vocab_size=100, seed=4, prefix="a")
+    assert [len(message.prompt_tokens) for message in messages[:4]] == [900, 400, 2200, 600]
+    assert {message.sampling.max_tokens for message in messages} == {180, 250, 150, 300}
+    assert all(message.sampling.ignore_eos for message in messages)
+    assert len({message.request_id for message in messages}) == len(messages)
+    assert set(PRESETS) == {"chat", "documents", "mixed"}

@@ -1,0 +1,144 @@
+"""Advice from scripted windows and trials, in this process and in the optimizer's own."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+
+import msgspec
+import pytest
+
+from sparsed.core import Decision, Knobs, KnobValue, Slo, Snapshot, TrialResult, TrialStatus
+from sparsed.tuner.live import propose
+from sparsed.tuner.messages import Answer, LiveContext
+
+KNOBS = Knobs(
+    token_budget=2048,
+    hbm_budget=None,
+    max_num_active_seqs=4,
+    prefill_chunk=512,
+    page_size=32,
+    sparse_method="cuboid-mean",
+    dense_layers=0,
+    max_num_seqs=16,
+    kv_hbm_gib=1.0,
+    kv_dram_gib=1.0,
+    max_model_len=8192,
+)
+WINDOW = Snapshot(
+    ended_at=100.0,
+    window_s=1.0,
+    steps=10,
+    step_p50_s=0.1,
+    step_p95_s=0.2,
+    step_p99_s=0.3,
+    prompt_tokens_per_s=0.0,
+    generated_tokens_per_s=50.0,
+    hot_hit_frac=0.9,
+    miss_bytes_per_step=10.0,
+    h2d_bytes=100,
+    d2h_bytes=10,
+    h2d_gb_per_s=1.0,
+    d2h_gb_per_s=1.0,
+    attention_recall=0.9,
+    num_running=4,
+    num_waiting=0,
+    hot_used_frac=0.5,
+    dram_used_frac=0.1,
+    requests_finished=1,
+    ttft_p95_s=1.0,
+    tpot_p95_s=0.1,
+    knobs=KNOBS,
+)
+
+
+def advise(
+    *, slo: Slo | None = None, trials: Sequence[TrialResult] = (), **changes: object
+) -> Decision:
+    window = replace(WINDOW, **changes)  # type: ignore[arg-type]  # fields by name
+    context = LiveContext(windows=(window,) * 4, trials=tuple(trials), slo=slo or Slo())
+    return propose(context)
+
+
+def trial(number: int, score: float | None, **values: KnobValue) -> TrialResult:
+    return TrialResult(
+        number=number,
+        arm="bayes",
+        values=values,
+        status=TrialStatus.OK if score else TrialStatus.OUT_OF_MEMORY,
+        score=score,
+        spread_frac=None,
+        metrics={},
+    )
+
+
+RISING = [
+    trial(i, 10.0 * active, max_num_active_seqs=active)
+    for i, active in enumerate((1, 2, 3, 4, 6, 8, 12))
+]
+
+
+@pytest.mark.parametrize(
+    ("slo", "changes", "values", "words"),
+    [
+        (Slo(min_recall=0.95), {}, {"token_budget": 3072}, "read more tokens"),
+        (Slo(tpot_s=0.05), {}, {"max_num_active_seqs": 3}, "run fewer"),
+        (Slo(ttft_s=0.5), {}, {"prefill_chunk": 768}, "too many steps"),
+        (Slo(ttft_s=0.5), {"num_waiting": 3}, {"max_num_active_seqs": 6}, "wait for a place"),
+        (Slo(ttft_s=0.5), {"steps": 0}, {}, "hold: too little traffic"),
+        (
+            Slo(tpot_s=0.05),
+            {"knobs": replace(KNOBS, max_num_active_seqs=1)},
+            {},
+            "hold: .* at its bound",
+        ),
+        (Slo(tpot_s=0.05), {"tpot_p95_s": None}, {}, "hold: too few trials"),
+    ],
+)
+def test_targets_are_repaired_by_one_step(
+    slo: Slo, changes: dict[str, object], values: dict[str, KnobValue], words: str
+) -> None:
+    decision = advise(slo=slo, **changes)
+    assert decision.values == values
+    assert re.search(words, decision.reason)
+    assert decision.made_at == 100.0
+
+
+def test_trials_of_this_machine_lead_uphill_one_rung() -> None:
+    decision = advise(trials=RISING)
+    assert decision.values["max_num_active_seqs"] == 6
+    assert decision.current_score == 50.0
+    assert decision.predicted_score is not None and 60.0 < decision.predicted_score < 90.0
+    KNOBS.with_values(decision.values)
+
+
+def test_at_the_top_it_holds() -> None:
+    knobs = replace(KNOBS, max_num_active_seqs=16)
+    trials = [*RISING, trial(8, 160.0, max_num_active_seqs=16)]
+    decision = advise(trials=trials, knobs=knobs)
+    assert decision.values == {}
+    assert decision.reason.startswith("hold: no step")
+    assert decision.predicted_score is None
+
+
+def test_infeasible_trials_alone_are_no_ground_for_advice() -> None:
+    decision = advise(trials=[trial(i, None, max_num_active_seqs=i + 1) for i in range(8)])
+    assert decision.reason.startswith("hold: too few trials")
+
+
+@pytest.mark.slow
+def test_the_process_says_the_same() -> None:
+    context = LiveContext(windows=(WINDOW,) * 3, trials=tuple(RISING), slo=Slo())
+    line = msgspec.json.encode(context) + b"\n"
+    done = subprocess.run(
+        [sys.executable, "-m", "sparsed.tuner.optimizer"],
+        input=line * 2,
+        capture_output=True,
+        check=True,
+        timeout=60,
+    )
+    answers = [msgspec.json.decode(line, type=Answer) for line in done.stdout.splitlines()]
+    assert answers == [Answer(decision=propose(context))] * 2
