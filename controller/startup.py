@@ -227,6 +227,8 @@ def _choose_profile(
 ) -> tuple[Profile | None, str]:
     if config.no_profile:
         return None, "none: --no-profile"
+    if config.tuned_for is not None:
+        return None, f"from the config file: {_profile_in_words(config.tuned_for)}"
     profile = (find_verified or _read_database(config))(key)
     if profile is None:
         return None, f"none: no verified one for {key.model}, {key.dtype} on {key.hardware}"
@@ -247,11 +249,12 @@ def _read_database(config: DaemonConfig) -> FindVerified:
 
 
 def _profile_in_words(profile: Profile) -> str:
-    name = f"#{profile.profile_id}" + (" (pinned)" if profile.pinned else "")
-    values = ", ".join(f"{knob}={value}" for knob, value in profile.values.items())
+    name = f"#{profile.profile_id}, " if profile.profile_id else ""
+    name += f"pinned, {profile.status}" if profile.pinned else profile.status.value
+    values = "".join(f"; {knob}={value}" for knob, value in profile.values.items())
     gain = profile.gain_frac
     evidence = "" if gain is None else f", {gain:+.1%} {profile.objective} over the default"
-    return f"{name}: verified for this hardware and model on {profile.workload}{evidence}; {values}"
+    return f"{name} for {profile.key.model} on {profile.workload}{evidence}{values}"
 
 
 def _size_with_profile(

@@ -47,10 +47,10 @@ class Daemon:
         self._log = STATE_DIR / "sparsed.log"
         self._log_offset = 0
 
-    def start(self) -> None:
+    def start(self, *options: str) -> None:
         self._log_offset = self._log.stat().st_size if self._log.exists() else 0
         port = ("--port", str(self._port))
-        sparsed("start", "--model", MODEL, *MEMORY, *port, "--detach", *state_dir())
+        sparsed("start", "--model", MODEL, *MEMORY, *port, "--detach", *options, *state_dir())
 
     def stop(self) -> None:
         sparsed("stop", *state_dir())
@@ -215,7 +215,7 @@ def show_the_winner(daemon: Daemon) -> None:
 
 
 def restart(daemon: Daemon) -> None:
-    daemon.start()
+    daemon.start("--config", str(TUNED))
     lines = [line for line in daemon.new_log_lines() if "profile" in line]
     if not lines:
         raise DemoError("the log does not say which profile was picked")
