@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from sparsed.core import GIB, EngineSpec, Knobs, MachineFacts, ModelShape
+from sparsed.core import GIB, EngineSpec, MachineFacts, ModelShape
 from sparsed.engine.engine import Engine
 from sparsed.engine.kvcache.cache import KVCache
 from sparsed.engine.kvcache.dram import DramPool
@@ -25,6 +25,7 @@ from sparsed.engine.runner import Runner
 from sparsed.engine.sparse.bounds import make_selector
 
 MakeCache = Callable[..., KVCache]
+MakeSpec = Callable[..., EngineSpec]
 MakeRunner = Callable[..., Runner]
 MakeEngine = Callable[..., Engine]
 
@@ -89,36 +90,50 @@ def make_cache() -> MakeCache:
 
 
 @pytest.fixture(scope="session")
-def make_runner() -> MakeRunner:
-    """``make_runner(model, lane_blocks=None, **knobs)`` -> a float32 CPU runner of a directory or
-    ``dummy:<shape>``. ``lane_blocks`` shrinks the arena to that many blocks per lane."""
+def make_spec() -> MakeSpec:
+    """``make_spec(model, lane_blocks=None, **knobs)`` -> the spec of a float32 CPU engine of a
+    directory or ``dummy:<shape>``. ``lane_blocks`` shrinks the arena to so many blocks a lane."""
 
     def make(
         model: str | Path = "dummy:tiny", *, lane_blocks: int | None = None, **values: Any
-    ) -> Runner:
+    ) -> EngineSpec:
         dummy = str(model).startswith(DUMMY_PREFIX)
         config = dummy_config(str(model)) if dummy else load_config(Path(model))
-        sizes = {"max_num_seqs": 8, "kv_hbm_gib": 0.1, "kv_dram_gib": 0.1}
-        sizes |= {"max_model_len": min(4096, config.max_position)}
-        shape, machine = config.shape, MACHINE
-        knobs = resolve_knobs(
-            sizes | values, shape=shape, machine=machine, device="cpu", dtype="float32"
-        )
+        shape = config.shape
+        asked = {
+            "max_num_seqs": 8,
+            "max_model_len": min(4096, shape.max_position),
+            "kv_hbm_gib": 0.1,
+            "kv_dram_gib": 0.1,
+            **values,
+        }
+        knobs = resolve_knobs(asked, shape=shape, machine=MACHINE, device="cpu", dtype="float32")
         plan = plan_memory(knobs, shape=shape, dtype="float32")
         if lane_blocks is not None:
             plan = replace(plan, num_blocks=1 + lane_blocks * shape.num_lanes)
-        spec = EngineSpec(model=str(model), device="cpu", dtype="float32", knobs=knobs, plan=plan)
-        return Runner(spec, on_progress=lambda *_: None)
+        return EngineSpec(
+            model=str(model), device="cpu", dtype="float32", knobs=knobs, plan=plan
+        )
 
     return make
 
 
 @pytest.fixture(scope="session")
-def make_engine(make_runner: MakeRunner) -> MakeEngine:
-    """``make_engine(model, lane_blocks=None, **knobs)`` -> an engine on such a runner."""
+def make_runner(make_spec: MakeSpec) -> MakeRunner:
+    """A runner from the arguments of ``make_spec``."""
 
-    def make(model: str | Path = "dummy:tiny", **values: Any) -> Engine:
-        runner = make_runner(model, **values)
-        return Engine(runner, knobs=runner.kv.knobs)
+    def make(*arguments: Any, **values: Any) -> Runner:
+        return Runner(make_spec(*arguments, **values), on_progress=lambda *_: None)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_engine(make_spec: MakeSpec) -> MakeEngine:
+    """An engine from the arguments of ``make_spec``."""
+
+    def make(*arguments: Any, **values: Any) -> Engine:
+        spec = make_spec(*arguments, **values)
+        return Engine(Runner(spec, on_progress=lambda *_: None), knobs=spec.knobs)
 
     return make
