@@ -91,11 +91,16 @@ def make_cache() -> MakeCache:
 
 @pytest.fixture(scope="session")
 def make_spec() -> MakeSpec:
-    """``make_spec(model, lane_blocks=None, **knobs)`` -> the spec of a float32 CPU engine of a
-    directory or ``dummy:<shape>``. ``lane_blocks`` shrinks the arena to so many blocks a lane."""
+    """``make_spec(model, lane_blocks=None, num_frames=None, **knobs)`` -> the spec of a float32
+    CPU engine of a directory or ``dummy:<shape>``. ``lane_blocks`` shrinks the arena to so many
+    blocks a lane, ``num_frames`` the DRAM tier."""
 
     def make(
-        model: str | Path = "dummy:tiny", *, lane_blocks: int | None = None, **values: Any
+        model: str | Path = "dummy:tiny",
+        *,
+        lane_blocks: int | None = None,
+        num_frames: int | None = None,
+        **values: Any,
     ) -> EngineSpec:
         dummy = str(model).startswith(DUMMY_PREFIX)
         config = dummy_config(str(model)) if dummy else load_config(Path(model))
@@ -109,6 +114,7 @@ def make_spec() -> MakeSpec:
         }
         knobs = resolve_knobs(asked, shape=shape, machine=MACHINE, device="cpu", dtype="float32")
         plan = plan_memory(knobs, shape=shape, dtype="float32")
+        plan = replace(plan, num_frames=num_frames or plan.num_frames)
         if lane_blocks is not None:
             plan = replace(plan, num_blocks=1 + lane_blocks * shape.num_lanes)
         return EngineSpec(
