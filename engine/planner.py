@@ -56,9 +56,7 @@ def resolve_knobs(
     num_seqs = int(asked.get("max_num_seqs") or MAX_NUM_SEQS[kind])
     wanted = num_seqs * num_frames(length) * BLOCK_TOKENS * shape.kv_bytes_per_token(dtype)
     values["kv_dram_gib"] = asked.get("kv_dram_gib") or _gib(min(dram_free, wanted))
-    values["kv_hbm_gib"] = asked.get("kv_hbm_gib") or _gib(
-        min(hot_free, wanted * 1.25 + GIB / 4)
-    )
+    values["kv_hbm_gib"] = asked.get("kv_hbm_gib") or _gib(min(hot_free, wanted * 1.25 + GIB / 4))
     values["max_model_len"] = length
     values["max_num_seqs"] = num_seqs
     values["max_num_active_seqs"] = asked.get("max_num_active_seqs") or num_seqs
