@@ -78,9 +78,7 @@ def make_cache() -> MakeCache:
                 max_model_len=knobs.max_model_len,
                 device=parts["device"],
             ),
-            summaries_RE=torch.empty(
-                num_frames * geometry.page_rows_per_frame, 2 * shape.head_dim
-            ),
+            summaries_RE=torch.empty(num_frames * geometry.page_rows_per_frame, 2 * shape.head_dim),
             selector=make_selector(knobs.sparse_method),
             transfer=Transfer(page_bytes=geometry.page_bytes, device=parts["device"]),
             knobs=knobs,
@@ -117,9 +115,7 @@ def make_spec() -> MakeSpec:
         plan = replace(plan, num_frames=num_frames or plan.num_frames)
         if lane_blocks is not None:
             plan = replace(plan, num_blocks=1 + lane_blocks * shape.num_lanes)
-        return EngineSpec(
-            model=str(model), device="cpu", dtype="float32", knobs=knobs, plan=plan
-        )
+        return EngineSpec(model=str(model), device="cpu", dtype="float32", knobs=knobs, plan=plan)
 
     return make
 

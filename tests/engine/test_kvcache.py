@@ -51,7 +51,10 @@ class CacheMachine(RuleBasedStateMachine):
     def start(self, page_size: int, lane_blocks: int, num_frames: int) -> None:
         self.budget = max(256, 4 * page_size)
         self.cache = self.make_cache(
-            lane_blocks=lane_blocks, num_frames=num_frames, page_size=page_size, token_budget=self.budget
+            lane_blocks=lane_blocks,
+            num_frames=num_frames,
+            page_size=page_size,
+            token_budget=self.budget,
         )
         self.page_size = page_size
         self.lives: dict[int, Life] = {}
