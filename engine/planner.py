@@ -7,8 +7,10 @@ from dataclasses import replace
 
 from sparsed.core import (
     BLOCK_TOKENS,
+    DTYPE_BYTES,
     GIB,
     KNOB_SPECS,
+    KNOBS_BY_NAME,
     ExitCode,
     InputError,
     Knobs,
@@ -53,14 +55,20 @@ def resolve_knobs(
     length = _max_model_len(asked.get("max_model_len"), shape)
     num_seqs = int(asked.get("max_num_seqs") or MAX_NUM_SEQS[kind])
     wanted = num_seqs * num_frames(length) * BLOCK_TOKENS * shape.kv_bytes_per_token(dtype)
-    values["kv_dram_gib"] = asked.get("kv_dram_gib") or min(dram_free, wanted) / GIB
-    values["kv_hbm_gib"] = asked.get("kv_hbm_gib") or min(hot_free, wanted * 1.25 + GIB / 4) / GIB
+    values["kv_dram_gib"] = asked.get("kv_dram_gib") or _gib(min(dram_free, wanted))
+    values["kv_hbm_gib"] = asked.get("kv_hbm_gib") or _gib(min(hot_free, wanted * 1.25 + GIB / 4))
     values["max_model_len"] = length
     values["max_num_seqs"] = num_seqs
     values["max_num_active_seqs"] = asked.get("max_num_active_seqs") or num_seqs
-    values["dense_layers"] = min(int(values["dense_layers"] or 0), shape.num_layers)
     knobs = Knobs(**values)  # type: ignore[arg-type]  # every value was checked by its KnobSpec
-    return _fit_length(knobs, asked, shape=shape, dtype=dtype)
+    if knobs.dense_layers > shape.num_layers:
+        raise InputError(
+            f"dense_layers={knobs.dense_layers} is beyond the model's {shape.num_layers} layers; "
+            "lower it",
+            field="dense_layers",
+        )
+    geometry = Geometry.of(shape, dtype=dtype, page_size=knobs.page_size)
+    return _fit_rows(_fit_length(knobs, asked, geometry), asked, geometry)
 
 
 def plan_memory(knobs: Knobs, *, shape: ModelShape, dtype: str) -> MemoryPlan:
@@ -122,6 +130,8 @@ def _free_bytes(
     """Bytes (hot tier, DRAM tier) may take. On a CPU both come from the same memory."""
     weights = shape.weight_bytes(dtype)
     if kind == "cpu":
+        if shape.tied_embeddings:  # held twice: plain for the look-up, packed for the logits
+            weights += shape.vocab_size * shape.hidden_size * DTYPE_BYTES[dtype]
         free = (machine.dram_free_bytes - weights) * DRAM_USE_FRAC
         hot, dram = free * CPU_HOT_FRAC, free * (1 - CPU_HOT_FRAC)
         where = f"{machine.dram_free_bytes / GIB:.1f} GiB of free memory"
@@ -149,17 +159,8 @@ def _max_model_len(asked: KnobValue, shape: ModelShape) -> int:
     return int(asked)
 
 
-def _fit_length(
-    knobs: Knobs, asked: Mapping[str, KnobValue], *, shape: ModelShape, dtype: str
-) -> Knobs:
-    """Fewer rows where tables would crowd out pages, and a length the DRAM tier can hold; what
-    was asked for is never changed."""
-    geometry = Geometry.of(shape, dtype=dtype, page_size=knobs.page_size)
-    if "max_num_seqs" not in asked and "max_num_active_seqs" not in asked:
-        room = int(knobs.kv_hbm_gib * GIB * TABLES_FRAC)
-        rows = max(1, room // geometry.table_bytes_per_row(knobs.max_model_len))
-        rows = min(knobs.max_num_seqs, rows)
-        knobs = replace(knobs, max_num_seqs=rows, max_num_active_seqs=rows)
+def _fit_length(knobs: Knobs, asked: Mapping[str, KnobValue], geometry: Geometry) -> Knobs:
+    """A length the DRAM tier can hold; what was asked for is never changed."""
     most = _num_frames(knobs, geometry) * BLOCK_TOKENS
     if most >= knobs.max_model_len:
         return knobs
@@ -170,3 +171,18 @@ def _fit_length(
             field="max_model_len",
         )
     return replace(knobs, max_model_len=most)
+
+
+def _fit_rows(knobs: Knobs, asked: Mapping[str, KnobValue], geometry: Geometry) -> Knobs:
+    """Fewer rows where their tables would crowd out pages, unless they were asked for."""
+    if "max_num_seqs" in asked or "max_num_active_seqs" in asked:
+        return knobs
+    room = int(knobs.kv_hbm_gib * GIB * TABLES_FRAC)
+    rows = max(1, room // geometry.table_bytes_per_row(knobs.max_model_len))
+    rows = min(knobs.max_num_seqs, rows)
+    return replace(knobs, max_num_seqs=rows, max_num_active_seqs=rows)
+
+
+def _gib(num_bytes: float) -> float:
+    """A tier's size as a knob; the least the knob allows where a tiny model needs less."""
+    return max(num_bytes / GIB, KNOBS_BY_NAME["kv_dram_gib"].minimum or 0.0)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -63,8 +64,8 @@ class PrefillAttention:
         tokens_HMCD = pages_HPTCD.flatten(1, 2)
         begin, end = plan.num_head, plan.num_head + num_tokens
         state = attend_dense(q_HGnD, tokens_HMCD[:, begin:end], causal=True, scale=self._scale)
-        parts = [tokens_HMCD[:, :begin]] if begin else []
-        for kv_HMCD in (*parts, *self._context(plan, layer)):
+        head = [tokens_HMCD[:, :begin]] if begin else []
+        for kv_HMCD in chain(head, self._context(plan, layer)):
             other = attend_dense(q_HGnD, kv_HMCD, causal=False, scale=self._scale)
             state = merge_states(*state, *other)
         self._store(plan, layer, pages_HPTCD)
@@ -85,7 +86,8 @@ class PrefillAttention:
         return pages_HMCD.view(num_heads, num_pages, page_size, 2, head_dim)
 
     def _context(self, plan: ChunkPlan, layer: int) -> Iterator[Tensor]:
-        """K and V of the full pages before the chunk, (H, M, 2, D), in pieces of the staging."""
+        """K and V of the full pages before the chunk, (H, M, 2, D), in pieces of the staging; each
+        is valid until the next one is asked for."""
         cache = self._cache
         num_heads = cache.geometry.num_kv_heads
         piece = len(self._staging_NX) // num_heads

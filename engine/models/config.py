@@ -97,6 +97,7 @@ class ModelConfig:
             vocab_size=self.vocab_size,
             max_position=self.max_position,
             num_parameters=self.num_parameters,
+            tied_embeddings=self.tie_embeddings,
         )
 
 

@@ -329,6 +329,7 @@ class ModelShape:
     vocab_size: int
     max_position: int
     num_parameters: int
+    tied_embeddings: bool = False
 
     @property
     def num_lanes(self) -> int:

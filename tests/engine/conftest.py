@@ -1,0 +1,141 @@
+"""Real engine parts of small sizes: caches without a model, runners and engines with one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sparsed.core import GIB, EngineSpec, MachineFacts, ModelShape
+from sparsed.engine.engine import Engine
+from sparsed.engine.kvcache.cache import KVCache
+from sparsed.engine.kvcache.dram import DramPool
+from sparsed.engine.kvcache.geometry import Geometry
+from sparsed.engine.kvcache.hbm import HotArena
+from sparsed.engine.kvcache.tables import PageTables
+from sparsed.engine.kvcache.transfer import Transfer
+from sparsed.engine.models.config import load_config
+from sparsed.engine.models.dummy import DUMMY_PREFIX, dummy_config
+from sparsed.engine.planner import plan_memory, resolve_knobs
+from sparsed.engine.runner import Runner
+from sparsed.engine.sparse.bounds import make_selector
+
+MakeCache = Callable[..., KVCache]
+MakeSpec = Callable[..., EngineSpec]
+MakeRunner = Callable[..., Runner]
+MakeEngine = Callable[..., Engine]
+
+SHAPE = ModelShape(
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=4,
+    hidden_size=16,
+    intermediate_size=16,
+    vocab_size=64,
+    max_position=8192,
+    num_parameters=1,
+)
+MACHINE = MachineFacts(
+    cpu_name="test", num_cpus=2, dram_total_bytes=8 * GIB, dram_free_bytes=4 * GIB
+)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)  # results of small products do not depend on the machine then
+
+
+@pytest.fixture(scope="session")
+def make_cache() -> MakeCache:
+    """``make_cache(lane_blocks=, num_frames=, page_size=, **knobs)`` -> a cache of two layers and
+    two KV heads whose arena has that many blocks per lane, and two more that fill no lane."""
+
+    def make(
+        *, lane_blocks: int, num_frames: int, page_size: int = 32, shape: ModelShape = SHAPE,
+        **values: Any,
+    ) -> KVCache:  # fmt: skip
+        asked = {"page_size": page_size, "max_num_seqs": 4, "max_model_len": 1024, **values}
+        knobs = resolve_knobs(asked, shape=shape, machine=MACHINE, device="cpu", dtype="float32")
+        plan = replace(
+            plan_memory(knobs, shape=shape, dtype="float32"),
+            num_blocks=1 + lane_blocks * shape.num_lanes + 2,
+            num_frames=num_frames,
+        )
+        geometry = Geometry.of(shape, dtype="float32", page_size=page_size)
+        parts: dict[str, Any] = {"dtype": torch.float32, "device": torch.device("cpu")}
+        return KVCache(
+            geometry,
+            arena=HotArena(geometry, plan, **parts),
+            pool=DramPool(geometry, num_frames=num_frames, pool_fd=None, **parts),
+            tables=PageTables(
+                geometry,
+                num_rows=knobs.max_num_seqs,
+                max_model_len=knobs.max_model_len,
+                device=parts["device"],
+            ),
+            summaries_RE=torch.empty(num_frames * geometry.page_rows_per_frame, 2 * shape.head_dim),
+            selector=make_selector(knobs.sparse_method),
+            transfer=Transfer(page_bytes=geometry.page_bytes, device=parts["device"]),
+            knobs=knobs,
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_spec() -> MakeSpec:
+    """``make_spec(model, lane_blocks=None, num_frames=None, **knobs)`` -> the spec of a float32
+    CPU engine of a directory or ``dummy:<shape>``. ``lane_blocks`` shrinks the arena to so many
+    blocks a lane, ``num_frames`` the DRAM tier."""
+
+    def make(
+        model: str | Path = "dummy:tiny",
+        *,
+        lane_blocks: int | None = None,
+        num_frames: int | None = None,
+        **values: Any,
+    ) -> EngineSpec:
+        dummy = str(model).startswith(DUMMY_PREFIX)
+        config = dummy_config(str(model)) if dummy else load_config(Path(model))
+        shape = config.shape
+        asked = {
+            "max_num_seqs": 8,
+            "max_model_len": min(4096, shape.max_position),
+            "kv_hbm_gib": 0.1,
+            "kv_dram_gib": 0.1,
+            **values,
+        }
+        knobs = resolve_knobs(asked, shape=shape, machine=MACHINE, device="cpu", dtype="float32")
+        plan = plan_memory(knobs, shape=shape, dtype="float32")
+        plan = replace(plan, num_frames=num_frames or plan.num_frames)
+        if lane_blocks is not None:
+            plan = replace(plan, num_blocks=1 + lane_blocks * shape.num_lanes)
+        return EngineSpec(model=str(model), device="cpu", dtype="float32", knobs=knobs, plan=plan)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_runner(make_spec: MakeSpec) -> MakeRunner:
+    """A runner from the arguments of ``make_spec``."""
+
+    def make(*arguments: Any, **values: Any) -> Runner:
+        return Runner(make_spec(*arguments, **values), on_progress=lambda *_: None)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_engine(make_spec: MakeSpec) -> MakeEngine:
+    """An engine from the arguments of ``make_spec``."""
+
+    def make(*arguments: Any, **values: Any) -> Engine:
+        spec = make_spec(*arguments, **values)
+        return Engine(Runner(spec, on_progress=lambda *_: None), knobs=spec.knobs)
+
+    return make

@@ -1,0 +1,269 @@
+"""The KV cache under random requests: nothing leaks, nothing has two owners, locks hold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from sparsed.core import PAGE_SIZES, CapacityError, SparseMethod
+from sparsed.engine.kvcache.cache import KVCache, Row
+from sparsed.engine.kvcache.hbm import FREE_STEP, LOCKED_STEP, slots_of_blocks
+
+MakeCache = Callable[..., KVCache]
+MAX_LEN = 1024
+
+
+class Life:
+    """What a request has done: ``length`` of ``total`` tokens are in the cache."""
+
+    def __init__(self, prompt: int, total: int) -> None:
+        self.prompt = prompt
+        self.total = total
+        self.length = 0
+
+
+class CacheMachine(RuleBasedStateMachine):
+    """Requests come, are computed in chunks and tokens beside each other, select, shrink, go."""
+
+    def __init__(self, make_cache: MakeCache) -> None:
+        super().__init__()
+        self.make_cache = make_cache
+
+    @initialize(
+        page_size=st.sampled_from(PAGE_SIZES),
+        lane_blocks=st.integers(2, 24),
+        num_frames=st.integers(8, 24),
+    )
+    def start(self, page_size: int, lane_blocks: int, num_frames: int) -> None:
+        self.budget = max(256, 4 * page_size)
+        self.cache = self.make_cache(
+            lane_blocks=lane_blocks,
+            num_frames=num_frames,
+            page_size=page_size,
+            token_budget=self.budget,
+        )
+        self.page_size = page_size
+        self.lives: dict[int, Life] = {}
+        self.step = 0
+
+    @rule(
+        prompt=st.integers(1, MAX_LEN - 1),
+        output=st.integers(1, 300),
+        budgets=st.sampled_from((None, 1.5, 3)),
+        method=st.sampled_from((SparseMethod.DENSE, SparseMethod.CUBOID_MEAN)),
+    )
+    def add(self, prompt: int, output: int, budgets: float | None, method: SparseMethod) -> None:
+        total = min(prompt + output, MAX_LEN)
+        budget = None if budgets is None else int(budgets * self.budget)
+        if self.cache.can_admit(total, token_budget=budget):
+            index = self.cache.add(total, method=method, token_budget=budget)
+            assert index not in self.lives
+            self.lives[index] = Life(prompt, total)
+
+    @precondition(lambda self: self.lives)
+    @rule(num_steps=st.integers(1, 80), seed=st.integers(0, 99))
+    def compute(self, num_steps: int, seed: int) -> None:
+        rng = np.random.default_rng(seed)
+        for _ in range(num_steps):
+            self.compute_step(rng)
+
+    def compute_step(self, rng: np.random.Generator) -> None:
+        """Decodes are opened first, then chunks; then come selections; then seals."""
+        self.step += 1
+        lives = [(i, life) for i, life in self.lives.items() if life.length < life.total]
+        decodes = [(i, life) for i, life in lives if life.length >= life.prompt]
+        for index, life in decodes:
+            self.cache.open_token(index, life.length, step=self.step)
+        for index, life in lives:
+            if life.length < life.prompt:
+                size = int(rng.integers(1, life.prompt - life.length + 1))
+                self.cache.open_chunk(index, life.length, life.length + size, step=self.step)
+                life.length += size
+        for layer in range(2):
+            self.select([index for index, _ in decodes], layer, rng)
+        filled = []
+        for index, life in decodes:
+            life.length += 1
+            if life.length % self.page_size == 0:
+                filled.append((index, life.length // self.page_size - 1))
+        self.cache.seal(filled, step=self.step)
+
+    def select(self, decodes: list[int], layer: int, rng: np.random.Generator) -> None:
+        num_full = {i: self.lives[i].length // self.page_size for i in decodes}
+        rows = [index for index in decodes if num_full[index]]
+        if not rows:
+            return
+        count = int(rng.integers(1, min(num_full[index] for index in rows) + 1))
+        pages = [[rng.permutation(num_full[i])[:count] for _ in range(2)] for i in rows]
+        pages_BHK, rows_B = torch.tensor(np.array(pages)), torch.tensor(rows)
+        tables, per_block = self.cache.tables, self.cache.geometry.pages_per_block
+        num_slots = [self.cache.rows[index].num_blocks * per_block for index in rows]
+        was_hot = tables.page_slot[rows_B, layer].gather(-1, pages_BHK) >= 0
+        slots_BHK, fetch = tables.resolve(
+            self.cache.arena,
+            layer=layer,
+            rows_B=rows_B,
+            pages_BHK=pages_BHK,
+            num_slots=max(num_slots),
+            step=self.step,
+        )
+        assert torch.equal(tables.page_slot[rows_B, layer].gather(-1, pages_BHK), slots_BHK)
+        assert bool((slots_BHK[was_hot] >= 0).all())
+        assert (fetch is None) == bool(was_hot.all())
+        room_B1 = torch.tensor(num_slots)[:, None] - 1  # the page of the token is locked
+        assert torch.equal((slots_BHK >= 0).sum(-1), room_B1.clamp(max=count).expand(-1, 2))
+
+    @precondition(lambda self: self.lives)
+    @rule(budgets=st.sampled_from((None, 1, 1.5, 2.5)))
+    def apply(self, budgets: float | None) -> None:
+        hbm_budget = None if budgets is None else int(budgets * self.budget)
+        self.cache.apply(replace(self.cache._knobs, hbm_budget=hbm_budget))
+        for row in self.cache.rows.values():
+            assert row.num_blocks <= self.cache._quota_blocks(row)
+
+    @precondition(lambda self: self.lives)
+    @rule(data=st.data())
+    def free(self, data: st.DataObject) -> None:
+        index = data.draw(st.sampled_from(sorted(self.lives)))
+        self.cache.free(index)
+        del self.lives[index]
+        assert bool((self.cache.tables.page_slot[index] == -1).all())
+        assert bool((self.cache.tables.lane_slots[index] == -1).all())
+
+    @invariant()
+    def nothing_leaks(self) -> None:
+        self.cache.check_integrity()
+        frames = [row.frames for row in self.cache.rows.values()]
+        assert len(np.unique(np.concatenate([*frames, [-1]]))) == 1 + sum(map(len, frames))
+        assert set(self.cache.rows) == set(self.lives)
+
+    @invariant()
+    def every_slot_has_one_owner_and_one_page(self) -> None:
+        arena, per_block = self.cache.arena, self.cache.geometry.pages_per_block
+        owned = torch.zeros(len(arena.slot_page_N), dtype=torch.int64)
+        for row in self.cache.rows.values():
+            slots = slots_of_blocks(torch.from_numpy(row.blocks), pages_per_block=per_block)
+            owned[slots.flatten()] += 1
+            self.check_lanes(row, slots.view(2, 2, -1))
+        assert int(owned.max()) <= 1
+        unowned = owned == 0
+        unowned[:per_block] = False  # block 0 takes the writes of lanes without any
+        assert bool((arena.slot_page_N[unowned] == -1).all())
+        assert bool((arena.slot_step_N[unowned] == FREE_STEP).all())
+        assert int(owned[:per_block].sum()) == 0
+
+    def check_lanes(self, row: Row, slots_LHS: torch.Tensor) -> None:
+        tables, arena = self.cache.tables, self.cache.arena
+        num_slots, life = slots_LHS.shape[-1], self.lives[row.index]
+        assert torch.equal(tables.lane_slots[row.index, :, :, :num_slots].long(), slots_LHS)
+        assert bool((tables.lane_slots[row.index, :, :, num_slots:] == -1).all())
+        table_LHP = tables.page_slot[row.index, :, :, :-1]
+        page_of_slot = arena.slot_page_N[slots_LHS].long()
+        hot_LHP = table_LHP >= 0
+        held = page_of_slot >= 0
+        assert torch.equal(hot_LHP.sum(-1), held.sum(-1))
+        found = table_LHP.gather(-1, page_of_slot.clamp(min=0)).long()
+        assert torch.equal(found[held], slots_LHS[held])
+        num_pages = -(-life.length // self.page_size)
+        assert not bool(hot_LHP[..., num_pages:].any())
+        locked = arena.slot_step_N[slots_LHS] == LOCKED_STEP
+        assert bool((locked.sum(-1) == bool(life.length % self.page_size)).all())
+        assert bool((page_of_slot[locked] == life.length // self.page_size).all())
+        if row.complete:
+            assert torch.equal(table_LHP[..., :num_pages].long(), slots_LHS[..., :num_pages])
+
+
+@pytest.mark.slow
+def test_cache(make_cache: MakeCache) -> None:
+    run_state_machine_as_test(
+        lambda: CacheMachine(make_cache),
+        settings=settings(max_examples=80, stateful_step_count=25, deadline=None),
+    )
+
+
+def test_summaries_and_copies_of_sealed_pages(make_cache: MakeCache) -> None:
+    """A page that decode fills is in the DRAM tier and ranked by its own keys."""
+    cache = make_cache(lane_blocks=2, num_frames=2, page_size=8)
+    row = cache.add(200, method=SparseMethod.CUBOID_MEAN, token_budget=None)
+    for position in range(16):
+        cache.open_token(row, position, step=position)
+    slots = cache.tables.slots_of(row, 0, 2).long()
+    cache.arena.pages_NTCD[slots] = torch.randn(2, 2, 2, 8, 2, 4)
+    cache.seal([(row, 1), (row, 0)], step=20)
+    rows = cache.tables.page_rows(row, 0, 2)
+    pages = cache.arena.pages_NTCD[slots]
+    assert torch.equal(cache.pool.pages_RX[rows], cache.arena.pages_NX[slots])
+    keys = pages[..., 0, :]
+    center = (keys.amax(-2) + keys.amin(-2)) / 2
+    radius = (keys - center[..., None, :]).abs().mean(-2)
+    expected = torch.cat((center + radius, center - radius), dim=-1)
+    torch.testing.assert_close(cache.summaries_RE[rows], expected)
+    assert cache.transfer.d2h[0] == slots.numel() * cache.geometry.page_bytes
+    assert bool((cache.arena.slot_step_N[slots] == 20).all()), "no longer locked"
+
+
+def test_a_newcomer_takes_what_is_above_the_share(make_cache: MakeCache) -> None:
+    cache = make_cache(lane_blocks=8, num_frames=20, token_budget=256)
+    first = cache.add(1000, method=SparseMethod.DENSE, token_budget=None)
+    cache.open_chunk(first, 0, 999, step=1)
+    assert cache.rows[first].complete
+    assert cache.rows[first].num_blocks == 8
+    second = cache.add(1000, method=SparseMethod.DENSE, token_budget=None)
+    assert cache.rows[second].num_blocks == 3, "the budget and the partial page"
+    assert cache.rows[first].num_blocks == 4
+    assert not cache.rows[first].complete
+    assert cache.can_admit(1000, token_budget=None) is False, "3 + 3 + 3 blocks"
+    assert cache.can_admit(128, token_budget=None), "one block"
+    cache.free(first)
+    assert cache.can_admit(1000, token_budget=None)
+
+
+def test_a_newcomer_that_fits_disturbs_nobody(make_cache: MakeCache) -> None:
+    cache = make_cache(lane_blocks=8, num_frames=20, token_budget=256)
+    first = cache.add(600, method=SparseMethod.DENSE, token_budget=None)
+    cache.open_chunk(first, 0, 599, step=1)
+    cache.add(1000, method=SparseMethod.DENSE, token_budget=None)
+    assert cache.rows[first].complete
+    assert cache.rows[first].num_blocks == 5
+
+
+def test_what_never_fits_is_named(make_cache: MakeCache) -> None:
+    cache = make_cache(lane_blocks=2, num_frames=3)
+    cache.check_fits(3 * 128)
+    with pytest.raises(CapacityError, match="DRAM tier, which holds 384 tokens") as error:
+        cache.check_fits(3 * 128 + 1)
+    assert error.value.field == "kv_dram_gib"
+    with pytest.raises(CapacityError, match="exceeds max_model_len=1024") as error:
+        cache.check_fits(1025)
+    assert error.value.field == "max_model_len"
+
+
+def test_an_own_budget_does_not_follow_the_knob(make_cache: MakeCache) -> None:
+    cache = make_cache(lane_blocks=8, num_frames=20, token_budget=256)
+    own = cache.add(300, method=SparseMethod.QUEST, token_budget=256)
+    following = cache.add(300, method=SparseMethod.QUEST, token_budget=None)
+    cache.apply(replace(cache._knobs, token_budget=512))
+    assert [cache.rows[index].token_budget for index in (own, following)] == [256, 512]
+    assert cache.rows[following].selected_pages(32) == 15
+
+
+def test_integrity_notices_a_lost_block(make_cache: MakeCache) -> None:
+    cache = make_cache(lane_blocks=4, num_frames=4)
+    index = cache.add(300, method=SparseMethod.DENSE, token_budget=None)
+    cache.rows[index].blocks = cache.rows[index].blocks[:, 1:]
+    with pytest.raises(AssertionError):
+        cache.check_integrity()

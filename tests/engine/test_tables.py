@@ -1,0 +1,197 @@
+"""``resolve`` against an exact LRU in plain Python."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sparsed.core import SparseMethod
+from sparsed.engine.kvcache.cache import KVCache
+from sparsed.engine.kvcache.tables import Resolved
+
+MakeCache = Callable[..., KVCache]
+NUM_PAGES = 1024 // 32
+NUM_HEADS = 2
+
+
+class LaneLru:
+    """The pages one lane holds, with the step of their last use."""
+
+    def __init__(self, num_slots: int) -> None:
+        self.num_slots = num_slots
+        self.used_at: dict[int, int] = {}
+
+    def touch(self, pages: Sequence[int], step: int) -> tuple[set[int], list[int]]:
+        """(hits, ages of the pages that must go), the selection being ``pages``."""
+        hits = set(pages) & self.used_at.keys()
+        others = sorted(at for page, at in self.used_at.items() if page not in hits)
+        need = min(len(pages), self.num_slots) - (self.num_slots - len(others))
+        return hits, others[: max(0, need)]
+
+
+class Lanes(NamedTuple):
+    """Rows of a cache whose lanes hold nothing yet, and an oracle for each lane of layer 1."""
+
+    cache: KVCache
+    rows: list[int]
+    oracles: list[list[LaneLru]]
+
+
+def new_lanes(make_cache: MakeCache, blocks_of_row: Sequence[int]) -> Lanes:
+    cache = make_cache(lane_blocks=sum(blocks_of_row), num_frames=8 * len(blocks_of_row))
+    rows = []
+    for blocks in blocks_of_row:
+        rows.append(cache.add(blocks * 128, method=SparseMethod.CUBOID_MEAN, token_budget=None))
+    oracles = [[LaneLru(4 * blocks) for _ in range(NUM_HEADS)] for blocks in blocks_of_row]
+    return Lanes(cache, rows, oracles)
+
+
+def resolve(lanes: Lanes, order: Sequence[int], pages_BHK: torch.Tensor, step: int) -> Resolved:
+    """Resolve the selections of rows ``order`` in layer 1."""
+    blocks = max(lanes.cache.rows[lanes.rows[i]].num_blocks for i in order)
+    return lanes.cache.tables.resolve(
+        lanes.cache.arena,
+        layer=1,
+        rows_B=torch.tensor([lanes.rows[i] for i in order]),
+        pages_BHK=pages_BHK[list(order)],
+        num_slots=4 * blocks,
+        step=step,
+    )
+
+
+def resident(lanes: Lanes, row: int, head: int) -> set[int]:
+    table_P = lanes.cache.tables.page_slot[lanes.rows[row], 1, head, :-1]
+    return set((table_P >= 0).nonzero()[:, 0].tolist())
+
+
+def random_selections(
+    num_rows: int, count: int, rng: np.random.Generator
+) -> torch.Tensor:  # (B, H, K)
+    weights = 1 / (1 + np.arange(NUM_PAGES))
+    lanes = range(num_rows * NUM_HEADS)
+    rows = [
+        rng.choice(NUM_PAGES, size=count, replace=False, p=weights / weights.sum()) for _ in lanes
+    ]
+    return torch.tensor(np.array(rows)).view(num_rows, NUM_HEADS, count)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    blocks=st.lists(st.integers(1, 3), min_size=1, max_size=3),
+    count=st.integers(1, 14),
+    seed=st.integers(0, 999),
+)
+def test_hits_and_victims_are_those_of_an_exact_lru(
+    make_cache: MakeCache, blocks: list[int], count: int, seed: int
+) -> None:
+    lanes, rng = new_lanes(make_cache, blocks), np.random.default_rng(seed)
+    for step in range(1, 25):
+        pages_BHK = random_selections(len(blocks), count, rng)
+        resolved = resolve(lanes, range(len(blocks)), pages_BHK, step)
+        missed = evicted = 0
+        for row, heads in enumerate(lanes.oracles):
+            for head, oracle in enumerate(heads):
+                pages = pages_BHK[row, head].tolist()
+                hits, ages = oracle.touch(pages, step)
+                now = resident(lanes, row, head)
+                gone = oracle.used_at.keys() - now
+                assert hits <= now
+                assert not gone & set(pages), "a page of this step was taken"
+                assert sorted(oracle.used_at[page] for page in gone) == ages
+                assert now - oracle.used_at.keys() <= set(pages)
+                assert len(now) <= oracle.num_slots
+                placed = resolved.slots_BHK[row, head] >= 0
+                assert int(placed.sum()) == min(count, oracle.num_slots)
+                missed += count - len(hits)
+                evicted += len(gone)
+                used = dict.fromkeys(set(pages) & now, step)
+                oracle.used_at = {p: at for p, at in oracle.used_at.items() if p in now} | used
+        assert (resolved.fetch is None) == (missed == 0)
+        if resolved.fetch is not None:
+            assert (int(resolved.fetch.missed), int(resolved.fetch.evicted)) == (missed, evicted)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    blocks=st.lists(st.integers(1, 3), min_size=2, max_size=3),
+    count=st.integers(1, 14),
+    seed=st.integers(0, 999),
+    data=st.data(),
+)
+def test_the_order_of_the_batch_does_not_matter(
+    make_cache: MakeCache, blocks: list[int], count: int, seed: int, data: st.DataObject
+) -> None:
+    first, second = new_lanes(make_cache, blocks), new_lanes(make_cache, blocks)
+    rng = np.random.default_rng(seed)
+    for step in range(1, 8):
+        pages_BHK = random_selections(len(blocks), count, rng)
+        order = data.draw(st.permutations(range(len(blocks))))
+        expected = resolve(first, range(len(blocks)), pages_BHK, step)
+        found = resolve(second, order, pages_BHK, step)
+        assert torch.equal(found.slots_BHK, expected.slots_BHK[order])
+        assert torch.equal(first.cache.tables.page_slot[..., :-1],
+                           second.cache.tables.page_slot[..., :-1])  # fmt: skip
+
+
+@pytest.mark.parametrize("num_blocks", [2, 4])
+def test_the_hit_ratio_is_that_of_an_ordered_dict(make_cache: MakeCache, num_blocks: int) -> None:
+    """An LRU that orders the pages of one step, too, may differ by a few pages, not by more."""
+    lanes, rng = new_lanes(make_cache, [num_blocks]), np.random.default_rng(7)
+    caches: list[OrderedDict[int, None]] = [OrderedDict() for _ in range(NUM_HEADS)]
+    hits = expected_hits = 0
+    num_steps, count = 400, 6
+    for step in range(1, num_steps):
+        pages_BHK = random_selections(1, count, rng)
+        resolved = resolve(lanes, [0], pages_BHK, step)
+        missed = 0 if resolved.fetch is None else int(resolved.fetch.missed)
+        hits += pages_BHK.numel() - missed
+        for head, lru in enumerate(caches):
+            expected_hits += use(lru, pages_BHK[0, head].tolist(), num_slots=4 * num_blocks)
+    total = num_steps * count * NUM_HEADS
+    assert 0.3 < expected_hits / total < 0.95, "a trace that tells policies apart"
+    assert abs(hits - expected_hits) < 0.02 * total
+
+
+def use(lru: OrderedDict[int, None], pages: Sequence[int], *, num_slots: int) -> int:
+    """Touch the pages that are there, bring in the others; how many were there."""
+    present = [page for page in pages if page in lru]
+    for page in present:
+        lru.move_to_end(page)
+    for page in pages:
+        lru[page] = None
+    while len(lru) > num_slots:
+        lru.popitem(last=False)
+    return len(present)
+
+
+def test_a_fetch_names_a_target_for_each_missing_page(make_cache: MakeCache) -> None:
+    lanes = new_lanes(make_cache, [1])
+    pages_BHK = torch.tensor([[[3, 9], [4, 0]]])
+    fetch = resolve(lanes, [0], pages_BHK, 1).fetch
+    assert fetch is not None
+    assert bool(fetch.placed_BHK.all())
+    owned_HS = lanes.cache.tables.lane_slots[lanes.rows[0], 1, :, :4].long()
+    assert bool((fetch.target_BHK[0, :, :, None] == owned_HS[:, None]).any(-1).all())
+    assert resolve(lanes, [0], pages_BHK, 2).fetch is None
+    fetch = resolve(lanes, [0], torch.tensor([[[3, 7], [4, 0]]]), 3).fetch
+    assert fetch is not None
+    assert fetch.placed_BHK.tolist() == [[[False, True], [False, False]]]
+    assert int(fetch.missed) == 1
+    assert int(fetch.evicted) == 0, "two of four slots were free"
+
+
+def test_a_lane_without_room_keeps_its_locked_page(make_cache: MakeCache) -> None:
+    """Four slots, one locked: of four selected pages one is left to a pass through staging."""
+    lanes = new_lanes(make_cache, [1])
+    lanes.cache.open_token(lanes.rows[0], 0, step=1)
+    pages_BHK = torch.tensor([[[1, 2, 3, 4]] * NUM_HEADS])
+    resolved = resolve(lanes, [0], pages_BHK, 2)
+    assert (resolved.slots_BHK >= 0).sum(-1).tolist() == [[3, 3]]
+    assert [resident(lanes, 0, head) for head in range(NUM_HEADS)] == [{0, 1, 2, 3}] * 2
