@@ -11,7 +11,6 @@
 .DEFAULT_GOAL := help
 
 export PYTHONSAFEPATH = 1
-export OMP_WAIT_POLICY = PASSIVE
 
 VENV ?= .venv
 BARE ?= build/bare

@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
 import torch
 import transformers
 from report import environment, reference_tokens, resolve_builtin, this_machine
+from transformers.generation.streamers import BaseStreamer
 
 from sparsed.core import AddRequest, EngineSpec, SamplingParams
 from sparsed.engine.engine import Engine
@@ -62,26 +60,37 @@ def time_engine(engine: Engine, prompts: list[list[int]], new_tokens: int) -> Sp
     )
 
 
+class TokenClock(BaseStreamer):
+    """Notes when each token of ``generate`` is there; the first call brings the prompt."""
+
+    def __init__(self) -> None:
+        self.times_s: list[float] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.times_s.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+
 def time_transformers(
     model: transformers.PreTrainedModel, prompts: list[list[int]], new_tokens: int
 ) -> Speed:
-    ids = torch.tensor(prompts)
-
-    def generate(count: int) -> float:
-        started = time.perf_counter()
-        with torch.inference_mode():
-            model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                do_sample=False,
-                min_new_tokens=count,
-                max_new_tokens=count,
-            )
-        return time.perf_counter() - started
-
-    prefill_s = generate(1)
-    decode_s = generate(new_tokens + 1) - prefill_s
-    return Speed(prefill=ids.numel() / prefill_s, decode=len(prompts) * new_tokens / decode_s)
+    ids, clock = torch.tensor(prompts), TokenClock()
+    with torch.inference_mode():
+        model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            min_new_tokens=new_tokens + 1,
+            max_new_tokens=new_tokens + 1,
+            streamer=clock,
+        )
+    started_s, first_s, *_, last_s = clock.times_s
+    return Speed(
+        prefill=ids.numel() / (first_s - started_s),
+        decode=len(prompts) * new_tokens / (last_s - first_s),
+    )
 
 
 def make_engine(directory: Path, knobs: dict[str, object]) -> Engine:

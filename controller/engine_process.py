@@ -174,7 +174,7 @@ class EngineProcess:
 def _worker_environment() -> dict[str, str]:
     environment = dict(os.environ)
     environment.pop("NOTIFY_SOCKET", None)  # only the controller reports to systemd
-    return environment | {"OMP_WAIT_POLICY": "PASSIVE"}
+    return environment
 
 
 def _exit_in_words(returncode: int | None) -> str:

@@ -201,8 +201,6 @@ def main(argv: Sequence[str] | None = None) -> ExitCode:
     parser.add_argument("--pool-fd", type=int, help="open file that backs the DRAM tier")
     arguments = parser.parse_args(argv)
     _die_with_parent()
-    # Spinning threads would take the cores from the controller. Read when torch is loaded.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     stopped = threading.Event()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the controller to handle
     signal.signal(signal.SIGTERM, lambda _signal, _frame: stopped.set())

@@ -1,14 +1,19 @@
 """Every operation of this folder in plain torch: the CPU path, and the oracle of the kernels.
 
 Shape legend: B requests in the batch, H KV heads, G query heads per KV head, D head dim, T tokens
-of a page, N slots of the arena, R page rows, K page columns, M pages to move, F frames, P pages,
-C = 2 (key, value), E = 2 * D (upper and lower page bound, or the query split to meet them).
+of a page, N slots of the arena, R page rows, K page columns, M pages to move, L = B * H lanes,
+W tokens gathered, F frames, P pages, C = 2 (key, value), E = 2 * D (upper and lower page bound, or
+the query split to meet them).
 """
 
 from __future__ import annotations
 
+from typing import Final
+
 import torch
 from torch import Tensor
+
+_NOTHING: Final = -1e30  # a logit that no real one comes near, and unlike -inf a number
 
 
 def copy_pages(dst_RX: Tensor, src_RX: Tensor, *, dst_rows_M: Tensor, src_rows_M: Tensor) -> None:
@@ -58,21 +63,33 @@ def attend_pages(
 ) -> tuple[Tensor, Tensor]:
     """See ``kernels.attend.attend_pages``."""
     num_requests, num_heads, _, head_dim = q_BHGD.shape
-    num_columns, page_size = slots_BHK.shape[2], arena_NTCD.shape[1]
+    kv_LWCD, hidden_LW = _gather_tokens(arena_NTCD, slots_BHK, tail_tokens_B)
+    q_LGD = (q_BHGD * scale).reshape(num_requests * num_heads, -1, head_dim).to(kv_LWCD.dtype)
+    logits_LGW = torch.bmm(q_LGD, kv_LWCD[:, :, 0].transpose(1, 2)).float()
+    if hidden_LW is not None:
+        logits_LGW.masked_fill_(hidden_LW[:, None], _NOTHING)
+    weights_LGW = torch.softmax(logits_LGW, dim=-1)
+    o_LGD = torch.bmm(weights_LGW.to(kv_LWCD.dtype), kv_LWCD[:, :, 1]).float()
+    lse_LG = logits_LGW.amax(dim=-1) - weights_LGW.amax(dim=-1).log()
+    lse_LG = lse_LG.masked_fill(lse_LG < _NOTHING / 2, float("-inf"))
+    return o_LGD.view_as(q_BHGD), lse_LG.view(q_BHGD.shape[:3])
+
+
+def _gather_tokens(
+    arena_NTCD: Tensor, slots_BHK: Tensor, tail_tokens_B: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """Tokens of every lane (B * H, W, 2, D), and which of them not to attend to (None: all are
+    wanted). Room never written may hold anything, even NaN, so what is hidden is set to zero."""
+    page_size, columns = arena_NTCD.shape[1], slots_BHK.shape[2]
     rows = slots_BHK.clamp(min=0).flatten()
     kv = arena_NTCD.view(len(arena_NTCD), -1).index_select(0, rows)
-    kv = kv.view(num_requests * num_heads, num_columns * page_size, 2, head_dim)
-    hidden = _hidden_tokens(slots_BHK, tail_tokens_B, page_size)
-    # Room never written may hold anything, even NaN, and NaN times a weight of 0 is NaN.
-    kv.flatten(0, 1).index_fill_(0, hidden.flatten().nonzero()[:, 0], 0)
-    q_LGD = (q_BHGD * scale).reshape(num_requests * num_heads, -1, head_dim).to(kv.dtype)
-    logits_LGW = torch.bmm(q_LGD, kv[:, :, 0].transpose(1, 2)).float()
-    logits = logits_LGW.view(num_requests, num_heads, -1, num_columns, page_size)
-    logits.masked_fill_(hidden[:, :, None], float("-inf"))
-    lse_LG = torch.logsumexp(logits_LGW, dim=-1)
-    weights_LGW = torch.exp(logits_LGW - lse_LG.clamp(min=-1e30)[..., None])
-    o_LGD = torch.bmm(weights_LGW.to(kv.dtype), kv[:, :, 1]).float()
-    return o_LGD.view_as(q_BHGD), lse_LG.view(q_BHGD.shape[:3])
+    kv = kv.view(-1, columns * page_size, *arena_NTCD.shape[2:])
+    longest, shortest = max(tail_tokens_B.tolist()), min(tail_tokens_B.tolist())
+    if longest == shortest > 0 and not (slots_BHK < 0).any():
+        return kv[:, : (columns - 1) * page_size + longest], None
+    hidden_LW = _hidden_tokens(slots_BHK, tail_tokens_B, page_size).view(kv.shape[:2])
+    kv.flatten(0, 1).index_fill_(0, hidden_LW.flatten().nonzero()[:, 0], 0)
+    return kv, hidden_LW
 
 
 def merge_states(
@@ -80,7 +97,7 @@ def merge_states(
 ) -> tuple[Tensor, Tensor]:
     """See ``kernels.merge.merge_states``."""
     lse_BHG = torch.logaddexp(lse_a_BHG, lse_b_BHG)
-    base_BHG = lse_BHG.clamp(min=-1e30)  # -inf - -inf is not a number
+    base_BHG = lse_BHG.clamp(min=_NOTHING)  # -inf - -inf is not a number
     weight_a_BHG, weight_b_BHG = torch.exp(lse_a_BHG - base_BHG), torch.exp(lse_b_BHG - base_BHG)
     return o_a_BHGD * weight_a_BHG[..., None] + o_b_BHGD * weight_b_BHG[..., None], lse_BHG
 
