@@ -1,4 +1,4 @@
-"""The profiler's window: engine statistics in, one Snapshot a second out, one a minute kept."""
+"""The profiler's window: engine statistics in, one Snapshot a second out."""
 
 from __future__ import annotations
 
@@ -19,16 +19,14 @@ class Window:
     """Differences of the engine's counters between two reports, with the clock's time between.
 
     Call ``close`` for every report that arrives, and ``observe_request`` for every request that
-    ends; ``rollup`` once a minute. One thread. ``clock`` gives seconds and only runs forward.
+    ends. One thread. ``clock`` gives seconds and only runs forward.
     """
 
     def __init__(self, *, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._last = EngineStats()
         self._totals = EngineStats()
-        self._second = Span(self._totals, started_s=clock())
-        self._minute = Span(self._totals, started_s=clock())
-        self._host = HostGauges()
+        self._span = Span(self._totals, started_s=clock())
         self._ring: deque[Snapshot] = deque(maxlen=RING_SNAPSHOTS)
 
     @property
@@ -43,8 +41,7 @@ class Window:
 
     def observe_request(self, *, ttft_s: float, tpot_s: float | None) -> None:
         """A request ended; ``tpot_s`` None: it had fewer than two tokens."""
-        self._second.add_request(ttft_s=ttft_s, tpot_s=tpot_s)
-        self._minute.add_request(ttft_s=ttft_s, tpot_s=tpot_s)
+        self._span.add_request(ttft_s=ttft_s, tpot_s=tpot_s)
 
     def close(
         self, stats: EngineStats, *, ended_at: float, host: HostGauges | None = None
@@ -55,32 +52,20 @@ class Window:
         """
         self._totals = advance(self._totals, before=self._last, now=stats)
         self._last = stats
-        self._host = host or HostGauges()
-        self._second.add_steps(stats.recent_step_s)
-        self._minute.add_steps(stats.recent_step_s)
+        self._span.add_steps(stats.recent_step_s)
         now_s = self._clock()
-        if now_s - self._second.started_s < MIN_WINDOW_S:
+        if now_s - self._span.started_s < MIN_WINDOW_S:
             return None
-        snapshot = self._close(self._second, now_s=now_s, ended_at=ended_at)
-        self._second = Span(self._totals, started_s=now_s)
+        snapshot = self._span.close(
+            self._totals, now_s=now_s, ended_at=ended_at, host=host or HostGauges()
+        )
+        self._span = Span(self._totals, started_s=now_s)
         self._ring.append(snapshot)
-        return snapshot
-
-    def rollup(self, *, ended_at: float) -> Snapshot | None:
-        """Everything since the rollup before, from its own samples; None: nothing to report."""
-        now_s = self._clock()
-        if now_s - self._minute.started_s < MIN_WINDOW_S:
-            return None
-        snapshot = self._close(self._minute, now_s=now_s, ended_at=ended_at)
-        self._minute = Span(self._totals, started_s=now_s)
         return snapshot
 
     def latest(self) -> Snapshot | None:
         """The last window; None once three intervals have passed without a new report."""
-        age_s = self._clock() - self._second.started_s
+        age_s = self._clock() - self._span.started_s
         if not self._ring or age_s > STALE_INTERVALS * INTERVAL_S:
             return None
         return self._ring[-1]
-
-    def _close(self, span: Span, *, now_s: float, ended_at: float) -> Snapshot:
-        return span.close(self._totals, now_s=now_s, ended_at=ended_at, host=self._host)

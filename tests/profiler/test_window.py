@@ -1,4 +1,4 @@
-"""Windows: rates from differences, restarts, staleness, percentiles, rollups."""
+"""Windows: rates from differences, restarts, staleness, percentiles."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparsed.core import EngineStats, HostGauges, Snapshot
+from sparsed.core import EngineStats, Snapshot
 from sparsed.profiler.counters import COUNTERS, advance
 from sparsed.profiler.span import percentile
 from sparsed.profiler.window import RING_SNAPSHOTS, Window
@@ -112,21 +112,6 @@ def test_requests_count_in_the_window_they_finish_in(window: Window, clock: Cloc
     assert snapshot.ttft_p50_s == pytest.approx(0.2)
     assert snapshot.tpot_p50_s == pytest.approx(0.02)
     assert close(window, clock, EngineStats(requests_finished=3)).ttft_p50_s is None
-
-
-def test_rollup_uses_its_own_samples_and_survives_a_restart(window: Window, clock: Clock) -> None:
-    host = HostGauges(host_free_bytes=5)
-    for steps in (10, 20, 2):  # the third report is of a new engine
-        clock.now_s += 20.0
-        stats = EngineStats(steps=steps, generated_tokens=steps, recent_step_s=(steps / 10,))
-        window.close(stats, ended_at=clock.now_s, host=host)
-    rollup = window.rollup(ended_at=160.0)
-    assert rollup is not None
-    assert (rollup.window_s, rollup.steps) == (60.0, 22)
-    assert rollup.generated_tokens_per_s == pytest.approx(22 / 60)
-    assert rollup.step_p50_s == 1.0
-    assert rollup.host is host
-    assert window.rollup(ended_at=160.0) is None
 
 
 def test_the_ring_is_bounded_and_oldest_first(window: Window, clock: Clock) -> None:
