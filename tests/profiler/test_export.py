@@ -28,7 +28,7 @@ KNOBS = Knobs(
 
 
 def telemetry(**changes: object) -> Telemetry:
-    window = Window(clock=iter([0.0, 0.0, 1.0, 1.5]).__next__)
+    window = Window(clock=iter([0.0, 1.0, 1.5]).__next__)
     stats = EngineStats(steps=7, h2d_bytes=4096, recall_sum=0.9, recall_samples=1, knobs=KNOBS)
     host = HostGauges(process_rss_bytes=10, gpu_used_bytes=20, pcie_d2h_bytes_per_s=30.0)
     window.close(stats, ended_at=5.0, host=host)
