@@ -18,6 +18,7 @@ from sparsed.core import (
     MachineFacts,
     MemoryPlan,
     ModelShape,
+    SparseMethod,
     StartError,
     check_knob_values,
 )
@@ -32,6 +33,7 @@ DRAM_USE_FRAC = 0.8  # of what is free (after the weights, on a CPU)
 CPU_HOT_FRAC = 0.4  # of the memory both tiers share on a CPU
 TABLES_FRAC = 0.25  # most of the hot tier that page tables may take
 SUMMARIES_FRAC = 0.5  # most of the hot tier that summaries may take
+FINE_SUMMARY_BYTES = 96 << 20  # most that the longest request may take for pages of 16 tokens
 MIN_LANE_BLOCKS = 2  # an open page and one more, for every lane of one request
 
 
@@ -58,6 +60,7 @@ def resolve_knobs(
     values["kv_dram_gib"] = asked.get("kv_dram_gib") or _gib(min(dram_free, wanted))
     values["kv_hbm_gib"] = asked.get("kv_hbm_gib") or _gib(min(hot_free, wanted * 1.25 + GIB / 4))
     values["max_model_len"] = length
+    values["page_size"] = asked.get("page_size") or _page_size(length, shape, dtype=dtype)
     values["max_num_seqs"] = num_seqs
     values["max_num_active_seqs"] = asked.get("max_num_active_seqs") or num_seqs
     knobs = Knobs(**values)  # type: ignore[arg-type]  # every value was checked by its KnobSpec
@@ -146,6 +149,14 @@ def _free_bytes(
             code=ExitCode.UNAVAILABLE,
         )
     return hot, dram
+
+
+def _page_size(length: int, shape: ModelShape, *, dtype: str) -> int:
+    """Pages of 16 tokens rank better than pages of 32, and their summaries are twice as large:
+    the default where the longest request can afford them."""
+    fine = Geometry.of(shape, dtype=dtype, page_size=16)
+    summaries = num_frames(length) * fine.summary_bytes_per_frame(SparseMethod.CUBOID_MEAN)
+    return 16 if summaries <= FINE_SUMMARY_BYTES else 32
 
 
 def _max_model_len(asked: KnobValue, shape: ModelShape) -> int:

@@ -183,7 +183,7 @@ KNOB_SPECS: tuple[KnobSpec, ...] = (
         name="page_size",
         unit="tokens",
         klass=KnobClass.RESTART,
-        default=32,
+        default=None,
         choices=PAGE_SIZES,
         help="tokens of a page, the unit of selection and transfer",
     ),
