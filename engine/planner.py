@@ -115,16 +115,17 @@ def plan_memory(knobs: Knobs, *, shape: ModelShape, dtype: str) -> MemoryPlan:
 def _num_frames(knobs: Knobs, geometry: Geometry) -> int:
     """Frames the DRAM pool holds, at most as many as the hot tier can summarise."""
     frames = int(knobs.kv_dram_gib * GIB) // geometry.frame_bytes
-    summary_bytes = geometry.summary_bytes_per_frame(knobs.sparse_method)
-    if summary_bytes:
-        frames = min(frames, int(knobs.kv_hbm_gib * GIB * SUMMARIES_FRAC) // summary_bytes)
     if frames < 1:
         raise InputError(
             f"kv_dram_gib={knobs.kv_dram_gib:.3g} is too small: {BLOCK_TOKENS} tokens of this "
             f"model take {geometry.frame_bytes / GIB:.3g} GiB",
             field="kv_dram_gib",
         )
-    return frames
+    summary_bytes = geometry.summary_bytes_per_frame(knobs.sparse_method)
+    if summary_bytes == 0:
+        return frames
+    summarised = int(knobs.kv_hbm_gib * GIB * SUMMARIES_FRAC) // summary_bytes
+    return min(frames, max(1, summarised))  # no room for one: plan_memory says what there must be
 
 
 def _free_bytes(

@@ -24,6 +24,7 @@ geometries = st.builds(
 )
 
 
+@settings(deadline=None)
 @given(geometry=geometries)
 def test_pages_tile_blocks_and_blocks_tile_frames(geometry: Geometry) -> None:
     assert geometry.page_bytes == geometry.page_size * 2 * geometry.head_dim * (
@@ -38,6 +39,7 @@ def test_pages_tile_blocks_and_blocks_tile_frames(geometry: Geometry) -> None:
     assert summaries * geometry.page_size == geometry.frame_bytes
 
 
+@settings(deadline=None)
 @given(geometry=geometries, num_tokens=st.integers(0, 10**7))
 def test_frames_and_pages_cover_the_tokens(geometry: Geometry, num_tokens: int) -> None:
     frames = num_frames(num_tokens)
@@ -47,6 +49,7 @@ def test_frames_and_pages_cover_the_tokens(geometry: Geometry, num_tokens: int) 
     assert pages * geometry.page_size == frames * BLOCK_TOKENS
 
 
+@settings(deadline=None)
 @given(
     num_blocks=st.integers(1, 20), pages_per_block=st.sampled_from((1, 2, 4, 8, 16)), data=st.data()
 )

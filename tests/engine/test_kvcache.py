@@ -241,6 +241,23 @@ def test_a_newcomer_that_fits_disturbs_nobody(make_cache: MakeCache) -> None:
     assert cache.rows[first].num_blocks == 5
 
 
+def test_an_open_page_moves_when_its_slot_is_taken(make_cache: MakeCache) -> None:
+    cache = make_cache(lane_blocks=8, num_frames=20, token_budget=256)
+    index = cache.add(1000, method=SparseMethod.CUBOID_MEAN, token_budget=None)
+    cache.open_chunk(index, 0, 999, step=1)
+    before = cache.tables.slots_of(index, 31, 32).long()
+    pages = torch.randn_like(cache.arena.pages_NTCD[before])
+    cache.arena.pages_NTCD[before] = pages
+    cache.apply(replace(cache._knobs, hbm_budget=256))
+    assert cache.rows[index].num_blocks == 3
+    after = cache.tables.slots_of(index, 31, 32).long()
+    assert bool(torch.isin(after, cache.tables.lane_slots[index, :, :, :12].long()).all())
+    assert torch.equal(cache.arena.pages_NTCD[after], pages)
+    assert bool((cache.arena.slot_step_N[after] == LOCKED_STEP).all())
+    assert bool((cache.arena.slot_page_N[before] == -1).all())
+    assert (cache.tables.page_slot[index, :, :, :-1] >= 0).sum(-1).unique().tolist() == [12]
+
+
 def test_what_never_fits_is_named(make_cache: MakeCache) -> None:
     cache = make_cache(lane_blocks=2, num_frames=3)
     cache.check_fits(3 * 128)

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from sparsed.core import (
@@ -96,6 +96,7 @@ def plan(
     return knobs, plan_memory(knobs, shape=shape, dtype=dtype)
 
 
+@settings(deadline=None)
 @given(shape=shapes, asked=wishes, where=machines, dtype=st.sampled_from(("float32", "bfloat16")))
 def test_a_plan_keeps_every_promise_or_names_a_knob(
     shape: ModelShape,
@@ -107,7 +108,7 @@ def test_a_plan_keeps_every_promise_or_names_a_knob(
     try:
         knobs, memory = plan(asked, shape=shape, machine=machine, device=device, dtype=dtype)
     except InputError as error:
-        assert error.field in asked or error.field == "kv_hbm_gib"
+        assert error.field in {*asked, "kv_hbm_gib", "kv_dram_gib"}, "tiers may be the machine's"
         assert str(error.field) in str(error)
         return
     assert {name: getattr(knobs, name) for name in asked} == asked
@@ -129,6 +130,7 @@ def test_a_plan_keeps_every_promise_or_names_a_knob(
     assert num_frames(knobs.max_model_len) <= memory.num_frames, "max_model_len always fits"
 
 
+@settings(deadline=None)
 @given(shape=shapes, dtype=st.sampled_from(("float32", "bfloat16")))
 def test_a_usual_machine_needs_no_wishes(shape: ModelShape, dtype: str) -> None:
     for machine, device in ((H100, "cuda:0"), (LAPTOP, "cpu")):
@@ -137,6 +139,7 @@ def test_a_usual_machine_needs_no_wishes(shape: ModelShape, dtype: str) -> None:
         assert memory.max_tokens >= knobs.max_model_len
 
 
+@settings(deadline=None)
 @given(shape=shapes, asked=wishes, free_gib=st.floats(4, 64))
 def test_a_cpu_machine_is_not_promised_more_than_is_free(
     shape: ModelShape, asked: dict[str, KnobValue], free_gib: float
@@ -205,6 +208,7 @@ def test_rows_are_as_many_as_the_length_that_fits_allows() -> None:
         ({"max_model_len": 100_000, "kv_dram_gib": 1.0}, "hold 8192 tokens; raise kv_dram_gib"),
         ({"kv_dram_gib": 0.01}, "is too small: 128 tokens of this model take 0.0156 GiB"),
         ({"kv_hbm_gib": 0.1}, "needs at least"),
+        ({"kv_hbm_gib": 0.001}, "needs at least"),
         ({"max_num_seqs": 1024, "kv_hbm_gib": 4.0}, "needs at least"),
         ({"dense_layers": 33}, "beyond the model's 32 layers"),
         ({"max_num_active_seqs": 65}, "above max_num_seqs=64"),
