@@ -30,6 +30,7 @@ MEMORY = ("--kv-hbm-gib", "0.25", "--kv-dram-gib", "1")  # small, so that pages 
 DOCUMENT_TOKENS = 6000
 TOKEN_BUDGET = 1024
 NUM_TRIALS = 3
+TRIAL_S = 8
 PROGRESS_S = 3.0
 ENVIRONMENT = os.environ | {"PYTHONSAFEPATH": "1"}
 
@@ -205,7 +206,8 @@ def tune(daemon: Daemon) -> None:
     daemon.stop()
     sparsed(
         *("tune", "--model", MODEL, *MEMORY, "--workload", "chat"),
-        *("--trials", str(NUM_TRIALS), "--seed", "1", "--export", str(TUNED), *state_dir()),
+        *("--trials", str(NUM_TRIALS), "--trial-seconds", str(TRIAL_S), "--seed", "1"),
+        *("--export", str(TUNED), *state_dir()),
     )
 
 
