@@ -308,6 +308,15 @@ def test_dense_layers(make_runner: MakeRunner, llama: Path, dense_layers: int) -
     assert torch.equal(resident, dense) == (dense_layers == 2)
 
 
+def test_tokens_read_are_a_mean_over_layers(make_engine: MakeEngine, llama: Path) -> None:
+    """Two decode steps, at positions 700 and 701: one layer reads all, the other seven pages."""
+    engine = make_engine(llama, token_budget=256, dense_layers=1)
+    details = run(engine, request("a", tokens_of(700), 3))[-1].sparse
+    assert details is not None
+    assert details.tokens_read == (701 + 7 * 32 + 29) // 2 + (702 + 7 * 32 + 30) // 2
+    assert details.tokens_dense == 701 + 702
+
+
 def test_recall_is_measured_and_the_text_unchanged(make_runner: MakeRunner, llama: Path) -> None:
     """Every 32nd step reads everything, also what is not hot."""
     runner = make_runner(llama, token_budget=256, lane_blocks=3)
