@@ -230,9 +230,9 @@ def test_eight_requests_of_mixed_lengths(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("lane_blocks", [None, 3])
+@pytest.mark.parametrize(("lane_blocks", "count"), [(None, NUM_TOKENS), (3, 50)])
 def test_real_weights(
-    make_engine: MakeEngine, smollm2: Path, oracle: Oracle, lane_blocks: int | None
+    make_engine: MakeEngine, smollm2: Path, oracle: Oracle, lane_blocks: int | None, count: int
 ) -> None:
     from pydoc_data.topics import topics
 
@@ -241,7 +241,7 @@ def test_real_weights(
     tokenizer = Tokenizer.from_file(str(smollm2 / "tokenizer.json"))
     prompt = tuple(tokenizer.encode(topics["with"]).ids[:400])
     engine = make_engine(smollm2, lane_blocks=lane_blocks, prefill_chunk=100, kv_dram_gib=0.2)
-    assert greedy(engine, prompt) == oracle(smollm2, prompt)
+    assert greedy(engine, prompt, count) == oracle(smollm2, prompt)[:count]
     assert (engine.stats().h2d_bytes > 0) == (lane_blocks is not None)
 
 
@@ -306,6 +306,15 @@ def test_dense_layers(make_runner: MakeRunner, llama: Path, dense_layers: int) -
     torch.testing.assert_close(small, resident, atol=1e-4, rtol=1e-4)
     assert not torch.allclose(resident[1:], sparse[1:], atol=1e-2)
     assert torch.equal(resident, dense) == (dense_layers == 2)
+
+
+def test_tokens_read_are_a_mean_over_layers(make_engine: MakeEngine, llama: Path) -> None:
+    """Two decode steps, at positions 700 and 701: one layer reads all, the other seven pages."""
+    engine = make_engine(llama, token_budget=256, dense_layers=1)
+    details = run(engine, request("a", tokens_of(700), 3))[-1].sparse
+    assert details is not None
+    assert details.tokens_read == (701 + 7 * 32 + 29) // 2 + (702 + 7 * 32 + 30) // 2
+    assert details.tokens_dense == 701 + 702
 
 
 def test_recall_is_measured_and_the_text_unchanged(make_runner: MakeRunner, llama: Path) -> None:
