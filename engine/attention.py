@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from sparsed.engine.batch import DecodeRow, StepPlan
-from sparsed.engine.decode import DecodeCounts, Group, Tiers, is_sparse, make_batch, make_groups
+from sparsed.engine.decode import DecodeCounts, Group, Tiers, make_groups
+from sparsed.engine.decode_batch import is_sparse, make_batch
 from sparsed.engine.kvcache.cache import KVCache
 from sparsed.engine.prefill import ChunkPlan, PrefillAttention
 from sparsed.kernels.store import store_tokens

@@ -13,8 +13,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from sparsed.core import SparseMethod
 from sparsed.engine.batch import DecodeRow
+from sparsed.engine.decode_batch import (
+    Batch,
+    is_sparse,
+    make_batch,
+    one_row,
+    similar_lengths,
+)
 from sparsed.engine.kvcache.cache import KVCache, Row
 from sparsed.engine.kvcache.geometry import num_frames
 from sparsed.engine.sparse.base import select_pages
@@ -22,7 +28,6 @@ from sparsed.kernels.attend import attend_pages
 from sparsed.kernels.merge import merge_states
 
 RECALL_STRIDE = 32  # steps between two measurements of attention recall
-PADDING_FRAC = 0.25  # most padding a group of unequal lengths may carry
 
 
 @dataclass(slots=True)
@@ -35,19 +40,6 @@ class DecodeCounts:
     overflow: int = 0
     recall_sum: float = 0.0
     recall_samples: int = 0
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Batch:
-    """Decode rows that are attended to together. ``index_B`` is their place in the step."""
-
-    rows: tuple[Row, ...]
-    index_B: Tensor
-    rows_B: Tensor
-    num_full: tuple[int, ...]  # full pages before the page of the current token
-    num_full_B: Tensor
-    tail_tokens_B: Tensor  # tokens of that page, the current one included
-    tail_slots_LBH: Tensor
 
 
 class Group(Protocol):
@@ -243,40 +235,6 @@ def attend_all(tiers: Tiers, batch: Batch, layer: int, q_1HGD: Tensor) -> tuple[
     return tiers.attend_in_passes(batch, layer, q_1HGD, pages_1HK, slots_1HK)
 
 
-def one_row(batch: Batch, b: int) -> Batch:
-    """The batch of its b-th request alone."""
-    only = slice(b, b + 1)
-    return Batch(
-        rows=batch.rows[only],
-        index_B=batch.index_B[only],
-        rows_B=batch.rows_B[only],
-        num_full=batch.num_full[only],
-        num_full_B=batch.num_full_B[only],
-        tail_tokens_B=batch.tail_tokens_B[only],
-        tail_slots_LBH=batch.tail_slots_LBH[:, only],
-    )
-
-
-def make_batch(cache: KVCache, decodes: Sequence[DecodeRow], index: Sequence[int]) -> Batch:
-    """Collect decode rows ``index`` of a step; their pages must be open."""
-    device, page_size = cache.arena.pages_NX.device, cache.geometry.page_size
-    chosen = [decodes[i] for i in index]
-    num_full = tuple(decode.position // page_size for decode in chosen)
-    rows_B = torch.tensor([decode.row for decode in chosen], device=device)
-    num_full_B = torch.tensor(num_full, device=device)
-    tail = [decode.position % page_size + 1 for decode in chosen]
-    tail_slots_BLH = cache.tables.page_slot[rows_B, :, :, num_full_B]
-    return Batch(
-        rows=tuple(cache.rows[decode.row] for decode in chosen),
-        index_B=torch.tensor(list(index), device=device),
-        rows_B=rows_B,
-        num_full=num_full,
-        num_full_B=num_full_B,
-        tail_tokens_B=torch.tensor(tail, dtype=torch.int32, device=device),
-        tail_slots_LBH=tail_slots_BLH.transpose(0, 1).contiguous(),
-    )
-
-
 def make_groups(
     tiers: Tiers, decodes: Sequence[DecodeRow], *, dense: bool, step: int
 ) -> tuple[Group, ...]:
@@ -295,28 +253,9 @@ def make_groups(
             in_place.append(i)
         else:
             groups.append(StreamedGroup(tiers, make_batch(cache, decodes, [i])))
-    for index in _similar_lengths(decodes, in_place):
+    for index in similar_lengths(decodes, in_place):
         groups.append(InPlaceGroup(tiers, make_batch(cache, decodes, index)))
     for count, index in sparse.items():
         batch = make_batch(cache, decodes, index)
         groups.append(SparseGroup(tiers, batch, count=count, step=step))
     return tuple(groups)
-
-
-def is_sparse(row: Row, position: int, page_size: int) -> bool:
-    """Whether the token at ``position`` attends to a selection: more pages than the budget."""
-    return row.method != SparseMethod.DENSE and (
-        position // page_size > row.selected_pages(page_size)
-    )
-
-
-def _similar_lengths(decodes: Sequence[DecodeRow], index: list[int]) -> list[list[int]]:
-    """Cut ``index``, ordered by length, so that no group pads more than PADDING_FRAC."""
-    groups: list[list[int]] = []
-    for i in sorted(index, key=lambda i: decodes[i].position):
-        longest = (1 + PADDING_FRAC) * (decodes[groups[-1][0]].position + 64) if groups else -1
-        if decodes[i].position <= longest:
-            groups[-1].append(i)
-        else:
-            groups.append([i])
-    return groups
