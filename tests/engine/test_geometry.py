@@ -128,3 +128,15 @@ def test_offsets_beyond_32_bits(page_size: int) -> None:
     rows = tables.page_rows(0, first_page, last_page)
     assert rows.dtype == torch.int64
     assert int(rows.max() + 1) * geometry.page_bytes == 2**39
+
+
+@settings(max_examples=20, deadline=None)
+@given(geometry=geometries, num_rows=st.integers(1, 3), num_tokens=st.integers(1, 1000))
+def test_tables_take_the_bytes_that_are_planned(
+    geometry: Geometry, num_rows: int, num_tokens: int
+) -> None:
+    tables = PageTables(
+        geometry, num_rows=num_rows, max_model_len=num_tokens, device=torch.device("cpu")
+    )
+    made = tables.page_slot.nbytes + tables.lane_slots.nbytes + tables.frames.nbytes
+    assert made == num_rows * geometry.table_bytes_per_row(num_tokens)
