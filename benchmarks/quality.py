@@ -27,7 +27,7 @@ from report import environment, resolve_builtin
 from serial_decode import Agreement, compare, make_runner
 from texts import TEXTS, cut_windows
 
-from sparsed.core import SparseMethod
+from sparsed.core import PAGE_SIZES, SparseMethod
 from sparsed.engine.models.decoder import Decoder
 from sparsed.engine.runner import Runner
 
@@ -38,7 +38,10 @@ VERIFIED_TOKENS = 200
 METHODS = (SparseMethod.CUBOID_MEAN, SparseMethod.QUEST, ORACLE, RANDOM)
 DENSE = Choice(method=SparseMethod.DENSE, token_budget=CONTEXT_TOKENS)
 NUM_RESAMPLES = 2_000
-HEADING = "text, method, token budget, perplexity, ratio to dense [95 %], recall mean / p10 / p01"
+HEADING = (
+    "text, method, token budget, page size, dense layers, perplexity, ratio to dense [95 %], "
+    "recall mean / p10 / p01"
+)
 
 Floats = npt.NDArray[np.float32]
 
@@ -64,9 +67,8 @@ class Quality:
         recall = (self.recall_mean, self.recall_p10, self.recall_p01)
         shares = " / ".join("-" if share is None else f"{share:.3f}" for share in recall)
         return (
-            f"{self.text:14} {self.choice.method:12} {self.choice.token_budget:5}"
-            f"{self.perplexity:9.3f}   {self.ratio:.4f} [{self.ratio_low:.4f}, "
-            f"{self.ratio_high:.4f}]   {shares}"
+            f"{self.text:14} {describe(self.choice)} {self.perplexity:8.3f}   "
+            f"{self.ratio:.4f} [{self.ratio_low:.4f}, {self.ratio_high:.4f}]   {shares}"
         )
 
 
@@ -113,8 +115,14 @@ def score_windows(
             started = time.perf_counter()
             scored = score_text(decoder, context, tokens[CONTEXT_TOKENS:], choice=choice)
             scores[choice].append(scored)
-            log(f"  window {number}: {choice.method} {choice.token_budget}", started)
+            log(f"  window {number}: {describe(choice)}", started)
     return scores
+
+
+def describe(choice: Choice) -> str:
+    return (
+        f"{choice.method:11} {choice.token_budget:4} {choice.page_size:3} {choice.dense_layers:2}"
+    )
 
 
 def log(what: str, started: float) -> None:
@@ -136,20 +144,18 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--texts", nargs="+", default=list(TEXTS), choices=list(TEXTS))
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
     parser.add_argument("--budgets", nargs="+", type=int, default=[1024])
-    parser.add_argument("--page-size", type=int, default=32)
-    parser.add_argument("--dense-layers", type=int, default=0)
+    parser.add_argument("--page-sizes", nargs="+", type=int, default=[32], choices=PAGE_SIZES)
+    parser.add_argument("--dense-layers", nargs="+", type=int, default=[0])
     parser.add_argument("--verify", action=argparse.BooleanOptionalAction, default=True)
     return parser.parse_args()
 
 
 def make_choices(options: argparse.Namespace) -> list[Choice]:
+    """Every combination of what was asked for."""
     return [
-        Choice(
-            method=method,
-            token_budget=budget,
-            page_size=options.page_size,
-            dense_layers=options.dense_layers,
-        )
+        Choice(method=method, token_budget=budget, page_size=page_size, dense_layers=dense_layers)
+        for dense_layers in options.dense_layers
+        for page_size in options.page_sizes
         for budget in options.budgets
         for method in options.methods
     ]
