@@ -43,7 +43,8 @@ arch: $(VENV)/.dev
 	$(VENV)/bin/lint-imports
 
 bench: $(VENV)/.dev
-	$(PYTHON) benchmarks/cpu_engine.py
+	PYTHONPATH=benchmarks $(PYTHON) benchmarks/cpu_engine.py
+	PYTHONPATH=benchmarks $(PYTHON) benchmarks/quality.py
 
 # An environment with the declared dependencies alone shows what the development environment
 # hides: an undeclared dependency, a file that is not in the wheel. It is a real one, torch and
