@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Protocol
 
+from sparsed.controller.request_stream import RequestStream
+from sparsed.controller.suspicion import Record, may_run
 from sparsed.core import (
     AbortRequest,
     AddRequest,
@@ -16,8 +19,6 @@ from sparsed.core import (
     TokenBatch,
     TokenOutput,
 )
-
-MAX_DEATHS = 2  # engine deaths a running request survives, minus one
 
 
 class Unavailable(Exception):
@@ -45,54 +46,24 @@ class LedgerLimits:
 
 @dataclass(kw_only=True, slots=True, eq=False)
 class _Entry:
-    """One unfinished request. ``submit`` fills the first two, ``on_batch`` the rest but deaths."""
+    """One unfinished request. ``submit`` fills the first two, ``on_batch`` most of the rest."""
 
     request: AddRequest
     submitted_s: float
     generated: list[int] = field(default_factory=list)
     first_token_s: float | None = None
     last_token_s: float | None = None
-    deaths: int = 0  # engine deaths while it ran
+    record: Record = field(default_factory=Record)  # also filled by ``on_engine_lost``
+    stopping: bool = False  # its reader has seen enough: only the last output is wanted
     outputs: asyncio.Queue[TokenOutput | None] = field(default_factory=asyncio.Queue)
-
-
-class RequestStream:
-    """The outputs of one request, in order, ending with the one that has a finish reason.
-
-    It holds at most ``max_tokens`` outputs, so a slow reader costs memory but never time.
-    """
-
-    def __init__(
-        self, request_id: str, *, outputs: asyncio.Queue[TokenOutput | None], ledger: Ledger
-    ) -> None:
-        self.request_id = request_id
-        self._outputs = outputs
-        self._ledger = ledger
-        self._ended = False
-
-    def __aiter__(self) -> RequestStream:
-        return self
-
-    async def __anext__(self) -> TokenOutput:
-        if self._ended:
-            raise StopAsyncIteration
-        output = await self._outputs.get()
-        self._ended = output is None or output.finish_reason is not None
-        if output is None:
-            raise StopAsyncIteration
-        return output
-
-    def cancel(self) -> None:
-        """Stop the request; the iteration ends without a last output. Harmless when finished."""
-        self._ledger.cancel(self.request_id)
 
 
 class Ledger:
     """Every unfinished request, in order of arrival.
 
     Lives on the event loop. ``send`` passes a message to the engine and is called only between
-    ``on_engine_ready`` and ``on_engine_lost``. The engine admits in order of arrival, so the
-    requests that run are among the first ``num_active``; only those are blamed for a death.
+    ``on_engine_ready`` and ``on_engine_lost``. The engine admits in the order of sending, so the
+    requests that run are among the first ``num_active`` sent; only those are blamed for a death.
     """
 
     def __init__(
@@ -110,6 +81,7 @@ class Ledger:
         self._clock = clock
         self._draw_seed = draw_seed
         self._entries: dict[str, _Entry] = {}
+        self._sent: dict[str, _Entry] = {}  # those in the engine, in order of sending
         self._engine_up = False
         self._draining = False
         self._idle = asyncio.Event()
@@ -137,18 +109,16 @@ class Ledger:
         entry = _Entry(request=request, submitted_s=self._clock())
         self._entries[request.request_id] = entry
         self._idle.clear()
-        if self._engine_up:
-            self._send(request)
-        return RequestStream(request.request_id, outputs=entry.outputs, ledger=self)
-
-    def cancel(self, request_id: str) -> None:
-        """Forget a request and stop it in the engine; nothing happens if it is unknown."""
-        entry = self._remove(request_id)
-        if entry is None:
-            return
-        entry.outputs.put_nowait(None)
-        if self._engine_up:
-            self._send(AbortRequest(request_id=request_id))
+        try:
+            self._send_those_that_may_run()
+        except Exception:
+            self._remove(request.request_id)
+            raise
+        return RequestStream(
+            entry.outputs,
+            cancel=partial(self._cancel, entry),
+            stop=partial(self._stop, entry),
+        )
 
     # ---- engine ----------------------------------------------------------------------------
 
@@ -158,24 +128,26 @@ class Ledger:
             entry = self._entries.get(output.request_id)
             if entry is not None:
                 self._on_output(entry, output)
+        self._send_those_that_may_run()
 
     def on_engine_ready(self) -> None:
-        """Send every unfinished request, with the tokens it has, in order of arrival."""
+        """Send the unfinished requests, with the tokens they have, in order of arrival."""
         self._engine_up = True
-        for entry in self._entries.values():
-            self._send(replace(entry.request, generated_tokens=tuple(entry.generated)))
+        self._send_those_that_may_run()
 
     def on_engine_lost(self) -> None:
-        """Blame the running requests; end those whose replay killed the engine as well."""
-        if not self._engine_up:  # it died while loading: nothing was running
-            return
+        """Blame the requests that ran; end the one that alone can have killed the engine."""
         self._engine_up = False
-        for entry in list(self._entries.values())[: self._limits.num_active()]:
-            entry.deaths += 1
-            if entry.deaths >= MAX_DEATHS:
-                self._fail(
-                    entry, f"the engine died {entry.deaths} times while running this request"
-                )
+        sent = list(self._sent.values())  # nothing while it loaded
+        self._sent.clear()
+        running = sent[: self._limits.num_active()]
+        for entry in running:
+            if entry.record.note_death(alone=len(running) == 1):
+                deaths = entry.record.deaths
+                self._fail(entry, f"the engine died {deaths} times while running this request")
+        for entry in sent:
+            if entry.stopping:
+                self._end(entry)
 
     # ---- shutdown --------------------------------------------------------------------------
 
@@ -196,7 +168,7 @@ class Ledger:
         """End every request with ``error``; returns how many there were."""
         entries = list(self._entries.values())
         for entry in entries:
-            if self._engine_up:
+            if entry.request.request_id in self._sent:
                 self._send(AbortRequest(request_id=entry.request.request_id))
             self._fail(entry, error)
         return len(entries)
@@ -226,6 +198,37 @@ class Ledger:
             return request
         return replace(request, sampling=replace(request.sampling, seed=self._draw_seed()))
 
+    def _cancel(self, entry: _Entry) -> None:
+        """Forget a request and stop it in the engine; nothing happens if it has ended."""
+        request_id = entry.request.request_id
+        if self._entries.get(request_id) is not entry:
+            return
+        if request_id in self._sent and not entry.stopping:
+            self._send(AbortRequest(request_id=request_id))
+        self._end(entry)
+        self._send_those_that_may_run()
+
+    def _stop(self, entry: _Entry) -> None:
+        """As ``_cancel``, but what the engine has to say in the end reaches the stream."""
+        if entry.request.request_id not in self._sent:
+            self._cancel(entry)
+            return
+        entry.stopping = True
+        self._send(AbortRequest(request_id=entry.request.request_id))
+
+    def _send_those_that_may_run(self) -> None:
+        """A request that an earlier engine had goes out with the tokens it has."""
+        if not self._engine_up or len(self._sent) == len(self._entries):
+            return
+        entries = list(self._entries.values())
+        records = [entry.record for entry in entries]
+        for index in may_run(records, num_active=self._limits.num_active()):
+            entry = entries[index]
+            request_id = entry.request.request_id
+            if request_id not in self._sent:
+                self._send(replace(entry.request, generated_tokens=tuple(entry.generated)))
+                self._sent[request_id] = entry
+
     def _on_output(self, entry: _Entry, output: TokenOutput) -> None:
         if output.token_id is not None:
             if output.index < len(entry.generated):  # sent before a death, and again after it
@@ -238,6 +241,7 @@ class Ledger:
 
     def _note_token(self, entry: _Entry, token_id: int) -> None:
         entry.generated.append(token_id)
+        entry.record.note_token()
         entry.last_token_s = self._clock()
         if entry.first_token_s is None:
             entry.first_token_s = entry.last_token_s
@@ -265,8 +269,13 @@ class Ledger:
             ),
         )
 
-    def _remove(self, request_id: str) -> _Entry | None:
-        entry = self._entries.pop(request_id, None)
+    def _end(self, entry: _Entry) -> None:
+        """End a stream without a last output; harmless if it has had one."""
+        self._remove(entry.request.request_id)
+        entry.outputs.put_nowait(None)
+
+    def _remove(self, request_id: str) -> None:
+        self._entries.pop(request_id, None)
+        self._sent.pop(request_id, None)
         if not self._entries:
             self._idle.set()
-        return entry

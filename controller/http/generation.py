@@ -9,7 +9,8 @@ from dataclasses import dataclass, field, replace
 
 from sparsed.controller.detokenizer import Detokenizer, StopMatcher
 from sparsed.controller.http.errors import GenerationError
-from sparsed.controller.ledger import Ledger, RequestStream
+from sparsed.controller.ledger import Ledger
+from sparsed.controller.request_stream import RequestStream
 from sparsed.controller.tokenizer import Tokenizer
 from sparsed.core import AddRequest, FinishReason, SparseDetails, TokenOutput
 
@@ -152,11 +153,12 @@ class Answer:
         text = ChoiceText(plan, tokenizer=self._tokenizer)
         async for output in stream:
             delta = text.take(output)
-            if delta.finish_reason is not None:
-                stream.cancel()  # a stop string or a hidden token ends it before the engine does
-                yield delta
-                return
+            if delta.finish_reason is not None and output.finish_reason is None:
+                last = await stream.stop()  # a stop string ends it before the engine does
+                delta = replace(delta, sparse=last.sparse if last else None)
             yield delta
+            if delta.finish_reason is not None:
+                return
         raise GenerationError("the request was cancelled")
 
 

@@ -34,8 +34,7 @@ class Tally:
         }
 
     def _sparse_details(self) -> dict[str, object]:
-        """Sums over the choices. Only the method is known of a choice that was cut short, as by
-        a stop string: the engine reports when it finishes by itself."""
+        """Sums over the choices; only the method where the engine died before it could tell."""
         if not self.details:
             return {"method": self.sparse_method}
         return asdict(_sum(self.details))

@@ -10,7 +10,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from sparsed.controller.ledger import Ledger, LedgerLimits, RequestStream, Unavailable
+from sparsed.controller import request_stream
+from sparsed.controller.ledger import Ledger, LedgerLimits, Unavailable
+from sparsed.controller.request_stream import LAST_OUTPUT_S, RequestStream
+from sparsed.controller.suspicion import ACQUITTAL_TOKENS
 from sparsed.core import (
     AbortRequest,
     AddRequest,
@@ -29,6 +32,7 @@ NUM_ACTIVE = 2
 class Bench:
     """A ledger with its clock, its outgoing messages and the figures it reported."""
 
+    num_active: int = NUM_ACTIVE
     now_s: float = 0.0
     sent: list[AddRequest | AbortRequest] = field(default_factory=list)
     observed: list[tuple[float, float | None]] = field(default_factory=list)
@@ -36,7 +40,7 @@ class Bench:
     def __post_init__(self) -> None:
         seeds = iter(range(100, 1_000_000))
         self.ledger = Ledger(
-            LedgerLimits(max_tokens=64, max_waiting=3, num_active=lambda: NUM_ACTIVE),
+            LedgerLimits(max_tokens=64, max_waiting=3, num_active=lambda: self.num_active),
             send=self.sent.append,
             observe=lambda *, ttft_s, tpot_s: self.observed.append((ttft_s, tpot_s)),
             clock=lambda: self.now_s,
@@ -75,6 +79,10 @@ def read(stream: RequestStream) -> list[TokenOutput]:
             return [output async for output in stream]
 
     return asyncio.run(collect())
+
+
+def sent_ids(bench: Bench) -> list[str]:
+    return [message.request_id for message in bench.sent]
 
 
 def tokens_of(stream: RequestStream) -> list[int | None]:
@@ -132,18 +140,55 @@ def test_a_replay_carries_the_tokens_and_the_same_seed(bench: Bench) -> None:
     assert tokens_of(stream) == [1000, 1001, 1002, 1003]
 
 
-def test_only_running_requests_are_blamed_for_a_death(bench: Bench) -> None:
+def lose_engine(bench: Bench) -> list[str]:
+    """One death and one restart; who is sent to the new engine, in order."""
+    bench.ledger.on_engine_lost()
+    bench.sent.clear()
+    bench.ledger.on_engine_ready()
+    return sent_ids(bench)
+
+
+def test_a_request_that_runs_alone_may_kill_once(bench: Bench) -> None:
+    stream = bench.submit("one")
+    assert lose_engine(bench) == ["one"]
+    assert lose_engine(bench) == []
+    (last,) = read(stream)
+    assert last.finish_reason is FinishReason.ERROR
+    assert "died 2 times" in str(last.error)
+    assert bench.ledger.num_failed == 1
+
+
+def test_only_running_requests_are_suspected_and_only_one_of_them_runs(bench: Bench) -> None:
+    for name in ("one", "two", "three"):
+        bench.submit(name)
+    assert lose_engine(bench) == ["one", "two", "three"]
+    assert lose_engine(bench) == ["one", "three"]  # "three" never ran: two at a time
+    bench.token("one", 0, last=True)
+    assert sent_ids(bench) == ["one", "three", "two"]
+    assert bench.ledger.num_failed == 0
+
+
+def test_a_suspect_is_convicted_only_alone(bench: Bench) -> None:
     streams = [bench.submit(name) for name in ("one", "two", "three")]
-    for _ in range(2):
-        bench.ledger.on_engine_lost()
-        bench.ledger.on_engine_ready()
-    assert bench.ledger.num_unfinished == 1  # "three" never ran: two at a time
-    assert bench.ledger.num_failed == 2
-    outputs = read(streams[0])
-    assert [output.finish_reason for output in outputs] == [FinishReason.ERROR]
-    assert "died 2 times" in str(outputs[0].error)
-    bench.token("three", 0, last=True)
-    assert tokens_of(streams[2]) == [1000]
+    lose_engine(bench)
+    lose_engine(bench)
+    assert lose_engine(bench) == ["one"]  # it ran beside "three": either may have killed
+    bench.submit("four")
+    assert sent_ids(bench) == ["one"]
+    assert lose_engine(bench) == ["two", "three"]
+    assert read(streams[0])[-1].finish_reason is FinishReason.ERROR
+    assert bench.ledger.num_failed == 1
+
+
+def test_enough_tokens_end_a_suspicion(bench: Bench) -> None:
+    for name in ("one", "two"):
+        bench.submit(name, max_tokens=40)
+    lose_engine(bench)
+    assert lose_engine(bench) == ["one"]
+    for index in range(ACQUITTAL_TOKENS):
+        assert len(bench.sent) == 1
+        bench.token("one", index)
+    assert sent_ids(bench) == ["one", "two"]
 
 
 def test_a_death_while_loading_is_nobodys_fault(bench: Bench) -> None:
@@ -162,6 +207,66 @@ def test_cancel_ends_the_stream_and_tells_the_engine(bench: Bench) -> None:
     assert tokens_of(stream) == [1000]
     assert bench.sent[1:] == [AbortRequest(request_id="one")]
     assert bench.ledger.num_failed == 0
+
+
+def ending(name: str) -> TokenBatch:
+    """The engine's answer to an abort."""
+    return TokenBatch(
+        outputs=(
+            TokenOutput(request_id=name, index=1, token_id=None, finish_reason=FinishReason.ABORT),
+        )
+    )
+
+
+def test_a_stopped_request_still_says_its_last_word(bench: Bench) -> None:
+    stream = bench.submit("one")
+    bench.token("one", 0)
+
+    async def stop() -> TokenOutput | None:
+        last = asyncio.create_task(stream.stop())
+        await asyncio.sleep(0)
+        assert bench.sent[-1] == AbortRequest(request_id="one")
+        bench.ledger.on_batch(ending("one"))
+        return await last
+
+    assert asyncio.run(stop()) == ending("one").outputs[0]
+    assert bench.ledger.num_unfinished == 0
+
+
+def test_nobody_waits_for_the_last_word_of_a_dead_engine(bench: Bench) -> None:
+    stream = bench.submit("one")
+
+    async def stop() -> TokenOutput | None:
+        last = asyncio.create_task(stream.stop())
+        await asyncio.sleep(0)
+        bench.ledger.on_engine_lost()
+        return await asyncio.wait_for(last, LAST_OUTPUT_S / 2)
+
+    assert asyncio.run(stop()) is None
+    other = bench.submit("other")
+    assert asyncio.run(asyncio.wait_for(other.stop(), LAST_OUTPUT_S / 2)) is None
+    assert lose_engine(bench) == []
+
+
+def test_a_silent_engine_is_waited_for_briefly(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(request_stream, "LAST_OUTPUT_S", 0.01)
+    stream = bench.submit("one")
+    assert asyncio.run(stream.stop()) is None
+    assert bench.ledger.num_unfinished == 0
+
+
+def test_what_cannot_be_sent_is_not_kept(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(message: AddRequest | AbortRequest) -> None:
+        raise OverflowError(message.request_id)
+
+    monkeypatch.setattr(bench.ledger, "_send", refuse)
+    with pytest.raises(OverflowError):
+        bench.submit("one")
+    assert bench.ledger.num_unfinished == 0
+    monkeypatch.undo()
+    assert bench.submit("one").cancel() is None
 
 
 def test_a_request_that_can_never_fit_names_the_limit(bench: Bench) -> None:
@@ -337,3 +442,107 @@ class CrashingEngine(RuleBasedStateMachine):
 
 TestCrashingEngine = CrashingEngine.TestCase
 TestCrashingEngine.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+
+
+@dataclass
+class Told:
+    """A request of the machine below. It kills the engine at token ``poison``; None: never."""
+
+    stream: RequestStream
+    max_tokens: int
+    poison: int | None
+
+
+class PoisonedEngine(RuleBasedStateMachine):
+    """An engine that dies of certain requests at certain tokens, and of nothing else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bench = Bench(num_active=4)
+        self.told: dict[str, Told] = {}
+        self.running: dict[str, Running] = {}
+        self.num_deaths = 0
+        self.bench.ledger.on_engine_ready()
+
+    @rule(max_tokens=st.integers(1, 40), poison=st.none() | st.integers(0, 39))
+    def submit(self, max_tokens: int, poison: int | None) -> None:
+        name = f"request {len(self.told)}"
+        if self.bench.ledger.num_unfinished < 7:
+            stream = self.bench.submit(name, max_tokens=max_tokens)
+            self.told[name] = Told(stream, max_tokens, poison)
+
+    @rule(num_steps=st.integers(1, 8), delivered=st.booleans())
+    def run_steps(self, num_steps: int, delivered: bool) -> None:
+        """``delivered``: whether the tokens of the step before a death still arrive."""
+        for _ in range(num_steps):
+            self.step(delivered=delivered)
+
+    def step(self, *, delivered: bool) -> None:
+        for message in self.bench.sent:
+            assert isinstance(message, AddRequest)
+            index = len(message.generated_tokens)
+            self.running[message.request_id] = Running(add=message, index=index)
+        self.bench.sent.clear()
+        names = list(self.running)[:4]
+        if fatal := {name for name in names if self.told[name].poison == self.running[name].index}:
+            batch = self.batch([name for name in names if name not in fatal])
+            self.die(batch if delivered else None)
+        elif names:
+            self.bench.ledger.on_batch(self.batch(names))
+
+    def batch(self, names: list[str]) -> TokenBatch:
+        outputs = []
+        for name in names:
+            index = self.running[name].index
+            last = index + 1 == self.told[name].max_tokens
+            outputs.append(
+                TokenOutput(
+                    request_id=name,
+                    index=index,
+                    token_id=word(name, index),
+                    finish_reason=FinishReason.LENGTH if last else None,
+                )
+            )
+            self.running[name].index += 1
+            if last:
+                del self.running[name]
+        return TokenBatch(outputs=tuple(outputs))
+
+    def die(self, last_batch: TokenBatch | None) -> None:
+        self.num_deaths += 1
+        self.running.clear()
+        if last_batch is not None:
+            self.bench.ledger.on_batch(last_batch)
+        self.bench.ledger.on_engine_lost()
+        self.bench.sent.clear()
+        self.bench.ledger.on_engine_ready()
+
+    @invariant()
+    def runs_at_most_one_suspect(self) -> None:
+        known = {*self.running, *sent_ids(self.bench)}
+        suspects = [
+            entry
+            for name, entry in self.bench.ledger._entries.items()
+            if entry.record.is_suspect and name in known
+        ]
+        assert len(suspects) <= 1
+
+    def teardown(self) -> None:
+        num_steps = 0
+        while self.bench.ledger.num_unfinished:
+            self.step(delivered=True)
+            num_steps += 1
+            assert num_steps < 5000, "somebody waits for ever"
+        for name, told in self.told.items():
+            fatal = told.poison is not None and told.poison < told.max_tokens
+            outputs = read(told.stream)
+            spoken = [output.token_id for output in outputs if output.token_id is not None]
+            length = told.poison if fatal else told.max_tokens
+            assert spoken == [word(name, index) for index in range(length or 0)]
+            reason = FinishReason.ERROR if fatal else FinishReason.LENGTH
+            assert outputs[-1].finish_reason is reason
+        assert self.num_deaths <= 4 * self.bench.ledger.num_failed
+
+
+TestPoisonedEngine = PoisonedEngine.TestCase
+TestPoisonedEngine.settings = settings(max_examples=60, stateful_step_count=20, deadline=None)

@@ -67,9 +67,11 @@ class ScriptedEngine:
             while self.blocked:
                 await asyncio.sleep(0.001)
             if request.request_id in self.aborted:
-                return
+                output = _last_word(output)
             assert self.on_batch is not None
             self.on_batch(TokenBatch(outputs=(output,)))
+            if output.finish_reason is not None:
+                return
 
     def _outputs(self, request: AddRequest) -> Iterable[TokenOutput]:
         text = self.text if isinstance(self.text, str) else self.text(request)
@@ -96,6 +98,11 @@ class ScriptedEngine:
         if index == last:
             output = replace(output, finish_reason=self.finish_reason, sparse=DETAILS)
         return output
+
+
+def _last_word(output: TokenOutput) -> TokenOutput:
+    """Of an aborted request, in the place of ``output``."""
+    return replace(output, token_id=None, finish_reason=FinishReason.ABORT, sparse=DETAILS)
 
 
 def _score(token_id: int) -> TokenLogprob:
