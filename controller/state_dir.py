@@ -54,7 +54,7 @@ def resolve_state_dir(explicit: Path | None, *, environment: Mapping[str, str]) 
 
     Sockets live in DIR/run of an explicit directory, else in $RUNTIME_DIRECTORY, else in
     $XDG_RUNTIME_DIR/sparsed, else in the state directory's ``run``.
-    Errors: InputError when a socket path would be too long for the kernel.
+    Errors: InputError when a socket path would be too long for the kernel, or is no UTF-8.
     """
     root = explicit.expanduser().absolute() if explicit else _default_root(environment)
     run_dir = root / "run"
@@ -145,7 +145,14 @@ def _default_root(environment: Mapping[str, str]) -> Path:
 
 
 def _check_socket_length(socket: Path) -> None:
-    length = len(os.fsencode(socket))
+    try:
+        length = len(str(socket).encode())
+    except UnicodeEncodeError:
+        raise InputError(
+            f"the state directory {str(socket.parent)!r} has bytes that are not UTF-8; "
+            "choose another --state-dir",
+            field="state_dir",
+        ) from None
     if length > MAX_SOCKET_PATH_BYTES:
         raise InputError(
             f"the socket path {socket} has {length} bytes, more than the "

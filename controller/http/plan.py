@@ -63,7 +63,10 @@ def encode_text(
     text: str, *, field: str, add_special_tokens: bool, context: HttpContext
 ) -> tuple[int, ...]:
     """Token ids of a prompt; InputError if there is none, or one the model does not know."""
-    token_ids = context.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+    try:
+        token_ids = context.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+    except InputError as error:
+        raise InputError(f"{field}: {error}", field=field) from None
     if not token_ids:
         raise InputError(f"{field} is empty; give at least one token", field=field)
     check_token_ids(token_ids, context=context, field=field)

@@ -92,7 +92,7 @@ def resolve_sparse(body: SparseBody | None) -> SparseOptions:
         try:
             KNOBS_BY_NAME["token_budget"].check(body.token_budget)
         except InputError as error:
-            raise InputError(f"sparse: {error}", field="sparse.token_budget") from None
+            raise InputError(f"sparse.{error}", field="sparse.token_budget") from None
     return SparseOptions(mode=SparseMode(body.mode), token_budget=body.token_budget)
 
 

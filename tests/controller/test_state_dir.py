@@ -50,6 +50,12 @@ def test_a_socket_path_too_long_for_the_kernel_is_refused() -> None:
     assert caught.value.field == "state_dir"
 
 
+def test_a_path_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="not UTF-8") as caught:
+        resolve_state_dir(tmp_path / "a\udc80b", environment={})
+    assert caught.value.field == "state_dir"
+
+
 def test_a_directory_that_cannot_be_made() -> None:
     state_dir = resolve_state_dir(Path("/proc/sparsed"), environment={})
     with pytest.raises(StartError, match=r"/proc/sparsed.*--state-dir") as caught:
