@@ -70,6 +70,7 @@ def resolve_knobs(
             "lower it",
             field="dense_layers",
         )
+    _check_machine(knobs, machine, kind=kind)
     geometry = Geometry.of(shape, dtype=dtype, page_size=knobs.page_size)
     return _fit_rows(_fit_length(knobs, asked, geometry), asked, geometry)
 
@@ -150,6 +151,24 @@ def _free_bytes(
             code=ExitCode.UNAVAILABLE,
         )
     return hot, dram
+
+
+def _check_machine(knobs: Knobs, machine: MachineFacts, *, kind: str) -> None:
+    """Tiers may be larger than what is free now, but not than all there is."""
+    dram_gib, dram_total = knobs.kv_dram_gib, machine.dram_total_bytes / GIB
+    hot_total = machine.hbm_total_bytes / GIB
+    if kind == "cpu":
+        dram_gib, hot_total = knobs.kv_dram_gib + knobs.kv_hbm_gib, dram_total
+    for name, gib, total in (
+        ("kv_hbm_gib", knobs.kv_hbm_gib, hot_total),
+        ("kv_dram_gib", dram_gib, dram_total),
+    ):
+        if gib > total:
+            raise InputError(
+                f"{name}={getattr(knobs, name):.6g} does not fit: the tiers would take {gib:.6g} "
+                f"of {total:.1f} GiB of memory; lower it",
+                field=name,
+            )
 
 
 def _page_size(length: int, shape: ModelShape, *, dtype: str) -> int:

@@ -106,6 +106,8 @@ def test_profiles_come_from_the_state_directory(configure: Callable[..., DaemonC
         ({"model": "dummy:unheard-of"}, "model", "tiny"),
         ({"model": "/nowhere/at/all"}, "model", "/nowhere/at/all"),
         ({"kv_hbm_gib": 0.001}, "kv_hbm_gib", "at least"),
+        ({"kv_hbm_gib": 4000}, "kv_hbm_gib", "4000 of"),
+        ({"kv_dram_gib": 60000}, "kv_dram_gib", "60000"),
         ({"max_num_active_seqs": 8, "max_num_seqs": 4}, "max_num_active_seqs", "max_num_seqs=4"),
     ],
 )
