@@ -47,7 +47,7 @@ HEARTBEAT_S = 1.0
 STATS_S = 1.0
 SPEC_TIMEOUT_S = 60.0
 SIGNAL_CHECK_S = 0.2
-LINGER_S = 2.0  # for the last messages of a worker that ends
+LINGER_S = 10.0  # for the last messages of a worker that ends; a busy reader takes seconds
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _STOP = b""  # between the threads: no more messages
 
