@@ -84,6 +84,11 @@ class Tokenizer:
         """Ids that mean something to the tokenizer; the model's own count may be larger."""
         return int(self.backend.get_vocab_size(with_added_tokens=True))
 
+    @cached_property
+    def longest_token_chars(self) -> int:
+        """No token covers more characters of a text than this."""
+        return max(map(len, self.backend.get_vocab(with_added_tokens=True)))
+
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """Token ids of ``text``; InputError if it holds half a surrogate pair."""
         try:

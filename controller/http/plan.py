@@ -62,7 +62,17 @@ def plan_choices(
 def encode_text(
     text: str, *, field: str, add_special_tokens: bool, context: HttpContext
 ) -> tuple[int, ...]:
-    """Token ids of a prompt; InputError if there is none, or one the model does not know."""
+    """Token ids of a prompt; InputError if there is none, or one the model does not know.
+
+    A text that is too long whatever its tokens is not tokenized: that would take gigabytes.
+    """
+    most = context.max_model_len * context.tokenizer.longest_token_chars
+    if len(text) > most:
+        raise InputError(
+            f"{field} has {len(text)} characters, which cannot be fewer than the model's "
+            f"{context.max_model_len} tokens; shorten it",
+            field=field,
+        )
     try:
         token_ids = context.tokenizer.encode(text, add_special_tokens=add_special_tokens)
     except InputError as error:

@@ -109,6 +109,13 @@ async def test_long_prompt_names_the_limit(open_edge: Any) -> None:
     assert "1000" in error["message"]
 
 
+async def test_a_hopelessly_long_text_is_not_even_tokenized(open_edge: Any) -> None:
+    async with open_edge() as edge:
+        error = await edge.refused(PATH, 400, prompt="x" * 1_000_000)
+    assert "1000000 characters" in error["message"]
+    assert error["param"] == "prompt"
+
+
 async def test_unknown_model_and_path(open_edge: Any) -> None:
     async with open_edge() as edge:
         error = await edge.refused(PATH, 404, prompt="x", model="gpt-4")
