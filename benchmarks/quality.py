@@ -144,7 +144,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--texts", nargs="+", default=list(TEXTS), choices=list(TEXTS))
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
     parser.add_argument("--budgets", nargs="+", type=int, default=[1024])
-    parser.add_argument("--page-sizes", nargs="+", type=int, default=[32], choices=PAGE_SIZES)
+    parser.add_argument("--page-sizes", nargs="+", type=int, default=[16], choices=PAGE_SIZES)
     parser.add_argument("--dense-layers", nargs="+", type=int, default=[0])
     parser.add_argument("--verify", action=argparse.BooleanOptionalAction, default=True)
     return parser.parse_args()
