@@ -117,17 +117,17 @@ def test_knobs_change_now_or_at_the_next_start(daemon: StartDaemon) -> None:
     with AdminClient(running.state_dir / "run" / "admin.sock") as admin:
         with pytest.raises(InputError, match="max_num_active_seqs"):
             admin.set_knobs({"max_num_active_seqs": 1000}, validate_only=False, reason="test")
-        change = {"token_budget": 512, "page_size": 16}
+        change = {"token_budget": 512, "page_size": 32}
         preview = admin.set_knobs(change, validate_only=True, reason="test")
         assert admin.status().knobs.token_budget == 2048
         assert admin.set_knobs(change, validate_only=False, reason="test") == preview
         assert admin.status().knobs.token_budget == 512
-        assert admin.status().knobs.page_size == 32
+        assert admin.status().knobs.page_size == 16
     assert running.stop() == 0
     again = daemon(*SMALL, state_dir=running.state_dir)
     with AdminClient(again.state_dir / "run" / "sparsed.sock") as admin:
         knobs = {state.spec.name: state for state in admin.list_knobs()}
-        assert (knobs["page_size"].value, knobs["page_size"].source) == (16, "live")
+        assert (knobs["page_size"].value, knobs["page_size"].source) == (32, "live")
         assert knobs["token_budget"].value == 2048
 
 
