@@ -117,8 +117,9 @@ class _Study:
         """Trial 0. False: it cannot run at all, so there is nothing to compare with."""
         if not any(trial.arm == DEFAULT for trial in self._trials):
             self._run(DEFAULT, self._plan.space.default_values)
-        recall = self.default.metrics.get("attention_recall")
-        if self._slo.min_recall is None and recall is not None:
+        if self._slo.min_recall is None:
+            # A default that reads everything has no sample, and loses nothing.
+            recall = self.default.metrics.get("attention_recall", 1.0)
             self._slo = replace(self._slo, min_recall=recall - MAX_RECALL_LOSS)
         return self.default.status not in BROKEN
 

@@ -111,6 +111,9 @@ def test_a_plan_keeps_every_promise_or_names_a_knob(
         assert error.field in {*asked, "kv_hbm_gib", "kv_dram_gib"}, "tiers may be the machine's"
         assert str(error.field) in str(error)
         return
+    except StartError as error:  # tied embeddings are held twice: they may not fit
+        assert shape.tied_embeddings and "take a smaller model or dtype" in str(error)
+        return
     assert {name: getattr(knobs, name) for name in asked} == asked
     parts = (
         memory.hot_pages_bytes,

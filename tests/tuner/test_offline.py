@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import pytest
 
@@ -125,6 +126,19 @@ def test_without_a_floor_the_default_sets_one() -> None:
         recall = trial.metrics.get("attention_recall", 1.0)
         assert (recall < floor) == (trial.status is TrialStatus.RECALL_BROKEN)
     assert any(trial.status is TrialStatus.RECALL_BROKEN for trial in recorded)
+
+
+def test_a_dense_default_sets_a_floor_too() -> None:
+    class DenseByDefault(SyntheticEngine):
+        def __call__(self, values: Mapping[str, KnobValue]) -> Measurement:
+            measured = super().__call__(values)
+            if DEFAULT.with_values(values).token_budget >= DEFAULT.token_budget:
+                return replace(measured, attention_recall=None)
+            return replace(measured, attention_recall=0.5)
+
+    outcome, recorded = study(DenseByDefault(), num_trials=8)
+    assert any(trial.status is TrialStatus.RECALL_BROKEN for trial in recorded)
+    assert all(trial.metrics.get("attention_recall") != 0.5 for trial in outcome.best.values())
 
 
 def test_noise_alone_is_not_verified() -> None:
