@@ -119,6 +119,9 @@ def main() -> None:
     text = reference_tokens(directory)
     engine = make_engine(directory, {"token_budget": options.token_budget})
     model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    warm_up = [text[:256]]
+    time_engine(engine, warm_up, 4)
+    time_transformers(model, warm_up, 4)
     rows = []
     for context in options.contexts:
         for batch in options.batches:

@@ -13,7 +13,7 @@ from typing import NoReturn
 
 from sparsed.controller.control import KnobSource
 from sparsed.controller.state_dir import StateDir, resolve_cache_dir, resolve_state_dir
-from sparsed.core import DTYPE_BYTES, KNOBS_BY_NAME, InputError, KnobValue, Profile, Slo
+from sparsed.core import DTYPE_BYTES, KNOBS_BY_NAME, ExitCode, InputError, KnobValue, Profile, Slo
 from sparsed.tuner.export import TUNED_FOR, read_tuned_for
 
 CONFIG_VERSION = 1
@@ -66,25 +66,22 @@ def load_config(
     environment: Mapping[str, str],
     file: Path | None = None,
 ) -> DaemonConfig:
-    """Merge the sources, a flag over SPARSED_* over the file over the default, and check them.
+    """Merge the sources and check them: a flag over SPARSED_* over what a daemon of the same state
+    directory was told to use from its next start on, over the file, over the default.
 
-    Knobs that a daemon of the same state directory was told to use from its next start on win
-    over all of them. ``flags``: by flag name with underscores (``OPTION_NAMES`` and knob names);
-    None: not given.
+    ``flags``: by flag name with underscores (``OPTION_NAMES`` and knob names); None: not given.
     Errors: InputError naming the field, where it was given, and what is allowed.
     """
-    given: dict[str, _Given] = {}
-    tuned_for: Profile | None = None
-    if file is not None:
-        from_file, tuned_for = _from_file(file)
-        given |= from_file
-    given |= _from_environment(environment)
-    given |= _from_flags(flags)
-    explicit = _path(given["state_dir"]) if "state_dir" in given else None
+    from_file, tuned_for = _from_file(file) if file is not None else ({}, None)
+    told = _from_environment(environment) | _from_flags(flags)
+    place = (from_file | told).get("state_dir")
+    explicit = _path(place) if place else None
     state_dir = resolve_state_dir(explicit, environment=environment)
-    if state_dir.pending_file.exists():
-        given |= _from_file(state_dir.pending_file, source=KnobSource.LIVE)[0]
-    options = {name: _OPTIONS[name](item) for name, item in given.items() if name in _OPTIONS}
+    pending = state_dir.pending_file
+    waiting = _from_file(pending, source=KnobSource.LIVE)[0] if pending.exists() else {}
+    given = from_file | waiting | told
+    values = {name: _parse(name, item) for name, item in given.items()}
+    options = {name: value for name, value in values.items() if name in _OPTIONS}
     options.pop("state_dir", None)
     ttft_s, tpot_s = options.pop("slo_ttft_ms", None), options.pop("slo_tpot_ms", None)
     if "shutdown_timeout" in options:
@@ -93,11 +90,21 @@ def load_config(
         state_dir=state_dir,
         cache_dir=resolve_cache_dir(environment),
         slo=Slo(ttft_s=ttft_s, tpot_s=tpot_s),  # type: ignore[arg-type]  # checked by _OPTIONS
-        knobs={name: _knob(name, item) for name, item in given.items() if name not in _OPTIONS},
+        knobs={name: value for name, value in values.items() if name not in _OPTIONS},  # type: ignore[misc]  # checked by _knob
         origins={name: item.source for name, item in given.items()},
         tuned_for=tuned_for,
         **options,  # type: ignore[arg-type]  # each value was made by its parser in _OPTIONS
     )
+
+
+def _parse(name: str, given: _Given) -> object:
+    """The value, checked; a wrong one from a file is an error of configuration."""
+    try:
+        return _OPTIONS[name](given) if name in _OPTIONS else _knob(name, given)
+    except InputError as error:
+        from_file = given.source in (KnobSource.FILE, KnobSource.LIVE)
+        code = ExitCode.CONFIG if from_file else ExitCode.USAGE
+        raise InputError(str(error), field=error.field, code=code) from None
 
 
 def _from_flags(flags: Mapping[str, object]) -> dict[str, _Given]:
@@ -142,15 +149,20 @@ def _from_file(
     try:
         content = tomllib.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
-        raise InputError(f"cannot read {file}: {error.strerror}", field="config") from error
+        raise InputError(
+            f"cannot read {file}: {error.strerror}", field="config", code=ExitCode.CONFIG
+        ) from error
     except ValueError as error:  # also bytes that are not UTF-8
-        raise InputError(f"{file} is not valid TOML: {error}", field="config") from error
+        raise InputError(
+            f"{file} is not valid TOML: {error}", field="config", code=ExitCode.CONFIG
+        ) from error
     version = content.pop("config_version", None)
     if version != CONFIG_VERSION:
         raise InputError(
-            f"{file}: config_version is {version!r}; this version reads "
-            f"`config_version = {CONFIG_VERSION}`",
+            f"{file}: config_version is {version or 'missing'}; this version reads files with the "
+            f"line `config_version = {CONFIG_VERSION}`",
             field="config_version",
+            code=ExitCode.CONFIG,
         )
     tuned_for = read_tuned_for(content.pop(TUNED_FOR)) if TUNED_FOR in content else None
     given = {
@@ -166,7 +178,8 @@ def _known(name: str, *, where: str) -> bool:
         return True
     near = difflib.get_close_matches(name, [*OPTION_NAMES, *KNOBS_BY_NAME], n=1)
     hint = f"; did you mean {near[0]!r}?" if near else "; see: sparsed start --help"
-    raise InputError(f"unknown {where}{hint}", field=name)
+    code = ExitCode.CONFIG if where.startswith("key ") else ExitCode.USAGE
+    raise InputError(f"unknown {where}{hint}", field=name, code=code)
 
 
 def _knob(name: str, given: _Given) -> KnobValue:

@@ -31,7 +31,7 @@ class DaemonState(StrEnum):
 
 
 class KnobSource(StrEnum):
-    """Where a value came from; later members win over earlier ones."""
+    """Where a value came from. LIVE: set while serving, now or for this start."""
 
     DEFAULT = "default"
     MACHINE = "machine"

@@ -23,7 +23,7 @@ from sparsed.controller.http.app import create_app
 from sparsed.controller.http.context import HttpContext
 from sparsed.controller.http_server import HttpServer, bind_port
 from sparsed.controller.logs import ProgressLog, log_plan, log_to_stderr
-from sparsed.controller.startup import StartPlan, load_tokenizer, prepare
+from sparsed.controller.startup import StartPlan, check_next_start, load_tokenizer, prepare
 from sparsed.controller.state_dir import StateLock
 from sparsed.controller.telemetry import Senses
 from sparsed.controller.tuner_host import TunerHost
@@ -205,6 +205,9 @@ class Daemon:
         """Hot knobs change at the next step boundary, others wait for a restart."""
         board = self._engine.board
         change = board.resolve(values)
+        if change.pending:
+            waiting = board.for_next_start(change.pending)
+            check_next_start(self._plan, {**self._config.knobs, **waiting})
         if validate_only:
             return board.states(change)
         if change.knobs != board.knobs:

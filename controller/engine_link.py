@@ -91,7 +91,7 @@ class EngineLink:
 
     async def stop(self) -> None:
         """End what is unfinished with an error, then the engine."""
-        self.ledger.fail_all("the daemon is shutting down")
+        self.ledger.cut_off_all("the daemon is shutting down")
         await self.supervisor.stop(STOP_TIMEOUT_S if self.facts else 0.0)
 
     def _limits(self, plan: StartPlan) -> LedgerLimits:

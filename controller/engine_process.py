@@ -18,6 +18,7 @@ from sparsed.core import EngineReady, EngineSpec, Heartbeat, Shutdown
 from sparsed.engine.wire import FromEngine, ToEngine, decode, encode
 
 WATCH_PERIOD_S = 0.5
+BUSY_LOAD_FRAC = 0.5  # of the cores: with more to run, spinning threads hurt (ADR 5)
 DRY_MS = 200  # a dead engine's socket that is silent for so long has nothing left
 
 
@@ -174,6 +175,8 @@ class EngineProcess:
 def _worker_environment() -> dict[str, str]:
     environment = dict(os.environ)
     environment.pop("NOTIFY_SOCKET", None)  # only the controller reports to systemd
+    if os.getloadavg()[0] > BUSY_LOAD_FRAC * (os.cpu_count() or 1):
+        environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     return environment
 
 

@@ -144,7 +144,8 @@ class Ledger:
         for entry in running:
             if entry.record.note_death(alone=len(running) == 1):
                 deaths = entry.record.deaths
-                self._fail(entry, f"the engine died {deaths} times while running this request")
+                error = f"the engine died {deaths} times while running this request"
+                self._close(entry, error, reason=FinishReason.ERROR)
         for entry in sent:
             if entry.stopping:
                 self._end(entry)
@@ -161,16 +162,16 @@ class Ledger:
             async with asyncio.timeout(timeout_s):
                 await self._idle.wait()
         except TimeoutError:
-            return self.fail_all("the daemon is shutting down")
+            return self.cut_off_all("the daemon is shutting down")
         return 0
 
-    def fail_all(self, error: str) -> int:
-        """End every request with ``error``; returns how many there were."""
+    def cut_off_all(self, error: str) -> int:
+        """End every request through no fault of its own; returns how many there were."""
         entries = list(self._entries.values())
         for entry in entries:
             if entry.request.request_id in self._sent:
                 self._send(AbortRequest(request_id=entry.request.request_id))
-            self._fail(entry, error)
+            self._close(entry, error, reason=FinishReason.ABORT)
         return len(entries)
 
     # ---- inside ----------------------------------------------------------------------------
@@ -257,14 +258,14 @@ class Ledger:
                 tpot_s=(entry.last_token_s - entry.first_token_s) / gaps if gaps else None,
             )
 
-    def _fail(self, entry: _Entry, error: str) -> None:
+    def _close(self, entry: _Entry, error: str, *, reason: FinishReason) -> None:
         self._on_output(
             entry,
             TokenOutput(
                 request_id=entry.request.request_id,
                 index=len(entry.generated),
                 token_id=None,
-                finish_reason=FinishReason.ERROR,
+                finish_reason=reason,
                 error=error,
             ),
         )

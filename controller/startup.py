@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from sparsed import __version__
@@ -21,6 +22,7 @@ from sparsed.core import (
     KnobValue,
     MachineFacts,
     MemoryPlan,
+    ModelShape,
     Profile,
     ProfileKey,
 )
@@ -75,12 +77,7 @@ def prepare(
     dtype = _dtype(config.dtype, device=device, model=model)
     key = ProfileKey(hardware=machine.fingerprint, model=resolved.model_id, dtype=dtype)
     _warn_of_mismatch(config, key)
-
-    def size(values: Mapping[str, KnobValue]) -> _Sized:
-        shape = model.shape
-        knobs = resolve_knobs(values, shape=shape, machine=machine, device=device, dtype=dtype)
-        return _Sized(knobs=knobs, plan=plan_memory(knobs, shape=shape, dtype=dtype))
-
+    size = partial(_size, shape=model.shape, machine=machine, device=device, dtype=dtype)
     profile, why = _choose_profile(config, key, find_verified=find_verified)
     sized, profile, why = _size_with_profile(size, config.knobs, profile=profile, why=why)
     return StartPlan(
@@ -100,6 +97,30 @@ def prepare(
         profile=why,
         sources=_sources(config, profile=profile),
     )
+
+
+def check_next_start(plan: StartPlan, values: Mapping[str, KnobValue]) -> None:
+    """InputError naming the knob if a start like ``plan``, but with ``values``, would fail."""
+    spec = plan.spec
+    _size(
+        values,
+        shape=plan.model.shape,
+        machine=plan.machine,
+        device=spec.device,
+        dtype=spec.dtype,
+    )
+
+
+def _size(
+    values: Mapping[str, KnobValue],
+    *,
+    shape: ModelShape,
+    machine: MachineFacts,
+    device: str,
+    dtype: str,
+) -> _Sized:
+    knobs = resolve_knobs(values, shape=shape, machine=machine, device=device, dtype=dtype)
+    return _Sized(knobs=knobs, plan=plan_memory(knobs, shape=shape, dtype=dtype))
 
 
 def load_tokenizer(plan: StartPlan) -> Tokenizer:

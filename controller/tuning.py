@@ -211,7 +211,7 @@ class _Tune:
             workload=workload.name,
             objective=self._options.objective,
             default_scores=outcome.default_scores,
-            winner_scores=outcome.winner_scores if verified else outcome.default_scores,
+            winner_scores=outcome.winner_scores if verified else (),
             versions=self._versions,
             created_at=time.time(),
         )

@@ -232,7 +232,7 @@ def _load(link: Link, *, pool_fd: int | None, stopped: threading.Event) -> Engin
     except StartError:
         raise
     except InputError as error:
-        raise StartError(str(error), code=ExitCode.CONFIG) from error
+        raise StartError(str(error), code=error.code) from error
     except Exception as error:
         traceback.print_exc()
         words = str(error).strip().splitlines() or ["no message"]

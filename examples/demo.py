@@ -211,7 +211,7 @@ def tune(daemon: Daemon) -> None:
     )
 
 
-def show_the_winner(daemon: Daemon) -> None:
+def show_the_export(daemon: Daemon) -> None:
     sparsed("profile", "list", *state_dir())
     print(f"$ cat {TUNED.relative_to(ROOT)}\n{TUNED.read_text().strip()}")
 
@@ -235,7 +235,7 @@ STEPS: tuple[tuple[str, Callable[[Daemon], None]], ...] = (
     ("ask about a long document with sparse attention", ask_about_a_long_document),
     ("look at the daemon's status", show_status),
     ("tune offline, briefly", tune),
-    ("export the winner", show_the_winner),
+    ("see what was exported", show_the_export),
     ("restart with what was found", restart),
     ("stop", stop_daemon),
 )

@@ -31,7 +31,7 @@ def propose(context: LiveContext) -> Decision:
     values: Mapping[str, KnobValue] = {}
     ratio = 1.0
     if len(busy) < MIN_BUSY_FRAC * len(context.windows):
-        reason = "hold: too little traffic to learn from"
+        reason = "too little traffic to learn from"
     elif repair := repair_targets(context, current=current):
         values, reason = repair
     else:
@@ -72,7 +72,7 @@ def improve(
     """The neighbour that past trials promise most from: values, reason, predicted ratio."""
     done = [trial for trial in trials if trial.status is not TrialStatus.INTERRUPTED]
     if sum(trial.score is not None for trial in done) < MIN_TRIALS:
-        return {}, "hold: too few trials of this hardware and model; run: sparsed tune", 1.0
+        return {}, "too few trials of this hardware and model; run: sparsed tune", 1.0
     space = live_space(current)
     here = space.encode({})
     near = neighbours(space, here)
@@ -87,7 +87,7 @@ def improve(
     ours, *theirs = model.predict([_lift(point, space, whole) for point in (here, *near)])
     best = max(range(len(near)), key=lambda i: theirs[i].score)
     if theirs[best].low < ours.score * (1.0 + MIN_GAIN_FRAC):
-        return {}, "hold: no step is surely better by the trials of this machine", 1.0
+        return {}, "no step is surely better by the trials of this machine", 1.0
     values = guard(space.decode(near[best]), current=current, space=space)
     ratio = theirs[best].score / ours.score
     return values, f"trials of this machine predict {ratio - 1.0:+.0%} tokens/s", ratio
@@ -109,7 +109,7 @@ def _step(current: Knobs, knob: str, *, up: bool, reason: str) -> Change:
     ladder = next(ladder for ladder in space.ladders if ladder.name == knob)
     rung = ladder.nearest(getattr(current, knob)) + (1 if up else -1)
     if not 0 <= rung < len(ladder.rungs):
-        return {}, f"hold: {reason}, but {knob} is at its bound"
+        return {}, f"{reason}, but {knob} is at its bound"
     return guard({knob: ladder.value(rung)}, current=current, space=space), reason
 
 

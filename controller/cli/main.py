@@ -71,12 +71,9 @@ def run(arguments: list[str]) -> int:
     except SystemExit as finished:
         code = int(finished.code or 0)
         return ExitCode.USAGE if is_local and code == _TYPER_USAGE_ERROR else code
-    except StartError as error:
+    except (StartError, InputError) as error:
         complain(str(error))
         return error.code if is_local else ERROR
-    except InputError as error:
-        complain(str(error))
-        return ExitCode.USAGE if is_local else ERROR
     except Exception:  # noqa: BLE001  # the outermost frame: a bug has an exit status too
         traceback.print_exc()
         return ExitCode.SOFTWARE if is_local else ERROR

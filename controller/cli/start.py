@@ -18,8 +18,9 @@ ConfigOption = Annotated[
     typer.Option(
         "--config",
         metavar="FILE.toml",
-        help="Keys are flag names with underscores. A flag wins over SPARSED_* in the "
-        "environment, that over the file, the file over a stored profile.",
+        help="Keys are flag names with underscores, and config_version = 1. A flag wins over "
+        "SPARSED_* in the environment, that over knobs set for the next start, those over the "
+        "file, the file over a stored profile.",
     ),
 ]
 

@@ -9,10 +9,12 @@ from dataclasses import dataclass, field, replace
 
 from sparsed.controller.detokenizer import Detokenizer, StopMatcher
 from sparsed.controller.http.errors import GenerationError
-from sparsed.controller.ledger import Ledger
+from sparsed.controller.ledger import Ledger, Unavailable
 from sparsed.controller.request_stream import RequestStream
 from sparsed.controller.tokenizer import Tokenizer
 from sparsed.core import AddRequest, FinishReason, SparseDetails, TokenOutput
+
+RETRY_S = 30.0  # when a client whose request was cut off may come back
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,8 +74,10 @@ class ChoiceText:
         self._started = False
 
     def take(self, output: TokenOutput) -> Delta:
-        if output.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
-            raise GenerationError(output.error or "the request was cut off")
+        if output.finish_reason is FinishReason.ABORT:
+            raise Unavailable(output.error or "the request was cut off", retry_after_s=RETRY_S)
+        if output.finish_reason is FinishReason.ERROR:
+            raise GenerationError(output.error or "the engine failed")
         delta = self._hidden(output) if self._plan.rules.hide_output else self._shown(output)
         if self._started or self._plan.echo is None:
             return delta

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sparsed.core import DTYPE_BYTES, InputError, ModelShape
+from sparsed.core import DTYPE_BYTES, ExitCode, InputError, ModelShape
 from sparsed.engine.models.fields import Fields
 from sparsed.engine.models.rope_config import RopeConfig, parse_rope
 
@@ -108,13 +108,17 @@ def load_config(directory: Path) -> ModelConfig:
     """
     path = directory / "config.json"
     if not path.is_file():
-        raise InputError(f"{path} does not exist; give a Hugging Face directory", field="model")
+        raise InputError(
+            f"{path} does not exist; give a Hugging Face directory",
+            field="model",
+            code=ExitCode.DATA,
+        )
     generation_path = directory / "generation_config.json"
     generation = _read_json(generation_path) if generation_path.is_file() else None
     try:
         return parse_config(_read_json(path), generation)
     except InputError as error:
-        raise InputError(f"{directory}: {error}", field="model") from None
+        raise InputError(f"{directory}: {error}", field="model", code=ExitCode.DATA) from None
 
 
 def parse_config(

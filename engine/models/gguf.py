@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from sparsed.core import InputError
+from sparsed.core import ExitCode, InputError
 from sparsed.engine.models.config import parse_config
 from sparsed.engine.models.fields import Fields
 from sparsed.engine.models.gguf_tensors import SourceTensor, find_tensor, write_tensors
@@ -74,7 +74,7 @@ def convert_gguf(
             progress=progress,
         )
     except InputError as error:
-        raise InputError(f"{source}: {error}", field="model") from None
+        raise InputError(f"{source}: {error}", field="model", code=ExitCode.DATA) from None
 
 
 def hugging_face_config(file: GgufFile) -> dict[str, Any]:

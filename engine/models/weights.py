@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from sparsed.core import InputError
+from sparsed.core import ExitCode, InputError
 from sparsed.engine.models.config import ModelConfig
 from sparsed.engine.models.linear import Linear
 
@@ -99,7 +99,9 @@ class _Checkpoint:
     def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """The tensor, still mapped from its file; InputError if missing or of another shape."""
         if name not in self._files:
-            raise InputError(f"{self._directory} has no tensor {name}", field="model")
+            raise InputError(
+                f"{self._directory} has no tensor {name}", field="model", code=ExitCode.DATA
+            )
         path = self._directory / self._files[name]
         try:
             tensor: Tensor = self._open(path).get_tensor(name)
@@ -109,6 +111,7 @@ class _Checkpoint:
             raise InputError(
                 f"{path}: {name} has shape {tuple(tensor.shape)}, config.json asks for {shape}",
                 field="model",
+                code=ExitCode.DATA,
             )
         return tensor
 
@@ -205,7 +208,11 @@ def _files_by_tensor(directory: Path) -> Mapping[str, str]:
         except (OSError, SafetensorError) as error:
             raise _damaged(single, error) from None
     if not index.is_file():
-        raise InputError(f"{directory} holds neither {single.name} nor {index.name}", field="model")
+        raise InputError(
+            f"{directory} holds neither {single.name} nor {index.name}",
+            field="model",
+            code=ExitCode.DATA,
+        )
     try:
         names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         return {str(tensor): Path(file).name for tensor, file in names.items()}
@@ -214,4 +221,8 @@ def _files_by_tensor(directory: Path) -> Mapping[str, str]:
 
 
 def _damaged(path: Path, error: Exception) -> InputError:
-    return InputError(f"{path} is damaged or incomplete ({error}); fetch it again", field="model")
+    return InputError(
+        f"{path} is damaged or incomplete ({error}); fetch it again",
+        field="model",
+        code=ExitCode.DATA,
+    )

@@ -38,11 +38,15 @@ class ExitCode(IntEnum):
 
 
 class InputError(ValueError):
-    """A value given by a user is wrong. ``field`` names it; the message says what to do."""
+    """A value given by a user is wrong. ``field`` names it; the message says what to do; ``code``
+    is the exit status where it stops a start: USAGE, CONFIG for a file, DATA for a model."""
 
-    def __init__(self, message: str, *, field: str | None = None) -> None:
+    def __init__(
+        self, message: str, *, field: str | None = None, code: ExitCode = ExitCode.USAGE
+    ) -> None:
         super().__init__(message)
         self.field = field
+        self.code = code
 
 
 class CapacityError(InputError):

@@ -117,6 +117,8 @@ def test_knobs_change_now_or_at_the_next_start(daemon: StartDaemon) -> None:
     with AdminClient(running.state_dir / "run" / "admin.sock") as admin:
         with pytest.raises(InputError, match="max_num_active_seqs"):
             admin.set_knobs({"max_num_active_seqs": 1000}, validate_only=False, reason="test")
+        with pytest.raises(InputError, match="kv_hbm_gib=4000 does not fit"):
+            admin.set_knobs({"kv_hbm_gib": 4000}, validate_only=False, reason="test")
         change = {"token_budget": 512, "page_size": 64}
         preview = admin.set_knobs(change, validate_only=True, reason="test")
         assert admin.status().knobs.token_budget == 2048

@@ -143,13 +143,17 @@ def test_any_text_is_taken_or_refused_with_its_name(flags: dict[str, object]) ->
         assert set(config.origins) == set(flags)
 
 
-def test_knobs_set_live_for_the_next_start_win(tmp_path: Path) -> None:
-    flags: dict[str, object] = {"state_dir": str(tmp_path), "page_size": 64}
+def test_knobs_set_live_for_the_next_start_win_over_the_file_alone(tmp_path: Path) -> None:
+    flags: dict[str, object] = {"state_dir": str(tmp_path)}
+    file = tmp_path / "sparsed.toml"
+    file.write_text("config_version = 1\npage_size = 64\n")
     pending = load_config(flags=flags, environment={}).state_dir.pending_file
     values = {"page_size": 16, "kv_hbm_gib": 0.5, "sparse_method": "quest", "hbm_budget": None}
     write_pending(pending, values)
-    config = load_config(flags=flags, environment={})
+    config = load_config(flags=flags, environment={}, file=file)
     assert config.knobs == values
     assert config.origin("page_size") is KnobSource.LIVE
+    told = load_config(flags=flags | {"page_size": 8}, environment={}, file=file)
+    assert told.knobs == values | {"page_size": 8}
     write_pending(pending, {})
-    assert load_config(flags=flags, environment={}).knobs == {"page_size": 64}
+    assert load_config(flags=flags, environment={}, file=file).knobs == {"page_size": 64}

@@ -312,7 +312,7 @@ def test_drain_refuses_new_requests_and_waits_for_the_others(bench: Bench) -> No
 def test_drain_cuts_off_what_is_left(bench: Bench) -> None:
     stream = bench.submit("one")
     assert asyncio.run(bench.ledger.drain(timeout_s=0.01)) == 1
-    assert read(stream)[-1].finish_reason is FinishReason.ERROR
+    assert read(stream)[-1].finish_reason is FinishReason.ABORT
     assert bench.sent[-1] == AbortRequest(request_id="one")
 
 

@@ -117,7 +117,7 @@ def test_an_engine_that_cannot_load_says_why(
 
     with pytest.raises(StartError, match="nothing") as caught:
         asyncio.run(live())
-    assert caught.value.code is ExitCode.CONFIG
+    assert caught.value.code is ExitCode.DATA
 
 
 @pytest.mark.slow

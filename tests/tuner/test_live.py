@@ -88,14 +88,14 @@ RISING = [
         (Slo(tpot_s=0.05), {}, {"max_num_active_seqs": 3}, "run fewer"),
         (Slo(ttft_s=0.5), {}, {"prefill_chunk": 768}, "too many steps"),
         (Slo(ttft_s=0.5), {"num_waiting": 3}, {"max_num_active_seqs": 6}, "wait for a place"),
-        (Slo(ttft_s=0.5), {"steps": 0}, {}, "hold: too little traffic"),
+        (Slo(ttft_s=0.5), {"steps": 0}, {}, "too little traffic"),
         (
             Slo(tpot_s=0.05),
             {"knobs": replace(KNOBS, max_num_active_seqs=1)},
             {},
-            "hold: .* at its bound",
+            ".* at its bound",
         ),
-        (Slo(tpot_s=0.05), {"tpot_p95_s": None}, {}, "hold: too few trials"),
+        (Slo(tpot_s=0.05), {"tpot_p95_s": None}, {}, "too few trials"),
     ],
 )
 def test_targets_are_repaired_by_one_step(
@@ -120,13 +120,13 @@ def test_at_the_top_it_holds() -> None:
     trials = [*RISING, trial(8, 160.0, max_num_active_seqs=16)]
     decision = advise(trials=trials, knobs=knobs)
     assert decision.values == {}
-    assert decision.reason.startswith("hold: no step")
+    assert decision.reason.startswith("no step")
     assert decision.predicted_score is None
 
 
 def test_infeasible_trials_alone_are_no_ground_for_advice() -> None:
     decision = advise(trials=[trial(i, None, max_num_active_seqs=i + 1) for i in range(8)])
-    assert decision.reason.startswith("hold: too few trials")
+    assert decision.reason.startswith("too few trials")
 
 
 @pytest.mark.slow
