@@ -152,6 +152,7 @@ class _Tune:
             f"workload {requested.name}: {fitted.description}, about {fitted.expected_s:.1f} s a "
             f"window, {NUM_REPEATS} windows a trial"
         )
+        self._warn_of_short_prompts(fitted.workload)
         study_id = self._store.start_study(
             self._plan.key,
             workload=fitted.workload,
@@ -162,6 +163,15 @@ class _Tune:
             started_at=time.time(),
         )
         return study_id, fitted.workload
+
+    def _warn_of_short_prompts(self, workload: Workload) -> None:
+        longest = max(request.input_tokens for request in workload.requests)
+        budget = self._plan.spec.knobs.token_budget
+        if longest <= budget:
+            self._console.print(
+                f"note: no prompt is longer than token_budget={budget}, so the default reads "
+                "everything and sparsity is hardly tried; give --trial-seconds more"
+            )
 
     def _search(
         self, measure: Callable[[Mapping[str, KnobValue]], Measurement], *, study_id: int

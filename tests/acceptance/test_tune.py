@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -50,6 +51,10 @@ def test_a_study_is_stored_trial_by_trial_and_its_result_exported(tmp_path: Path
     assert exported.values == (expected.values if expected else trials[0].values)
     assert "page_size" not in exported.values
     assert "the default stays" in output or "is verified" in output
+    longest = re.search(r"longest prompt (\d+) tokens", words := " ".join(output.split()))
+    assert longest
+    budget = trials[0].values["token_budget"]
+    assert ("hardly tried" in words) is (int(longest[1]) <= int(budget or 0))
 
 
 @pytest.mark.slow

@@ -280,7 +280,7 @@ def test_an_unknown_model_is_a_failure_with_words_and_a_status(tmp_path: Path) -
         failing.send(replace(SPEC, model="dummy:nonsense"))
         failed = failing.wait_for(EngineFailed)
         assert "nonsense" in failed.message
-        assert failed.exit_code == failing.exit_status() == ExitCode.CONFIG
+        assert failed.exit_code == failing.exit_status() == ExitCode.USAGE
 
 
 def test_an_error_in_its_own_logic_ends_the_process(tmp_path: Path) -> None:
