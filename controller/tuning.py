@@ -169,8 +169,8 @@ class _Tune:
         budget = self._plan.spec.knobs.token_budget
         if longest <= budget:
             self._console.print(
-                f"note: no prompt is longer than token_budget={budget}, so the default reads "
-                "everything and sparsity is hardly tried; give --trial-seconds more"
+                f"note: no prompt is longer than token_budget={budget}, so sparsity is hardly "
+                "tried; give --trial-seconds more"
             )
 
     def _search(
