@@ -8,10 +8,14 @@ the query split to meet them).
 
 from __future__ import annotations
 
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from sparsed.kernels.resident import ResidentPlan
 
 _NOTHING: Final = -1e30  # a logit that no real one comes near, and unlike -inf a number
 
@@ -73,6 +77,43 @@ def attend_pages(
     lse_LG = logits_LGW.amax(dim=-1) - weights_LGW.amax(dim=-1).log()
     lse_LG = lse_LG.masked_fill(lse_LG < _NOTHING / 2, float("-inf"))
     return o_LGD.view_as(q_BHGD), lse_LG.view(q_BHGD.shape[:3])
+
+
+def attend_resident(
+    q_NHD: Tensor, arena_NTCD: Tensor, pages_RHP: Tensor, plan: ResidentPlan, scale: float
+) -> Tensor:
+    """See ``kernels.resident.attend_resident``; ``pages_RHP`` are the slots of its layer."""
+    o_NHD = torch.zeros_like(q_NHD, memory_format=torch.contiguous_format)
+    num_queries, page_size = len(q_NHD) // len(plan.rows_B), arena_NTCD.shape[1]
+    for b, (row, length) in enumerate(zip(plan.rows_B.tolist(), plan.lengths_B.tolist(), strict=True)):
+        if length == 0:
+            continue
+        slots_HK = pages_RHP[row, :, : -(-length // page_size)].long()
+        k_HWD, v_HWD = arena_NTCD[slots_HK].flatten(1, 2)[:, :length].unbind(2)
+        here = slice(b * num_queries, (b + 1) * num_queries)
+        q_QHGD = q_NHD[here].unflatten(1, (len(slots_HK), -1))
+        logits_HGQW = torch.einsum("qhgd,hwd->hgqw", q_QHGD * scale, k_HWD).float()
+        places_W = torch.arange(length, device=q_NHD.device)
+        hidden_QW = places_W > places_W[-num_queries:, None]
+        weights = logits_HGQW.masked_fill(hidden_QW, float("-inf")).softmax(-1).to(v_HWD.dtype)
+        o_NHD[here] = torch.einsum("hgqw,hwd->qhgd", weights, v_HWD).flatten(1, 2).to(o_NHD.dtype)
+    return o_NHD
+
+
+def rotate_heads(
+    heads_NHD: Tensor, cos_ND: Tensor, sin_ND: Tensor, *, norm_HD: Tensor | None, eps: float
+) -> Tensor:
+    """See ``kernels.rotate.rotate_heads``; three passes, whatever the number of heads."""
+    if norm_HD is not None:
+        heads_NHD = F.rms_norm(heads_NHD, heads_NHD.shape[-1:], None, eps) * norm_HD
+    swapped_NHD = heads_NHD.roll(heads_NHD.shape[-1] // 2, dims=-1)
+    return torch.addcmul(heads_NHD * cos_ND[:, None], swapped_NHD, sin_ND[:, None])
+
+
+def silu_mul(gate_up_NF: Tensor) -> Tensor:
+    """See ``kernels.gate.silu_mul``."""
+    gate, up = gate_up_NF.chunk(2, dim=1)
+    return F.silu(gate).mul_(up)
 
 
 def _gather_tokens(
