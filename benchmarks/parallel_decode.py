@@ -80,7 +80,9 @@ class Context:
         num_tokens, num_heads, head_dim = k_NHD.shape
         kv_HMCD = self.store(layer, k_NHD, v_NHD, first=0)[:, :num_tokens]
         q_HGND = q_NHD.view(num_tokens, num_heads, -1, head_dim).permute(1, 2, 0, 3)
-        o_HGND, _ = attend_dense(q_HGND, kv_HMCD, causal=True, scale=self._scale)
+        o_HGND, _ = attend_dense(
+            q_HGND, kv_HMCD[:, :, 0], kv_HMCD[:, :, 1], causal=True, scale=self._scale
+        )
         return o_HGND.permute(2, 0, 1, 3).reshape(q_NHD.shape)
 
 

@@ -74,7 +74,7 @@ def decode_text(
     logits = []
     for position, token in enumerate(tokens[:-1], start=len(context)):
         decode = DecodeRow(row=row, token=token, position=position)
-        logits.append(runner.run(StepPlan(chunks=(), decodes=(decode,))))
+        logits.append(runner.run(StepPlan(chunks=(), decodes=(decode,))).logits_NV.clone())
     runner.kv.free(row)
     return token_logprobs(torch.cat(logits), torch.tensor(tokens[1:]))
 

@@ -26,8 +26,6 @@ class AttentionPlan:
     offsets_B: Tensor | None
     dense_groups: tuple[Group, ...]  # for the first ``dense_layers`` layers
     groups: tuple[Group, ...]
-    sealed: tuple[tuple[int, int], ...]  # (row, page) pairs the decode tokens fill
-    step: int
 
 
 class Attention:
@@ -46,10 +44,8 @@ class Attention:
         return self._tiers.counts
 
     def plan(self, plan: StepPlan, *, step: int) -> AttentionPlan:
+        """Plan a step; the pages of its decode tokens must be open."""
         cache, decodes = self._cache, plan.decodes
-        page_size = cache.geometry.page_size
-        for decode in decodes:
-            cache.open_token(decode.row, decode.position, step=step)
         chunks = tuple(self._prefill.plan(chunk, step=step) for chunk in plan.chunks)
         batch = make_batch(cache, decodes, range(len(decodes))) if decodes else None
         return AttentionPlan(
@@ -59,12 +55,6 @@ class Attention:
             offsets_B=batch.tail_tokens_B - 1 if batch else None,
             dense_groups=self._groups(decodes, dense=True, step=step),
             groups=self._groups(decodes, dense=False, step=step),
-            sealed=tuple(
-                (decode.row, decode.position // page_size)
-                for decode in decodes
-                if (decode.position + 1) % page_size == 0
-            ),
-            step=step,
         )
 
     def run(self, plan: AttentionPlan, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -80,10 +70,16 @@ class Attention:
             self._decode(plan, layer, q[part], k[part], v[part], out=o[part])
         return o
 
-    def finish(self, plan: AttentionPlan, step: StepPlan) -> None:
-        """Seal the pages that the step filled and count what it read."""
-        self._cache.seal(plan.sealed, step=plan.step)
-        for decode in step.decodes:
+    def finish(self, plan: StepPlan, *, step: int) -> None:
+        """Seal the pages that the decode tokens of a step filled, and count what they read."""
+        page_size = self._cache.geometry.page_size
+        sealed = [
+            (decode.row, decode.position // page_size)
+            for decode in plan.decodes
+            if (decode.position + 1) % page_size == 0
+        ]
+        self._cache.seal(sealed, step=step)
+        for decode in plan.decodes:
             self._count(decode.row, decode.position)
 
     def _groups(self, decodes: Sequence[DecodeRow], *, dense: bool, step: int) -> tuple[Group, ...]:

@@ -28,10 +28,11 @@ class PromptChunk:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DecodeRow:
-    """One token of one request, at ``position``."""
+    """One token of one request, at ``position``. ``token`` None: the last one drawn for the row,
+    which only the device knows yet."""
 
     row: int
-    token: int
+    token: int | None
     position: int
 
 
@@ -39,3 +40,7 @@ class DecodeRow:
 class StepPlan:
     chunks: tuple[PromptChunk, ...]
     decodes: tuple[DecodeRow, ...]
+
+    @property
+    def is_empty(self) -> bool:
+        return not (self.chunks or self.decodes)

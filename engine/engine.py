@@ -24,7 +24,9 @@ from sparsed.core import (
     TokenOutput,
 )
 from sparsed.engine.batch import PromptChunk, StepPlan
+from sparsed.engine.readback import PendingTokens
 from sparsed.engine.request import RequestState, Status, check_request
+from sparsed.engine.resident import Drawn
 from sparsed.engine.sampler import Draw, Sampler, token_logprobs
 from sparsed.engine.scheduler import Rows, Scheduler, Step
 
@@ -45,7 +47,9 @@ class Model(Protocol):
     def kv(self) -> Cache: ...
     @property
     def vocab_size(self) -> int: ...
-    def run(self, plan: StepPlan) -> Tensor: ...
+    @property
+    def runs_ahead(self) -> bool: ...
+    def run(self, plan: StepPlan) -> Drawn: ...
     def stats(self) -> EngineStats: ...
     def apply(self, knobs: Knobs) -> None: ...
 
@@ -61,8 +65,19 @@ class _Counters:
     requests_finished: int = 0
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _InFlight:
+    """A step that was launched: who waits for which of its tokens."""
+
+    tokens: PendingTokens
+    waiting: tuple[tuple[RequestState, int], ...]
+
+
 class Engine:
     """Continuous batching over one model. One thread; only ``step`` takes its time.
+
+    Where the model runs ahead, the most likely tokens of a step are read while the next one runs:
+    a request that ends has by then run one step more, whose token is dropped.
 
     A request that cannot be served ends with an output that says so, at the next step. Any
     other error leaves the engine unusable and is raised.
@@ -73,6 +88,7 @@ class Engine:
         self._seed = seed
         self._scheduler = Scheduler(model.kv, knobs=knobs)
         self._sampler = Sampler()
+        self._in_flight: deque[_InFlight] = deque()
         self._outputs: list[TokenOutput] = []  # of this step, and of requests closed before it
         self._counters = _Counters()
         self._step_times: deque[float] = deque(maxlen=MAX_STEP_TIMES)
@@ -84,7 +100,7 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether ``step`` has something to compute or to report."""
-        return self._scheduler.has_requests or bool(self._outputs)
+        return self._scheduler.has_requests or bool(self._outputs or self._in_flight)
 
     def add(self, request: AddRequest) -> None:
         """Queue a request. Its id must not be that of an unfinished one."""
@@ -113,10 +129,10 @@ class Engine:
         """One token for every decoding request, and the next part of the prompts."""
         started = time.perf_counter()
         step = self._schedule()
-        if step.prefills or step.decodes:
-            logits = self._model.run(step.plan)
-            ready = self._advance(step, logits)
-            self._generate(ready, logits)
+        if not step.plan.is_empty:
+            self._launch(step)
+        self._read_tokens(keep=0 if step.plan.is_empty or not self._model.runs_ahead else 1)
+        if not step.plan.is_empty:
             self._count(step, seconds=time.perf_counter() - started)
         return self._report()
 
@@ -159,8 +175,19 @@ class Engine:
         ready.extend((request, row + i) for i, request in enumerate(step.decodes))
         return ready
 
-    def _generate(self, ready: Sequence[tuple[RequestState, int]], logits_NV: Tensor) -> None:
+    def _launch(self, step: Step) -> None:
+        """Run a step. Tokens that need more than the most likely one are drawn here, on the host;
+        the others stay in flight."""
+        drawn = self._model.run(step.plan)
+        ready = self._advance(step, drawn.logits_NV)
         drawing = [(request, row) for request, row in ready if not self._replay(request)]
+        plain = tuple((request, row) for request, row in drawing if request.is_plain_greedy)
+        for request, _ in plain:
+            request.num_in_flight += 1
+        self._in_flight.append(_InFlight(tokens=PendingTokens(drawn.tokens_N), waiting=plain))
+        self._sample([pair for pair in drawing if not pair[0].is_plain_greedy], drawn.logits_NV)
+
+    def _sample(self, drawing: Sequence[tuple[RequestState, int]], logits_NV: Tensor) -> None:
         if not drawing:
             return
         requests = [request for request, _ in drawing]
@@ -169,6 +196,16 @@ class Engine:
         draws = self._sampler.sample(logits_NV, requests=requests)
         for request, draw in zip(requests, draws, strict=True):
             self._emit(request, draw)
+
+    def _read_tokens(self, *, keep: int) -> None:
+        """Report the tokens of all steps in flight but the last ``keep``."""
+        while len(self._in_flight) > keep:
+            step = self._in_flight.popleft()
+            tokens = step.tokens.read()
+            for request, row in step.waiting:
+                request.num_in_flight -= 1
+                if request.status is not Status.FINISHED:
+                    self._emit(request, Draw(tokens[row]))
 
     def _replay(self, request: RequestState) -> bool:
         """Append the next token if it is known. True if none is to be drawn in this step."""

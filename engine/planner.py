@@ -24,7 +24,7 @@ from sparsed.core import (
 )
 from sparsed.engine.kvcache.geometry import Geometry, num_frames
 
-STAGING_TOKENS = 4096  # per KV head: pages on their way from the DRAM tier
+STAGING_TOKENS = 8192  # of one layer: earlier pages on their way to the attention of a chunk
 SLOT_BYTES = 8  # owner and age of a slot
 MAX_NUM_SEQS = {"cpu": 16, "cuda": 64}
 HBM_USE_FRAC = 0.92  # of what is free after the weights and the workspace
@@ -85,8 +85,8 @@ def plan_memory(knobs: Knobs, *, shape: ModelShape, dtype: str) -> MemoryPlan:
     hot_bytes = int(knobs.kv_hbm_gib * GIB)
     row_bytes = 2 * shape.num_kv_heads * shape.head_dim * geometry.element_bytes  # of one layer
     staging_bytes = STAGING_TOKENS * row_bytes
-    buffer_bytes = (knobs.prefill_chunk + geometry.page_size) * row_bytes + staging_bytes
-    tables_bytes = knobs.max_num_seqs * geometry.table_bytes_per_row(knobs.max_model_len)
+    buffer_bytes = (num_frames(knobs.prefill_chunk) + 1) * BLOCK_TOKENS * row_bytes
+    tables_bytes = geometry.table_bytes(knobs.max_num_seqs, knobs.max_model_len)
     frames = _num_frames(knobs, geometry)
     summaries_bytes = frames * geometry.summary_bytes_per_frame(knobs.sparse_method)
     used = staging_bytes + buffer_bytes + tables_bytes + summaries_bytes

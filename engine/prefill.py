@@ -1,125 +1,157 @@
-"""Attention of prompt chunks: dense and exact, page by page into both tiers.
+"""Attention of prompt chunks: dense and exact, token by token into both tiers.
 
 Shape legend: L layers, H KV heads, G query heads per KV head, D head dim, T tokens of a page,
-n tokens of the chunk, P pages the chunk touches, C = 2 (key, value).
+n tokens of the chunk, P pages the chunk touches, F frames it touches, C = 2 (key, value).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain
 
 import torch
 from torch import Tensor
 
+from sparsed.core import BLOCK_TOKENS
 from sparsed.engine.batch import PromptChunk
+from sparsed.engine.dense import DenseAttention
 from sparsed.engine.kvcache.cache import KVCache, Row
-from sparsed.kernels.copy import copy_pages
-from sparsed.kernels.dense import attend_dense
+from sparsed.engine.kvcache.geometry import num_frames
 from sparsed.kernels.merge import merge_states
+from sparsed.kernels.store import store_tokens
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ChunkPlan:
-    """Where one chunk reads and writes. ``num_head`` tokens of its first page are there already;
-    ``num_context`` full pages lie before that page; ``num_sealed`` pages fill in this chunk."""
+    """Where one chunk reads and writes. Its tokens are ``start`` .. ``start + num_tokens - 1``;
+    the first ``num_sealed`` of its P pages are full when it is done. ``buffer_NX`` holds one layer
+    of the chunk as the DRAM tier will: frame by frame, (F, H, pages of a block)."""
 
     row: Row
+    start: int
     num_tokens: int
-    num_head: int
-    num_context: int
     num_sealed: int
-    slots_LHP: Tensor
-    page_rows_LHP: Tensor
+    buffer_NX: Tensor
+    offsets_n: Tensor  # int32, place of each token in its page
+    slots_LnH: Tensor  # int32, its page in the hot tier, -1 where it has none
+    buffer_slots_nH: Tensor  # int32, its page in the layer buffer
+    first_slots_LH: Tensor  # int64, the hot slot of the first page
+    page_rows_LHP: Tensor  # of sealed pages, in the DRAM tier
+    buffer_slots_HP: Tensor  # of the same pages, in the layer buffer
 
 
 class PrefillAttention:
-    """Runs chunks layer by layer. ``staging_NX`` holds pages on their way from the DRAM tier."""
+    """Runs chunks layer by layer. ``staging_NX`` holds earlier pages on their way to attention."""
 
     def __init__(self, cache: KVCache, *, staging_NX: Tensor, scale: float) -> None:
         self._cache = cache
         self._staging_NX = staging_NX
-        self._scale = scale
+        self._attend = DenseAttention(scale=scale)
 
     def plan(self, chunk: PromptChunk, *, step: int) -> ChunkPlan:
-        page_size = self._cache.geometry.page_size
+        cache, geometry = self._cache, self._cache.geometry
+        page_size = geometry.page_size
         first, last = chunk.start // page_size, -(-chunk.end // page_size)
-        self._cache.open_chunk(chunk.row, chunk.start, chunk.end, step=step)
+        num_sealed = chunk.end // page_size - first
+        cache.open_chunk(chunk.row, chunk.start, chunk.end, step=step)
+        slots_LHP = cache.tables.slots_of(chunk.row, first, last)
+        device = slots_LHP.device
+        num_blocks = (num_frames(chunk.end) - chunk.start // BLOCK_TOKENS) * geometry.num_kv_heads
+        positions_n = torch.arange(chunk.start, chunk.end, device=device)
+        pages_n = positions_n // page_size
+        in_buffer_HP = _buffer_slots(first, last, cache=cache, device=device)
         return ChunkPlan(
-            row=self._cache.rows[chunk.row],
+            row=cache.rows[chunk.row],
+            start=chunk.start,
             num_tokens=len(chunk.tokens),
-            num_head=chunk.start % page_size,
-            num_context=first,
-            num_sealed=chunk.end // page_size - first,
-            slots_LHP=self._cache.tables.slots_of(chunk.row, first, last).clone(),
-            page_rows_LHP=self._cache.tables.page_rows(chunk.row, first, last),
+            num_sealed=num_sealed,
+            buffer_NX=cache.arena.pages_NX.new_empty(
+                (num_blocks * geometry.pages_per_block, cache.arena.pages_NX.shape[1])
+            ),
+            offsets_n=(positions_n % page_size).int(),
+            slots_LnH=slots_LHP[:, :, pages_n - first].transpose(1, 2).contiguous(),
+            buffer_slots_nH=in_buffer_HP[:, pages_n - first].t().int().contiguous(),
+            first_slots_LH=slots_LHP[:, :, 0].long(),
+            page_rows_LHP=cache.tables.page_rows(chunk.row, first, first + num_sealed),
+            buffer_slots_HP=in_buffer_HP[:, :num_sealed],
         )
 
     def run(self, plan: ChunkPlan, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attend and store. Shapes: q (n, H * G, D); k, v (n, H, D); returns (n, H * G, D)."""
         num_tokens, num_heads, head_dim = k.shape
         q_HGnD = q.view(num_tokens, num_heads, -1, head_dim).permute(1, 2, 0, 3)
-        pages_HPTCD = self._fill_pages(plan, layer, k, v)
-        tokens_HMCD = pages_HPTCD.flatten(1, 2)
-        begin, end = plan.num_head, plan.num_head + num_tokens
-        state = attend_dense(q_HGnD, tokens_HMCD[:, begin:end], causal=True, scale=self._scale)
-        head = [tokens_HMCD[:, :begin]] if begin else []
-        for kv_HMCD in chain(head, self._context(plan, layer)):
-            other = attend_dense(q_HGnD, kv_HMCD, causal=False, scale=self._scale)
+        state = self._attend(q_HGnD, k.transpose(0, 1), v.transpose(0, 1), causal=True)
+        for kv_HMCD in self._context(plan, layer):
+            other = self._attend(q_HGnD, kv_HMCD[:, :, 0], kv_HMCD[:, :, 1], causal=False)
             state = merge_states(*state, *other)
-        self._store(plan, layer, pages_HPTCD)
+        self._store(plan, layer, k, v)
         return state[0].to(q.dtype).permute(2, 0, 1, 3).reshape(q.shape)
 
-    def _fill_pages(self, plan: ChunkPlan, layer: int, k: Tensor, v: Tensor) -> Tensor:
-        """The pages the chunk touches (H, P, T, 2, D): their earlier tokens, the chunk, zeros."""
-        cache, num_pages = self._cache, plan.slots_LHP.shape[-1]
-        page_size = cache.geometry.page_size
-        num_tokens, num_heads, head_dim = k.shape
-        pages_HMCD = k.new_zeros((num_heads, num_pages * page_size, 2, head_dim))
-        if plan.num_head:
-            first_H = plan.slots_LHP[layer, :, 0].long()
-            pages_HMCD[:, : plan.num_head] = cache.arena.pages_NTCD[first_H, : plan.num_head]
-        window = pages_HMCD[:, plan.num_head : plan.num_head + num_tokens]
-        window[:, :, 0] = k.transpose(0, 1)
-        window[:, :, 1] = v.transpose(0, 1)
-        return pages_HMCD.view(num_heads, num_pages, page_size, 2, head_dim)
-
     def _context(self, plan: ChunkPlan, layer: int) -> Iterator[Tensor]:
-        """K and V of the full pages before the chunk, (H, M, 2, D), in pieces of the staging; each
-        is valid until the next one is asked for."""
-        cache = self._cache
-        num_heads = cache.geometry.num_kv_heads
-        piece = len(self._staging_NX) // num_heads
-        for first in range(0, plan.num_context, piece):
-            last = min(first + piece, plan.num_context)
-            if plan.row.complete:
-                slots_HP = cache.tables.slots_of(plan.row.index, first, last)[layer]
-                pages = cache.arena.pages_NX.index_select(0, slots_HP.flatten())
-            else:
-                rows_HP = cache.tables.page_rows(plan.row.index, first, last)[layer].flatten()
-                pages = self._staging_NX[: len(rows_HP)]
-                target = torch.arange(len(rows_HP), device=rows_HP.device)
-                cache.transfer.load(pages, cache.pool.pages_RX, dst_rows=target, src_rows=rows_HP)
-            yield pages.view(num_heads, -1, 2, cache.geometry.head_dim)
+        """K and V of the tokens before the chunk, (H, M, 2, D), in pieces of the staging; each is
+        valid until the next one is asked for."""
+        read = self._resident_context if plan.row.complete else self._cold_context
+        return read(plan, layer) if plan.start else iter(())
 
-    def _store(self, plan: ChunkPlan, layer: int, pages_HPTCD: Tensor) -> None:
-        """Write pages with a slot to the hot tier, full pages to the DRAM tier and summarise."""
+    def _resident_context(self, plan: ChunkPlan, layer: int) -> Iterator[Tensor]:
+        """Block by block, the last one perhaps in part."""
+        cache, geometry = self._cache, self._cache.geometry
+        per_block, heads = geometry.pages_per_block, geometry.num_kv_heads
+        arena_BX = cache.arena.pages_NX.view(-1, geometry.block_elements)
+        staging_BX = self._staging_NX.view(-1, geometry.block_elements)
+        piece = len(staging_BX) // heads
+        last = num_frames(plan.start)
+        slots_Hb = cache.tables.page_slot[plan.row.index, layer, :, : last * per_block : per_block]
+        blocks_Hb = slots_Hb // per_block
+        for begin in range(0, last, piece):
+            end = min(begin + piece, last)
+            kv_BX = staging_BX[: heads * (end - begin)]
+            torch.index_select(arena_BX, 0, blocks_Hb[:, begin:end].flatten(), out=kv_BX)
+            kv_HMCD = kv_BX.view(heads, -1, 2, geometry.head_dim)
+            yield kv_HMCD[:, : plan.start - begin * BLOCK_TOKENS]
+
+    def _cold_context(self, plan: ChunkPlan, layer: int) -> Iterator[Tensor]:
+        """Full pages from the DRAM tier, and the open page from the hot one."""
+        cache, geometry = self._cache, self._cache.geometry
+        heads, shape = geometry.num_kv_heads, (geometry.num_kv_heads, -1, 2, geometry.head_dim)
+        piece, num_full = len(self._staging_NX) // heads, plan.start // geometry.page_size
+        for first in range(0, num_full, piece):
+            last = min(first + piece, num_full)
+            rows_HP = cache.tables.page_rows(plan.row.index, first, last)[layer].flatten()
+            pages = self._staging_NX[: len(rows_HP)]
+            target = torch.arange(len(rows_HP), device=rows_HP.device)
+            cache.transfer.load(pages, cache.pool.pages_RX, dst_rows=target, src_rows=rows_HP)
+            yield pages.view(shape)
+        num_open = plan.start % geometry.page_size
+        if num_open:
+            yield cache.arena.pages_NTCD[plan.first_slots_LH[layer], :num_open]
+
+    def _store(self, plan: ChunkPlan, layer: int, k: Tensor, v: Tensor) -> None:
+        """Write tokens whose page has a slot to the hot tier, full pages to the DRAM tier with
+        their summaries."""
         cache = self._cache
-        pages_NX = pages_HPTCD.flatten(0, 1).flatten(1)
-        index_HP = torch.arange(len(pages_NX), device=pages_NX.device).view(
-            plan.slots_LHP.shape[1:]
-        )
-        slots_HP = plan.slots_LHP[layer].long()
-        copy_pages(
-            cache.arena.pages_NX,
-            pages_NX,
-            dst_rows_M=slots_HP.clamp(min=0).flatten().contiguous(),
-            src_rows_M=torch.where(slots_HP >= 0, index_HP, -1).flatten().contiguous(),
-        )
-        sealed = slice(0, plan.num_sealed)
-        rows_M = plan.page_rows_LHP[layer, :, sealed].flatten()
-        if len(rows_M):
-            index_M = index_HP[:, sealed].flatten()
-            cache.transfer.save(cache.pool.pages_RX, pages_NX, dst_rows=rows_M, src_rows=index_M)
-            cache.summarise(pages_HPTCD[:, sealed].flatten(0, 1), rows_M)
+        arena_NTCD, kv = cache.arena.pages_NTCD, {"k_BHD": k, "v_BHD": v}
+        slots_nH = plan.slots_LnH[layer]
+        store_tokens(arena_NTCD, slots_BH=slots_nH, offsets_B=plan.offsets_n, **kv)
+        if plan.num_sealed == 0:
+            return
+        buffer_NTCD = plan.buffer_NX.view(-1, *arena_NTCD.shape[1:])
+        store_tokens(buffer_NTCD, slots_BH=plan.buffer_slots_nH, offsets_B=plan.offsets_n, **kv)
+        num_open = plan.start % cache.geometry.page_size
+        if num_open:  # the tokens that the first page held already
+            opened_HTCD = arena_NTCD[plan.first_slots_LH[layer], :num_open]
+            buffer_NTCD[plan.buffer_slots_HP[:, 0], :num_open] = opened_HTCD
+        rows_M, slots_M = plan.page_rows_LHP[layer].flatten(), plan.buffer_slots_HP.flatten()
+        cache.transfer.save(cache.pool.pages_RX, plan.buffer_NX, dst_rows=rows_M, src_rows=slots_M)
+        if cache.selector is not None:
+            cache.summarise(buffer_NTCD[slots_M], rows_M)
+
+
+def _buffer_slots(first: int, last: int, *, cache: KVCache, device: torch.device) -> Tensor:
+    """Slots (H, P) of pages first .. last - 1 in a layer buffer whose first frame holds ``first``."""
+    geometry = cache.geometry
+    per_block, heads = geometry.pages_per_block, geometry.num_kv_heads
+    pages_P = torch.arange(first, last, device=device)
+    frames_P = pages_P // per_block - first // per_block
+    heads_H1 = torch.arange(heads, device=device)[:, None]
+    return (frames_P * heads + heads_H1) * per_block + pages_P % per_block

@@ -32,7 +32,8 @@ class RequestState:
 
     ``row`` is set by the scheduler on admission; ``num_prefilled``, ``tokens`` and
     ``prompt_logprobs`` grow in ``Engine.step``. ``tokens`` starts empty even when the request
-    brings ``generated_tokens``: those are forced one by one.
+    brings ``generated_tokens``: those are forced one by one. ``num_in_flight`` tokens after them
+    are drawn on the device and not read yet.
     """
 
     request: AddRequest
@@ -41,6 +42,7 @@ class RequestState:
     row: int | None = None
     num_prefilled: int = 0
     tokens: list[int] = field(default_factory=list)
+    num_in_flight: int = 0
     prompt_logprobs: list[tuple[TokenLogprob, ...] | None] = field(default_factory=list)
     is_plain_greedy: bool = field(init=False)  # the most likely token, and nothing else wanted
 
@@ -75,6 +77,22 @@ class RequestState:
     def num_total_tokens(self) -> int:
         """Tokens the request can grow to."""
         return len(self.prompt) + self.sampling.max_tokens
+
+    @property
+    def next_position(self) -> int:
+        """Where the next decode step puts its token, the last one drawn."""
+        return len(self.prompt) + len(self.tokens) + self.num_in_flight - 1
+
+    @property
+    def last_token(self) -> int | None:
+        """The last one drawn, None while only the device knows it."""
+        return None if self.num_in_flight else self.tokens[-1]
+
+    @property
+    def may_decode(self) -> bool:
+        """Whether a step may draw another token, whatever those in flight turn out to be."""
+        drawn = len(self.tokens) + self.num_in_flight
+        return self.status is Status.DECODE and drawn < self.sampling.max_tokens
 
     @property
     def wants_prompt_logprobs(self) -> bool:

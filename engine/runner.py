@@ -14,7 +14,8 @@ from torch import Tensor
 
 from sparsed.core import EngineFacts, EngineSpec, EngineStats, Knobs
 from sparsed.engine.attention import Attention
-from sparsed.engine.batch import PromptChunk, StepPlan
+from sparsed.engine.batch import DecodeRow, PromptChunk, StepPlan
+from sparsed.engine.decode_batch import is_sparse
 from sparsed.engine.kvcache.cache import KVCache
 from sparsed.engine.kvcache.dram import DramPool
 from sparsed.engine.kvcache.geometry import Geometry
@@ -25,9 +26,11 @@ from sparsed.engine.models.config import ModelConfig, load_config
 from sparsed.engine.models.decoder import Decoder
 from sparsed.engine.models.dummy import DUMMY_PREFIX, dummy_config
 from sparsed.engine.models.weights import load_weights, random_weights
+from sparsed.engine.resident import Drawn, ResidentDecoder
 from sparsed.engine.sparse.bounds import make_selector
 
 Progress = Callable[[str, float], None]
+Decodes = tuple[DecodeRow, ...]
 
 
 class StepInput(NamedTuple):
@@ -59,8 +62,14 @@ class Runner:
         on_progress("allocating both KV tiers", 0.0)
         self.kv = self._make_cache(spec, config, pool_fd)
         self.attention = self._make_attention(spec, config)
+        self._last_token_R = torch.zeros(
+            self.kv.tables.spare_row + 1, dtype=torch.int64, device=self._device
+        )
+        self.resident = self._make_resident(spec) if self.runs_ahead else None
         on_progress("measuring the link", 0.0)
         link = probe_link(self.kv.pool.pages_RX, self.kv.arena.pages_NX)
+        if self.resident is not None:
+            self.resident.capture(lambda frac: on_progress("capturing decode graphs", frac))
         self.facts = EngineFacts(
             pid=os.getpid(),
             device_name=_device_name(self._device),
@@ -70,11 +79,43 @@ class Runner:
             versions=_versions(),
         )
 
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether a step may be queued before the tokens of the one before are read."""
+        return self._device.type == "cuda"
+
     @torch.inference_mode()
-    def run(self, plan: StepPlan) -> Tensor:
-        """Logits (n, vocabulary), float32: of each chunk's positions from ``logits_from`` on, in
-        order, then of every decode row."""
+    def run(self, plan: StepPlan) -> Drawn:
+        """Logits of each chunk's positions from ``logits_from`` on, in order, then of every decode
+        row, and the most likely token of each. On a CUDA device queued and not awaited; valid
+        until the next call."""
         self._step += 1
+        for decode in plan.decodes:
+            self.kv.open_token(decode.row, decode.position, step=self._step)
+        resident, others = self._split(plan.decodes)
+        eager = StepPlan(chunks=plan.chunks, decodes=others)
+        parts = [] if eager.is_empty else [self._run_eagerly(eager)]
+        if resident:
+            assert self.resident is not None
+            parts.append(self.resident.run(resident))
+        self.attention.finish(plan, step=self._step)
+        return (
+            parts[0] if len(parts) == 1 else _in_order(*parts, decodes=plan.decodes, last=resident)
+        )
+
+    def _split(self, decodes: Decodes) -> tuple[Decodes, Decodes]:
+        """Rows whose whole context is attended to in place, and the others."""
+        if self.resident is None:
+            return (), decodes
+        resident = tuple(decode for decode in decodes if self._is_resident(decode))
+        return resident, tuple(decode for decode in decodes if decode not in resident)
+
+    def _is_resident(self, decode: DecodeRow) -> bool:
+        row = self.kv.rows[decode.row]
+        return row.complete and not is_sparse(row, decode.position, self.kv.geometry.page_size)
+
+    def _run_eagerly(self, plan: StepPlan) -> Drawn:
+        """One forward pass whose operations are launched one by one."""
         attention = self.attention.plan(plan, step=self._step)
         inputs = self._inputs(plan)
         hidden_ND = self.decoder.forward(
@@ -83,8 +124,25 @@ class Runner:
             lambda layer, q, k, v: self.attention.run(attention, layer, q, k, v),
             lengths_N=inputs.lengths_N,
         )
-        self.attention.finish(attention, plan)
-        return self.decoder.logits(hidden_ND[inputs.logits_index_n])
+        logits_NV = self.decoder.logits(hidden_ND[inputs.logits_index_n])
+        tokens_N = logits_NV.argmax(dim=-1)
+        self._keep_tokens(plan, tokens_N)
+        return Drawn(logits_NV, tokens_N)
+
+    def _keep_tokens(self, plan: StepPlan, tokens_N: Tensor) -> None:
+        """Note the tokens that finished prompts and decodes have drawn."""
+        rows: list[int] = []
+        index: list[int] = []
+        first = 0
+        for chunk in plan.chunks:
+            first += max(0, chunk.end - chunk.logits_from)
+            if chunk.end == chunk.prompt_length:
+                rows.append(chunk.row)
+                index.append(first - 1)
+        rows += [decode.row for decode in plan.decodes]
+        index += range(first, first + len(plan.decodes))
+        if rows:
+            self._last_token_R[self._index(rows)] = tokens_N[self._index(index)]
 
     def apply(self, knobs: Knobs) -> None:
         self.kv.apply(knobs)
@@ -171,6 +229,17 @@ class Runner:
             scale=config.head_dim**-0.5,
         )
 
+    def _make_resident(self, spec: EngineSpec) -> ResidentDecoder:
+        return ResidentDecoder(
+            self.decoder,
+            self.kv,
+            last_token_R=self._last_token_R,
+            max_rows=spec.knobs.max_num_seqs,
+            max_tokens=spec.knobs.max_model_len,
+            scale=self.decoder.config.head_dim**-0.5,
+            use_graphs=not spec.enforce_eager,
+        )
+
     def _inputs(self, plan: StepPlan) -> StepInput:
         tokens: list[int] = []
         positions: list[int] = []
@@ -183,18 +252,42 @@ class Runner:
             lengths += [chunk.prompt_length] * len(chunk.tokens)
         for decode in plan.decodes:
             wanted.append(len(tokens))
-            tokens.append(decode.token)
+            tokens.append(-1 if decode.token is None else decode.token)
             positions.append(decode.position)
             lengths.append(decode.position + 1)
         return StepInput(
-            tokens_N=self._index(tokens),
+            tokens_N=self._known(tokens, plan.decodes),
             positions_N=self._index(positions),
             lengths_N=self._index(lengths),
             logits_index_n=self._index(wanted),
         )
 
+    def _known(self, tokens: list[int], decodes: Decodes) -> Tensor:
+        """The tokens of a step, those that only the device knows filled in."""
+        tokens_N = self._index(tokens)
+        if any(decode.token is None for decode in decodes):
+            last_B = self._last_token_R[self._index([decode.row for decode in decodes])]
+            given_B = tokens_N[-len(decodes) :]
+            tokens_N[-len(decodes) :] = torch.where(given_B < 0, last_B, given_B)
+        return tokens_N
+
     def _index(self, values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self._device)
+
+
+def _in_order(eager: Drawn, resident: Drawn, *, decodes: Decodes, last: Decodes) -> Drawn:
+    """Both parts of a step, the decode rows in the order of ``decodes``; ``last`` are those of
+    the second part."""
+    num_eager = len(eager.tokens_N)
+    num_chunk_rows = num_eager - (len(decodes) - len(last))
+    places = {decode.row: num_eager + i for i, decode in enumerate(last)}
+    others = iter(range(num_chunk_rows, num_eager))
+    order = [places[d.row] if d.row in places else next(others) for d in decodes]
+    joined = [torch.cat(pair) for pair in zip(eager, resident, strict=True)]
+    if order != sorted(order):
+        index = torch.tensor([*range(num_chunk_rows), *order], device=eager.tokens_N.device)
+        joined = [tensor[index] for tensor in joined]
+    return Drawn(*joined)
 
 
 def _logits_index(chunk: PromptChunk, *, first: int) -> range:

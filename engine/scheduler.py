@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
-from sparsed.core import Knobs, SparseMethod, SparseMode
+from sparsed.core import BLOCK_TOKENS, Knobs, SparseMethod, SparseMode
 from sparsed.engine.batch import DecodeRow, PromptChunk, StepPlan
 from sparsed.engine.request import RequestState, Status
 
@@ -20,7 +20,9 @@ LOGPROBS_CHUNK_TOKENS = 256  # every position has a row of logits: bounds that m
 class Rows(Protocol):
     """What the scheduler needs of the KV cache; ``KVCache`` is one."""
 
-    def can_admit(self, num_tokens: int, *, token_budget: int | None) -> bool: ...
+    def can_admit(
+        self, num_tokens: int, *, method: SparseMethod, token_budget: int | None
+    ) -> bool: ...
     def add(self, num_tokens: int, *, method: SparseMethod, token_budget: int | None) -> int: ...
     def free(self, row: int) -> None: ...
 
@@ -80,8 +82,9 @@ class Scheduler:
         return None if self._fits(head) else head
 
     def schedule(self) -> Step:
-        """The next step; admits waiting requests. Empty only if nothing is running after it."""
-        decodes = tuple(r for r in self._running.values() if r.status is Status.DECODE)
+        """The next step; admits waiting requests. Empty if all that runs waits for tokens in
+        flight, or nothing does."""
+        decodes = tuple(r for r in self._running.values() if r.may_decode)
         prefills: list[RequestState] = []
         chunks: list[PromptChunk] = []
         room = self.knobs.prefill_chunk
@@ -105,17 +108,21 @@ class Scheduler:
         if head is None or not self._fits(head):
             return None
         del self._waiting[head.request_id]
-        off = head.request.sparse.mode is SparseMode.OFF
-        method = SparseMethod.DENSE if off else SparseMethod(self.knobs.sparse_method)
-        budget = head.request.sparse.token_budget
+        budget, method = head.request.sparse.token_budget, self._method(head)
         head.admit(self._rows.add(head.num_total_tokens, method=method, token_budget=budget))
         self._running[head.request_id] = head
         return head
 
     def _fits(self, request: RequestState) -> bool:
         return self.num_running < self.knobs.max_num_active_seqs and self._rows.can_admit(
-            request.num_total_tokens, token_budget=request.request.sparse.token_budget
+            request.num_total_tokens,
+            method=self._method(request),
+            token_budget=request.request.sparse.token_budget,
         )
+
+    def _method(self, request: RequestState) -> SparseMethod:
+        off = request.request.sparse.mode is SparseMode.OFF
+        return SparseMethod.DENSE if off else SparseMethod(self.knobs.sparse_method)
 
 
 def _chunk(request: RequestState, room_tokens: int) -> PromptChunk:
@@ -123,7 +130,7 @@ def _chunk(request: RequestState, room_tokens: int) -> PromptChunk:
     if request.wants_prompt_logprobs:
         room_tokens = min(room_tokens, LOGPROBS_CHUNK_TOKENS)
     start = request.num_prefilled
-    end = min(start + room_tokens, len(request.prompt))
+    end = _chunk_end(start, room_tokens, prompt_length=len(request.prompt))
     sampled_from = end - 1 if end == len(request.prompt) else end
     return PromptChunk(
         row=request.row,
@@ -134,7 +141,14 @@ def _chunk(request: RequestState, room_tokens: int) -> PromptChunk:
     )
 
 
+def _chunk_end(start: int, room_tokens: int, *, prompt_length: int) -> int:
+    """The end of the prompt, else of the last whole block that fits: whole frames save best."""
+    if start + room_tokens >= prompt_length:
+        return prompt_length
+    aligned = (start + room_tokens) // BLOCK_TOKENS * BLOCK_TOKENS
+    return aligned if aligned > start else start + room_tokens
+
+
 def _decode_row(request: RequestState) -> DecodeRow:
     assert request.row is not None
-    position = len(request.prompt) + len(request.tokens) - 1
-    return DecodeRow(row=request.row, token=request.tokens[-1], position=position)
+    return DecodeRow(row=request.row, token=request.last_token, position=request.next_position)

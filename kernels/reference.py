@@ -85,13 +85,15 @@ def attend_resident(
     """See ``kernels.resident.attend_resident``; ``pages_RHP`` are the slots of its layer."""
     o_NHD = torch.zeros_like(q_NHD, memory_format=torch.contiguous_format)
     num_queries, page_size = len(q_NHD) // len(plan.rows_B), arena_NTCD.shape[1]
-    for b, (row, length) in enumerate(zip(plan.rows_B.tolist(), plan.lengths_B.tolist(), strict=True)):
+    for b, (row, length) in enumerate(
+        zip(plan.rows_B.tolist(), plan.lengths_B.tolist(), strict=True)
+    ):
         if length == 0:
             continue
         slots_HK = pages_RHP[row, :, : -(-length // page_size)].long()
         k_HWD, v_HWD = arena_NTCD[slots_HK].flatten(1, 2)[:, :length].unbind(2)
         here = slice(b * num_queries, (b + 1) * num_queries)
-        q_QHGD = q_NHD[here].unflatten(1, (len(slots_HK), -1))
+        q_QHGD = q_NHD[here].view(num_queries, len(slots_HK), -1, q_NHD.shape[2])
         logits_HGQW = torch.einsum("qhgd,hwd->hgqw", q_QHGD * scale, k_HWD).float()
         places_W = torch.arange(length, device=q_NHD.device)
         hidden_QW = places_W > places_W[-num_queries:, None]
@@ -108,6 +110,11 @@ def rotate_heads(
         heads_NHD = F.rms_norm(heads_NHD, heads_NHD.shape[-1:], None, eps) * norm_HD
     swapped_NHD = heads_NHD.roll(heads_NHD.shape[-1] // 2, dims=-1)
     return torch.addcmul(heads_NHD * cos_ND[:, None], swapped_NHD, sin_ND[:, None])
+
+
+def rms_norm(x_ND: Tensor, weight_D: Tensor, *, eps: float) -> Tensor:
+    """See ``kernels.norm.rms_norm``."""
+    return F.rms_norm(x_ND, weight_D.shape, weight_D, eps)
 
 
 def silu_mul(gate_up_NF: Tensor) -> Tensor:

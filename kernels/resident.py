@@ -119,7 +119,9 @@ def _launch(
     return _merge_items(o_IHXD, lse_IHX, plan, like_NHD=q_NHD)
 
 
-def _merge_items(o_IHXD: Tensor, lse_IHX: Tensor, plan: ResidentPlan, *, like_NHD: Tensor) -> Tensor:
+def _merge_items(
+    o_IHXD: Tensor, lse_IHX: Tensor, plan: ResidentPlan, *, like_NHD: Tensor
+) -> Tensor:
     num_heads, num_lines, head_dim = o_IHXD.shape[1:]
     o_NHD = torch.empty_like(like_NHD, memory_format=torch.contiguous_format)
     _merge_kernel[(len(plan.rows_B) * num_heads, num_lines)](

@@ -1,11 +1,12 @@
 """Rotary position embedding of query and key heads, with the norm some families put before it."""
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from sparsed.kernels import reference
+
+_TILE_HEADS = 16
 
 
 def rotate_heads(
@@ -34,52 +35,57 @@ def _launch(
 ) -> Tensor:
     num_tokens, num_heads, head_dim = heads_NHD.shape
     if num_tokens:
-        _rotate_kernel[(num_tokens, num_heads)](
+        _rotate_kernel[(num_tokens, triton.cdiv(num_heads, _TILE_HEADS))](
             heads_NHD,
             cos_ND,
             sin_ND,
             heads_NHD if norm_HD is None else norm_HD.contiguous(),
             heads_NHD.stride(0),
+            num_heads,
             eps,
             HEAD_DIM=head_dim,
             PADDED_HALF=triton.next_power_of_2(head_dim // 2),
+            TILE_HEADS=_TILE_HEADS,
             NORM=norm_HD is not None,
-            num_warps=1,
             enable_fp_fusion=True,
         )
     return heads_NHD
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_heads"])
 def _rotate_kernel(
     heads_NHD: tl.tensor,
     cos_ND: tl.tensor,
     sin_ND: tl.tensor,
     norm_HD: tl.tensor,
     stride_N: tl.int32,
+    num_heads: tl.int32,
     eps: tl.float32,
     HEAD_DIM: tl.constexpr,
     PADDED_HALF: tl.constexpr,
+    TILE_HEADS: tl.constexpr,
     NORM: tl.constexpr,
 ) -> None:
-    token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    token = tl.program_id(0).to(tl.int64)
     half: tl.constexpr = HEAD_DIM // 2
+    heads = tl.program_id(1) * TILE_HEADS + tl.arange(0, TILE_HEADS)
     dims = tl.arange(0, PADDED_HALF)
-    mask = dims < half
-    low = heads_NHD + token * stride_N + head * HEAD_DIM + dims
-    x_F = tl.load(low, mask=mask, other=0.0).to(tl.float32)
-    y_F = tl.load(low + half, mask=mask, other=0.0).to(tl.float32)
+    mask_HF = (heads < num_heads)[:, None] & (dims < half)[None, :]
+    place_HF = heads[:, None] * HEAD_DIM + dims[None, :]
+    low = heads_NHD + token * stride_N + place_HF
+    x_HF = tl.load(low, mask=mask_HF, other=0.0).to(tl.float32)
+    y_HF = tl.load(low + half, mask=mask_HF, other=0.0).to(tl.float32)
     if NORM:
-        mean = (tl.sum(x_F * x_F, axis=0) + tl.sum(y_F * y_F, axis=0)) / HEAD_DIM
-        factor = 1.0 / tl.sqrt(mean + eps)
-        weight = norm_HD + head * HEAD_DIM + dims
-        x_F *= factor * tl.load(weight, mask=mask, other=0.0).to(tl.float32)
-        y_F *= factor * tl.load(weight + half, mask=mask, other=0.0).to(tl.float32)
-    angle = token * HEAD_DIM + dims
+        mean_H = (tl.sum(x_HF * x_HF, axis=1) + tl.sum(y_HF * y_HF, axis=1)) / HEAD_DIM
+        factor_H1 = (1.0 / tl.sqrt(mean_H + eps))[:, None]
+        weight = norm_HD + place_HF
+        x_HF *= factor_H1 * tl.load(weight, mask=mask_HF, other=0.0).to(tl.float32)
+        y_HF *= factor_H1 * tl.load(weight + half, mask=mask_HF, other=0.0).to(tl.float32)
+    angle, mask = token * HEAD_DIM + dims, dims < half
     cos_x_F = tl.load(cos_ND + angle, mask=mask).to(tl.float32)
     cos_y_F = tl.load(cos_ND + angle + half, mask=mask).to(tl.float32)
     sin_x_F = tl.load(sin_ND + angle, mask=mask).to(tl.float32)
     sin_y_F = tl.load(sin_ND + angle + half, mask=mask).to(tl.float32)
     element = heads_NHD.dtype.element_ty
-    tl.store(low, (x_F * cos_x_F + y_F * sin_x_F).to(element), mask=mask)
-    tl.store(low + half, (y_F * cos_y_F + x_F * sin_y_F).to(element), mask=mask)
+    tl.store(low, (x_HF * cos_x_F + y_HF * sin_x_F).to(element), mask=mask_HF)
+    tl.store(low + half, (y_HF * cos_y_F + x_HF * sin_y_F).to(element), mask=mask_HF)

@@ -103,19 +103,20 @@ class KVCache:
                 field="kv_dram_gib",
             )
 
-    def can_admit(self, num_tokens: int, *, token_budget: int | None) -> bool:
+    def can_admit(self, num_tokens: int, *, method: SparseMethod, token_budget: int | None) -> bool:
         """Frames for the whole life of the request and its mandatory blocks are free, or can be
         taken back from requests that hold more than their share."""
         if not self._free_rows or num_frames(num_tokens) > len(self.pool.frames):
             return False
-        mandatory = self._mandatory_blocks(num_tokens, token_budget or self._knobs.token_budget)
+        budget = token_budget or self._knobs.token_budget
+        mandatory = self._mandatory_blocks(num_tokens, method=method, token_budget=budget)
         need = mandatory * self.geometry.num_lanes
         return need <= len(self.arena.blocks) + self._reclaimable_blocks()
 
     def add(self, num_tokens: int, *, method: SparseMethod, token_budget: int | None) -> int:
         """Reserve both tiers for a request of ``num_tokens`` (prompt and output); its row.
         ``token_budget`` None follows the knob."""
-        assert self.can_admit(num_tokens, token_budget=token_budget)
+        assert self.can_admit(num_tokens, method=method, token_budget=token_budget)
         frames = self.pool.frames.take(num_frames(num_tokens))
         row = Row(
             index=self._free_rows.pop(),
@@ -128,7 +129,7 @@ class KVCache:
         )
         self.rows[row.index] = row
         self.tables.frames[row.index, : len(frames)] = torch.from_numpy(frames)
-        mandatory = self._mandatory_blocks(num_tokens, row.token_budget)
+        mandatory = self._mandatory_of(row)
         self._reclaim(mandatory * self.geometry.num_lanes)
         self._take_blocks(row, mandatory)
         return row.index
@@ -218,9 +219,17 @@ class KVCache:
 
     # -- blocks ------------------------------------------------------------------------------
 
-    def _mandatory_blocks(self, num_tokens: int, token_budget: int) -> int:
-        """Blocks per lane a request cannot go without: its selection and the partial page."""
-        wanted = min(num_frames(num_tokens), num_frames(token_budget) + 1)
+    def _mandatory_of(self, row: Row) -> int:
+        return self._mandatory_blocks(
+            row.max_tokens, method=row.method, token_budget=row.token_budget
+        )
+
+    def _mandatory_blocks(self, num_tokens: int, *, method: SparseMethod, token_budget: int) -> int:
+        """Blocks per lane a request cannot go without: its selection and the partial page, or
+        everything where attention is dense; all there are if it asks for more."""
+        wanted = num_frames(num_tokens)
+        if method is not SparseMethod.DENSE:
+            wanted = min(wanted, num_frames(token_budget) + 1)
         return max(1, min(wanted, self._lane_blocks))
 
     @property
@@ -233,14 +242,14 @@ class KVCache:
         budget = self._knobs.hbm_budget
         share = self._lane_blocks // max(1, len(self.rows))
         quota = share if budget is None else num_frames(budget)
-        return max(quota, self._mandatory_blocks(row.max_tokens, row.token_budget))
+        return max(quota, self._mandatory_of(row))
 
     def _reclaimable_blocks(self) -> int:
         """Blocks above the shares that hold once another request is there."""
         share = self._lane_blocks // (len(self.rows) + 1)
         above = 0
         for row in self.rows.values():
-            floor = max(share, self._mandatory_blocks(row.max_tokens, row.token_budget))
+            floor = max(share, self._mandatory_of(row))
             above += max(0, row.num_blocks - floor)
         return above * self.geometry.num_lanes
 
@@ -250,7 +259,7 @@ class KVCache:
         for row in sorted(self.rows.values(), key=lambda row: -row.num_blocks):
             if len(self.arena.blocks) >= wanted:
                 return
-            floor = max(share, self._mandatory_blocks(row.max_tokens, row.token_budget))
+            floor = max(share, self._mandatory_of(row))
             if row.num_blocks > floor:
                 self._release_blocks(row, keep=floor)
 

@@ -52,6 +52,10 @@ class Geometry:
         return self.page_bytes * self.pages_per_block
 
     @property
+    def block_elements(self) -> int:
+        return BLOCK_TOKENS * 2 * self.head_dim
+
+    @property
     def frame_bytes(self) -> int:
         return self.block_bytes * self.num_lanes
 
@@ -64,6 +68,11 @@ class Geometry:
     def max_pages(self, num_tokens: int) -> int:
         """Pages that ``num_tokens`` tokens touch, rounded up to whole frames."""
         return num_frames(num_tokens) * self.pages_per_block
+
+    def table_bytes(self, num_rows: int, max_model_len: int) -> int:
+        """All page tables, with the spare row of the slots."""
+        spare_bytes = self.num_lanes * (self.max_pages(max_model_len) + 1) * 4
+        return num_rows * self.table_bytes_per_row(max_model_len) + spare_bytes
 
     def table_bytes_per_row(self, max_model_len: int) -> int:
         """Page table and slot list of one request (int32 each), and its frame ids (int64)."""

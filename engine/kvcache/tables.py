@@ -33,9 +33,10 @@ class Resolved(NamedTuple):
 
 
 class PageTables:
-    """``page_slot`` (R, L, H, P + 1): slot of each page, -1 if absent; the last column takes the
-    writes of lanes that have nothing to write. ``lane_slots`` (R, L, H, P): slots a lane owns,
-    -1 after the last. ``frames`` (R, F): DRAM frame of each 128 tokens."""
+    """``page_slot`` (R + 1, L, H, P + 1): slot of each page, -1 if absent; the last column takes
+    the writes of lanes that have nothing to write, the last row belongs to nobody and stays -1.
+    ``lane_slots`` (R, L, H, P): slots a lane owns, -1 after the last. ``frames`` (R, F): DRAM frame
+    of each 128 tokens."""
 
     def __init__(
         self, geometry: Geometry, *, num_rows: int, max_model_len: int, device: torch.device
@@ -44,7 +45,10 @@ class PageTables:
         lanes = (num_rows, geometry.num_layers, geometry.num_kv_heads)
         self._geometry = geometry
         self._device = device
-        self.page_slot = torch.full((*lanes, pages + 1), -1, dtype=torch.int32, device=device)
+        self.spare_row = num_rows
+        self.page_slot = torch.full(
+            (num_rows + 1, *lanes[1:], pages + 1), -1, dtype=torch.int32, device=device
+        )
         self.lane_slots = torch.full((*lanes, pages), -1, dtype=torch.int32, device=device)
         frames = num_frames(max_model_len)
         self.frames = torch.zeros((num_rows, frames), dtype=torch.int64, device=device)

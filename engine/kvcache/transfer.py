@@ -81,7 +81,7 @@ class Transfer:
             yield
             total.seconds += time.perf_counter() - start
             return
-        first, last = _timer(), _timer()
+        first, last = timer(), timer()
         first.record()
         yield
         last.record()
@@ -89,7 +89,8 @@ class Transfer:
         total.collect()
 
 
-def _timer() -> torch.cuda.Event:
+def timer() -> torch.cuda.Event:
+    """An event that can be timed."""
     return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]  # torch's own
 
 

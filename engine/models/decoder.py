@@ -13,8 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparsed.engine.models.config import ModelConfig
-from sparsed.engine.models.rope import Rope, rotate
+from sparsed.engine.models.rope import Rope
 from sparsed.engine.models.weights import LayerWeights, ModelWeights
+from sparsed.kernels.gate import silu_mul
+from sparsed.kernels.norm import rms_norm
+from sparsed.kernels.rotate import rotate_heads
 
 
 class Attend(Protocol):
@@ -59,9 +62,9 @@ class Decoder:
         for number, layer in enumerate(self.weights.layers):
             normed_ND = self._norm(hidden_ND, layer.input_norm_D)
             o_NHD = attend(number, *self._project(normed_ND, layer, tables))
-            hidden_ND += layer.output(o_NHD.flatten(1))
-            gate, up = layer.gate_up(self._norm(hidden_ND, layer.post_norm_D)).chunk(2, dim=1)
-            hidden_ND += layer.down(F.silu(gate).mul_(up))
+            layer.output.add_to(hidden_ND, o_NHD.flatten(1))
+            gate_up = layer.gate_up(self._norm(hidden_ND, layer.post_norm_D))
+            layer.down.add_to(hidden_ND, silu_mul(gate_up))
         return hidden_ND
 
     @torch.inference_mode()
@@ -77,11 +80,8 @@ class Decoder:
         num_rotated = config.num_heads + config.num_kv_heads
         heads = layer.qkv(normed_ND).view(len(normed_ND), -1, config.head_dim)
         rotated, v_NKD = heads[:, :num_rotated], heads[:, num_rotated:]
-        if layer.qk_norm_HD is not None:
-            rotated = F.rms_norm(rotated, (config.head_dim,), None, config.rms_norm_eps)
-            rotated = rotated * layer.qk_norm_HD
-        rotated = rotate(rotated, *tables)
+        rotated = rotate_heads(rotated, *tables, norm_HD=layer.qk_norm_HD, eps=config.rms_norm_eps)
         return rotated[:, : config.num_heads], rotated[:, config.num_heads :], v_NKD
 
     def _norm(self, x_ND: Tensor, weight_D: Tensor) -> Tensor:
-        return F.rms_norm(x_ND, weight_D.shape, weight_D, self.config.rms_norm_eps)
+        return rms_norm(x_ND, weight_D, eps=self.config.rms_norm_eps)

@@ -41,3 +41,12 @@ class Linear:
             x_NI, self._weight, self._bias_O, "none", [], ""
         )
         return product
+
+    def add_to(self, out_NO: Tensor, x_NI: Tensor) -> None:
+        """Add the product to ``out_NO``; on CUDA within it, so that the sum is rounded once."""
+        if not out_NO.is_cuda:
+            out_NO += self(x_NI)
+            return
+        out_NO.addmm_(x_NI, self._weight.t())
+        if self._bias_O is not None:
+            out_NO += self._bias_O

@@ -1,6 +1,6 @@
-"""Rotary position embedding: frequencies of each variant, and the rotation itself.
+"""Rotary position embedding: the frequencies of each variant, and the angles of every position.
 
-Shape legend: N tokens, H heads, D head dim, F = D / 2 frequencies.
+Shape legend: N tokens, D head dim, F = D / 2 frequencies.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Rope:
     def tables(
         self, positions_N: Tensor, *, lengths_N: Tensor | None, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
-        """cos and signed sin, both (N, 1, D), as ``rotate`` takes them.
+        """cos and signed sin, both (N, D), as ``kernels.rotate.rotate_heads`` takes them.
 
         ``lengths_N`` is read by the dynamic variant alone: see ``Decoder.forward``.
         """
@@ -40,7 +40,7 @@ class Rope:
             cos_NF, sin_NF = cos_NF * self._scale, sin_NF * self._scale
         cos_ND = torch.cat((cos_NF, cos_NF), dim=1)
         sin_ND = torch.cat((-sin_NF, sin_NF), dim=1)
-        return cos_ND[:, None].to(dtype), sin_ND[:, None].to(dtype)
+        return cos_ND.to(dtype), sin_ND.to(dtype)
 
     def _dynamic_frequencies(self, lengths_N: Tensor) -> Tensor:
         """(N, F) of each token's own base, which grows with its sequence (NTK-aware scaling)."""
@@ -49,12 +49,6 @@ class Rope:
         stretch_N = config.factor * lengths_N / config.original_max_position - (config.factor - 1)
         theta_N = config.theta * stretch_N ** (dim / (dim - 2))
         return 1.0 / theta_N[:, None] ** self._exponents_F
-
-
-def rotate(x_NHD: Tensor, cos_N1D: Tensor, sin_N1D: Tensor) -> Tensor:
-    """Rotate each head's pairs (i, i + D/2); three passes, whatever the number of heads."""
-    swapped_NHD = x_NHD.roll(x_NHD.shape[-1] // 2, dims=-1)
-    return torch.addcmul(x_NHD * cos_N1D, swapped_NHD, sin_N1D)
 
 
 def rope_frequencies(config: RopeConfig, *, head_dim: int) -> tuple[Tensor, float]:

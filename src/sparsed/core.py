@@ -412,6 +412,7 @@ class EngineSpec:
     knobs: Knobs
     plan: MemoryPlan
     seed: int = 0
+    enforce_eager: bool = False  # launch every operation of a step, capture no graph
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

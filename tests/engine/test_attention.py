@@ -85,7 +85,9 @@ class World:
         self.checked = 0  # sparse outputs of a layer
         self.attention = Attention(
             cache,
-            staging_NX=torch.empty(3 * NUM_HEADS, cache.arena.pages_NX.shape[1]),
+            staging_NX=torch.empty(
+                2 * NUM_HEADS * cache.geometry.pages_per_block, cache.arena.pages_NX.shape[1]
+            ),
             dense_layers=dense_layers,
             scale=SCALE,
         )
@@ -95,7 +97,8 @@ class World:
         total = min(prompt + int(self.rng.integers(1, 6 * self.page_size)), MAX_LEN)
         budget = int(self.rng.choice((0, 4, 5, 12))) * self.page_size or None  # None: the knob's
         dense = self.rng.random() < 0.3
-        if self.cache.can_admit(total, token_budget=budget):
+        method = SparseMethod.DENSE if dense else SparseMethod.CUBOID_MEAN
+        if self.cache.can_admit(total, method=method, token_budget=budget):
             self.admit(min(prompt, total - 1), total, budget=budget, dense=dense)
 
     def admit(self, prompt: int, total: int, *, budget: int | None, dense: bool) -> None:
@@ -126,6 +129,8 @@ class World:
                 DecodeRow(row=life.row, token=0, position=life.length) for life in decodes
             ),
         )
+        for decode in plan.decodes:
+            self.cache.open_token(decode.row, decode.position, step=self.step)
         attention = self.attention.plan(plan, step=self.step)
         num_tokens = [*sizes, *[1] * len(decodes)]
         for layer in range(NUM_LAYERS):
@@ -141,7 +146,7 @@ class World:
             for life, q_nHGD, kv_nHCD, o_nHGD in parts:
                 life.kv_MHCD[layer] = torch.cat((life.kv_MHCD[layer], kv_nHCD))
                 self.check(life, layer, q_nHGD, o_nHGD)
-        self.attention.finish(attention, plan)
+        self.attention.finish(plan, step=self.step)
         for life in self.lives:
             life.length = len(life.kv_MHCD[0])
 

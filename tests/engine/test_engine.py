@@ -29,6 +29,7 @@ from sparsed.core import (
 )
 from sparsed.engine.batch import StepPlan
 from sparsed.engine.engine import Engine
+from sparsed.engine.resident import Drawn
 
 VOCAB = 50
 KNOBS = Knobs(
@@ -55,7 +56,7 @@ class ScriptedCache:
         self.rows: dict[int, list[int]] = {}
         self.reserved: dict[int, int] = {}
 
-    def can_admit(self, num_tokens: int, *, token_budget: int | None) -> bool:
+    def can_admit(self, num_tokens: int, *, method: SparseMethod, token_budget: int | None) -> bool:
         used = sum(self.reserved.values())
         return used + num_tokens <= self.capacity and (token_budget or 0) <= self.max_budget
 
@@ -89,11 +90,13 @@ class ScriptedModel:
 
     vocab_size = VOCAB
 
-    def __init__(self, cache: ScriptedCache | None = None) -> None:
+    def __init__(self, cache: ScriptedCache | None = None, *, runs_ahead: bool = False) -> None:
         self.kv = cache or ScriptedCache()
         self.plans: list[StepPlan] = []
+        self.runs_ahead = runs_ahead
+        self._last: dict[int, Tensor] = {}  # logits of the last token of a row
 
-    def run(self, plan: StepPlan) -> Tensor:
+    def run(self, plan: StepPlan) -> Drawn:
         self.plans.append(plan)
         logits = []
         for chunk in plan.chunks:
@@ -101,8 +104,13 @@ class ScriptedModel:
                 row = self._write(chunk.row, token, position)
                 if position >= chunk.logits_from:
                     logits.append(row)
-        logits += [self._write(entry.row, entry.token, entry.position) for entry in plan.decodes]
-        return torch.stack(logits) if logits else torch.zeros(0, VOCAB)
+        for entry in plan.decodes:
+            assert entry.token is not None or self.runs_ahead
+            drawn = int(self._last[entry.row].argmax())
+            token = drawn if entry.token is None else entry.token
+            logits.append(self._write(entry.row, token, entry.position))
+        logits_NV = torch.stack(logits) if logits else torch.zeros(0, VOCAB)
+        return Drawn(logits_NV, logits_NV.argmax(-1))
 
     def stats(self) -> EngineStats:
         return EngineStats(hot_hits=11)
@@ -114,7 +122,8 @@ class ScriptedModel:
         tokens = self.kv.rows[row]
         assert position == len(tokens), "tokens come in order, each once"
         tokens.append(token)
-        return next_logits(tokens)
+        self._last[row] = next_logits(tokens)
+        return self._last[row]
 
 
 def next_logits(tokens: Sequence[int]) -> Tensor:
@@ -133,8 +142,8 @@ def request(name: str, *, prompt: Sequence[int], generated: Sequence[int] = (),
     )
 
 
-def engine(cache: ScriptedCache | None = None, **knobs: Any) -> Engine:
-    return Engine(ScriptedModel(cache), knobs=replace(KNOBS, **knobs))
+def engine(cache: ScriptedCache | None = None, *, runs_ahead: bool = False, **knobs: Any) -> Engine:
+    return Engine(ScriptedModel(cache, runs_ahead=runs_ahead), knobs=replace(KNOBS, **knobs))
 
 
 def outputs(engine: Engine) -> list[TokenOutput]:
@@ -178,37 +187,74 @@ def test_outputs_count_up_and_the_last_one_closes() -> None:
     assert found[-1].sparse.decode_steps == 5, "the last token is never computed"
 
 
-def test_a_stop_token_is_reported_and_ends() -> None:
+@pytest.mark.parametrize("runs_ahead", [False, True])
+def test_a_stop_token_is_reported_and_ends(runs_ahead: bool) -> None:
     text = alone(request("a", prompt=[4, 5], temperature=0.0))
     stop = text[3]
-    stopped = engine()
+    stopped = engine(runs_ahead=runs_ahead)
     stopped.add(request("a", prompt=[4, 5], temperature=0.0, stop_token_ids=(stop,)))
     found = outputs(stopped)
     assert texts(found)["a"] == text[: text.index(stop) + 1]
     assert found[-1].finish_reason is FinishReason.STOP
 
 
+def test_a_step_that_runs_ahead_is_read_one_step_late() -> None:
+    ahead = engine(runs_ahead=True)
+    added = request("a", prompt=[4, 5], temperature=0.0, max_tokens=3)
+    ahead.add(added)
+    assert ahead.step().outputs == (), "the first token is in flight"
+    second = request("b", prompt=[6], temperature=0.0, max_tokens=2)
+    ahead.add(second)
+    assert [output.request_id for output in ahead.step().outputs] == ["a"]
+    found = {"a": alone(added)[:1]}
+    for name, tokens in texts(outputs(ahead)).items():
+        found.setdefault(name, []).extend(tokens)
+    assert found == {"a": alone(added), "b": alone(second)}
+
+
+def test_what_is_in_flight_of_an_aborted_request_is_dropped() -> None:
+    ahead = engine(runs_ahead=True)
+    ahead.add(request("a", prompt=[4, 5], temperature=0.0))
+    ahead.add(request("b", prompt=[7], temperature=0.0))
+    ahead.step()
+    ahead.abort("a")
+    ahead.add(request("a", prompt=[4, 5], temperature=0.0, max_tokens=2))
+    found = outputs(ahead)
+    closing = next(output for output in found if output.request_id == "a")
+    assert (closing.token_id, closing.finish_reason) == (None, FinishReason.ABORT)
+    assert texts(found) == {
+        "a": alone(request("a", prompt=[4, 5], temperature=0.0))[:2],
+        "b": alone(request("b", prompt=[7], temperature=0.0)),
+    }
+
+
 sizes = st.lists(st.integers(1, 60), min_size=1, max_size=6)
 
 
 @settings(max_examples=25, deadline=None)
-@given(prompts=sizes, chunk=st.integers(16, 70), active=st.integers(1, 6), data=st.data())
+@given(
+    prompts=sizes,
+    chunk=st.integers(16, 70),
+    active=st.integers(1, 6),
+    runs_ahead=st.booleans(),
+    data=st.data(),
+)
 def test_company_chunks_and_replay_change_no_text(
-    prompts: list[int], chunk: int, active: int, data: st.DataObject
+    prompts: list[int], chunk: int, active: int, runs_ahead: bool, data: st.DataObject
 ) -> None:
     added = [
         request(str(i), prompt=range(i, i + n) if n < 40 else [i] * n, seed=i, max_tokens=6,
-                temperature=i % 2, frequency_penalty=float(i % 3))
+                temperature=i % 2, frequency_penalty=float(i % 4 // 2))
         for i, n in enumerate(prompts)
     ]  # fmt: skip
     expected = {one.request_id: alone(one) for one in added}
-    first = engine(prefill_chunk=chunk, max_num_active_seqs=active)
+    first = engine(prefill_chunk=chunk, max_num_active_seqs=active, runs_ahead=runs_ahead)
     for one in added:
         first.add(one)
     before: list[TokenOutput] = []
     for _ in range(data.draw(st.integers(0, 12))):
         before.extend(first.step().outputs)
-    second = engine(prefill_chunk=chunk, max_num_active_seqs=active)
+    second = engine(prefill_chunk=chunk, max_num_active_seqs=active, runs_ahead=runs_ahead)
     finished = {output.request_id for output in before if output.finish_reason}
     for one in added:
         if one.request_id not in finished:
@@ -379,7 +425,8 @@ def test_the_shell_around_the_model_is_thin() -> None:
     logits = torch.randn(1, 49_152)
     model = ScriptedModel()
     model.vocab_size = 49_152
-    model.run = lambda plan: logits  # type: ignore[method-assign]  # free of charge
+    drawn = Drawn(logits, logits.argmax(-1))
+    model.run = lambda plan: drawn  # type: ignore[method-assign]  # free of charge
     thin = Engine(model, knobs=KNOBS)
     thin.add(request("a", prompt=[1], temperature=0.0, max_tokens=500))
     thin.step()

@@ -139,4 +139,4 @@ def test_tables_take_the_bytes_that_are_planned(
         geometry, num_rows=num_rows, max_model_len=num_tokens, device=torch.device("cpu")
     )
     made = tables.page_slot.nbytes + tables.lane_slots.nbytes + tables.frames.nbytes
-    assert made == num_rows * geometry.table_bytes_per_row(num_tokens)
+    assert made == geometry.table_bytes(num_rows, num_tokens)

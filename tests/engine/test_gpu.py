@@ -54,10 +54,10 @@ def teacher_forced(
             prompt_length=num_prompt,
             logits_from=num_prompt - 1,
         )
-        logits.append(runner.run(StepPlan(chunks=(part,), decodes=())))
+        logits.append(runner.run(StepPlan(chunks=(part,), decodes=())).logits_NV.clone())
     for position in range(num_prompt, len(tokens)):
         decode = DecodeRow(row=row, token=tokens[position], position=position)
-        logits.append(runner.run(StepPlan(chunks=(), decodes=(decode,))))
+        logits.append(runner.run(StepPlan(chunks=(), decodes=(decode,))).logits_NV.clone())
     runner.kv.check_integrity()
     runner.kv.free(row)
     return torch.cat(logits).cpu()

@@ -69,7 +69,7 @@ class CacheMachine(RuleBasedStateMachine):
     def add(self, prompt: int, output: int, budgets: float | None, method: SparseMethod) -> None:
         total = min(prompt + output, MAX_LEN)
         budget = None if budgets is None else int(budgets * self.budget)
-        if self.cache.can_admit(total, token_budget=budget):
+        if self.cache.can_admit(total, method=method, token_budget=budget):
             index = self.cache.add(total, method=method, token_budget=budget)
             assert index not in self.lives
             self.lives[index] = Life(prompt, total)
@@ -218,25 +218,27 @@ def test_summaries_and_copies_of_sealed_pages(make_cache: MakeCache) -> None:
 
 def test_a_newcomer_takes_what_is_above_the_share(make_cache: MakeCache) -> None:
     cache = make_cache(lane_blocks=8, num_frames=20, token_budget=256)
-    first = cache.add(1000, method=SparseMethod.DENSE, token_budget=None)
+    first = cache.add(1000, method=SparseMethod.CUBOID_MEAN, token_budget=None)
     cache.open_chunk(first, 0, 999, step=1)
     assert cache.rows[first].complete
     assert cache.rows[first].num_blocks == 8
-    second = cache.add(1000, method=SparseMethod.DENSE, token_budget=None)
+    second = cache.add(1000, method=SparseMethod.CUBOID_MEAN, token_budget=None)
     assert cache.rows[second].num_blocks == 3, "the budget and the partial page"
     assert cache.rows[first].num_blocks == 4
     assert not cache.rows[first].complete
-    assert cache.can_admit(1000, token_budget=None) is False, "3 + 3 + 3 blocks"
-    assert cache.can_admit(128, token_budget=None), "one block"
+    assert cache.can_admit(1000, method=SparseMethod.CUBOID_MEAN, token_budget=None) is False, (
+        "3 + 3 + 3 blocks"
+    )
+    assert cache.can_admit(128, method=SparseMethod.CUBOID_MEAN, token_budget=None), "one block"
     cache.free(first)
-    assert cache.can_admit(1000, token_budget=None)
+    assert cache.can_admit(1000, method=SparseMethod.CUBOID_MEAN, token_budget=None)
 
 
 def test_a_newcomer_that_fits_disturbs_nobody(make_cache: MakeCache) -> None:
     cache = make_cache(lane_blocks=8, num_frames=20, token_budget=256)
-    first = cache.add(600, method=SparseMethod.DENSE, token_budget=None)
+    first = cache.add(600, method=SparseMethod.CUBOID_MEAN, token_budget=None)
     cache.open_chunk(first, 0, 599, step=1)
-    cache.add(1000, method=SparseMethod.DENSE, token_budget=None)
+    cache.add(1000, method=SparseMethod.CUBOID_MEAN, token_budget=None)
     assert cache.rows[first].complete
     assert cache.rows[first].num_blocks == 5
 

@@ -45,7 +45,7 @@ class CountingRows:
         self.methods: list[SparseMethod] = []
         self.budgets: list[int | None] = []
 
-    def can_admit(self, num_tokens: int, *, token_budget: int | None) -> bool:
+    def can_admit(self, num_tokens: int, *, method: SparseMethod, token_budget: int | None) -> bool:
         return num_tokens <= self.free_tokens
 
     def add(self, num_tokens: int, *, method: SparseMethod, token_budget: int | None) -> int:

@@ -1,0 +1,129 @@
+"""Steps of resident requests, against the runner's own way through the tiers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sparsed.core import BLOCK_TOKENS, SparseMethod
+from sparsed.engine.batch import DecodeRow, PromptChunk, StepPlan
+from sparsed.engine.resident import (
+    MAX_SPLIT_TOKENS,
+    MIN_SPLIT_TOKENS,
+    SPLITS,
+    InputBuffer,
+    ResidentDecoder,
+    cut_items,
+)
+from sparsed.engine.runner import Runner
+
+MakeRunner = Callable[..., Runner]
+lengths = st.lists(st.integers(0, 300_000), min_size=1, max_size=40)
+
+
+@given(lengths=lengths)
+def test_items_cover_every_token_once_in_order(lengths: list[int]) -> None:
+    first_B, items_I3 = cut_items(np.array(lengths, dtype=np.int32))
+    for b, length in enumerate(lengths):
+        end = first_B[b + 1] if b + 1 < len(lengths) else len(items_I3)
+        mine = items_I3[first_B[b] : end]
+        assert (mine[:, 0] == b).all()
+        edges = [0, *mine[:, 2].tolist()]
+        assert mine[:, 1].tolist() == edges[:-1] and edges[-1] == length
+        assert all(start % BLOCK_TOKENS == 0 for start in mine[:, 1].tolist())
+
+
+@given(lengths=lengths)
+def test_a_request_is_cut_by_its_own_length_alone(lengths: list[int]) -> None:
+    _, together = cut_items(np.array(lengths, dtype=np.int32))
+    for b, length in enumerate(lengths):
+        _, alone = cut_items(np.array([length], dtype=np.int32))
+        assert together[together[:, 0] == b, 1:].tolist() == alone[:, 1:].tolist()
+        if MIN_SPLIT_TOKENS * SPLITS <= length <= MAX_SPLIT_TOKENS * SPLITS:
+            assert SPLITS // 2 <= len(alone) <= SPLITS
+
+
+@settings(deadline=None)
+@given(data=st.data(), size=st.integers(1, 8))
+def test_the_input_buffer_gives_back_what_was_put_in(data: st.DataObject, size: int) -> None:
+    buffer = InputBuffer(max_rows=8, max_items=4096, spare_row=99, device=torch.device("cpu"))
+    for _ in range(3):  # what an earlier step left behind must not matter
+        decodes = [
+            DecodeRow(
+                row=data.draw(st.integers(0, 98)),
+                token=data.draw(st.none() | st.integers(0, 10**5)),
+                position=data.draw(st.integers(0, 10**5)),
+            )
+            for _ in range(data.draw(st.integers(0, size)))
+        ]
+        buffer.fill(decodes, size=size)
+        known_B, plan = buffer.view(size, 4096)
+        padding = size - len(decodes)
+        tokens = [-1 if decode.token is None else decode.token for decode in decodes]
+        assert known_B.tolist() == tokens + [0] * padding
+        assert plan.rows_B.tolist() == [d.row for d in decodes] + [99] * padding
+        assert plan.lengths_B.tolist() == [d.position + 1 for d in decodes] + [0] * padding
+        first_B, items_I3 = cut_items(plan.lengths_B.numpy())
+        assert plan.first_item_B.tolist() == first_B.tolist()
+        assert plan.num_items_1.tolist() == [len(items_I3)]
+        assert plan.items_I3[: len(items_I3)].tolist() == items_I3.tolist()
+
+
+def resident_decoder(runner: Runner) -> ResidentDecoder:
+    return ResidentDecoder(
+        runner.decoder,
+        runner.kv,
+        last_token_R=torch.zeros(runner.kv.tables.spare_row + 1, dtype=torch.int64),
+        max_rows=8,
+        max_tokens=4096,
+        scale=runner.decoder.config.head_dim**-0.5,
+        use_graphs=False,
+    )
+
+
+def prefill(runner: Runner, tokens: list[int]) -> int:
+    row = runner.kv.add(len(tokens) + 64, method=SparseMethod.DENSE, token_budget=None)
+    chunk = PromptChunk(
+        row=row,
+        tokens=tuple(tokens),
+        start=0,
+        prompt_length=len(tokens),
+        logits_from=len(tokens) - 1,
+    )
+    runner.run(StepPlan(chunks=(chunk,), decodes=()))
+    return row
+
+
+@pytest.mark.parametrize("page_size", [8, 32, 128])
+def test_a_resident_step_draws_what_the_runner_draws(
+    make_runner: MakeRunner, page_size: int
+) -> None:
+    prompts = [[7] * 3, list(range(127)), list(range(300)), list(range(128))]
+    one, other = (make_runner(page_size=page_size, token_budget=512) for _ in range(2))
+    rows = [prefill(one, tokens) for tokens in prompts]
+    assert rows == [prefill(other, tokens) for tokens in prompts]
+    resident = resident_decoder(other)
+    known: list[int | None] = [1, 2, 3, 4]
+    drawn = torch.tensor([1, 2, 3, 4])
+    for step in range(40):  # over ends of pages and blocks
+        decodes = [
+            DecodeRow(row=row, token=token, position=len(prompt) + step)
+            for row, token, prompt in zip(rows, known, prompts, strict=True)
+        ]
+        for decode in decodes:
+            other.kv.open_token(decode.row, decode.position, step=step + 100)
+        given_ = [
+            DecodeRow(row=d.row, token=int(t), position=d.position)
+            for d, t in zip(decodes, drawn, strict=True)
+        ]
+        expected = one.run(StepPlan(chunks=(), decodes=tuple(given_)))
+        got = resident.run(decodes)
+        torch.testing.assert_close(got.logits_NV, expected.logits_NV, atol=1e-4, rtol=1e-4)
+        drawn = expected.tokens_N
+        assert torch.equal(got.tokens_N, drawn)
+        known = [None, int(drawn[1]), None, None]  # the device's own token, or the host's
