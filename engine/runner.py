@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
@@ -57,7 +58,7 @@ class Runner:
         config = self.decoder.config
         self.vocab_size = config.vocab_size
         on_progress("allocating both KV tiers", 0.0)
-        self.kv = self._make_cache(spec, config, pool_fd)
+        self.kv = self._make_cache(spec, config, pool_fd, partial(on_progress, "pinning memory"))
         self.attention = self._make_attention(spec, config)
         on_progress("measuring the link", 0.0)
         link = probe_link(self.kv.pool.pages_RX, self.kv.arena.pages_NX)
@@ -129,7 +130,13 @@ class Runner:
         )
         return Decoder(config, weights)
 
-    def _make_cache(self, spec: EngineSpec, config: ModelConfig, pool_fd: int | None) -> KVCache:
+    def _make_cache(
+        self,
+        spec: EngineSpec,
+        config: ModelConfig,
+        pool_fd: int | None,
+        on_pinned: Callable[[float], None],
+    ) -> KVCache:
         knobs, plan, device = spec.knobs, spec.plan, self._device
         geometry = Geometry.of(config.shape, dtype=spec.dtype, page_size=knobs.page_size)
         selector = make_selector(knobs.sparse_method)
@@ -143,6 +150,7 @@ class Runner:
                 dtype=self._dtype,
                 device=device,
                 pool_fd=pool_fd,
+                on_progress=on_pinned,
             ),
             tables=PageTables(
                 geometry,

@@ -16,9 +16,18 @@ from torch import Tensor
 _NOTHING: Final = -1e30  # a logit that no real one comes near, and unlike -inf a number
 
 
-def copy_pages(dst_RX: Tensor, src_RX: Tensor, *, dst_rows_M: Tensor, src_rows_M: Tensor) -> None:
+def copy_pages(
+    dst_RX: Tensor,
+    src_RX: Tensor,
+    *,
+    dst_rows_M: Tensor,
+    src_rows_M: Tensor,
+    count: Tensor | None = None,
+) -> None:
     """See ``kernels.copy.copy_pages``."""
     wanted = src_rows_M >= 0
+    if count is not None:
+        wanted &= torch.arange(len(wanted), device=wanted.device) < count
     dst_rows, src_rows = dst_rows_M[wanted], src_rows_M[wanted]
     if src_rows.numel():
         dst_RX.index_copy_(0, dst_rows, src_RX.index_select(0, src_rows).to(dst_RX.device))

@@ -66,10 +66,18 @@ def compiled_for(arch: int) -> Iterator[list[Any]]:
         yield compiled
 
 
-def launch_copy(row_bytes: int) -> None:
+def launch_copy(row_bytes: int, *, tile_bytes: int = copy.DEFAULT_TILE_BYTES) -> None:
     rows_M = torch.zeros(5, dtype=torch.int64)
     pages_RX = torch.zeros(5, row_bytes, dtype=torch.int8)
-    copy._launch(pages_RX, pages_RX, dst_rows_M=rows_M, src_rows_M=rows_M, programs=32)
+    copy._launch(
+        pages_RX,
+        pages_RX,
+        dst_rows_M=rows_M,
+        src_rows_M=rows_M,
+        count=rows_M[:1],
+        programs=32,
+        tile_bytes=tile_bytes,
+    )
 
 
 def launch_store(dim: int, dtype: torch.dtype) -> None:
@@ -105,6 +113,10 @@ def launch_attend(dim: int, dtype: torch.dtype, page_size: int, group: int) -> N
 LAUNCHES: dict[str, Callable[[], None]] = {
     "copy 2 KiB": lambda: launch_copy(2048),
     "copy 2560 B": lambda: launch_copy(2560),
+    "copy 4 KiB, tile 16 KiB": lambda: launch_copy(4096, tile_bytes=16 << 10),
+    "copy 4 KiB": lambda: launch_copy(4096),
+    "copy 4 KiB, tile 64 KiB": lambda: launch_copy(4096, tile_bytes=64 << 10),
+    "copy 16 KiB": lambda: launch_copy(16384),
     "copy 64 KiB": lambda: launch_copy(65536),
     "store 128 bf16": lambda: launch_store(128, BF16),
     "bounds 32x128 bf16": lambda: launch_bounds(32, 128, BF16),

@@ -156,6 +156,22 @@ def test_copy(cases, direction, row_words, seed):
     assert torch.equal(dst_RX.cpu(), expected_RX)
 
 
+@pytest.mark.parametrize("tile_kib", [8, 16, 32, 64])
+@pytest.mark.parametrize("row_words", [12, 640, 1024, 5000])
+def test_copy_takes_its_count_from_the_device(cases, row_words, tile_kib, seed):
+    src_RX = cases.random(200, row_words, seed=seed).pin_memory()
+    dst_RX, before_RX = (cases.random(200, row_words, seed=seed + 1).cuda() for _ in range(2))
+    rows = {"dst_rows_M": torch.randperm(200).cuda(), "src_rows_M": torch.randperm(200).cuda()}
+    for count in (0, 1, 77, 500):
+        expected_RX = before_RX.clone()
+        wanted = [index[:count] for index in rows.values()]
+        expected_RX[wanted[0]] = src_RX.cuda()[wanted[1]]
+        dst_RX.copy_(before_RX)
+        told = torch.tensor(count, dtype=torch.int32, device="cuda")
+        copy_pages(dst_RX, src_RX, **rows, count=told, programs=8, tile_bytes=tile_kib << 10)
+        assert torch.equal(dst_RX, expected_RX)
+
+
 def test_copy_reads_memory_registered_by_its_owner(cases, seed):
     src_RX, rows_M = cases.random(64, 1024, seed=seed), torch.arange(64, device="cuda")
     runtime = torch.cuda.cudart()
