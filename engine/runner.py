@@ -22,6 +22,7 @@ from sparsed.engine.kvcache.geometry import Geometry
 from sparsed.engine.kvcache.hbm import HotArena
 from sparsed.engine.kvcache.tables import PageTables
 from sparsed.engine.kvcache.transfer import Transfer, probe_link
+from sparsed.engine.kvcache.verify import Verifier
 from sparsed.engine.models.config import ModelConfig, load_config
 from sparsed.engine.models.decoder import Decoder
 from sparsed.engine.models.dummy import DUMMY_PREFIX, dummy_config
@@ -96,6 +97,7 @@ class Runner:
         h2d_bytes, h2d_s = kv.transfer.h2d
         d2h_bytes, d2h_s = kv.transfer.d2h
         missed = int(counts.missed)
+        verified = kv.transfer.verified
         return EngineStats(
             hot_hits=counts.selected - missed,
             hot_misses=missed,
@@ -107,6 +109,8 @@ class Runner:
             d2h_s=d2h_s,
             recall_sum=counts.recall_sum,
             recall_samples=counts.recall_samples,
+            verify_checked_pages=verified.checked_pages,
+            verify_mismatches=verified.mismatches,
             hot_used_bytes=kv.arena.used_bytes,
             hot_total_bytes=kv.arena.total_bytes,
             dram_used_bytes=kv.pool.used_bytes,
@@ -162,7 +166,15 @@ class Runner:
                 (num_summaries, 2 * geometry.head_dim), dtype=self._dtype, device=device
             ),
             selector=selector,
-            transfer=Transfer(page_bytes=geometry.page_bytes, device=device),
+            transfer=Transfer(
+                page_bytes=geometry.page_bytes,
+                device=device,
+                verifier=Verifier(
+                    spec.verify_kv,
+                    num_page_rows=plan.num_frames * geometry.page_rows_per_frame,
+                    device=device,
+                ),
+            ),
             knobs=knobs,
         )
 

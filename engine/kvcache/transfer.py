@@ -1,29 +1,40 @@
-"""Copies of pages between the tiers: which way, in which order, and what they took."""
+"""Copies of pages between the tiers: in which order, which way, and what they took."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from sparsed.core import CopyPath, Direction, LinkCalibration, LinkProbe
+from sparsed.core import Direction, LinkCalibration, LinkProbe, VerifyMode
 from sparsed.engine.kvcache.dram import DramPool
-from sparsed.engine.kvcache.link_policy import CopyChoice, choose_copy
+from sparsed.engine.kvcache.link_policy import CopyChoice
 from sparsed.engine.kvcache.order import Saved, SaveOrder
 from sparsed.engine.kvcache.paths import CopyPaths, RowCopy
 from sparsed.engine.kvcache.totals import CopyTotals, Totals, Way
-from sparsed.kernels.copy import DEFAULT_PROGRAMS, DEFAULT_TILE_BYTES, copy_pages
+from sparsed.engine.kvcache.verify import Verified, Verifier, Where
+from sparsed.engine.kvcache.ways import Ways
+from sparsed.kernels.copy import copy_pages
 
 PROBE_BYTES = 64 << 20
 PROBE_REPEATS = 3
-BLOCK_PATHS = (CopyPath.KERNEL, CopyPath.COPY_ENGINE, CopyPath.BATCHED, CopyPath.STAGED)
-_UNCALIBRATED = CopyChoice(CopyPath.KERNEL, DEFAULT_PROGRAMS, DEFAULT_TILE_BYTES)
-_UNCALIBRATED_BLOCKS = CopyChoice(CopyPath.COPY_ENGINE, 0, 0)
-_ON_CPU = CopyChoice(CopyPath.MEMCPY, 0, 0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Pages:
+    """Pages on their way, as ``copy_pages`` takes them."""
+
+    dst_RX: Tensor
+    src_RX: Tensor
+    dst_rows_M: Tensor
+    src_rows_M: Tensor
+    count: Tensor | None
 
 
 class Transfer:
@@ -35,7 +46,8 @@ class Transfer:
     as long as streams that load are joined to the one that saves before the frames are freed.
 
     Inside a CUDA graph nothing is timed and nothing waits: call ``wait_for_saves`` before a
-    replay that loads. One thread.
+    replay that loads. ``ways`` says how copies are made, and can be changed at any time; a graph
+    keeps what held at its capture. One thread.
     """
 
     def __init__(
@@ -44,49 +56,17 @@ class Transfer:
         page_bytes: int,
         device: torch.device,
         calibration: LinkCalibration | None = None,
+        verifier: Verifier | None = None,
     ) -> None:
+        self.ways = Ways(page_bytes=page_bytes, device=device, calibration=calibration)
         self._page_bytes = page_bytes
         self._device = device
-        self._calibration = calibration
-        self._programs: int | None = None
         self._totals = Totals(device=device)
+        self._verifier = verifier or Verifier(VerifyMode.OFF, num_page_rows=0, device=device)
         self._order = SaveOrder(device)
         self._paths = CopyPaths(device)
-        self._block_choices: dict[int, CopyChoice] = {}
         self._stream = _new_stream(device)
-        self._choose()
-
-    # -- ways --------------------------------------------------------------------------------
-
-    def calibrate(self, calibration: LinkCalibration) -> None:
-        """Take the ways that ``calibration`` found best, from the next copy on."""
-        self._calibration = calibration
-        self._choose()
-
-    def set_programs(self, programs: int | None) -> None:
-        """Programs of the kernel that loads; None: the calibrated number."""
-        self._programs = programs
-        self._choose()
-
-    @property
-    def load_choice(self) -> CopyChoice:
-        """How pages are loaded; a graph that was captured keeps what held then."""
-        return self._load_choice
-
-    @property
-    def save_choice(self) -> CopyChoice:
-        """How rows that only the device knows are saved."""
-        return self._save_choice
-
-    def block_choice(self, piece_bytes: int) -> CopyChoice:
-        """How ``save_blocks`` copies pieces of that size."""
-        if piece_bytes not in self._block_choices:
-            self._block_choices[piece_bytes] = self._choice(
-                Direction.D2H, piece_bytes, BLOCK_PATHS, otherwise=_UNCALIBRATED_BLOCKS
-            )
-        return self._block_choices[piece_bytes]
-
-    # -- copies ------------------------------------------------------------------------------
+        self._checks: list[Callable[[Where], None]] = []  # of saves that CPU threads finish
 
     def load(
         self,
@@ -99,8 +79,17 @@ class Transfer:
     ) -> None:
         """Copy rows of the DRAM tier to the device, on the current stream. ``count`` as in
         ``copy_pages``; the pairs before it must all be wanted."""
-        self._order.wait()
-        self._copy(Direction.H2D, self._load_choice, dst_RX, src_RX, dst_rows, src_rows, count)
+        pages = _pages(dst_RX, src_RX, dst_rows, src_rows, count)
+        self.wait_for_saves()
+        self._count(Direction.H2D, self.ways.load, pages)
+        self._copy(Direction.H2D, self.ways.load, pages)
+        self._verifier.check(
+            dst_RX,
+            store_rows=pages.dst_rows_M,
+            page_rows=pages.src_rows_M,
+            where=Where.LOAD,
+            count=count,
+        )
 
     def save(
         self,
@@ -114,14 +103,13 @@ class Transfer:
     ) -> Saved:
         """Copy rows to the DRAM tier, on the current stream, or behind what it has queued on a
         stream of its own: then ``wait`` for the answer before the source is overwritten."""
-        if not background or self._stream is None:
-            self._copy(Direction.D2H, self._save_choice, dst_RX, src_RX, dst_rows, src_rows, count)
-            return self._order.saved()
-        for tensor in (src_RX, dst_rows, src_rows):
-            _keep(tensor, self._stream)
+        pages = _pages(dst_RX, src_RX, dst_rows, src_rows, count)
+        self._count(Direction.D2H, self.ways.save, pages)
+        if not background:
+            return self._save(pages, Where.SAVE)
+        self._keep(src_RX, pages.dst_rows_M, pages.src_rows_M, count)
         with self._behind():
-            self._copy(Direction.D2H, self._save_choice, dst_RX, src_RX, dst_rows, src_rows, count)
-            return self._order.saved()
+            return self._save(pages, Where.BACKGROUND)
 
     def save_blocks(
         self, pool: DramPool, source_FX: Tensor, *, frames: Sequence[int], layer: int
@@ -133,25 +121,33 @@ class Transfer:
         """
         num_frames = len(source_FX)
         assert source_FX.is_contiguous() and len(frames) == num_frames
+        layers = np.asarray(frames, dtype=np.int64) * pool.geometry.num_layers + layer
         copy = RowCopy(
             dst_RX=pool.layers_RX,
             src_RX=source_FX.view(num_frames, pool.layers_RX.shape[1]),
-            dst_rows=np.asarray(frames, dtype=np.int64) * pool.geometry.num_layers + layer,
+            dst_rows=layers,
             src_rows=np.arange(num_frames),
             host_chunk=pool.chunk_bytes * pool.geometry.num_layers // pool.geometry.frame_bytes,
         )
-        choice = self.block_choice(copy.row_bytes)
+        choice = self.ways.save_blocks(copy.row_bytes)
         way = (Direction.D2H, choice.path)
-        _keep(source_FX, self._stream)
+        self._totals.add(way, num_frames, piece_bytes=copy.row_bytes)
+        self._keep(source_FX)
         with self._behind():
-            self._totals.add(way, num_frames, piece_bytes=copy.row_bytes)
+            check = self._remember_blocks(pool, source_FX, layers)
             with self._totals.timed(way):
                 scatter = self._paths.run(copy, choice)
+            if scatter is None:
+                check(Where.BACKGROUND)
+            else:
+                self._checks.append(check)
             return self._order.saved(scatter=scatter)
 
     def wait_for_saves(self) -> None:
         """The current stream goes on once every save so far has arrived."""
         self._order.wait()
+        while self._checks:
+            self._checks.pop()(Where.SAVE)
 
     # -- totals ------------------------------------------------------------------------------
 
@@ -170,54 +166,53 @@ class Transfer:
         """Bytes and seconds of all saves so far."""
         return self._sum(Direction.D2H)
 
+    @property
+    def verified(self) -> Verified:
+        """Pages looked at again after their copy, and those found to differ."""
+        return self._verifier.read()
+
     # -- inside ------------------------------------------------------------------------------
 
-    def _choose(self) -> None:
-        self._block_choices.clear()
-        kernel, page_bytes = (CopyPath.KERNEL,), self._page_bytes
-        load = self._choice(Direction.H2D, page_bytes, kernel, otherwise=_UNCALIBRATED)
-        if self._programs is not None and load.path is CopyPath.KERNEL:
-            load = load._replace(programs=self._programs)
-        self._load_choice = load
-        self._save_choice = self._choice(Direction.D2H, page_bytes, kernel, otherwise=_UNCALIBRATED)
+    def _save(self, pages: _Pages, where: Where) -> Saved:
+        verifier, count = self._verifier, pages.count
+        rows_M = pages.dst_rows_M
+        if verifier.mode is not VerifyMode.OFF:
+            rows_M = torch.where(pages.src_rows_M >= 0, rows_M, -1)
+        verifier.remember(pages.src_RX, source_rows=pages.src_rows_M, page_rows=rows_M, count=count)
+        self._copy(Direction.D2H, self.ways.save, pages)
+        verifier.check(pages.dst_RX, store_rows=rows_M, page_rows=rows_M, where=where, count=count)
+        return self._order.saved()
 
-    def _choice(
-        self,
-        direction: Direction,
-        piece_bytes: int,
-        paths: Sequence[CopyPath],
-        *,
-        otherwise: CopyChoice,
-    ) -> CopyChoice:
-        if self._device.type == "cpu":
-            return _ON_CPU
-        if self._calibration is None:
-            return otherwise
-        found = choose_copy(
-            self._calibration, direction=direction, piece_bytes=piece_bytes, paths=paths
+    def _remember_blocks(
+        self, pool: DramPool, source_FX: Tensor, layers_F: npt.NDArray[np.int64]
+    ) -> Callable[[Where], None]:
+        """Note the checksums of the pages in ``source``; what checks them in the pool."""
+        if self._verifier.mode is VerifyMode.OFF:
+            return lambda _where: None
+        pages_NX = source_FX.view(-1, pool.pages_RX.shape[1])
+        per_layer = len(pool.pages_RX) // len(pool.layers_RX)
+        first_F1 = torch.from_numpy(layers_F[:, None] * per_layer).to(self._device)
+        rows_N = (first_F1 + torch.arange(per_layer, device=self._device)).flatten()
+        source_N = torch.arange(len(pages_NX), device=self._device)
+        self._verifier.remember(pages_NX, source_rows=source_N, page_rows=rows_N)
+        return lambda where: self._verifier.check(
+            pool.pages_RX, store_rows=rows_N, page_rows=rows_N, where=where
         )
-        return found or otherwise
 
-    def _copy(
-        self,
-        direction: Direction,
-        choice: CopyChoice,
-        dst_RX: Tensor,
-        src_RX: Tensor,
-        dst_rows: Tensor,
-        src_rows: Tensor,
-        count: Tensor | None,
-    ) -> None:
-        way = (direction, choice.path)
-        moved = (src_rows >= 0).sum() if count is None else count.clamp(0, src_rows.numel())
-        self._totals.add(way, moved, piece_bytes=self._page_bytes)
-        with self._totals.timed(way):
+    def _count(self, direction: Direction, choice: CopyChoice, pages: _Pages) -> None:
+        """On the current stream: streams that run side by side must not count the same thing."""
+        rows_M, count = pages.src_rows_M, pages.count
+        moved = (rows_M >= 0).sum() if count is None else count.clamp(0, len(rows_M))
+        self._totals.add((direction, choice.path), moved, piece_bytes=self._page_bytes)
+
+    def _copy(self, direction: Direction, choice: CopyChoice, pages: _Pages) -> None:
+        with self._totals.timed((direction, choice.path)):
             copy_pages(
-                dst_RX,
-                src_RX,
-                dst_rows_M=dst_rows.flatten().contiguous(),
-                src_rows_M=src_rows.flatten().contiguous(),
-                count=count,
+                pages.dst_RX,
+                pages.src_RX,
+                dst_rows_M=pages.dst_rows_M,
+                src_rows_M=pages.src_rows_M,
+                count=pages.count,
                 programs=choice.programs,
                 tile_bytes=choice.tile_bytes,
             )
@@ -232,21 +227,33 @@ class Transfer:
         with torch.cuda.stream(self._stream):
             yield
 
+    def _keep(self, *tensors: Tensor | None) -> None:
+        """Their memory is not given away before the stream of saves is done with it."""
+        for tensor in tensors:
+            if self._stream is not None and tensor is not None and tensor.is_cuda:
+                tensor.record_stream(self._stream)
+
     def _sum(self, direction: Direction) -> CopyTotals:
         found = [total for (way, _), total in self.totals().items() if way is direction]
         return CopyTotals(sum(t.num_bytes for t in found), sum(t.seconds for t in found))
+
+
+def _pages(
+    dst_RX: Tensor, src_RX: Tensor, dst_rows: Tensor, src_rows: Tensor, count: Tensor | None
+) -> _Pages:
+    return _Pages(
+        dst_RX=dst_RX,
+        src_RX=src_RX,
+        dst_rows_M=dst_rows.flatten().contiguous(),
+        src_rows_M=src_rows.flatten().contiguous(),
+        count=count,
+    )
 
 
 def _new_stream(device: torch.device) -> torch.cuda.Stream | None:
     if device.type == "cpu":
         return None
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch's own
-
-
-def _keep(tensor: Tensor, stream: torch.cuda.Stream | None) -> None:
-    """The memory of ``tensor`` is not given away before ``stream`` is done with it."""
-    if stream is not None and tensor.is_cuda:
-        tensor.record_stream(stream)
 
 
 def probe_link(dram_RX: Tensor, hot_NX: Tensor) -> LinkProbe:

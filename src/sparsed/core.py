@@ -402,6 +402,14 @@ class MemoryPlan:
         return self.num_frames * BLOCK_TOKENS
 
 
+class VerifyMode(StrEnum):
+    """How many pages are hashed on both tiers, to find copies that went wrong."""
+
+    OFF = "off"
+    SAMPLE = "sample"  # one page row in 64
+    FULL = "full"
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineSpec:
     """Everything an engine process is started with; nothing in it is 'auto'."""
@@ -412,6 +420,7 @@ class EngineSpec:
     knobs: Knobs
     plan: MemoryPlan
     seed: int = 0
+    verify_kv: VerifyMode = VerifyMode.OFF
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -474,14 +483,6 @@ class LinkCalibration:
     contiguous: LinkProbe
     entries: tuple[LinkEntry, ...]
     measured_at: float = 0.0  # seconds since the epoch, set by who stores it
-
-
-class VerifyMode(StrEnum):
-    """How many pages are hashed on both tiers, to find copies that went wrong."""
-
-    OFF = "off"
-    SAMPLE = "sample"  # one page row in 64
-    FULL = "full"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -677,6 +678,8 @@ class EngineStats:
     d2h_s: float = 0.0
     recall_sum: float = 0.0
     recall_samples: int = 0
+    verify_checked_pages: int = 0  # looked at again after a copy
+    verify_mismatches: int = 0  # of these, not what was saved
     # gauges
     num_running: int = 0
     num_waiting: int = 0

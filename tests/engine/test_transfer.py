@@ -84,6 +84,6 @@ def test_nothing_to_copy(transfer: Transfer) -> None:
 
 
 def test_a_cpu_has_one_way_whatever_the_knob_says(transfer: Transfer) -> None:
-    transfer.set_programs(7)
+    transfer.ways.set_programs(7)
     expected = CopyChoice(CopyPath.MEMCPY, 0, 0)
-    assert transfer.load_choice == transfer.save_choice == transfer.block_choice(1) == expected
+    assert transfer.ways.load == transfer.ways.save == transfer.ways.save_blocks(1) == expected

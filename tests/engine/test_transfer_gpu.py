@@ -10,14 +10,24 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparsed.core import CopyPath, Direction, LinkCalibration, LinkEntry, LinkKey, LinkProbe
+from sparsed.core import (
+    CopyPath,
+    Direction,
+    LinkCalibration,
+    LinkEntry,
+    LinkKey,
+    LinkProbe,
+    VerifyMode,
+)
 from sparsed.engine.cuda_driver import CudaDriver
 from sparsed.engine.kvcache import pinning
 from sparsed.engine.kvcache.dram import DramPool
 from sparsed.engine.kvcache.geometry import Geometry
 from sparsed.engine.kvcache.link_policy import CopyChoice
 from sparsed.engine.kvcache.paths import CopyPaths, RowCopy
-from sparsed.engine.kvcache.transfer import BLOCK_PATHS, Transfer
+from sparsed.engine.kvcache.transfer import Transfer
+from sparsed.engine.kvcache.verify import Verifier
+from sparsed.engine.kvcache.ways import BLOCK_PATHS
 
 pytestmark = [
     pytest.mark.gpu,
@@ -110,7 +120,7 @@ def test_every_way_moves_the_same_rows(
 def test_blocks_are_saved_behind_what_writes_them(pool: DramPool, path: CopyPath) -> None:
     """The source is written late on the current stream, and again once it has been read."""
     transfer = Transfer(page_bytes=GEOMETRY.page_bytes, device=CUDA, calibration=calibrated(path))
-    assert transfer.block_choice(1 << 19).path is path
+    assert transfer.ways.save_blocks(1 << 19).path is path
     source = torch.zeros(6, 8, 128, 2, 128, device=CUDA, dtype=torch.bfloat16)
     frames = [20, 3, 4, 5, 0, 11]
     for layer in range(GEOMETRY.num_layers):
@@ -220,3 +230,32 @@ def test_pinning_reports_its_progress_and_near_cpus() -> None:
     pci_id = CudaDriver().pci_id(0)
     assert os.path.exists(f"/sys/bus/pci/devices/{pci_id}") or not os.path.exists("/sys/bus/pci")
     assert pinning.cpus_near(pci_id) <= os.sched_getaffinity(0)
+
+
+@pytest.mark.parametrize("path", BLOCK_PATHS)
+def test_a_broken_row_is_counted(pool: DramPool, path: CopyPath) -> None:
+    num_rows = len(pool.pages_RX)
+    transfer = Transfer(
+        page_bytes=GEOMETRY.page_bytes,
+        device=CUDA,
+        calibration=calibrated(path),
+        verifier=Verifier(VerifyMode.FULL, num_page_rows=num_rows, device=CUDA),
+    )
+    source = torch.randn(2, 8, 128, 2, 128, device=CUDA, dtype=torch.bfloat16)
+    saved_rows = 2 * 8 * GEOMETRY.pages_per_block
+    transfer.save_blocks(pool, source, frames=[7, 2], layer=1)
+    transfer.wait_for_saves()
+    torch.cuda.synchronize()
+    assert transfer.verified == (saved_rows, 0)
+    hot, rows = torch.empty_like(pool.pages_RX, device=CUDA), torch.arange(num_rows, device=CUDA)
+    transfer.load(hot, pool.pages_RX, dst_rows=rows, src_rows=rows)
+    torch.cuda.synchronize()
+    assert transfer.verified == (2 * saved_rows, 0)
+    pool.layers_RX[7 * GEOMETRY.num_layers + 1, 5] += 1
+    transfer.load(hot, pool.pages_RX, dst_rows=rows, src_rows=rows)
+    torch.cuda.synchronize()
+    assert transfer.verified == (3 * saved_rows, 1)
+    transfer.save(pool.pages_RX, hot, dst_rows=rows, src_rows=rows, background=True)
+    transfer.load(hot, pool.pages_RX, dst_rows=rows, src_rows=rows)
+    torch.cuda.synchronize()
+    assert transfer.verified == (3 * saved_rows + 2 * num_rows, 1), "saved again as it is"

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from sparsed.kernels import attend, bounds, copy, reference, score, store
+from sparsed.kernels import attend, bounds, checksum, copy, reference, score, store
 
 
 def copy_by_kernel(
@@ -45,6 +45,15 @@ def test_copy_of_as_many_rows_as_the_device_says(cases, width, count, dtype):
     rows = [6, 0, 3, 2, 5], [8, 1, 0, -1, 4]
     dst_RX, src_RX = cases.random(7, width, seed=1), cases.random(9, width)
     copy_by_kernel(dst_RX, src_RX, *rows, count=torch.tensor(count, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [8, 24, 4200])
+def test_checksum(cases, width, dtype):
+    store_RX = cases.random(9, width, dtype=dtype)
+    rows_M = torch.cat((torch.randperm(9), torch.tensor([-1, 3])))
+    expected_M = reference.page_checksums(store_RX, rows_M=rows_M)
+    assert torch.equal(checksum._launch(store_RX, rows_M=rows_M), expected_M)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

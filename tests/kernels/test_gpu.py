@@ -11,6 +11,7 @@ from torch.testing import assert_close
 
 from sparsed.kernels.attend import attend_pages
 from sparsed.kernels.bounds import page_bounds
+from sparsed.kernels.checksum import page_checksums
 from sparsed.kernels.copy import copy_pages
 from sparsed.kernels.score import score_pages
 from sparsed.kernels.store import store_tokens
@@ -183,6 +184,16 @@ def test_copy_reads_memory_registered_by_its_owner(cases, seed):
     finally:
         torch.cuda.synchronize()
         runtime.cudaHostUnregister(src_RX.data_ptr())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [24, 640, 5000, 32768])
+def test_checksums_are_the_same_on_both_tiers(cases, width, dtype, seed):
+    host_RX = cases.random(90, width, dtype=dtype, seed=seed).pin_memory()
+    rows_M = cases.random_slots(90, 80, absent_frac=0.2, seed=seed).long()
+    expected_M = page_checksums(host_RX, rows_M=rows_M)
+    for store_RX in (host_RX, host_RX.cuda()):
+        assert torch.equal(page_checksums(store_RX, rows_M=rows_M.cuda()).cpu(), expected_M)
 
 
 def test_copy_refuses_memory_it_cannot_reach(cases):
