@@ -13,7 +13,16 @@ from typing import NoReturn
 
 from sparsed.controller.control import KnobSource
 from sparsed.controller.state_dir import StateDir, resolve_cache_dir, resolve_state_dir
-from sparsed.core import DTYPE_BYTES, KNOBS_BY_NAME, ExitCode, InputError, KnobValue, Profile, Slo
+from sparsed.core import (
+    DTYPE_BYTES,
+    KNOBS_BY_NAME,
+    ExitCode,
+    InputError,
+    KnobValue,
+    Profile,
+    Slo,
+    VerifyMode,
+)
 from sparsed.tuner.export import TUNED_FOR, read_tuned_for
 
 CONFIG_VERSION = 1
@@ -42,6 +51,7 @@ class DaemonConfig:
     drain_timeout_s: float = 30.0
     seed: int = 0
     no_profile: bool = False
+    verify_kv: str = VerifyMode.OFF.value
     tensor_parallel_size: int = 1
     knobs: Mapping[str, KnobValue] = field(default_factory=dict)
     origins: Mapping[str, KnobSource] = field(default_factory=dict)
@@ -298,6 +308,7 @@ _OPTIONS: Mapping[str, Callable[[_Given], object]] = {
     "shutdown_timeout": _number(0, 86400, unit=" s"),
     "seed": _integer(0, 2**31 - 1),
     "no_profile": _boolean,
+    "verify_kv": _pattern("|".join(VerifyMode), allowed=", ".join(VerifyMode)),
     "tensor_parallel_size": _one_gpu,
 }
 

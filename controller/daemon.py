@@ -256,6 +256,8 @@ class Daemon:
         reasons = [self._store_fault] if self._store_fault else []
         if lost:
             reasons.append(f"the store lost {lost} writes; is the disk full?")
+        if broken := self._senses.totals.verify_mismatches:
+            reasons.append(f"{broken} KV pages differed after a copy; see the log")
         return tuple(reasons)
 
     def _keep_pending(self, pending: Mapping[str, KnobValue]) -> None:

@@ -25,6 +25,7 @@ from sparsed.core import (
     ModelShape,
     Profile,
     ProfileKey,
+    VerifyMode,
 )
 from sparsed.db import open_store
 from sparsed.engine.models.catalog import ResolvedModel, resolve_model
@@ -88,6 +89,7 @@ def prepare(
             knobs=sized.knobs,
             plan=sized.plan,
             seed=config.seed,
+            verify_kv=VerifyMode(config.verify_kv),
         ),
         model=model,
         model_id=resolved.model_id,

@@ -7,7 +7,8 @@ n tokens of the chunk, P pages the chunk touches, F frames it touches, C = 2 (ke
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,9 +17,18 @@ from sparsed.core import BLOCK_TOKENS
 from sparsed.engine.batch import PromptChunk
 from sparsed.engine.dense import DenseAttention
 from sparsed.engine.kvcache.cache import KVCache, Row
-from sparsed.engine.kvcache.geometry import num_frames
+from sparsed.engine.kvcache.geometry import Geometry, num_frames
+from sparsed.engine.kvcache.order import Saved
 from sparsed.kernels.merge import merge_states
 from sparsed.kernels.store import store_tokens
+
+
+class WholeFrames(NamedTuple):
+    """Frames that a chunk fills from end to end: their ids, and the first one's place in the
+    layer buffer."""
+
+    frames: tuple[int, ...]
+    first: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,8 +46,11 @@ class ChunkPlan:
     slots_LnH: Tensor  # int32, its page in the hot tier, -1 where it has none
     buffer_slots_nH: Tensor  # int32, its page in the layer buffer
     first_slots_LH: Tensor  # int64, the hot slot of the first page
-    page_rows_LHP: Tensor  # of sealed pages, in the DRAM tier
-    buffer_slots_HP: Tensor  # of the same pages, in the layer buffer
+    sealed_rows_LHP: Tensor  # of full pages, in the DRAM tier
+    sealed_slots_HP: Tensor  # of the same pages, in the layer buffer
+    whole: WholeFrames
+    loose_P: Tensor  # places among the full pages of those outside of whole frames
+    saves: list[Saved] = field(default_factory=list)  # that still read the buffer
 
 
 class PrefillAttention:
@@ -53,6 +66,7 @@ class PrefillAttention:
         page_size = geometry.page_size
         first, last = chunk.start // page_size, -(-chunk.end // page_size)
         num_sealed = chunk.end // page_size - first
+        whole = _whole_frames(chunk, cache.rows[chunk.row])
         cache.open_chunk(chunk.row, chunk.start, chunk.end, step=step)
         slots_LHP = cache.tables.slots_of(chunk.row, first, last)
         device = slots_LHP.device
@@ -72,8 +86,10 @@ class PrefillAttention:
             slots_LnH=slots_LHP[:, :, pages_n - first].transpose(1, 2).contiguous(),
             buffer_slots_nH=in_buffer_HP[:, pages_n - first].t().int().contiguous(),
             first_slots_LH=slots_LHP[:, :, 0].long(),
-            page_rows_LHP=cache.tables.page_rows(chunk.row, first, first + num_sealed),
-            buffer_slots_HP=in_buffer_HP[:, :num_sealed],
+            sealed_rows_LHP=cache.tables.page_rows(chunk.row, first, first + num_sealed),
+            sealed_slots_HP=in_buffer_HP[:, :num_sealed],
+            whole=whole,
+            loose_P=_loose_pages(chunk, whole, geometry).to(device),
         )
 
     def run(self, plan: ChunkPlan, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -127,24 +143,62 @@ class PrefillAttention:
             yield cache.arena.pages_NTCD[plan.first_slots_LH[layer], :num_open]
 
     def _store(self, plan: ChunkPlan, layer: int, k: Tensor, v: Tensor) -> None:
-        """Write tokens whose page has a slot to the hot tier, full pages to the DRAM tier with
-        their summaries."""
-        cache = self._cache
-        arena_NTCD, kv = cache.arena.pages_NTCD, {"k_BHD": k, "v_BHD": v}
+        """Write tokens whose page has a slot to the hot tier, and full pages to the DRAM tier."""
+        arena_NTCD = self._cache.arena.pages_NTCD
         slots_nH = plan.slots_LnH[layer]
-        store_tokens(arena_NTCD, slots_BH=slots_nH, offsets_B=plan.offsets_n, **kv)
-        if plan.num_sealed == 0:
-            return
+        store_tokens(arena_NTCD, slots_BH=slots_nH, offsets_B=plan.offsets_n, k_BHD=k, v_BHD=v)
+        if plan.num_sealed:
+            self._fill_buffer(plan, layer, k, v)
+            self._save(plan, layer)
+
+    def _fill_buffer(self, plan: ChunkPlan, layer: int, k: Tensor, v: Tensor) -> None:
+        while plan.saves:
+            plan.saves.pop().wait()
+        arena_NTCD = self._cache.arena.pages_NTCD
         buffer_NTCD = plan.buffer_NX.view(-1, *arena_NTCD.shape[1:])
-        store_tokens(buffer_NTCD, slots_BH=plan.buffer_slots_nH, offsets_B=plan.offsets_n, **kv)
-        num_open = plan.start % cache.geometry.page_size
+        slots_nH = plan.buffer_slots_nH
+        store_tokens(buffer_NTCD, slots_BH=slots_nH, offsets_B=plan.offsets_n, k_BHD=k, v_BHD=v)
+        num_open = plan.start % self._cache.geometry.page_size
         if num_open:  # the tokens that the first page held already
             opened_HTCD = arena_NTCD[plan.first_slots_LH[layer], :num_open]
-            buffer_NTCD[plan.buffer_slots_HP[:, 0], :num_open] = opened_HTCD
-        rows_M, slots_M = plan.page_rows_LHP[layer].flatten(), plan.buffer_slots_HP.flatten()
-        cache.transfer.save(cache.pool.pages_RX, plan.buffer_NX, dst_rows=rows_M, src_rows=slots_M)
+            buffer_NTCD[plan.sealed_slots_HP[:, 0], :num_open] = opened_HTCD
+
+    def _save(self, plan: ChunkPlan, layer: int) -> None:
+        """Whole frames are one large piece each; other full pages go page by page."""
+        cache, (frames, first) = self._cache, plan.whole
+        if frames:
+            buffer_FX = plan.buffer_NX.view(-1, cache.pool.layers_RX.shape[1])
+            source_FX = buffer_FX[first : first + len(frames)]
+            saved = cache.transfer.save_blocks(cache.pool, source_FX, frames=frames, layer=layer)
+            plan.saves.append(saved)
+        rows_HP, slots_HP = plan.sealed_rows_LHP[layer], plan.sealed_slots_HP
+        if len(plan.loose_P):
+            saved = cache.transfer.save(
+                cache.pool.pages_RX,
+                plan.buffer_NX,
+                dst_rows=rows_HP[:, plan.loose_P],
+                src_rows=slots_HP[:, plan.loose_P],
+                background=True,
+            )
+            plan.saves.append(saved)
         if cache.selector is not None:
-            cache.summarise(buffer_NTCD[slots_M], rows_M)
+            pages_NTCD = plan.buffer_NX.view(-1, *cache.arena.pages_NTCD.shape[1:])
+            cache.summarise(pages_NTCD[slots_HP.flatten()], rows_HP.flatten())
+
+
+def _whole_frames(chunk: PromptChunk, row: Row) -> WholeFrames:
+    first, last = num_frames(chunk.start), chunk.end // BLOCK_TOKENS
+    frames = tuple(row.frames[first:last].tolist())
+    return WholeFrames(frames, first - chunk.start // BLOCK_TOKENS)
+
+
+def _loose_pages(chunk: PromptChunk, whole: WholeFrames, geometry: Geometry) -> Tensor:
+    """Full pages of the chunk, counted from its first page, that lie in no whole frame."""
+    first, last = chunk.start // geometry.page_size, chunk.end // geometry.page_size
+    pages_P = torch.arange(first, last)
+    begin = (chunk.start // BLOCK_TOKENS + whole.first) * geometry.pages_per_block
+    end = begin + len(whole.frames) * geometry.pages_per_block
+    return pages_P[(pages_P < begin) | (pages_P >= end)] - first
 
 
 def _buffer_slots(first: int, last: int, *, cache: KVCache, device: torch.device) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
@@ -22,6 +23,7 @@ from sparsed.engine.kvcache.geometry import Geometry
 from sparsed.engine.kvcache.hbm import HotArena
 from sparsed.engine.kvcache.tables import PageTables
 from sparsed.engine.kvcache.transfer import Transfer, probe_link
+from sparsed.engine.kvcache.verify import Verifier
 from sparsed.engine.models.config import ModelConfig, load_config
 from sparsed.engine.models.decoder import Decoder
 from sparsed.engine.models.dummy import DUMMY_PREFIX, dummy_config
@@ -60,7 +62,7 @@ class Runner:
         config = self.decoder.config
         self.vocab_size = config.vocab_size
         on_progress("allocating both KV tiers", 0.0)
-        self.kv = self._make_cache(spec, config, pool_fd)
+        self.kv = self._make_cache(spec, config, pool_fd, partial(on_progress, "pinning memory"))
         self.attention = self._make_attention(spec, config)
         self._last_token_R = torch.zeros(
             self.kv.tables.spare_row + 1, dtype=torch.int64, device=self._device
@@ -153,6 +155,7 @@ class Runner:
         h2d_bytes, h2d_s = kv.transfer.h2d
         d2h_bytes, d2h_s = kv.transfer.d2h
         missed = int(counts.missed)
+        verified = kv.transfer.verified
         return EngineStats(
             hot_hits=counts.selected - missed,
             hot_misses=missed,
@@ -164,6 +167,8 @@ class Runner:
             d2h_s=d2h_s,
             recall_sum=counts.recall_sum,
             recall_samples=counts.recall_samples,
+            verify_checked_pages=verified.checked_pages,
+            verify_mismatches=verified.mismatches,
             hot_used_bytes=kv.arena.used_bytes,
             hot_total_bytes=kv.arena.total_bytes,
             dram_used_bytes=kv.pool.used_bytes,
@@ -187,7 +192,13 @@ class Runner:
         )
         return Decoder(config, weights)
 
-    def _make_cache(self, spec: EngineSpec, config: ModelConfig, pool_fd: int | None) -> KVCache:
+    def _make_cache(
+        self,
+        spec: EngineSpec,
+        config: ModelConfig,
+        pool_fd: int | None,
+        on_pinned: Callable[[float], None],
+    ) -> KVCache:
         knobs, plan, device = spec.knobs, spec.plan, self._device
         geometry = Geometry.of(config.shape, dtype=spec.dtype, page_size=knobs.page_size)
         selector = make_selector(knobs.sparse_method)
@@ -201,6 +212,7 @@ class Runner:
                 dtype=self._dtype,
                 device=device,
                 pool_fd=pool_fd,
+                on_progress=on_pinned,
             ),
             tables=PageTables(
                 geometry,
@@ -212,7 +224,15 @@ class Runner:
                 (num_summaries, 2 * geometry.head_dim), dtype=self._dtype, device=device
             ),
             selector=selector,
-            transfer=Transfer(page_bytes=geometry.page_bytes, device=device),
+            transfer=Transfer(
+                page_bytes=geometry.page_bytes,
+                device=device,
+                verifier=Verifier(
+                    spec.verify_kv,
+                    num_page_rows=plan.num_frames * geometry.page_rows_per_frame,
+                    device=device,
+                ),
+            ),
             knobs=knobs,
         )
 

@@ -17,15 +17,38 @@ from torch import Tensor
 if TYPE_CHECKING:
     from sparsed.kernels.resident import ResidentPlan
 
+FIRST_MULTIPLIER: Final = 0x2545F4914F6CDD1D  # of checksums: odd, and below 2**63
+SECOND_MULTIPLIER: Final = 0x5851F42D4C957F2D
 _NOTHING: Final = -1e30  # a logit that no real one comes near, and unlike -inf a number
 
 
-def copy_pages(dst_RX: Tensor, src_RX: Tensor, *, dst_rows_M: Tensor, src_rows_M: Tensor) -> None:
+def copy_pages(
+    dst_RX: Tensor,
+    src_RX: Tensor,
+    *,
+    dst_rows_M: Tensor,
+    src_rows_M: Tensor,
+    count: Tensor | None = None,
+) -> None:
     """See ``kernels.copy.copy_pages``."""
     wanted = src_rows_M >= 0
+    if count is not None:
+        wanted &= torch.arange(len(wanted), device=wanted.device) < count
     dst_rows, src_rows = dst_rows_M[wanted], src_rows_M[wanted]
     if src_rows.numel():
         dst_RX.index_copy_(0, dst_rows, src_RX.index_select(0, src_rows).to(dst_RX.device))
+
+
+def page_checksums(store_RX: Tensor, *, rows_M: Tensor) -> Tensor:
+    """See ``kernels.checksum.page_checksums``."""
+    rows = rows_M.clamp(min=0).to(store_RX.device)
+    words_MW = store_RX.flatten(1).view(torch.int32).index_select(0, rows).long()
+    place_W = torch.arange(words_MW.shape[1], device=words_MW.device)
+    mixed_MW = (words_MW & 0xFFFFFFFF).bitwise_or_(place_W << 32).mul_(FIRST_MULTIPLIER)
+    mixed_MW = mixed_MW.bitwise_xor_((mixed_MW >> 32) & 0xFFFFFFFF).mul_(SECOND_MULTIPLIER)
+    sums_M = mixed_MW.sum(1).to(rows_M.device)
+    sums_M.masked_fill_(sums_M == 0, 1)
+    return sums_M.masked_fill_(rows_M < 0, 0)
 
 
 def store_tokens(

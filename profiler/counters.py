@@ -22,6 +22,8 @@ COUNTERS = (
     "d2h_s",
     "recall_sum",
     "recall_samples",
+    "verify_checked_pages",
+    "verify_mismatches",
 )
 
 

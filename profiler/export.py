@@ -114,6 +114,8 @@ def _counters(telemetry: Telemetry) -> Iterator[Metric]:
         ("h2d_seconds", "Seconds copies into the hot tier were under way.", totals.h2d_s),
         ("d2h_bytes", "Bytes copied into the DRAM tier.", totals.d2h_bytes),
         ("d2h_seconds", "Seconds copies into the DRAM tier were under way.", totals.d2h_s),
+        ("kv_verified_pages", "Pages hashed again after a copy.", totals.verify_checked_pages),
+        ("kv_verify_mismatches", "Pages that differed after a copy.", totals.verify_mismatches),
         ("engine_restarts", "Engine processes started again.", telemetry.engine_restarts),
         ("store_lost_writes", "Rows the store could not keep.", telemetry.store_lost_writes),
     ):

@@ -113,6 +113,9 @@ def _tier_lines(stats: EngineStats) -> Iterator[tuple[str, object]]:
     yield "requests", f"{stats.num_running} running, {stats.num_waiting} waiting"
     yield "hot tier", f"{gib(stats.hot_used_bytes)} of {gib(stats.hot_total_bytes)}"
     yield "DRAM tier", f"{gib(stats.dram_used_bytes)} of {gib(stats.dram_total_bytes)}"
+    if stats.verify_checked_pages:
+        checked, broken = stats.verify_checked_pages, stats.verify_mismatches
+        yield "verified pages", f"{checked}, {broken} of them broken"
 
 
 def _traffic_lines(last: Snapshot) -> Iterator[tuple[str, object]]:

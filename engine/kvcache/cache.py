@@ -137,6 +137,7 @@ class KVCache:
     def free(self, index: int) -> None:
         """Give everything of the row back."""
         row = self.rows.pop(index)
+        self.transfer.wait_for_saves()  # or a late one lands in the next owner's frames
         self._release_blocks(row, keep=0)
         self.pool.frames.give(row.frames)
         self.tables.clear(index)

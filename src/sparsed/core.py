@@ -402,6 +402,14 @@ class MemoryPlan:
         return self.num_frames * BLOCK_TOKENS
 
 
+class VerifyMode(StrEnum):
+    """How many pages are hashed on both tiers, to find copies that went wrong."""
+
+    OFF = "off"
+    SAMPLE = "sample"  # one page row in 64
+    FULL = "full"
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineSpec:
     """Everything an engine process is started with; nothing in it is 'auto'."""
@@ -413,6 +421,7 @@ class EngineSpec:
     plan: MemoryPlan
     seed: int = 0
     enforce_eager: bool = False  # launch every operation of a step, capture no graph
+    verify_kv: VerifyMode = VerifyMode.OFF
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -421,6 +430,60 @@ class LinkProbe:
 
     h2d_bytes_per_s: float
     d2h_bytes_per_s: float
+
+
+class Direction(StrEnum):
+    """Of a copy between the tiers: loads into the hot tier are H2D, saves are D2H."""
+
+    H2D = "h2d"
+    D2H = "d2h"
+
+
+class CopyPath(StrEnum):
+    """How scattered pieces cross the link."""
+
+    KERNEL = "kernel"  # a GPU kernel reads or writes pinned memory through its address
+    COPY_ENGINE = "copy-engine"  # a DMA for each run of neighbours
+    BATCHED = "batched"  # all runs handed to the driver in one call
+    STAGED = "staged"  # one DMA to or from a staging buffer, and CPU threads
+    MEMCPY = "memcpy"  # plain copies in memory: a CPU has no link
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LinkKey:
+    """What a calibration is valid for."""
+
+    gpu_name: str
+    driver: str
+    link: str  # PCIe generation and lanes, as in "gen5x16"
+    torch: str
+    triton: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LinkEntry:
+    """One way of copying pieces of one size, measured. ``programs`` and ``tile_bytes`` are 0 where
+    no kernel copies. ``slowdown``: time of large matrix products with such a copy beside them
+    until both are done, over their time alone; None: not measured."""
+
+    direction: Direction
+    piece_bytes: int
+    path: CopyPath
+    programs: int
+    tile_bytes: int
+    bytes_per_s: float  # of random pieces on an idle machine
+    slowdown: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LinkCalibration:
+    """What the link carries, by way and size of the pieces. ``contiguous``: one large DMA each
+    way in the same run, the measure of everything else."""
+
+    key: LinkKey
+    contiguous: LinkProbe
+    entries: tuple[LinkEntry, ...]
+    measured_at: float = 0.0  # seconds since the epoch, set by who stores it
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -616,6 +679,8 @@ class EngineStats:
     d2h_s: float = 0.0
     recall_sum: float = 0.0
     recall_samples: int = 0
+    verify_checked_pages: int = 0  # looked at again after a copy
+    verify_mismatches: int = 0  # of these, not what was saved
     # gauges
     num_running: int = 0
     num_waiting: int = 0

@@ -5,14 +5,22 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from sparsed.kernels import attend, bounds, copy, reference, score, store
+from sparsed.kernels import attend, bounds, checksum, copy, reference, score, store
 
 
-def copy_by_kernel(dst_RX: Tensor, src_RX: Tensor, dst_rows: list[int], src_rows: list[int]):
+def copy_by_kernel(
+    dst_RX: Tensor,
+    src_RX: Tensor,
+    dst_rows: list[int],
+    src_rows: list[int],
+    *,
+    count: Tensor | None = None,
+    tile_bytes: int = 8192,
+):
     rows = {"dst_rows_M": torch.tensor(dst_rows), "src_rows_M": torch.tensor(src_rows)}
     expected_RX = dst_RX.clone()
-    reference.copy_pages(expected_RX, src_RX, **rows)
-    copy._launch(dst_RX, src_RX, programs=2, **rows)
+    reference.copy_pages(expected_RX, src_RX, count=count, **rows)
+    copy._launch(dst_RX, src_RX, programs=2, count=count, tile_bytes=tile_bytes, **rows)
     assert torch.equal(dst_RX, expected_RX)
 
 
@@ -23,9 +31,29 @@ def test_copy(cases, width):
     )
 
 
-def test_copy_of_more_rows_than_a_tile(cases):
+@pytest.mark.parametrize("tile_bytes", [8192, 65536])
+def test_copy_of_more_rows_than_a_tile(cases, tile_bytes):
     rows = torch.randperm(2500).tolist()
-    copy_by_kernel(cases.random(2500, 8, seed=1), cases.random(2500, 8), rows, sorted(rows))
+    dst_RX, src_RX = cases.random(2500, 8, seed=1), cases.random(2500, 8)
+    copy_by_kernel(dst_RX, src_RX, rows, sorted(rows), tile_bytes=tile_bytes)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("count", [-1, 0, 1, 3, 99])
+@pytest.mark.parametrize("width", [24, 4100])
+def test_copy_of_as_many_rows_as_the_device_says(cases, width, count, dtype):
+    rows = [6, 0, 3, 2, 5], [8, 1, 0, -1, 4]
+    dst_RX, src_RX = cases.random(7, width, seed=1), cases.random(9, width)
+    copy_by_kernel(dst_RX, src_RX, *rows, count=torch.tensor(count, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [8, 24, 4200])
+def test_checksum(cases, width, dtype):
+    store_RX = cases.random(9, width, dtype=dtype)
+    rows_M = torch.cat((torch.randperm(9), torch.tensor([-1, 3])))
+    expected_M = reference.page_checksums(store_RX, rows_M=rows_M)
+    assert torch.equal(checksum._launch(store_RX, rows_M=rows_M), expected_M)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

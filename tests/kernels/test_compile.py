@@ -18,7 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from sparsed.kernels import attend, bounds, copy, score, store
+from sparsed.kernels import attend, bounds, checksum, copy, score, store
 
 SHARED_LIMIT_BYTES = {80: 166_912, 90: 232_448, 100: 232_448}
 SPILL_LIMIT_BYTES = 32  # Triton 3.6 spills six words of the float32 attention
@@ -66,10 +66,23 @@ def compiled_for(arch: int) -> Iterator[list[Any]]:
         yield compiled
 
 
-def launch_copy(row_bytes: int) -> None:
+def launch_copy(row_bytes: int, *, tile_bytes: int = copy.DEFAULT_TILE_BYTES) -> None:
     rows_M = torch.zeros(5, dtype=torch.int64)
     pages_RX = torch.zeros(5, row_bytes, dtype=torch.int8)
-    copy._launch(pages_RX, pages_RX, dst_rows_M=rows_M, src_rows_M=rows_M, programs=32)
+    copy._launch(
+        pages_RX,
+        pages_RX,
+        dst_rows_M=rows_M,
+        src_rows_M=rows_M,
+        count=rows_M[:1],
+        programs=32,
+        tile_bytes=tile_bytes,
+    )
+
+
+def launch_checksum(row_bytes: int) -> None:
+    rows_M = torch.zeros(5, dtype=torch.int64)
+    checksum._launch(torch.zeros(5, row_bytes, dtype=torch.int8), rows_M=rows_M)
 
 
 def launch_store(dim: int, dtype: torch.dtype) -> None:
@@ -105,7 +118,14 @@ def launch_attend(dim: int, dtype: torch.dtype, page_size: int, group: int) -> N
 LAUNCHES: dict[str, Callable[[], None]] = {
     "copy 2 KiB": lambda: launch_copy(2048),
     "copy 2560 B": lambda: launch_copy(2560),
+    "copy 4 KiB, tile 16 KiB": lambda: launch_copy(4096, tile_bytes=16 << 10),
+    "copy 4 KiB": lambda: launch_copy(4096),
+    "copy 4 KiB, tile 64 KiB": lambda: launch_copy(4096, tile_bytes=64 << 10),
+    "copy 16 KiB": lambda: launch_copy(16384),
     "copy 64 KiB": lambda: launch_copy(65536),
+    "checksum 2560 B": lambda: launch_checksum(2560),
+    "checksum 16 KiB": lambda: launch_checksum(16384),
+    "checksum 64 KiB": lambda: launch_checksum(65536),
     "store 128 bf16": lambda: launch_store(128, BF16),
     "bounds 32x128 bf16": lambda: launch_bounds(32, 128, BF16),
     "bounds 128x80 fp32": lambda: launch_bounds(128, 80, FP32),
@@ -165,6 +185,17 @@ def test_copy_moves_16_bytes_an_access(name: str, arch: int) -> None:
     assert re.search(r"ld\.global\S*\.(v4\.b32|v2\.b64)", ptx)
     assert re.search(r"st\.global\S*\.(v4\.b32|v2\.b64)", ptx)
     assert all(".b64" in line for line in narrow), narrow  # row numbers alone are read singly
+
+
+@pytest.mark.parametrize("arch", SHARED_LIMIT_BYTES)
+@pytest.mark.parametrize("name", [name for name in LAUNCHES if name.startswith("checksum")])
+def test_checksums_read_16_bytes_an_access(name: str, arch: int) -> None:
+    with compiled_for(arch) as compiled:
+        LAUNCHES[name]()
+    loads = re.findall(r"ld\.global.*", compiled[0].asm["ptx"])
+    narrow = [load for load in loads if not re.search(r"\.(v4\.b32|v2\.b64)", load)]
+    assert len(narrow) < len(loads)
+    assert all(".b64" in load for load in narrow), narrow  # row numbers alone are read singly
 
 
 def write_table(folder: Path) -> None:

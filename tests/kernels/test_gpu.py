@@ -11,6 +11,7 @@ from torch.testing import assert_close
 
 from sparsed.kernels.attend import attend_pages
 from sparsed.kernels.bounds import page_bounds
+from sparsed.kernels.checksum import page_checksums
 from sparsed.kernels.copy import copy_pages
 from sparsed.kernels.score import score_pages
 from sparsed.kernels.store import store_tokens
@@ -156,6 +157,22 @@ def test_copy(cases, direction, row_words, seed):
     assert torch.equal(dst_RX.cpu(), expected_RX)
 
 
+@pytest.mark.parametrize("tile_kib", [8, 16, 32, 64])
+@pytest.mark.parametrize("row_words", [12, 640, 1024, 5000])
+def test_copy_takes_its_count_from_the_device(cases, row_words, tile_kib, seed):
+    src_RX = cases.random(200, row_words, seed=seed).pin_memory()
+    dst_RX, before_RX = (cases.random(200, row_words, seed=seed + 1).cuda() for _ in range(2))
+    rows = {"dst_rows_M": torch.randperm(200).cuda(), "src_rows_M": torch.randperm(200).cuda()}
+    for count in (0, 1, 77, 500):
+        expected_RX = before_RX.clone()
+        wanted = [index[:count] for index in rows.values()]
+        expected_RX[wanted[0]] = src_RX.cuda()[wanted[1]]
+        dst_RX.copy_(before_RX)
+        told = torch.tensor(count, dtype=torch.int32, device="cuda")
+        copy_pages(dst_RX, src_RX, **rows, count=told, programs=8, tile_bytes=tile_kib << 10)
+        assert torch.equal(dst_RX, expected_RX)
+
+
 def test_copy_reads_memory_registered_by_its_owner(cases, seed):
     src_RX, rows_M = cases.random(64, 1024, seed=seed), torch.arange(64, device="cuda")
     runtime = torch.cuda.cudart()
@@ -167,6 +184,16 @@ def test_copy_reads_memory_registered_by_its_owner(cases, seed):
     finally:
         torch.cuda.synchronize()
         runtime.cudaHostUnregister(src_RX.data_ptr())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [24, 640, 5000, 32768])
+def test_checksums_are_the_same_on_both_tiers(cases, width, dtype, seed):
+    host_RX = cases.random(90, width, dtype=dtype, seed=seed).pin_memory()
+    rows_M = cases.random_slots(90, 80, absent_frac=0.2, seed=seed).long()
+    expected_M = page_checksums(host_RX, rows_M=rows_M)
+    for store_RX in (host_RX, host_RX.cuda()):
+        assert torch.equal(page_checksums(store_RX, rows_M=rows_M.cuda()).cpu(), expected_M)
 
 
 def test_copy_refuses_memory_it_cannot_reach(cases):

@@ -10,6 +10,7 @@ from torch.testing import assert_close
 
 from sparsed.kernels.attend import attend_pages
 from sparsed.kernels.bounds import page_bounds
+from sparsed.kernels.checksum import page_checksums
 from sparsed.kernels.copy import copy_pages
 from sparsed.kernels.merge import merge_states
 from sparsed.kernels.score import score_pages
@@ -34,6 +35,35 @@ def test_copy_moves_the_wanted_rows_and_no_other(cases, rows, seed):
     expected_RX = cases.naive_copy(dst_RX, src_RX, **plan)
     copy_pages(dst_RX, src_RX, **plan)
     assert torch.equal(dst_RX, expected_RX)
+
+
+def naive_checksum(row: torch.Tensor) -> int:
+    """Python's integers, cut to 64 bits at the end."""
+    total = 0
+    for place, word in enumerate(row.view(torch.int32).tolist()):
+        mixed = (place << 32 | word % 2**32) * 0x2545F4914F6CDD1D % 2**64
+        total += (mixed ^ mixed >> 32) * 0x5851F42D4C957F2D
+    return (total + 2**63) % 2**64 - 2**63 or 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_checksums(cases, dtype):
+    store_RX = cases.random(5, 4, 12, dtype=dtype)
+    got_M = page_checksums(store_RX, rows_M=torch.tensor([3, -1, 0, 3]))
+    expected = [naive_checksum(store_RX[row].flatten()) for row in (3, 0)]
+    assert got_M.tolist() == [expected[0], 0, expected[1], expected[0]]
+    assert page_checksums(store_RX, rows_M=torch.tensor([], dtype=torch.int64)).shape == (0,)
+
+
+@few
+@given(seed=st.integers(0, 999), bit=st.integers(0, 30), word=st.integers(0, 63))
+def test_checksums_notice_any_bit_and_any_swap(cases, seed, bit, word):
+    store_RX = cases.random(3, 64, seed=seed)
+    store_RX[1:] = store_RX[0]
+    store_RX.view(torch.int32)[1, word] ^= 1 << bit
+    store_RX[2, [word, word - 1]] = store_RX[0, [word - 1, word]]
+    whole, flipped, swapped = page_checksums(store_RX, rows_M=torch.arange(3)).tolist()
+    assert len({whole, flipped, swapped}) == 3
 
 
 @few

@@ -1,0 +1,69 @@
+"""Which way to copy pieces of one size, read off a calibration. Pure; free of torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from typing import Final, NamedTuple
+
+from sparsed.core import CopyPath, Direction, LinkCalibration, LinkEntry
+
+GOOD_FRAC: Final = 0.97  # of the best idle rate: more programs than this takes buy nothing
+MAX_SLOWDOWN: Final = 1.25  # of the work beside a load
+SAVE_FRAC: Final = 0.25  # of the best idle rate is more than any prefill produces
+SLOWDOWN_STEP: Final = 0.01  # differences below are noise
+
+
+class CopyChoice(NamedTuple):
+    """A way of copying; ``programs`` and ``tile_bytes`` are 0 where no kernel copies."""
+
+    path: CopyPath
+    programs: int
+    tile_bytes: int
+
+
+def choose_copy(
+    calibration: LinkCalibration,
+    *,
+    direction: Direction,
+    piece_bytes: int,
+    paths: Collection[CopyPath],
+) -> CopyChoice | None:
+    """The best way among ``paths``; None if none of them was measured in this direction.
+
+    Loads are waited for: the fewest programs near the best idle rate, of those that slow the work
+    beside them within bounds. Saves have time: of those fast enough, what disturbs least. Sizes
+    that were not measured follow the nearest one that was.
+    """
+    found = [e for e in calibration.entries if e.direction is direction and e.path in paths]
+    if not found:
+        return None
+    nearest = min(found, key=lambda entry: _distance(entry.piece_bytes, piece_bytes)).piece_bytes
+    sized = [entry for entry in found if entry.piece_bytes == nearest]
+    entry = _of_loads(sized) if direction is Direction.H2D else _of_saves(sized)
+    return CopyChoice(entry.path, entry.programs, entry.tile_bytes)
+
+
+def _distance(measured_bytes: int, wanted_bytes: int) -> float:
+    return abs(math.log(measured_bytes / wanted_bytes))
+
+
+def _of_loads(entries: Sequence[LinkEntry]) -> LinkEntry:
+    bounded = [entry for entry in entries if (entry.slowdown or 1.0) <= MAX_SLOWDOWN]
+    bounded = bounded or [min(entries, key=lambda entry: entry.slowdown or 1.0)]
+    good = max(entry.bytes_per_s for entry in entries) * GOOD_FRAC
+    fast = [entry for entry in bounded if entry.bytes_per_s >= good]
+    if not fast:
+        return max(bounded, key=lambda entry: entry.bytes_per_s)
+    return min(fast, key=lambda entry: (entry.programs, -entry.bytes_per_s))
+
+
+def _of_saves(entries: Sequence[LinkEntry]) -> LinkEntry:
+    enough = max(entry.bytes_per_s for entry in entries) * SAVE_FRAC
+    fast = [entry for entry in entries if entry.bytes_per_s >= enough]
+    return min(fast, key=_disturbance)
+
+
+def _disturbance(entry: LinkEntry) -> tuple[float, int, float]:
+    slowdown = max(1.0, entry.slowdown or 1.0)
+    return round(slowdown / SLOWDOWN_STEP), entry.programs, -entry.bytes_per_s
