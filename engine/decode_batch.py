@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from sparsed.core import SparseMethod
 from sparsed.engine.batch import DecodeRow
 from sparsed.engine.kvcache.cache import KVCache, Row
+from sparsed.engine.kvcache.upload import upload
 
 PADDING_FRAC = 0.25  # most padding a group of unequal lengths may carry
 
@@ -50,17 +50,17 @@ def make_batch(cache: KVCache, decodes: Sequence[DecodeRow], index: Sequence[int
     device, page_size = cache.arena.pages_NX.device, cache.geometry.page_size
     chosen = [decodes[i] for i in index]
     num_full = tuple(decode.position // page_size for decode in chosen)
-    rows_B = torch.tensor([decode.row for decode in chosen], device=device)
-    num_full_B = torch.tensor(num_full, device=device)
+    rows_B = upload([decode.row for decode in chosen], device=device)
+    num_full_B = upload(num_full, device=device)
     tail = [decode.position % page_size + 1 for decode in chosen]
     tail_slots_BLH = cache.tables.page_slot[rows_B, :, :, num_full_B]
     return Batch(
         rows=tuple(cache.rows[decode.row] for decode in chosen),
-        index_B=torch.tensor(list(index), device=device),
+        index_B=upload(index, device=device),
         rows_B=rows_B,
         num_full=num_full,
         num_full_B=num_full_B,
-        tail_tokens_B=torch.tensor(tail, dtype=torch.int32, device=device),
+        tail_tokens_B=upload(tail, device=device).int(),
         tail_slots_LBH=tail_slots_BLH.transpose(0, 1).contiguous(),
     )
 

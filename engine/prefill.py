@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -19,6 +21,7 @@ from sparsed.engine.dense import DenseAttention
 from sparsed.engine.kvcache.cache import KVCache, Row
 from sparsed.engine.kvcache.geometry import Geometry, num_frames
 from sparsed.engine.kvcache.order import Saved
+from sparsed.engine.kvcache.upload import upload
 from sparsed.kernels.merge import merge_states
 from sparsed.kernels.store import store_tokens
 
@@ -89,19 +92,25 @@ class PrefillAttention:
             sealed_rows_LHP=cache.tables.page_rows(chunk.row, first, first + num_sealed),
             sealed_slots_HP=in_buffer_HP[:, :num_sealed],
             whole=whole,
-            loose_P=_loose_pages(chunk, whole, geometry).to(device),
+            loose_P=upload(_loose_pages(chunk, whole, geometry), device=device),
         )
 
     def run(self, plan: ChunkPlan, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attend and store. Shapes: q (n, H * G, D); k, v (n, H, D); returns (n, H * G, D)."""
         num_tokens, num_heads, head_dim = k.shape
         q_HGnD = q.view(num_tokens, num_heads, -1, head_dim).permute(1, 2, 0, 3)
+        o = torch.empty_like(q, memory_format=torch.contiguous_format)
+        o_HGnD = o.view(num_tokens, num_heads, -1, head_dim).permute(1, 2, 0, 3)
         state = self._attend(q_HGnD, k.transpose(0, 1), v.transpose(0, 1), causal=True)
+        if plan.start == 0:
+            o_HGnD.copy_(state[0])
+        done = 0
         for kv_HMCD in self._context(plan, layer):
+            done += kv_HMCD.shape[1]
             other = self._attend(q_HGnD, kv_HMCD[:, :, 0], kv_HMCD[:, :, 1], causal=False)
-            state = merge_states(*state, *other)
+            state = merge_states(*state, *other, out=o_HGnD if done == plan.start else None)
         self._store(plan, layer, k, v)
-        return state[0].to(q.dtype).permute(2, 0, 1, 3).reshape(q.shape)
+        return o
 
     def _context(self, plan: ChunkPlan, layer: int) -> Iterator[Tensor]:
         """K and V of the tokens before the chunk, (H, M, 2, D), in pieces of the staging; each is
@@ -192,10 +201,12 @@ def _whole_frames(chunk: PromptChunk, row: Row) -> WholeFrames:
     return WholeFrames(frames, first - chunk.start // BLOCK_TOKENS)
 
 
-def _loose_pages(chunk: PromptChunk, whole: WholeFrames, geometry: Geometry) -> Tensor:
+def _loose_pages(
+    chunk: PromptChunk, whole: WholeFrames, geometry: Geometry
+) -> npt.NDArray[np.int64]:
     """Full pages of the chunk, counted from its first page, that lie in no whole frame."""
     first, last = chunk.start // geometry.page_size, chunk.end // geometry.page_size
-    pages_P = torch.arange(first, last)
+    pages_P = np.arange(first, last)
     begin = (chunk.start // BLOCK_TOKENS + whole.first) * geometry.pages_per_block
     end = begin + len(whole.frames) * geometry.pages_per_block
     return pages_P[(pages_P < begin) | (pages_P >= end)] - first

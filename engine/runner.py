@@ -23,6 +23,7 @@ from sparsed.engine.kvcache.geometry import Geometry
 from sparsed.engine.kvcache.hbm import HotArena
 from sparsed.engine.kvcache.tables import PageTables
 from sparsed.engine.kvcache.transfer import Transfer, probe_link
+from sparsed.engine.kvcache.upload import upload
 from sparsed.engine.kvcache.verify import Verifier
 from sparsed.engine.models.config import ModelConfig, load_config
 from sparsed.engine.models.decoder import Decoder
@@ -109,8 +110,10 @@ class Runner:
         """Rows whose whole context is attended to in place, and the others."""
         if self.resident is None:
             return (), decodes
-        resident = tuple(decode for decode in decodes if self._is_resident(decode))
-        return resident, tuple(decode for decode in decodes if decode not in resident)
+        parts: dict[bool, list[DecodeRow]] = {True: [], False: []}
+        for decode in decodes:
+            parts[self._is_resident(decode)].append(decode)
+        return tuple(parts[True]), tuple(parts[False])
 
     def _is_resident(self, decode: DecodeRow) -> bool:
         row = self.kv.rows[decode.row]
@@ -292,7 +295,7 @@ class Runner:
         return tokens_N
 
     def _index(self, values: list[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=self._device)
+        return upload(values, device=self._device)
 
 
 def _in_order(eager: Drawn, resident: Drawn, *, decodes: Decodes, last: Decodes) -> Drawn:
@@ -305,7 +308,7 @@ def _in_order(eager: Drawn, resident: Drawn, *, decodes: Decodes, last: Decodes)
     order = [places[d.row] if d.row in places else next(others) for d in decodes]
     joined = [torch.cat(pair) for pair in zip(eager, resident, strict=True)]
     if order != sorted(order):
-        index = torch.tensor([*range(num_chunk_rows), *order], device=eager.tokens_N.device)
+        index = upload([*range(num_chunk_rows), *order], device=eager.tokens_N.device)
         joined = [tensor[index] for tensor in joined]
     return Drawn(*joined)
 

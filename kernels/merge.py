@@ -11,26 +11,36 @@ _TILE_ROWS = 8
 
 
 def merge_states(
-    o_a_BHGD: Tensor, lse_a_BHG: Tensor, o_b_BHGD: Tensor, lse_b_BHG: Tensor
+    o_a_BHGD: Tensor,
+    lse_a_BHG: Tensor,
+    o_b_BHGD: Tensor,
+    lse_b_BHG: Tensor,
+    *,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention over the union of two disjoint sets of tokens, from the result over each.
 
     Shapes: o (B, H, G, D), any floating dtype and strides, normalised over its own set; lse
     (B, H, G) float32, natural log of the sum of exponentials, -inf for an empty set (then its o
-    must be finite). Returns the merged pair in float32; two empty sets give o = 0, lse = -inf.
+    must be finite). Returns the merged pair; two empty sets give o = 0, lse = -inf. The merged o
+    goes to ``out`` where given, of any floating dtype and strides but the last, else it is a new
+    float32 tensor.
     Errors: AssertionError on other shapes.
     Source: the log-sum-exp merge of FlashDecoding and of FlashInfer, arXiv 2501.01005.
     """
     assert o_a_BHGD.shape == o_b_BHGD.shape
     assert lse_a_BHG.shape == lse_b_BHG.shape == o_a_BHGD.shape[:-1]
+    if out is None:
+        contiguous = torch.contiguous_format
+        out = torch.empty_like(o_a_BHGD, dtype=torch.float32, memory_format=contiguous)
+    assert out.shape == o_a_BHGD.shape and out.stride(3) == 1
     run = _launch if o_a_BHGD.is_cuda else reference.merge_states
-    return run(o_a_BHGD, lse_a_BHG, o_b_BHGD, lse_b_BHG)
+    return out, run(o_a_BHGD, lse_a_BHG, o_b_BHGD, lse_b_BHG, o_BHGD=out)
 
 
 def _launch(
-    o_a_BHGD: Tensor, lse_a_BHG: Tensor, o_b_BHGD: Tensor, lse_b_BHG: Tensor
-) -> tuple[Tensor, Tensor]:
-    o_BHGD = torch.empty_like(o_a_BHGD, dtype=torch.float32, memory_format=torch.contiguous_format)
+    o_a_BHGD: Tensor, lse_a_BHG: Tensor, o_b_BHGD: Tensor, lse_b_BHG: Tensor, *, o_BHGD: Tensor
+) -> Tensor:
     lse_BHG = torch.empty_like(
         lse_a_BHG, dtype=torch.float32, memory_format=torch.contiguous_format
     )
@@ -47,6 +57,7 @@ def _launch(
             *lse_a_BHG.stride(),
             *o_b_BHGD.stride()[:3],
             *lse_b_BHG.stride(),
+            *o_BHGD.stride()[:3],
             num_heads,
             group,
             HEAD_DIM=head_dim,
@@ -54,7 +65,7 @@ def _launch(
             TILE_ROWS=_TILE_ROWS,
             enable_fp_fusion=True,
         )
-    return o_BHGD, lse_BHG
+    return lse_BHG
 
 
 @triton.jit
@@ -96,6 +107,9 @@ def _merge_kernel(
     lse_b_B: tl.int64,
     lse_b_H: tl.int64,
     lse_b_G: tl.int32,
+    o_B: tl.int64,
+    o_H: tl.int64,
+    o_G: tl.int32,
     num_heads: tl.int32,
     num_rows: tl.int32,
     HEAD_DIM: tl.constexpr,
@@ -120,6 +134,6 @@ def _merge_kernel(
     total_R = weight_a_R + weight_b_R
     divisor_R = tl.where(total_R > 0.0, total_R, 1.0)
     o_RD = o_a_RD * (weight_a_R / divisor_R)[:, None] + o_b_RD * (weight_b_R / divisor_R)[:, None]
-    out_R = lane * num_rows + rows
-    tl.store(o_BHGD + out_R[:, None] * HEAD_DIM + dims[None, :], o_RD, mask=mask)
-    tl.store(lse_BHG + out_R, peak_R + tl.log(divisor_R), mask=rows < num_rows)
+    o = o_BHGD + b * o_B + h * o_H + rows.to(tl.int64)[:, None] * o_G + dims[None, :]
+    tl.store(o, o_RD.to(o_BHGD.dtype.element_ty), mask=mask)
+    tl.store(lse_BHG + lane * num_rows + rows, peak_R + tl.log(divisor_R), mask=rows < num_rows)

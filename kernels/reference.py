@@ -164,13 +164,14 @@ def _gather_tokens(
 
 
 def merge_states(
-    o_a_BHGD: Tensor, lse_a_BHG: Tensor, o_b_BHGD: Tensor, lse_b_BHG: Tensor
-) -> tuple[Tensor, Tensor]:
-    """See ``kernels.merge.merge_states``."""
+    o_a_BHGD: Tensor, lse_a_BHG: Tensor, o_b_BHGD: Tensor, lse_b_BHG: Tensor, *, o_BHGD: Tensor
+) -> Tensor:
+    """See ``kernels.merge.merge_states``; writes ``o_BHGD``."""
     lse_BHG = torch.logaddexp(lse_a_BHG, lse_b_BHG)
     base_BHG = lse_BHG.clamp(min=_NOTHING)  # -inf - -inf is not a number
     weight_a_BHG, weight_b_BHG = torch.exp(lse_a_BHG - base_BHG), torch.exp(lse_b_BHG - base_BHG)
-    return o_a_BHGD * weight_a_BHG[..., None] + o_b_BHGD * weight_b_BHG[..., None], lse_BHG
+    o_BHGD.copy_(o_a_BHGD * weight_a_BHG[..., None] + o_b_BHGD * weight_b_BHG[..., None])
+    return lse_BHG
 
 
 def _hidden_tokens(slots_BHK: Tensor, tail_tokens_B: Tensor, page_size: int) -> Tensor:

@@ -20,6 +20,7 @@ from sparsed.engine.kvcache.geometry import Geometry, num_frames
 from sparsed.engine.kvcache.hbm import LOCKED_STEP, HotArena, slots_of_blocks
 from sparsed.engine.kvcache.tables import PageTables
 from sparsed.engine.kvcache.transfer import Transfer
+from sparsed.engine.kvcache.upload import upload
 from sparsed.engine.sparse.base import Selector
 
 
@@ -83,6 +84,7 @@ class KVCache:
         self.transfer = transfer
         self.rows: dict[int, Row] = {}
         self._knobs = knobs
+        self._device = arena.pages_NX.device
         self._free_rows = list(range(knobs.max_num_seqs - 1, -1, -1))
 
     # -- admission ---------------------------------------------------------------------------
@@ -128,7 +130,7 @@ class KVCache:
             blocks=np.empty((self.geometry.num_lanes, 0), dtype=np.int64),
         )
         self.rows[row.index] = row
-        self.tables.frames[row.index, : len(frames)] = torch.from_numpy(frames)
+        self.tables.frames[row.index, : len(frames)] = upload(frames, device=self._device)
         mandatory = self._mandatory_of(row)
         self._reclaim(mandatory * self.geometry.num_lanes)
         self._take_blocks(row, mandatory)
@@ -276,9 +278,8 @@ class KVCache:
         blocks = self.arena.blocks.take(count * geometry.num_lanes).reshape(-1, count)
         first = row.num_blocks * geometry.pages_per_block
         row.blocks = np.concatenate((row.blocks, blocks), axis=1)
-        device = self.arena.pages_NX.device
         slots = slots_of_blocks(
-            torch.from_numpy(blocks).to(device), pages_per_block=geometry.pages_per_block
+            upload(blocks, device=self._device), pages_per_block=geometry.pages_per_block
         )
         slots_LHn = slots.view(geometry.num_layers, geometry.num_kv_heads, -1).int()
         self.tables.lane_slots[row.index, :, :, first : first + slots_LHn.shape[-1]] = slots_LHn
