@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -65,23 +66,28 @@ def load_workload(name: str) -> Workload:
     return Workload(name=path.stem, requests=parse_trace(lines))
 
 
-def parse_trace(lines: list[str]) -> tuple[WorkloadRequest, ...]:
-    """Requests of a trace, by arrival. InputError names the line."""
+def parse_trace(lines: list[str], *, field: str = "workload") -> tuple[WorkloadRequest, ...]:
+    """Requests of a trace, by arrival; ``hash_ids`` of a row become its block ids.
+
+    InputError names ``field`` and the line.
+    """
     requests = []
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
             sizes = int(row["input_length"]), int(row["output_length"])
-            request = _request(float(row["timestamp"]) / 1e3, *sizes)
-        except (ValueError, KeyError, TypeError) as error:
+            block_ids = tuple(int(item) for item in row.get("hash_ids", ()))
+            request = _request(float(row["timestamp"]) / 1e3, *sizes, block_ids=block_ids)
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             raise InputError(
-                f"line {number} of the workload: {error!r}; each line is a JSON object with "
-                "timestamp, input_length and output_length, all positive",
-                field="workload",
+                f"line {number} of the {field}: {error!r}; each line is a JSON object with "
+                "timestamp, input_length and output_length, all positive, and perhaps hash_ids, "
+                "a list of integers",
+                field=field,
             ) from None
         requests.append(request)
     if not requests:
-        raise InputError("the workload has no requests", field="workload")
+        raise InputError(f"the {field} has no requests", field=field)
     return tuple(sorted(requests, key=lambda request: request.arrival_s))
 
 
@@ -140,22 +146,30 @@ def to_messages(
     )
 
 
-def _request(arrival_s: float, input_tokens: int, output_tokens: int) -> WorkloadRequest:
-    if arrival_s < 0 or input_tokens < 1 or output_tokens < 1:
+def _request(
+    arrival_s: float, input_tokens: int, output_tokens: int, *, block_ids: tuple[int, ...] = ()
+) -> WorkloadRequest:
+    if not 0 <= arrival_s < math.inf or input_tokens < 1 or output_tokens < 1:
         raise ValueError(f"{arrival_s=}, {input_tokens=}, {output_tokens=}")
     return WorkloadRequest(
-        arrival_s=arrival_s, input_tokens=input_tokens, output_tokens=output_tokens
+        arrival_s=arrival_s,
+        input_tokens=input_tokens,
+        output_tokens=output_tokens,
+        block_ids=block_ids,
     )
 
 
 def _scaled(request: WorkloadRequest, frac: float, *, max_tokens: int) -> WorkloadRequest:
-    """Cut to ``max_tokens``, then times ``frac``, but not below the least worth serving."""
+    """Cut to ``max_tokens``, then times ``frac``, but not below the least worth serving.
+
+    Blocks of a prompt have no meaning for a scaled one and go.
+    """
     least_output = min(MIN_OUTPUT_TOKENS, request.output_tokens)
     least_input = min(MIN_INPUT_TOKENS, request.input_tokens)
     output_tokens = max(least_output, int(min(request.output_tokens, max_tokens // 2) * frac))
     room = max_tokens - min(request.output_tokens, max_tokens // 2)
     input_tokens = max(least_input, int(min(request.input_tokens, room) * frac))
-    return replace(request, input_tokens=input_tokens, output_tokens=output_tokens)
+    return replace(request, input_tokens=input_tokens, output_tokens=output_tokens, block_ids=())
 
 
 def _squeezed(requests: list[WorkloadRequest], *, window_s: float) -> list[WorkloadRequest]:

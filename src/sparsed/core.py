@@ -774,11 +774,16 @@ class Slo:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WorkloadRequest:
-    """One request of a workload: sizes in tokens, arrival in seconds from the start."""
+    """One request of a workload: sizes in tokens, arrival in seconds from the start.
+
+    ``block_ids`` name the prompt's blocks of 512 tokens from its beginning on: requests whose first
+    ids are equal have that prefix in common.
+    """
 
     arrival_s: float
     input_tokens: int
     output_tokens: int
+    block_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

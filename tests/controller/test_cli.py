@@ -270,7 +270,9 @@ def test_a_detached_daemon_is_awaited(daemon: Any, capsys: pytest.CaptureFixture
     )
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["start", "--help"], ["--version"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["start", "--help"], ["bench", "serve", "--help"], ["--version"]]
+)
 def test_light_verbs_load_nothing_heavy(arguments: list[str]) -> None:
     heavy = ("torch", "numpy", "sqlalchemy", "grpc", "google.protobuf", "fastapi", "zmq", "skopt")
     script = (

@@ -15,6 +15,7 @@ from sparsed.controller.workload import (
     expected_s,
     fit_workload,
     load_workload,
+    parse_trace,
     to_messages,
 )
 from sparsed.core import InputError, Workload, WorkloadRequest
@@ -42,13 +43,24 @@ def test_a_trace_is_sorted_and_in_seconds(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "line",
-    ["", "{", "[]", "{}", row(-1), row(0, 0), row(0, 1, 0), row(0, "x")],  # type: ignore[arg-type]  # on purpose
+    ["", "{", "[]", "{}", row(-1), row(float("nan")), row(0, 0), row(0, 1, 0), row(0, "x")],  # type: ignore[arg-type]  # on purpose
 )
 def test_a_bad_line_is_named(tmp_path: Path, line: str) -> None:
     file = tmp_path / "trace.jsonl"
     file.write_text(f"{row()}\n{line}\n{row()}\n")
     with pytest.raises(InputError, match="line 2 of the workload"):
         load_workload(str(file))
+
+
+def test_hash_ids_name_the_blocks_of_a_prompt_until_it_is_scaled() -> None:
+    (request,) = parse_trace(
+        ['{"timestamp": 0, "input_length": 600, "output_length": 1, "hash_ids": [3, 9]}']
+    )
+    assert request.block_ids == (3, 9)
+    fitted = fit_workload(
+        Workload(name="w", requests=(request,)), max_tokens=8192, window_s=60.0, times=FAST
+    )
+    assert fitted.workload.requests[0].block_ids == ()
 
 
 @pytest.mark.parametrize("content", [None, b"", b"\xff\xfe"])
