@@ -20,15 +20,16 @@ def merge_states(
 ) -> tuple[Tensor, Tensor]:
     """Attention over the union of two disjoint sets of tokens, from the result over each.
 
-    Shapes: o (B, H, G, D), any floating dtype and strides, normalised over its own set; lse
+    Shapes: o (B, H, G, D), any floating dtype, D contiguous, normalised over its own set; lse
     (B, H, G) float32, natural log of the sum of exponentials, -inf for an empty set (then its o
-    must be finite). Returns the merged pair; two empty sets give o = 0, lse = -inf. The merged o
-    goes to ``out`` where given, of any floating dtype and strides but the last, else it is a new
-    float32 tensor.
+    must be finite); other strides as they come. Returns the merged pair; two empty sets give o = 0,
+    lse = -inf. The merged o goes to ``out`` where given, of any floating dtype, D contiguous, else
+    it is a new float32 tensor.
     Errors: AssertionError on other shapes.
     Source: the log-sum-exp merge of FlashDecoding and of FlashInfer, arXiv 2501.01005.
     """
     assert o_a_BHGD.shape == o_b_BHGD.shape
+    assert o_a_BHGD.stride(3) == o_b_BHGD.stride(3) == 1
     assert lse_a_BHG.shape == lse_b_BHG.shape == o_a_BHGD.shape[:-1]
     if out is None:
         contiguous = torch.contiguous_format

@@ -108,16 +108,17 @@ def attend_resident(
     """See ``kernels.resident.attend_resident``; ``pages_RHP`` are the slots of its layer."""
     o_NHD = torch.zeros_like(q_NHD, memory_format=torch.contiguous_format)
     num_queries, page_size = len(q_NHD) // len(plan.rows_B), arena_NTCD.shape[1]
-    for b, (row, length) in enumerate(
-        zip(plan.rows_B.tolist(), plan.lengths_B.tolist(), strict=True)
-    ):
+    requests = zip(plan.rows_B.tolist(), plan.lengths_B.tolist(), strict=True)
+    for b, (row, length) in enumerate(requests):
         if length == 0:
             continue
+        assert length >= num_queries
         slots_HK = pages_RHP[row, :, : -(-length // page_size)].long()
         k_HWD, v_HWD = arena_NTCD[slots_HK].flatten(1, 2)[:, :length].unbind(2)
         here = slice(b * num_queries, (b + 1) * num_queries)
         q_QHGD = q_NHD[here].view(num_queries, len(slots_HK), -1, q_NHD.shape[2])
-        logits_HGQW = torch.einsum("qhgd,hwd->hgqw", q_QHGD * scale, k_HWD).float()
+        scaled_QHGD = (q_QHGD * scale).to(k_HWD.dtype)
+        logits_HGQW = torch.einsum("qhgd,hwd->hgqw", scaled_QHGD, k_HWD).float()
         places_W = torch.arange(length, device=q_NHD.device)
         hidden_QW = places_W > places_W[-num_queries:, None]
         weights = logits_HGQW.masked_fill(hidden_QW, float("-inf")).softmax(-1).to(v_HWD.dtype)

@@ -1,8 +1,8 @@
 """Attention of decode tokens over requests whose whole KV lies in the hot tier, block by block.
 
 Shape legend: B requests, Q tokens of each (N = B * Q), H KV heads, G query heads per KV head,
-X = Q * G lines of a KV head, D head dim, W tokens of a tile, I items, S items merged at a time,
-R rows of the page tables, L layers, P page columns.
+X = Q * G lines of a KV head (in a kernel: a tile of them), D head dim, W tokens of a tile,
+I items, S items merged at a time, R rows of the page tables, L layers, P page columns.
 """
 
 from typing import NamedTuple
@@ -16,7 +16,8 @@ from sparsed.kernels import reference
 
 BLOCK_TOKENS = 128  # tokens of a block: contiguous in the arena
 MAX_QUERIES = 8
-_TILE_BYTES = 32 << 10  # of keys; as many of values
+_TILE_BYTES = 32 << 10  # of keys, half of it in float32; as many of values
+_MAX_LINES = 64  # of a tile, and no more than half its tokens; those beyond are another program's
 _TILE_ITEMS = 16
 _MIN_DOT = 16  # tl.dot takes no smaller side
 _LOG2_E = 1.4426950408889634
@@ -26,9 +27,10 @@ class ResidentPlan(NamedTuple):
     """What is read for whom: made on the host once a step, the same for every layer.
 
     All int32, on the arena's device. ``rows_B``: row of the page tables. ``lengths_B``: tokens of
-    the request, those of this step included; 0 is padding. ``items_I3``: (b, first token, token
-    after the last), the items of a request one after the other in order, first tokens multiples
-    of 128; ``first_item_B``: where those of b begin; ``num_items_1``: how many there are.
+    the request, those of this step included; at least Q, or 0: padding. ``items_I3``: (b, first
+    token, token after the last), the items of a request one after the other in order, first
+    tokens multiples of 128; ``first_item_B``: where those of b begin; ``num_items_1``: how many
+    there are.
     """
 
     rows_B: Tensor
@@ -54,7 +56,7 @@ def attend_resident(
     and dims contiguous; arena (slots, T, 2, D) contiguous, T a power of two up to 128, keys first;
     page_slot (R, L, H, P) int32: the pages of a block lie in consecutive slots, of which the
     first is read. Returns o like q, contiguous; 0 for padding. At most ``programs`` programs a
-    KV head.
+    KV head for every tile of its Q * G lines.
     Units: logits are q.k * scale.
     Precision: dot products in the arena's dtype (float32 is never rounded), sums in float32.
     A request's result depends on its own tokens and items alone, never on the batch.
@@ -85,11 +87,12 @@ def _launch(
 ) -> Tensor:
     _, num_layers, num_heads, num_pages = page_slot_RLHP.shape
     head_dim, num_items = q_NHD.shape[2], len(plan.items_I3)
-    num_lines = q_NHD[: len(q_NHD) // len(plan.rows_B), :, 0].numel() // num_heads
-    tile_tokens = _TILE_BYTES // (triton.next_power_of_2(head_dim) * arena_NTCD.element_size())
+    num_lines = len(q_NHD) // len(plan.rows_B) * q_NHD.shape[1] // num_heads
+    tile = _tile(num_lines, triton.next_power_of_2(head_dim), arena_NTCD.element_size())
+    num_tiles = triton.cdiv(num_lines, tile["TILE_LINES"])
     o_IHXD = q_NHD.new_empty((num_items, num_heads, num_lines, head_dim), dtype=torch.float32)
     lse_IHX = q_NHD.new_empty((num_items, num_heads, num_lines), dtype=torch.float32)
-    _attend_kernel[(min(programs, num_items), num_heads)](
+    _attend_kernel[(min(programs, num_items), num_heads, num_tiles)](
         q_NHD,
         arena_NTCD,
         page_slot_RLHP,
@@ -107,16 +110,27 @@ def _launch(
         NUM_HEADS=num_heads,
         GROUP=q_NHD.shape[1] // num_heads,
         NUM_LINES=num_lines,
-        PADDED_LINES=max(_MIN_DOT, triton.next_power_of_2(num_lines)),
         HEAD_DIM=head_dim,
         PADDED_DIM=triton.next_power_of_2(head_dim),
         PAGE_SIZE=arena_NTCD.shape[1],
-        TILE_TOKENS=min(max(_MIN_DOT, tile_tokens), BLOCK_TOKENS),
         BLOCK_TOKENS=BLOCK_TOKENS,
         num_stages=2,
         enable_fp_fusion=True,
+        **tile,
     )
     return _merge_items(o_IHXD, lse_IHX, plan, like_NHD=q_NHD)
+
+
+def _tile(num_lines: int, padded_dim: int, element_bytes: int) -> dict[str, int]:
+    """The largest tile that fits the registers and shared memory of sm_80 to sm_100."""
+    tile_tokens = _TILE_BYTES // (element_bytes // 2) // (padded_dim * element_bytes)
+    max_lines = min(triton.next_power_of_2(num_lines), tile_tokens // 2, _MAX_LINES)
+    tile_lines = max(_MIN_DOT, max_lines)
+    return {
+        "TILE_LINES": tile_lines,
+        "TILE_TOKENS": min(max(_MIN_DOT, tile_tokens), BLOCK_TOKENS),
+        "num_warps": 4 if tile_lines == _MIN_DOT else 8,
+    }
 
 
 def _merge_items(
@@ -161,15 +175,16 @@ def _attend_kernel(
     NUM_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     NUM_LINES: tl.constexpr,
-    PADDED_LINES: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
-    TILE_TOKENS: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
+    TILE_LINES: tl.constexpr,
+    TILE_TOKENS: tl.constexpr,
 ) -> None:
     head = tl.program_id(1)
-    lines, dims = tl.arange(0, PADDED_LINES), tl.arange(0, PADDED_DIM)
+    lines = tl.program_id(2) * TILE_LINES + tl.arange(0, TILE_LINES)
+    dims = tl.arange(0, PADDED_DIM)
     mask_XD = (lines < NUM_LINES)[:, None] & (dims < HEAD_DIM)[None, :]
     for item in range(tl.program_id(0), tl.load(num_items_1), tl.num_programs(0)):
         b = tl.load(items_I3 + item * 3)
@@ -182,9 +197,9 @@ def _attend_kernel(
         seen_X = tl.minimum(tl.load(lengths_B + b) - num_after_X, last)
         row = tl.load(rows_B + b).to(tl.int64)
         pages = page_slot_RLHP + ((row * num_layers + layer) * NUM_HEADS + head) * num_pages
-        peak_X = tl.full([PADDED_LINES], float("-inf"), tl.float32)  # logits in powers of two
-        sum_X = tl.zeros([PADDED_LINES], tl.float32)
-        o_XD = tl.zeros([PADDED_LINES, PADDED_DIM], tl.float32)
+        peak_X = tl.full([TILE_LINES], float("-inf"), tl.float32)  # logits in powers of two
+        sum_X = tl.zeros([TILE_LINES], tl.float32)
+        o_XD = tl.zeros([TILE_LINES, PADDED_DIM], tl.float32)
         for start in range(first, last, TILE_TOKENS):
             slot = tl.load(pages + start // BLOCK_TOKENS * (BLOCK_TOKENS // PAGE_SIZE))
             tokens = start + tl.arange(0, TILE_TOKENS)

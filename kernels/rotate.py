@@ -15,16 +15,18 @@ def rotate_heads(
     """Rotate the pairs (i, i + D / 2) of each head, after an RMS norm where ``norm_HD`` is given.
 
     Shapes: heads (N, H, D), heads and dims contiguous, rows any distance apart; cos, sin (N, D),
-    sin with the sign of each half; norm (H, D), one weight a head. Returns (N, H, D): on CUDA
-    ``heads`` itself, changed in place; elsewhere a new tensor.
+    sin with the sign of each half; norm (H, D), one weight a head; all of one dtype. Returns
+    (N, H, D): on CUDA ``heads`` itself, changed in place; elsewhere a new tensor.
     Precision: float32 inside on CUDA, the dtype of heads elsewhere.
     Errors: AssertionError on other shapes or dtypes.
     Source: RoPE, arXiv 2104.09864; QK-norm as in Qwen3.
     """
     num_tokens, num_heads, head_dim = heads_NHD.shape
     assert cos_ND.shape == sin_ND.shape == (num_tokens, head_dim)
+    assert cos_ND.dtype == sin_ND.dtype == heads_NHD.dtype
     assert heads_NHD.stride(2) == 1 and heads_NHD.stride(1) == head_dim and head_dim % 2 == 0
-    assert norm_HD is None or norm_HD.shape == (num_heads, head_dim)
+    if norm_HD is not None:
+        assert norm_HD.shape == (num_heads, head_dim) and norm_HD.dtype == heads_NHD.dtype
     assert cos_ND.is_contiguous() and sin_ND.is_contiguous()
     run = _launch if heads_NHD.is_cuda else reference.rotate_heads
     return run(heads_NHD, cos_ND, sin_ND, norm_HD=norm_HD, eps=eps)

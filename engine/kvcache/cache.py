@@ -203,13 +203,14 @@ class KVCache:
         slots = torch.cat([self.tables.slots_of(r, p, p + 1).flatten() for r, p in pages]).long()
         rows = torch.cat([self.tables.page_rows(r, p, p + 1).flatten() for r, p in pages])
         self.transfer.save(self.pool.pages_RX, self.arena.pages_NX, dst_rows=rows, src_rows=slots)
-        self.summarise(self.arena.pages_NTCD[slots], rows)
-        self.arena.slot_step_N[slots] = step
+        if self.selector is not None:
+            self.summarise(self.arena.pages_NTCD[slots], rows)
+        self.arena.slot_step_N.index_fill_(0, slots, step)
 
     def summarise(self, pages_MTCD: Tensor, page_rows_M: Tensor) -> None:
-        """Store the summaries of full pages, where pages are ranked at all."""
-        if self.selector is not None:
-            self.summaries_RE[page_rows_M] = self.selector.summarise(pages_MTCD.contiguous())
+        """Store the summaries of full pages; only where pages are ranked at all."""
+        assert self.selector is not None
+        self.summaries_RE[page_rows_M] = self.selector.summarise(pages_MTCD.contiguous())
 
     def check_integrity(self) -> None:
         """AssertionError unless every frame and block is free or owned exactly once."""
@@ -315,4 +316,4 @@ class KVCache:
 
     def _set_step(self, row: Row, page: int, step: int) -> None:
         slots = self.tables.slots_of(row.index, page, page + 1).long()
-        self.arena.slot_step_N[slots] = step
+        self.arena.slot_step_N.index_fill_(0, slots.flatten(), step)

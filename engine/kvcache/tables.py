@@ -1,5 +1,7 @@
 """Which page of which lane is where: the page tables of all rows, on the device.
 
+Scalars are written by ``index_fill_``: assigned through an index they would wait for the device.
+
 Shape legend: R rows (requests), L layers, H KV heads, P pages of the longest request, F frames,
 N slots of the arena, B rows of a batch, K selected pages, S slots of a lane.
 """
@@ -100,7 +102,7 @@ class PageTables:
         pages_n = torch.arange(first_page, last_page, dtype=torch.int32, device=self._device)
         slots = slots_LHn.long()
         arena.slot_page_N[slots] = pages_n.expand(slots.shape)
-        arena.slot_step_N[slots] = step
+        arena.slot_step_N.index_fill_(0, slots.flatten(), step)
 
     def place_page(self, arena: HotArena, row: int, page: int, *, num_slots: int) -> None:
         """Lock a slot for ``page`` in every lane of ``row``: a free one, else the oldest."""
@@ -111,8 +113,8 @@ class PageTables:
         table_LHP = self.page_slot[row]
         table_LHP.scatter_(-1, evicted_LH1 % table_LHP.shape[-1], -1)  # -1: the spare column
         table_LHP[:, :, page] = victim_LH1[..., 0].int()
-        arena.slot_page_N[victim_LH1] = page
-        arena.slot_step_N[victim_LH1] = LOCKED_STEP
+        arena.slot_page_N.index_fill_(0, victim_LH1.flatten(), page)
+        arena.slot_step_N.index_fill_(0, victim_LH1.flatten(), LOCKED_STEP)
 
     def resolve(
         self,
@@ -132,7 +134,7 @@ class PageTables:
         base_BH1 = self.lane_base(rows_B, layer)[..., None]
         table = self.page_slot.view(-1)
         slots_BHK = table[base_BH1 + pages_BHK]
-        arena.slot_step_N[slots_BHK.clamp(min=0).long()] = step
+        arena.slot_step_N.index_fill_(0, slots_BHK.clamp(min=0).flatten().long(), step)
         miss_BHK = slots_BHK < 0
         if not slots_BHK.is_cuda and not miss_BHK.any():  # reading a value is free on a CPU
             return Resolved(slots_BHK, None)
@@ -142,11 +144,12 @@ class PageTables:
         spare = self.page_slot.shape[-1] - 1
         old_BHK = torch.where(placed_BHK, arena.slot_page_N[victims_BHK].long(), -1)
         evicted = (old_BHK >= 0).sum()
-        table[base_BH1 + torch.where(old_BHK >= 0, old_BHK, spare)] = -1
+        gone_BHK = base_BH1 + torch.where(old_BHK >= 0, old_BHK, spare)
+        table.index_fill_(0, gone_BHK.flatten(), -1)
         table[base_BH1 + torch.where(placed_BHK, pages_BHK, spare)] = victims_BHK.int()
         written_BHK = torch.where(placed_BHK, victims_BHK, 0)
         arena.slot_page_N[written_BHK] = pages_BHK.int()
-        arena.slot_step_N[written_BHK] = step
+        arena.slot_step_N.index_fill_(0, written_BHK.flatten(), step)
         slots_BHK = torch.where(placed_BHK, victims_BHK.int(), slots_BHK)
         return Resolved(slots_BHK, Fetch(written_BHK, placed_BHK, miss_BHK.sum(), evicted))
 
@@ -185,8 +188,8 @@ class PageTables:
         pages_LHn = arena.slot_page_N[leaving_LHn].long()
         table_LHP = self.page_slot[row]
         table_LHP.scatter_(-1, pages_LHn % table_LHP.shape[-1], -1)
-        arena.slot_page_N[leaving_LHn] = -1
-        arena.slot_step_N[leaving_LHn] = FREE_STEP
+        arena.slot_page_N.index_fill_(0, leaving_LHn.flatten(), -1)
+        arena.slot_step_N.index_fill_(0, leaving_LHn.flatten(), FREE_STEP)
         self.lane_slots[row, :, :, first_slot:last_slot] = -1
 
     def _move_locked(

@@ -1,11 +1,15 @@
 """Inputs for the kernels, and what they must give: loops in float64, on the CPU."""
 
+import itertools
 import math
+from collections.abc import Sequence
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
+
+from sparsed.kernels.resident import BLOCK_TOKENS, ResidentPlan
 
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
@@ -127,6 +131,172 @@ def naive_score(query_BHE: Tensor, summaries_FXE: Tensor, *, rows_BHF: Tensor) -
     return scores_BHFX.flatten(2)
 
 
+def resident_plan(
+    rows: Sequence[int], lengths: Sequence[int], *, split_tokens: int = 256, max_items: int = 32
+) -> ResidentPlan:
+    """Items of ``split_tokens``; the room for more of them would lead a reader out of memory."""
+    items = [
+        (b, start, min(start + split_tokens, length))
+        for b, length in enumerate(lengths)
+        for start in range(0, length, split_tokens)
+    ]
+    first_items = [sum(item[0] < b for item in items) for b in range(len(lengths))]
+    items_I3 = [*items, *[(1 << 30,) * 3] * (max_items - len(items))]
+    parts = (list(rows), list(lengths), items_I3, first_items, [len(items)])
+    return ResidentPlan(*(torch.tensor(part, dtype=torch.int32) for part in parts))
+
+
+def resident_case(
+    *,
+    lengths: Sequence[int] = (5, 0, 300),
+    queries: int = 1,
+    heads: int = 2,
+    group: int = 3,
+    dim: int = 64,
+    page_size: int = 32,
+    split_tokens: int = 256,
+    programs: int = 3,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> dict[str, object]:
+    """Arguments of ``attend_resident``; room that must not be read, and every layer but the one
+    asked for, holds NaN. Length 0 is padding; rows and blocks lie in no order."""
+    generator = torch.Generator().manual_seed(seed)
+    num_blocks = [-(-length // BLOCK_TOKENS) for length in lengths]
+    pages_per_block, layer = BLOCK_TOKENS // page_size, 1
+    blocks = torch.randperm(heads * sum(num_blocks) + 1, generator=generator).tolist()
+    rows = torch.randperm(len(lengths) + 2, generator=generator).tolist()[: len(lengths)]
+    arena_NTCD = torch.full((len(blocks) * pages_per_block, page_size, 2, dim), math.nan)
+    page_slot_RLHP = torch.full(
+        (len(lengths) + 2, 3, heads, max(num_blocks) * pages_per_block + 1), -1
+    )
+    for row, length in zip(rows, lengths, strict=True):
+        for head in range(heads):
+            for start in range(0, length, BLOCK_TOKENS):
+                first, count = blocks.pop() * pages_per_block, min(BLOCK_TOKENS, length - start)
+                arena_NTCD[first : first + pages_per_block].view(-1, 2, dim)[:count] = torch.randn(
+                    count, 2, dim, generator=generator
+                )
+                for page in range(-(-count // page_size)):
+                    page_slot_RLHP[row, layer, head, start // page_size + page] = first + page
+    q_NXD = random(len(lengths) * queries, heads * group + 2, dim, dtype=dtype, seed=seed + 1)
+    return {
+        "q_NHD": q_NXD[:, : heads * group],
+        "arena_NTCD": arena_NTCD.to(dtype),
+        "page_slot_RLHP": page_slot_RLHP.int(),
+        "layer": layer,
+        "plan": resident_plan(rows, lengths, split_tokens=split_tokens),
+        "scale": dim**-0.5,
+        "programs": programs,
+    }
+
+
+def naive_resident(
+    q_NHD: Tensor,
+    arena_NTCD: Tensor,
+    *,
+    page_slot_RLHP: Tensor,
+    layer: int,
+    plan: ResidentPlan,
+    scale: float,
+    programs: int,
+) -> Tensor:
+    num_heads, page_size = page_slot_RLHP.shape[2], arena_NTCD.shape[1]
+    num_queries, group = len(q_NHD) // len(plan.rows_B), q_NHD.shape[1] // num_heads
+    q_NHD, tokens_nCD = q_NHD.cpu().double(), arena_NTCD.cpu().double().flatten(0, 1)
+    o_NHD = torch.zeros_like(q_NHD)
+    for b, row in enumerate(plan.rows_B.tolist()):
+        length = int(plan.lengths_B[b])
+        for head in range(num_heads if length else 0):
+            slots = page_slot_RLHP[row, layer, head, :: BLOCK_TOKENS // page_size].tolist()
+            starts = [slot * page_size for slot in slots[: -(-length // BLOCK_TOKENS)]]
+            kv_WCD = torch.cat([tokens_nCD[start : start + BLOCK_TOKENS] for start in starts])
+            for query in range(num_queries):
+                k_WD, v_WD = kv_WCD[: length - num_queries + 1 + query].unbind(1)
+                lanes = (b * num_queries + query, slice(head * group, (head + 1) * group))
+                o_NHD[lanes] = (q_NHD[lanes] @ k_WD.T * scale).softmax(1) @ v_WD
+    return o_NHD
+
+
+def rotate_case(
+    *,
+    tokens: int = 5,
+    heads: int = 3,
+    dim: int = 64,
+    norm: bool = True,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> dict[str, object]:
+    """Arguments of ``rotate_heads``; each row of heads goes on, as values do after keys."""
+    angles_NF = random(tokens, dim // 2, seed=seed).double() * 9
+    cos_NF, sin_NF = angles_NF.cos(), angles_NF.sin()
+    return {
+        "heads_NHD": random(tokens, heads + 2, dim, dtype=dtype, seed=seed + 1)[:, :heads],
+        "cos_ND": torch.cat((cos_NF, cos_NF), dim=1).to(dtype),
+        "sin_ND": torch.cat((-sin_NF, sin_NF), dim=1).to(dtype),
+        "norm_HD": random(heads, dim, dtype=dtype, seed=seed + 2) if norm else None,
+        "eps": 0.1,  # large, so that it shows
+    }
+
+
+def naive_rotate(
+    heads_NHD: Tensor, cos_ND: Tensor, sin_ND: Tensor, *, norm_HD: Tensor | None, eps: float
+) -> Tensor:
+    heads_NHD = heads_NHD.cpu().double()
+    if norm_HD is not None:
+        mean_NH1 = heads_NHD.square().mean(2, keepdim=True)
+        heads_NHD = heads_NHD / (mean_NH1 + eps).sqrt() * norm_HD.cpu().double()
+    half = heads_NHD.shape[2] // 2
+    o_NHD = torch.empty_like(heads_NHD)
+    for token in range(len(heads_NHD)):
+        for i in range(half):
+            cos, sin = float(cos_ND[token, i]), float(sin_ND[token, i + half])
+            x_H, y_H = heads_NHD[token, :, i], heads_NHD[token, :, i + half]
+            o_NHD[token, :, i], o_NHD[token, :, i + half] = (
+                x_H * cos - y_H * sin,
+                y_H * cos + x_H * sin,
+            )
+    return o_NHD
+
+
+def naive_silu_mul(gate_up_NF: Tensor) -> Tensor:
+    gate, up = gate_up_NF.cpu().double().chunk(2, dim=1)
+    return gate / (1 + torch.exp(-gate)) * up
+
+
+def merge_case(
+    *,
+    requests: int = 2,
+    heads: int = 3,
+    group: int = 9,
+    dim: int = 64,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> list[Tensor]:
+    """Arguments of ``merge_states``, no two with the same strides, with sets that are empty."""
+    o_a_BHGD = random(heads, group, requests, dim + 3, dtype=dtype, seed=seed)[..., :dim]
+    o_b_BHGD = random(requests, group, heads, dim, dtype=dtype, seed=seed + 1)
+    lse_a_BHG = random(group, heads, requests, seed=seed + 2) * 9
+    lse_b_BHG = random(requests, heads, group, seed=seed + 3) * 9
+    lse_a_BHG = lse_a_BHG.permute(2, 1, 0)
+    lse_a_BHG[..., :2] = lse_b_BHG[..., 1:3] = -math.inf  # of a, of both, of b
+    return [o_a_BHGD.permute(2, 0, 1, 3), lse_a_BHG, o_b_BHGD.transpose(1, 2), lse_b_BHG]
+
+
+def naive_merge(
+    o_a_BHGD: Tensor, lse_a_BHG: Tensor, o_b_BHGD: Tensor, lse_b_BHG: Tensor
+) -> tuple[Tensor, Tensor]:
+    o_BHGD = torch.zeros(o_a_BHGD.shape, dtype=torch.float64)
+    lse_BHG = torch.full(lse_a_BHG.shape, -math.inf, dtype=torch.float64)
+    for row in itertools.product(*map(range, lse_BHG.shape)):
+        weights = [math.exp(lse[row]) for lse in (lse_a_BHG, lse_b_BHG)]
+        if sum(weights):
+            parts = (o_a_BHGD[row].cpu().double(), o_b_BHGD[row].cpu().double())
+            o_BHGD[row] = (weights[0] * parts[0] + weights[1] * parts[1]) / sum(weights)
+            lse_BHG[row] = math.log(sum(weights))
+    return o_BHGD, lse_BHG
+
+
 def split_query(q_BHD: Tensor) -> Tensor:
     return torch.cat((q_BHD.clamp(min=0), q_BHD.clamp(max=0)), dim=-1)
 
@@ -145,6 +315,14 @@ def cases() -> SimpleNamespace:
         naive_store=naive_store,
         naive_bounds=naive_bounds,
         naive_score=naive_score,
+        resident=resident_case,
+        resident_plan=resident_plan,
+        naive_resident=naive_resident,
+        rotate=rotate_case,
+        naive_rotate=naive_rotate,
+        naive_silu_mul=naive_silu_mul,
+        merge=merge_case,
+        naive_merge=naive_merge,
     )
 
 

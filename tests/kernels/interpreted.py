@@ -5,7 +5,20 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from sparsed.kernels import attend, bounds, checksum, copy, reference, score, store
+from sparsed.kernels import (
+    attend,
+    bounds,
+    checksum,
+    copy,
+    gate,
+    merge,
+    norm,
+    reference,
+    resident,
+    rotate,
+    score,
+    store,
+)
 
 
 def copy_by_kernel(
@@ -118,4 +131,87 @@ def test_attend(cases, shape):
     tolerance = cases.tolerance[case["arena_NTCD"].dtype]
     assert_close(
         attend._launch(**case), reference.attend_pages(**case), atol=tolerance, rtol=tolerance
+    )
+
+
+ODD_LENGTHS = (300, 128, 1, 0, 127, 129)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"lengths": ODD_LENGTHS},
+        {"lengths": ODD_LENGTHS, "dtype": torch.float16, "dim": 16, "group": 7, "page_size": 8},
+        {"lengths": (0, 127, 3, 129), "queries": 3, "dim": 80, "group": 1, "page_size": 128},
+        {"lengths": (8, 135, 0), "queries": 8, "dim": 80, "heads": 1, "group": 7},  # two of lines
+        {"lengths": (300,), "queries": 8, "dim": 16, "heads": 1, "dtype": torch.float16},
+        {"lengths": (9, 300), "queries": 8, "dim": 16, "heads": 1, "group": 24},  # and four
+        {"lengths": (2200, 130), "dim": 16, "heads": 1, "split_tokens": 128},  # 18 items in two
+        {"lengths": (300, 128, 640), "dim": 16, "programs": 1, "split_tokens": 128},
+        {"lengths": (300, 128, 640), "dim": 16, "programs": 99, "split_tokens": 512},
+        {"lengths": (0, 0)},
+    ],
+    ids=str,
+)
+def test_resident(cases, shape):
+    case = cases.resident(**shape)
+    tolerance = cases.tolerance[case["arena_NTCD"].dtype]
+    got = resident._launch(**case)
+    del case["programs"]
+    case["pages_RHP"] = case.pop("page_slot_RLHP")[:, case.pop("layer")]
+    assert_close(got, reference.attend_resident(**case), atol=tolerance, rtol=tolerance)
+
+
+def test_resident_does_not_depend_on_the_batch(cases):
+    case = cases.resident(lengths=(300, 1, 0, 640, 129), dim=16, split_tokens=128)
+    o_NHD = resident._launch(**case)
+    case["plan"] = cases.resident_plan(
+        case["plan"].rows_B.tolist()[3:4], [640], split_tokens=128, max_items=5
+    )
+    case["q_NHD"] = case["q_NHD"][3:4]
+    assert torch.equal(resident._launch(**case), o_NHD[3:4])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("dim", "norm"), [(16, True), (80, False), (80, True)])
+def test_rotate(cases, dim, norm, dtype):
+    case = cases.rotate(dim=dim, norm=norm, dtype=dtype)
+    expected_NHD = reference.rotate_heads(**case)
+    got_NHD = rotate._launch(**case)
+    assert got_NHD is case["heads_NHD"]
+    assert_close(got_NHD, expected_NHD, atol=cases.tolerance[dtype], rtol=cases.tolerance[dtype])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [1, 1024, 1100])
+def test_silu_mul(cases, width, dtype):
+    gate_up_NF = 4 * cases.random(3, 2 * width, dtype=dtype)
+    tolerance = cases.tolerance[dtype]
+    assert_close(
+        gate._launch(gate_up_NF), reference.silu_mul(gate_up_NF), atol=tolerance, rtol=tolerance
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [{}, {"dim": 80, "group": 1}, {"heads": 1, "requests": 1}])
+def test_merge(cases, shape, dtype):
+    states = cases.merge(dtype=dtype, **shape)
+    shape = states[0].shape
+    for out_dtype in (torch.float32, torch.bfloat16):
+        got, expected = (
+            torch.empty(shape[2], *shape[:2], shape[3], dtype=out_dtype).permute(1, 2, 0, 3)
+            for _ in range(2)
+        )
+        lse = merge._launch(*states, o_BHGD=got)
+        assert_close(lse, reference.merge_states(*states, o_BHGD=expected), atol=2e-5, rtol=2e-5)
+        tolerance = cases.tolerance[out_dtype]
+        assert_close(got, expected, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [1, 80, 1030])
+def test_rms_norm(cases, width, dtype):
+    x_ND, weight_D = cases.random(3, width, dtype=dtype), cases.random(width, dtype=dtype, seed=1)
+    assert_close(
+        norm._launch(x_ND, weight_D, eps=1e-5), reference.rms_norm(x_ND, weight_D, eps=1e-5)
     )

@@ -18,7 +18,19 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from sparsed.kernels import attend, bounds, checksum, copy, score, store
+from sparsed.kernels import (
+    attend,
+    bounds,
+    checksum,
+    copy,
+    gate,
+    merge,
+    norm,
+    resident,
+    rotate,
+    score,
+    store,
+)
 
 SHARED_LIMIT_BYTES = {80: 166_912, 90: 232_448, 100: 232_448}
 SPILL_LIMIT_BYTES = 32  # Triton 3.6 spills six words of the float32 attention
@@ -115,6 +127,32 @@ def launch_attend(dim: int, dtype: torch.dtype, page_size: int, group: int) -> N
     )
 
 
+def launch_resident(dim: int, dtype: torch.dtype, group: int, num_queries: int = 1) -> None:
+    zeros_B, num_items_1 = torch.zeros(2, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+    items_I3 = torch.zeros(6, 3, dtype=torch.int32)
+    resident._launch(
+        torch.zeros(2 * num_queries, 4 * group, dim, dtype=dtype),
+        torch.zeros(8, 32, 2, dim, dtype=dtype),
+        page_slot_RLHP=torch.zeros(3, 2, 4, 8, dtype=torch.int32),
+        layer=1,
+        plan=resident.ResidentPlan(zeros_B, zeros_B, items_I3, zeros_B, num_items_1),
+        scale=1.0,
+        programs=4,
+    )
+
+
+def launch_rotate(dim: int, dtype: torch.dtype, *, norm: bool) -> None:
+    table_ND = torch.zeros(2, dim, dtype=dtype)
+    norm_HD = torch.zeros(5, dim, dtype=dtype) if norm else None
+    heads_NHD = torch.zeros(2, 6, dim, dtype=dtype)[:, :5]
+    rotate._launch(heads_NHD, table_ND, table_ND, norm_HD=norm_HD, eps=1e-6)
+
+
+def launch_merge(dim: int, dtype: torch.dtype) -> None:
+    o_BHGD, lse_BHG = torch.zeros(2, 4, 8, dim, dtype=dtype), torch.zeros(2, 4, 8)
+    merge._launch(o_BHGD, lse_BHG, o_BHGD, lse_BHG, o_BHGD=o_BHGD.float())
+
+
 LAUNCHES: dict[str, Callable[[], None]] = {
     "copy 2 KiB": lambda: launch_copy(2048),
     "copy 2560 B": lambda: launch_copy(2560),
@@ -136,6 +174,19 @@ LAUNCHES: dict[str, Callable[[], None]] = {
     "attend 256 bf16": lambda: launch_attend(256, BF16, 128, 24),
     "attend 64 fp32": lambda: launch_attend(64, FP32, 32, 3),
     "attend 256 fp32": lambda: launch_attend(256, FP32, 16, 8),
+    "resident 128 bf16": lambda: launch_resident(128, BF16, 4),
+    "resident 64 fp32": lambda: launch_resident(64, FP32, 3),
+    "resident 256 bf16, 8 queries": lambda: launch_resident(256, BF16, 8, 8),
+    "resident 256 fp32, 8 queries": lambda: launch_resident(256, FP32, 24, 8),
+    "resident 80 fp16": lambda: launch_resident(80, FP16, 1),
+    "rotate 128 bf16": lambda: launch_rotate(128, BF16, norm=False),
+    "rotate 128 bf16, norm": lambda: launch_rotate(128, BF16, norm=True),
+    "rotate 80 fp32": lambda: launch_rotate(80, FP32, norm=False),
+    "norm 4096 bf16": lambda: norm._launch(
+        torch.zeros(2, 4096, dtype=BF16), torch.zeros(4096, dtype=BF16), eps=1e-5
+    ),
+    "gate bf16": lambda: gate._launch(torch.zeros(2, 2 * 14336, dtype=BF16)),
+    "merge 128 bf16": lambda: launch_merge(128, BF16),
 }
 
 

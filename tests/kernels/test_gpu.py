@@ -13,6 +13,11 @@ from sparsed.kernels.attend import attend_pages
 from sparsed.kernels.bounds import page_bounds
 from sparsed.kernels.checksum import page_checksums
 from sparsed.kernels.copy import copy_pages
+from sparsed.kernels.gate import silu_mul
+from sparsed.kernels.merge import merge_states
+from sparsed.kernels.norm import rms_norm
+from sparsed.kernels.resident import BLOCK_TOKENS, attend_resident
+from sparsed.kernels.rotate import rotate_heads
 from sparsed.kernels.score import score_pages
 from sparsed.kernels.store import store_tokens
 
@@ -33,6 +38,16 @@ def seed() -> int:
 
 def to_gpu(case: dict[str, object]) -> dict[str, object]:
     return {name: x.cuda() if isinstance(x, Tensor) else x for name, x in case.items()}
+
+
+def strided_on_gpu(x: Tensor) -> Tensor:
+    """With the strides of ``x``; ``cuda`` closes the gaps between rows."""
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cuda").copy_(x)
+
+
+def resident_on_gpu(case: dict[str, object]) -> dict[str, object]:
+    plan = case["plan"]._make(part.cuda() for part in case["plan"])
+    return to_gpu(case) | {"q_NHD": strided_on_gpu(case["q_NHD"]), "plan": plan}
 
 
 def close(got: Tensor, expected: Tensor, tolerance: float) -> None:
@@ -101,6 +116,127 @@ def test_attend_in_a_captured_graph_reads_new_slots(cases, seed):
     graph.replay()
     expected_BHGD, _ = cases.naive_attend(**case)
     close(o_BHGD, expected_BHGD, cases.tolerance[torch.float32])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("page_size", [8, 32, 128])
+@pytest.mark.parametrize("dim", [64, 80, 96, 128, 256])
+def test_resident(cases, dim, page_size, dtype, seed):
+    lengths = (300, 128, 0, 2, 1000, 129)
+    case = cases.resident(
+        lengths=lengths, dim=dim, page_size=page_size, dtype=dtype, queries=2, seed=seed
+    )
+    got = attend_resident(**resident_on_gpu(case))
+    assert got.dtype == dtype
+    close(got, cases.naive_resident(**case), cases.tolerance[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("group", "queries"),
+    [(1, 1), (1, 8), (2, 5), (4, 1), (5, 4), (7, 3), (8, 8), (16, 1), (17, 1), (24, 1), (24, 8)],
+)
+@pytest.mark.parametrize("dim", [64, 128])
+def test_resident_of_any_group_and_queries(cases, dim, group, queries, dtype, seed):
+    case = cases.resident(
+        lengths=(queries, 0, 700), queries=queries, group=group, dim=dim, dtype=dtype, seed=seed
+    )
+    got = attend_resident(**resident_on_gpu(case))
+    close(got, cases.naive_resident(**case), cases.tolerance[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_resident_of_the_most_lines_and_dims(cases, dtype, seed):
+    case = cases.resident(lengths=(8, 0, 700), queries=8, group=24, dim=256, dtype=dtype, seed=seed)
+    got = attend_resident(**resident_on_gpu(case))
+    close(got, cases.naive_resident(**case), cases.tolerance[dtype])
+
+
+@pytest.mark.parametrize("programs", [1, 5, 999])
+@pytest.mark.parametrize("split_tokens", [128, 256, 2048])
+def test_resident_of_any_split_and_programs(cases, split_tokens, programs, seed):
+    case = cases.resident(
+        lengths=(1, 2300, 127, 128), split_tokens=split_tokens, programs=programs, seed=seed
+    )
+    got = attend_resident(**resident_on_gpu(case))
+    close(got, cases.naive_resident(**case), cases.tolerance[torch.float32])
+
+
+def test_resident_of_padding_alone(cases):
+    assert (attend_resident(**resident_on_gpu(cases.resident(lengths=(0, 0)))) == 0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("chosen", [0, 3, 4])
+def test_resident_does_not_depend_on_the_batch(cases, chosen, dtype, seed):
+    lengths = (300, 1, 129, 2300, 640)
+    case = resident_on_gpu(cases.resident(lengths=lengths, dim=128, dtype=dtype, seed=seed))
+    o_NHD = attend_resident(**case)
+    row = int(case["plan"].rows_B[chosen])
+    case["plan"] = cases.resident_plan([row], [lengths[chosen]], max_items=11)
+    case["q_NHD"] = case["q_NHD"][chosen : chosen + 1]
+    o_alone = attend_resident(**resident_on_gpu(case | {"programs": 7}))
+    assert torch.equal(o_alone, o_NHD[chosen : chosen + 1])
+
+
+def test_resident_in_a_captured_graph_reads_new_plans(cases, seed):
+    case = resident_on_gpu(cases.resident(lengths=(640, 129, 300), seed=seed))
+    rows = case["plan"].rows_B.tolist()
+    case["plan"] = case["plan"]._make(torch.zeros_like(part) for part in case["plan"])
+    attend_resident(**case)  # compiled before the capture
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        o_NHD = attend_resident(**case)
+    for order, lengths in [((0, 1, 2), (640, 129, 300)), ((2, 0, 1), (257, 513, 0))]:
+        plan = cases.resident_plan([rows[i] for i in order], lengths)
+        for buffer, part in zip(case["plan"], plan, strict=True):
+            buffer.copy_(part)
+        graph.replay()
+        close(o_NHD, cases.naive_resident(**case), cases.tolerance[torch.float32])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("dim", [64, 80, 96, 128, 256])
+def test_rotate(cases, dim, norm, dtype, seed):
+    case = cases.rotate(tokens=9, heads=7, dim=dim, norm=norm, dtype=dtype, seed=seed)
+    expected_NHD = cases.naive_rotate(**case)
+    values_NHD = cases.random(9, 2, dim, dtype=dtype, seed=seed + 3).cuda()
+    rows_NHD = torch.cat((case["heads_NHD"].cuda(), values_NHD), dim=1)
+    heads_NHD = rows_NHD[:, :7]
+    got_NHD = rotate_heads(**to_gpu(case) | {"heads_NHD": heads_NHD})
+    assert got_NHD is heads_NHD and torch.equal(rows_NHD[:, 7:], values_NHD)
+    close(got_NHD, expected_NHD, cases.tolerance[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "width"), [(0, 8), (1, 1), (3, 1023), (33, 14336)])
+def test_silu_mul(cases, rows, width, dtype, seed):
+    gate_up_NF = 4 * cases.random(rows, 2 * width, dtype=dtype, seed=seed)
+    got_NF = silu_mul(gate_up_NF.cuda())
+    assert got_NF.dtype == dtype
+    close(got_NF, cases.naive_silu_mul(gate_up_NF), cases.tolerance[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "width"), [(1, 4096), (300, 576), (7, 5120)])
+def test_rms_norm(cases, rows, width, dtype, seed):
+    x_ND = 3 * cases.random(rows, width, dtype=dtype, seed=seed)
+    weight_D = cases.random(width, dtype=dtype, seed=seed + 1)
+    x = x_ND.double()
+    expected = x / (x.square().mean(1, keepdim=True) + 1e-5).sqrt() * weight_D.double()
+    close(rms_norm(x_ND.cuda(), weight_D.cuda(), eps=1e-5), expected, cases.tolerance[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize("group", [1, 8, 9, 24])
+def test_merge(cases, group, dim, dtype, seed):
+    states = cases.merge(group=group, dim=dim, dtype=dtype, seed=seed)
+    expected = cases.naive_merge(*states)
+    for got, want in zip(merge_states(*map(strided_on_gpu, states)), expected, strict=True):
+        assert got.dtype == torch.float32
+        close(got, want, 2e-5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -251,4 +387,32 @@ def test_attend_speed(requests, tokens):
     attend_s = median_s(lambda: attend_pages(**case))
     gb_per_s = case["arena_NTCD"].nbytes / attend_s / 1e9
     print(f"attend {requests} x {tokens} tokens: {attend_s * 1e6:.0f} us, {gb_per_s:.0f} GB/s")
+    assert gb_per_s > 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("requests", "tokens"), [(32, 8192), (1, 32768)])
+def test_resident_speed(cases, requests, tokens):
+    heads, group, dim, page_size = 8, 4, 128, 32
+    blocks = torch.randperm(requests * heads * tokens // BLOCK_TOKENS, device="cuda")
+    pages = torch.arange(BLOCK_TOKENS // page_size, device="cuda")
+    slots = (blocks[:, None] * len(pages) + pages).int()
+    processors = torch.cuda.get_device_properties("cuda").multi_processor_count
+    plan = cases.resident_plan(
+        range(requests), [tokens] * requests, split_tokens=tokens // 32, max_items=requests * 32
+    )
+    case = {
+        "q_NHD": torch.randn(requests, heads * group, dim, device="cuda", dtype=torch.bfloat16),
+        "arena_NTCD": torch.zeros(
+            slots.numel(), page_size, 2, dim, device="cuda", dtype=torch.bfloat16
+        ),
+        "page_slot_RLHP": slots.view(requests, 1, heads, -1),
+        "layer": 0,
+        "plan": plan._make(part.cuda() for part in plan),
+        "scale": dim**-0.5,
+        "programs": 2 * processors // heads,
+    }
+    attend_s = median_s(lambda: attend_resident(**case))
+    gb_per_s = case["arena_NTCD"].nbytes / attend_s / 1e9
+    print(f"resident {requests} x {tokens} tokens: {attend_s * 1e6:.0f} us, {gb_per_s:.0f} GB/s")
     assert gb_per_s > 1

@@ -12,7 +12,10 @@ from sparsed.kernels.attend import attend_pages
 from sparsed.kernels.bounds import page_bounds
 from sparsed.kernels.checksum import page_checksums
 from sparsed.kernels.copy import copy_pages
+from sparsed.kernels.gate import silu_mul
 from sparsed.kernels.merge import merge_states
+from sparsed.kernels.resident import attend_resident
+from sparsed.kernels.rotate import rotate_heads
 from sparsed.kernels.score import score_pages
 from sparsed.kernels.store import store_tokens
 
@@ -183,6 +186,112 @@ def test_merge_of_two_sets_is_attention_over_both(cases, seed, first, absent_fra
         assert_close(got, expected, atol=2e-5, rtol=2e-5)
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    shape=st.fixed_dictionaries(
+        {
+            "lengths": st.lists(
+                st.sampled_from([0, 8, 127, 128, 129, 300]), min_size=1, max_size=4
+            ),
+            "queries": st.sampled_from([1, 3, 8]),
+            "heads": st.integers(1, 3),
+            "group": st.sampled_from([1, 3, 8]),
+            "dim": st.sampled_from([16, 20]),
+            "page_size": st.sampled_from([8, 32, 128]),
+            "dtype": st.sampled_from(DTYPES),
+            "seed": st.integers(0, 99),
+        }
+    )
+)
+def test_resident(cases, shape):
+    case = cases.resident(**shape)
+    got = attend_resident(**case)
+    assert got.dtype == shape["dtype"] and got.is_contiguous()
+    close(got, cases.naive_resident(**case), cases.tolerance[shape["dtype"]])
+
+
+def test_the_only_token_of_a_request_is_its_value(cases):
+    case = cases.resident(lengths=(1,), heads=1, group=1)
+    first_slot = case["page_slot_RLHP"][case["plan"].rows_B[0], case["layer"], 0, 0]
+    assert_close(attend_resident(**case)[0, 0], case["arena_NTCD"][first_slot, 0, 1])
+
+
+def test_resident_does_not_depend_on_the_split(cases):
+    small, large = (cases.resident(lengths=(640,), split_tokens=split) for split in (128, 512))
+    assert torch.equal(attend_resident(**small), attend_resident(**large))
+
+
+def test_resident_attends_in_the_precision_of_the_arena(cases):
+    case = cases.resident(dtype=torch.bfloat16)
+    case["q_NHD"] = case["q_NHD"].float()
+    got = attend_resident(**case)
+    assert got.dtype == torch.float32
+    close(got, cases.naive_resident(**case), cases.tolerance[torch.bfloat16])
+
+
+def test_resident_refuses_a_request_shorter_than_its_queries(cases):
+    with pytest.raises(AssertionError):
+        attend_resident(**cases.resident(lengths=(300, 2), queries=3))
+
+
+@few
+@given(
+    shape=st.fixed_dictionaries(
+        {
+            "tokens": st.integers(0, 5),
+            "heads": st.integers(1, 4),
+            "dim": st.sampled_from([2, 16, 80]),
+            "norm": st.booleans(),
+            "dtype": st.sampled_from(DTYPES),
+            "seed": st.integers(0, 99),
+        }
+    )
+)
+def test_rotate(cases, shape):
+    case = cases.rotate(**shape)
+    before_NHD = case["heads_NHD"].clone()
+    got = rotate_heads(**case)
+    assert got.dtype == shape["dtype"] and torch.equal(case["heads_NHD"], before_NHD)
+    close(got, cases.naive_rotate(**case), 2 * cases.tolerance[shape["dtype"]])
+
+
+def test_rotation_keeps_the_length_of_a_head(cases):
+    case = cases.rotate(norm=False)
+    assert_close(rotate_heads(**case).norm(dim=2), case["heads_NHD"].norm(dim=2))
+
+
+@few
+@given(
+    rows=st.integers(0, 4),
+    width=st.integers(1, 40),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 99),
+)
+def test_silu_mul(cases, rows, width, dtype, seed):
+    gate_up_NF = 4 * cases.random(rows, 2 * width, dtype=dtype, seed=seed)
+    got = silu_mul(gate_up_NF)
+    assert got.dtype == dtype
+    close(got, cases.naive_silu_mul(gate_up_NF), cases.tolerance[dtype])
+
+
+def test_silu_mul_of_a_gate_far_from_zero():
+    gate_up_NF = torch.tensor([[-200.0, 200.0, 3.0, 3.0]])
+    assert torch.equal(silu_mul(gate_up_NF), torch.tensor([[-0.0, 600.0]]))
+
+
+@few
+@given(
+    group=st.integers(1, 9),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 99),
+)
+def test_merge(cases, group, dtype, seed):
+    states = cases.merge(group=group, dtype=dtype, seed=seed)
+    for got, expected in zip(merge_states(*states), cases.naive_merge(*states), strict=True):
+        assert got.dtype == torch.float32
+        close(got, expected, 2e-5)
+
+
 def test_wrappers_refuse_what_kernels_cannot_read(cases):
     case = cases.attend()
     with pytest.raises(AssertionError):
@@ -191,3 +300,57 @@ def test_wrappers_refuse_what_kernels_cannot_read(cases):
         attend_pages(**{**case, "q_BHGD": case["q_BHGD"].transpose(0, 1)})
     with pytest.raises(AssertionError):
         page_bounds(torch.zeros(3, 8, 2, 4)[:, ::2], minmax=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("q_NHD", lambda q_NHD: q_NHD.transpose(0, 1)),
+        ("q_NHD", lambda q_NHD: q_NHD[..., :-1]),
+        ("q_NHD", lambda q_NHD: q_NHD.repeat(9, 1, 1)),  # nine queries
+        ("q_NHD", lambda q_NHD: q_NHD[:-1]),
+        ("arena_NTCD", lambda arena_NTCD: arena_NTCD[:, ::2]),
+        ("arena_NTCD", lambda arena_NTCD: arena_NTCD.repeat(1, 3, 1, 1)),  # pages of 96 tokens
+        ("page_slot_RLHP", lambda page_slot_RLHP: page_slot_RLHP.long()),
+        ("page_slot_RLHP", lambda page_slot_RLHP: page_slot_RLHP[..., ::2]),
+        ("plan", lambda plan: plan._replace(lengths_B=plan.lengths_B.long())),
+    ],
+)
+def test_resident_refuses_what_its_kernel_cannot_read(cases, name, change):
+    case = cases.resident()
+    case[name] = change(case[name])
+    with pytest.raises(AssertionError):
+        attend_resident(**case)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("heads_NHD", lambda heads_NHD: heads_NHD.transpose(0, 1).contiguous().transpose(0, 1)),
+        ("heads_NHD", lambda heads_NHD: heads_NHD[..., ::2]),
+        ("heads_NHD", lambda heads_NHD: heads_NHD.half()),
+        ("cos_ND", lambda cos_ND: cos_ND[:-1]),
+        ("sin_ND", lambda sin_ND: sin_ND.t().contiguous().t()),
+        ("norm_HD", lambda norm_HD: norm_HD[0]),
+        ("norm_HD", lambda norm_HD: norm_HD.double()),
+    ],
+)
+def test_rotate_refuses_what_its_kernel_cannot_read(cases, name, change):
+    case = cases.rotate()
+    case[name] = change(case[name])
+    with pytest.raises(AssertionError):
+        rotate_heads(**case)
+
+
+def test_silu_mul_and_merge_refuse_what_their_kernels_cannot_read(cases):
+    with pytest.raises(AssertionError):
+        silu_mul(torch.zeros(2, 5))
+    with pytest.raises(AssertionError):
+        silu_mul(torch.zeros(4, 2).t())
+    o_a_BHGD, lse_a_BHG, o_b_BHGD, lse_b_BHG = cases.merge()
+    with pytest.raises(AssertionError):
+        merge_states(o_a_BHGD, lse_a_BHG, o_b_BHGD[:, :1], lse_b_BHG)
+    with pytest.raises(AssertionError):
+        merge_states(o_a_BHGD, lse_a_BHG[..., :1], o_b_BHGD, lse_b_BHG)
+    with pytest.raises(AssertionError):
+        merge_states(o_a_BHGD[..., ::2], lse_a_BHG, o_b_BHGD[..., ::2], lse_b_BHG)
