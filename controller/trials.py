@@ -56,6 +56,7 @@ class EngineBench:
         self._inbox: asyncio.Queue[FromEngine | str] = asyncio.Queue()  # str: why it was lost
         self._stats = EngineStats()
         self._num_windows = 0
+        self._recall_stride = plan.spec.recall_stride
         self.versions: Mapping[str, str] = {}
 
     async def probe(self) -> ServiceTimes:
@@ -73,6 +74,12 @@ class EngineBench:
             prompt_tokens_per_s=request.input_tokens / probed.ttft_s[0],
             output_token_s=probed.tpot_s[0],
         )
+
+    async def sample_recall(self, *, stride: int) -> None:
+        """Measure attention recall every ``stride`` steps; ends an engine that does otherwise."""
+        if stride != self._recall_stride:
+            self._recall_stride = stride
+            await self.close()
 
     async def measure(
         self, values: Mapping[str, KnobValue], *, workload: Workload, deadline_s: float
@@ -120,7 +127,7 @@ class EngineBench:
         try:
             spec = prepare(config, progress=lambda _phase, _frac: None).spec
             self._supervisor = Supervisor(
-                spec,
+                replace(spec, recall_stride=self._recall_stride),
                 run_dir=config.state_dir.run_dir,
                 on_message=self._receive,
                 on_lost=self._inbox.put_nowait,
@@ -212,6 +219,7 @@ class _Window:
     started_s: float
     ended_s: float = 0.0
     hot_peak_bytes: int = 0
+    sparse_steps: int = 0
     timings: dict[str, _Timing] = field(default_factory=dict)
     done: set[str] = field(default_factory=set)
 
@@ -234,6 +242,7 @@ class _Window:
             raise TrialFailed(reason, status=_status(reason))
         if output.finish_reason is not None:
             self.done.add(output.request_id)
+            self.sparse_steps += output.sparse.sparse_steps if output.sparse else 0
 
     def measurement(self, *, before: EngineStats, after: EngineStats) -> Measurement:
         timings = self.timings.values()
@@ -245,6 +254,7 @@ class _Window:
             output_tokens=self.num_tokens,
             ttft_s=tuple(timing.first_s - timing.sent_s for timing in timings),
             tpot_s=tuple(timing.tpot_s for timing in timings),
+            sparse_steps=self.sparse_steps,
             attention_recall=recall,
             hot_hit_frac=hits / (hits + misses) if hits + misses else None,
             h2d_bytes=after.h2d_bytes - before.h2d_bytes,

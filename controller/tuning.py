@@ -17,7 +17,13 @@ from sparsed.controller.startup import StartPlan, prepare
 from sparsed.controller.state_dir import StateLock
 from sparsed.controller.trials import EngineBench
 from sparsed.controller.tuning_report import StudyProgress, print_outcome
-from sparsed.controller.workload import ServiceTimes, expected_s, fit_workload, load_workload
+from sparsed.controller.workload import (
+    ServiceTimes,
+    expected_s,
+    fit_workload,
+    load_workload,
+    recall_stride,
+)
 from sparsed.core import (
     BLOCK_TOKENS,
     ExitCode,
@@ -112,6 +118,7 @@ class _Tune:
             message = f"the default configuration does not run: {error}"
             raise StartError(message, code=ExitCode.SOFTWARE) from error
         study_id, workload = self._open_study(requested, times=times)
+        runner.run(self.bench.sample_recall(stride=recall_stride(workload)))
         deadline_s = max(
             MIN_DEADLINE_S, DEADLINE_FACTOR * expected_s(workload.requests, times=times)
         )

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from sparsed.core import (
+    RECALL_STRIDE,
     AddRequest,
     InputError,
     SamplingParams,
@@ -21,6 +22,7 @@ from sparsed.core import (
 MIN_REQUESTS: Final = 2
 MIN_INPUT_TOKENS: Final = 32
 MIN_OUTPUT_TOKENS: Final = 8
+RECALL_SAMPLES: Final = 8  # of attention recall that the longest prompt's answer gives
 CHAT: Final = ((900, 180), (400, 250), (2200, 150), (600, 300))
 DOCUMENTS: Final = ((12_000, 120), (30_000, 160), (7_000, 100))
 PRESET_REPEATS: Final = 8
@@ -120,6 +122,15 @@ def expected_s(requests: tuple[WorkloadRequest, ...], *, times: ServiceTimes) ->
     outputs = sorted(item.output_tokens for item in requests)
     together = outputs[-1] + 0.5 * sum(outputs[:-1])
     return prompt_s + together * times.output_token_s
+
+
+def recall_stride(workload: Workload) -> int:
+    """Steps between two measurements of attention recall, so that every window holds some.
+
+    Where any request is sparse, the one with the longest prompt is so from its first step on.
+    """
+    longest = max(workload.requests, key=lambda item: item.input_tokens)
+    return min(max(1, (longest.output_tokens - 1) // RECALL_SAMPLES), RECALL_STRIDE)
 
 
 def to_messages(

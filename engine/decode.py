@@ -27,8 +27,6 @@ from sparsed.engine.sparse.base import select_pages
 from sparsed.kernels.attend import attend_pages
 from sparsed.kernels.merge import merge_states
 
-RECALL_STRIDE = 32  # steps between two measurements of attention recall
-
 
 @dataclass(slots=True)
 class DecodeCounts:
@@ -53,10 +51,13 @@ class Group(Protocol):
 class Tiers:
     """What every group works with: the cache, the staging area, the scale, the totals."""
 
-    def __init__(self, cache: KVCache, *, staging_NX: Tensor, scale: float) -> None:
+    def __init__(
+        self, cache: KVCache, *, staging_NX: Tensor, scale: float, recall_stride: int
+    ) -> None:
         self.cache = cache
         self.staging_NX = staging_NX
         self.scale = scale
+        self.recall_stride = recall_stride  # steps between two measurements of attention recall
         self.counts = DecodeCounts()
 
     def attend(self, batch: Batch, q_BHGD: Tensor, slots_BHK: Tensor) -> tuple[Tensor, Tensor]:
@@ -163,8 +164,8 @@ class SparseGroup:
         )
         frames = max(num_frames(n * cache.geometry.page_size) for n in batch.num_full)
         self._frame_rows_BHF = cache.tables.frame_rows(batch.rows_B, frames)
-        sampled = step % RECALL_STRIDE == 0
-        self._sampled_layer = step // RECALL_STRIDE % cache.geometry.num_layers if sampled else -1
+        turn, rest = divmod(step, tiers.recall_stride)
+        self._sampled_layer = -1 if rest else turn % cache.geometry.num_layers
 
     def run(self, layer: int, q_BHGD: Tensor) -> Tensor:
         pages_BHK = self._select(layer, q_BHGD)

@@ -169,6 +169,7 @@ class Runner:
             staging_NX=staging_NX,
             dense_layers=spec.knobs.dense_layers,
             scale=config.head_dim**-0.5,
+            recall_stride=spec.recall_stride,
         )
 
     def _inputs(self, plan: StepPlan) -> StepInput:

@@ -402,6 +402,9 @@ class MemoryPlan:
         return self.num_frames * BLOCK_TOKENS
 
 
+RECALL_STRIDE = 32  # of a daemon: a measurement costs dense attention in one layer
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineSpec:
     """Everything an engine process is started with; nothing in it is 'auto'."""
@@ -412,6 +415,7 @@ class EngineSpec:
     knobs: Knobs
     plan: MemoryPlan
     seed: int = 0
+    recall_stride: int = RECALL_STRIDE  # steps between two measurements of attention recall
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -729,7 +733,8 @@ class Measurement:
     output_tokens: int
     ttft_s: tuple[float, ...]
     tpot_s: tuple[float, ...]
-    attention_recall: float | None
+    sparse_steps: int  # decode steps, over all requests, that did not read every token
+    attention_recall: float | None  # None: never sampled
     hot_hit_frac: float | None
     h2d_bytes: int
     hot_peak_bytes: int

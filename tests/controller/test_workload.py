@@ -15,6 +15,7 @@ from sparsed.controller.workload import (
     expected_s,
     fit_workload,
     load_workload,
+    recall_stride,
     to_messages,
 )
 from sparsed.core import InputError, Workload, WorkloadRequest
@@ -123,3 +124,17 @@ def test_messages_are_seeded_and_exact() -> None:
     assert all(message.sampling.ignore_eos for message in messages)
     assert len({message.request_id for message in messages}) == len(messages)
     assert set(PRESETS) == {"chat", "documents", "mixed"}
+
+
+@pytest.mark.parametrize(
+    ("output_tokens", "stride"), [(1, 1), (8, 1), (17, 2), (120, 14), (5_000, 32)]
+)
+def test_recall_is_sampled_often_enough_for_the_longest_prompt(
+    output_tokens: int, stride: int
+) -> None:
+    sizes = ((100, 900), (3_000, output_tokens), (200, 900))
+    requests = (
+        WorkloadRequest(arrival_s=0.0, input_tokens=prompt, output_tokens=output)
+        for prompt, output in sizes
+    )
+    assert recall_stride(Workload(name="w", requests=tuple(requests))) == stride

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor
 from sparsed.core import (
     PAGE_SIZES,
     AddRequest,
+    EngineSpec,
     FinishReason,
     SamplingParams,
     SparseMethod,
@@ -29,6 +31,7 @@ from sparsed.engine.runner import Runner
 
 TinyCheckpoint = Callable[..., Path]
 MakeRunner = Callable[..., Runner]
+MakeSpec = Callable[..., EngineSpec]
 MakeEngine = Callable[..., Engine]
 Oracle = Callable[..., list[int]]
 
@@ -324,6 +327,17 @@ def test_recall_is_measured_and_the_text_unchanged(make_runner: MakeRunner, llam
     stats = runner.stats()
     assert stats.recall_samples == (3 + 199) // 32, "three steps of prompt, 199 of decode"
     assert 0.2 < stats.recall_sum / stats.recall_samples < 1.0
+
+
+@pytest.mark.parametrize("stride", [1, 7])
+def test_an_engine_can_measure_recall_more_often(
+    stride: int, make_spec: MakeSpec, llama: Path
+) -> None:
+    """As in trials, whose windows are short."""
+    spec = replace(make_spec(llama, token_budget=256), recall_stride=stride)
+    runner = Runner(spec, on_progress=lambda *_: None)
+    teacher_forced(runner, tokens_of(610, seed=6), 600)
+    assert runner.stats().recall_samples == (3 + 10) // stride - 3 // stride
 
 
 @pytest.mark.parametrize("lane_blocks", [None, 3])
