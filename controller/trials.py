@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Final
 
 from sparsed.controller.config import DaemonConfig
+from sparsed.controller.prompts import PromptSource
 from sparsed.controller.startup import StartPlan, prepare
 from sparsed.controller.supervisor import Supervisor
 from sparsed.controller.workload import ServiceTimes, to_messages
@@ -48,9 +49,10 @@ class EngineBench:
     Errors of every measurement: ``TrialFailed``, after which the next one starts a new engine.
     """
 
-    def __init__(self, config: DaemonConfig, plan: StartPlan) -> None:
+    def __init__(self, config: DaemonConfig, plan: StartPlan, *, prompts: PromptSource) -> None:
         self._config = config
         self._plan = plan
+        self._prompts = prompts
         self._supervisor: Supervisor | None = None
         self._knobs = plan.spec.knobs  # of the running engine
         self._inbox: asyncio.Queue[FromEngine | str] = asyncio.Queue()  # str: why it was lost
@@ -166,8 +168,7 @@ class EngineBench:
         self._num_windows += 1
         messages = to_messages(
             workload,
-            vocab_size=self._plan.model.vocab_size,
-            seed=self._config.seed,
+            prompts=self._prompts.make(workload, seed=self._config.seed),
             prefix=f"window-{self._num_windows}",
         )
         before = self._stats

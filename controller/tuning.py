@@ -13,6 +13,7 @@ from rich.console import Console
 
 from sparsed import __version__
 from sparsed.controller.config import DaemonConfig
+from sparsed.controller.prompts import prompt_source
 from sparsed.controller.startup import StartPlan, prepare
 from sparsed.controller.state_dir import StateLock
 from sparsed.controller.trials import EngineBench
@@ -108,7 +109,8 @@ class _Tune:
         self._console = console
         self._slo = replace(config.slo, min_recall=options.min_recall)
         self._plan = prepare(config, progress=self._say_progress)
-        self.bench = EngineBench(config, self._plan)
+        self._prompts = prompt_source(self._plan)
+        self.bench = EngineBench(config, self._plan, prompts=self._prompts)
         self._record_due_at = time.time()
 
     def run(self, runner: asyncio.Runner, requested: Workload) -> int:
@@ -159,6 +161,7 @@ class _Tune:
             f"workload {requested.name}: {fitted.description}, about {fitted.expected_s:.1f} s a "
             f"window, {NUM_REPEATS} windows a trial"
         )
+        self._console.print(f"the prompts are {self._prompts.description}")
         self._warn_of_short_prompts(fitted.workload)
         study_id = self._store.start_study(
             self._plan.key,

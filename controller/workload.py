@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import random
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
@@ -134,20 +134,20 @@ def recall_stride(workload: Workload) -> int:
 
 
 def to_messages(
-    workload: Workload, *, vocab_size: int, seed: int, prefix: str
+    workload: Workload, *, prompts: Sequence[tuple[int, ...]], prefix: str
 ) -> tuple[AddRequest, ...]:
-    """Requests of seeded random tokens, each of exactly its output length."""
-    generator = random.Random(seed)
+    """The requests with their prompts in tokens, each of exactly its output length."""
+    pairs = zip(workload.requests, prompts, strict=True)
     return tuple(
         AddRequest(
             request_id=f"{prefix}-{number}",
-            prompt_tokens=tuple(generator.choices(range(vocab_size), k=item.input_tokens)),
+            prompt_tokens=prompt,
             sampling=SamplingParams(
                 max_tokens=item.output_tokens, temperature=0.0, ignore_eos=True
             ),
             sparse=SparseOptions(mode=SparseMode.AUTO),
         )
-        for number, item in enumerate(workload.requests)
+        for number, (item, prompt) in enumerate(pairs)
     )
 
 

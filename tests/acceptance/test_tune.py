@@ -53,6 +53,7 @@ def test_a_study_is_stored_trial_by_trial_and_its_result_exported(tmp_path: Path
     assert exported.values == (expected.values if expected else trials[0].values)
     assert "page_size" not in exported.values
     assert "the default stays" in output or "is verified" in output
+    assert "the prompts are random tokens" in " ".join(output.split())
     longest = re.search(r"longest prompt (\d+) tokens", words := " ".join(output.split()))
     assert longest
     budget = trials[0].values["token_budget"]
