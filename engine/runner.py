@@ -98,7 +98,7 @@ class Runner:
         return EngineStats(
             hot_hits=counts.selected - missed,
             hot_misses=missed,
-            evicted_pages=int(counts.evicted),
+            evicted_pages=int(counts.evicted + kv.tables.displaced),
             overflow_pages=counts.overflow,
             h2d_bytes=h2d_bytes,
             h2d_s=h2d_s,

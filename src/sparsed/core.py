@@ -611,7 +611,7 @@ class EngineStats:
     requests_finished: int = 0
     hot_hits: int = 0  # pages
     hot_misses: int = 0  # pages
-    evicted_pages: int = 0
+    evicted_pages: int = 0  # pages that lost their slot while their request went on
     overflow_pages: int = 0  # selected pages that did not fit their lane, attended in passes
     h2d_bytes: int = 0
     h2d_s: float = 0.0

@@ -293,6 +293,17 @@ def test_sparse_on_small_tiers_is_sparse_on_large_ones(
         assert (runner.stats().overflow_pages > 0) == (runner is tiny)
 
 
+def test_pages_that_a_new_one_displaces_are_evicted_too(
+    make_runner: MakeRunner, llama: Path
+) -> None:
+    """Dense decode selects nothing: each new page takes the slot of another."""
+    runner = make_runner(llama, lane_blocks=2, page_size=32, sparse_method=SparseMethod.DENSE)
+    teacher_forced(runner, tokens_of(400, seed=2), 320)
+    before = runner.stats().evicted_pages
+    teacher_forced(runner, tokens_of(32 * 12, seed=2), 320)
+    assert runner.stats().evicted_pages > before > 0
+
+
 @pytest.mark.parametrize("dense_layers", [1, 2])
 def test_dense_layers(make_runner: MakeRunner, llama: Path, dense_layers: int) -> None:
     """One dense layer of two: neither sparse nor dense. Two: dense. On every size of tier."""
