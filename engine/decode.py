@@ -6,6 +6,7 @@ K pages attended to, P pages, F frames, T tokens of a page.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -26,6 +27,8 @@ from sparsed.engine.kvcache.geometry import num_frames
 from sparsed.engine.sparse.base import select_pages
 from sparsed.kernels.attend import attend_pages
 from sparsed.kernels.merge import merge_states
+
+GOLDEN_RATIO = 0.618
 
 
 @dataclass(slots=True)
@@ -165,7 +168,7 @@ class SparseGroup:
         frames = max(num_frames(n * cache.geometry.page_size) for n in batch.num_full)
         self._frame_rows_BHF = cache.tables.frame_rows(batch.rows_B, frames)
         turn, rest = divmod(step, tiers.recall_stride)
-        self._sampled_layer = -1 if rest else turn % cache.geometry.num_layers
+        self._sampled_layer = -1 if rest else sampled_layer(turn, cache.geometry.num_layers)
 
     def run(self, layer: int, q_BHGD: Tensor) -> Tensor:
         pages_BHK = self._select(layer, q_BHGD)
@@ -225,6 +228,14 @@ class SparseGroup:
             row.recalls.append(recall)
             counts.recall_sum += recall
             counts.recall_samples += 1
+
+
+def sampled_layer(turn: int, num_layers: int) -> int:
+    """The layer of the ``turn``-th measurement: all in turn, in steps of the golden ratio, so that
+    few measurements are already spread over the depth. Recall differs most between layers."""
+    steps = (step for step in range(1, num_layers + 1) if math.gcd(step, num_layers) == 1)
+    step = min(steps, key=lambda step: abs(step - GOLDEN_RATIO * num_layers))
+    return turn * step % num_layers
 
 
 def attend_all(tiers: Tiers, batch: Batch, layer: int, q_1HGD: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from sparsed.core import (
     TokenOutput,
 )
 from sparsed.engine.batch import DecodeRow, PromptChunk, StepPlan
+from sparsed.engine.decode import sampled_layer
 from sparsed.engine.engine import Engine
 from sparsed.engine.models.config import FAMILIES
 from sparsed.engine.models.rope_config import ROPE_KINDS
@@ -338,6 +340,16 @@ def test_recall_is_measured_and_the_text_unchanged(make_runner: MakeRunner, llam
     stats = runner.stats()
     assert stats.recall_samples == (3 + 199) // 32, "three steps of prompt, 199 of decode"
     assert 0.2 < stats.recall_sum / stats.recall_samples < 1.0
+
+
+@pytest.mark.parametrize("num_layers", [1, 2, 30, 32, 36, 80])
+def test_recall_visits_all_layers_far_from_each_other(num_layers: int) -> None:
+    layers = [sampled_layer(turn, num_layers) for turn in range(2 * num_layers)]
+    assert sorted(layers) == sorted([*range(num_layers)] * 2)
+    for first in range(num_layers):
+        places = sorted(layers[first : first + 8])
+        gaps = [b - a for a, b in pairwise((*places, num_layers + places[0]))]
+        assert max(gaps) <= max(num_layers / 3.5, 1)
 
 
 @pytest.mark.parametrize("stride", [1, 7])
