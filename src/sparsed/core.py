@@ -521,7 +521,8 @@ class TokenLogprob:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SparseDetails:
-    """What sparsity did to one request, over its decode steps."""
+    """What sparsity did to one request, over its decode steps. After a crash all figures are of
+    the replay, which does every step of the answer again."""
 
     method: str
     token_budget: int

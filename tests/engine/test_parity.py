@@ -375,10 +375,12 @@ def test_a_replay_goes_on_with_the_same_text(
     whole = text(undisturbed)
     details = undisturbed[-1].sparse
     assert details is not None and details.sparse_steps == 49
+    assert details.coverage is not None
     known = whole[:num_known]
     replayed = run(make_engine(llama, **values), request("a", prompt, 50, generated=known))
     assert text(replayed) == whole[num_known:]
     assert [output.index for output in replayed] == list(range(num_known, 50))
+    assert replayed[-1].sparse == details, "the replay counts and measures the whole again"
 
 
 @pytest.mark.slow
