@@ -153,11 +153,15 @@ class CacheMachine(RuleBasedStateMachine):
 
     @contextmanager
     def losses_counted(self) -> Iterator[None]:
-        """Every page that has a slot before the block and none after it is counted."""
-        tables = self.cache.tables
-        hot, displaced = tables.page_slot[..., :-1] >= 0, int(tables.displaced)
+        """Every page that has a slot before the block, or gets one in it, and has none after it
+        is counted."""
+        tables, rows = self.cache.tables, self.cache.rows
+        had, displaced = tables.page_slot[..., :-1] >= 0, int(tables.displaced)
+        num_placed = {index: row.num_placed for index, row in rows.items()}
         yield
-        lost = hot & (tables.page_slot[..., :-1] < 0)
+        for index, row in rows.items():
+            had[index, :, :, num_placed.get(index, 0) : row.num_placed] = True
+        lost = had & (tables.page_slot[..., :-1] < 0)
         assert int(tables.displaced) - displaced == int(lost.sum())
 
     @invariant()
