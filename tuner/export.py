@@ -253,7 +253,7 @@ def _yaml(profile: Profile, flags: Mapping[str, KnobValue]) -> str:
 
 def _header(profile: Profile) -> tuple[str, ...]:
     number = "" if profile.profile_id is None else f" {profile.profile_id}"
-    gain = "unknown" if profile.gain_frac is None else f"{profile.gain_frac:+.1%}"
+    gain = "no gain proved" if profile.gain_frac is None else f"{profile.gain_frac:+.1%}"
     evidence = f"{profile.objective} on {profile.workload}: {gain} over the default"
     key = profile.key
     lines = (

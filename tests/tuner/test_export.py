@@ -105,6 +105,13 @@ def test_golden_texts(format: str, text: str) -> None:
     assert render_profile(PROFILE, format=format, memory=MEMORY) == text
 
 
+def test_a_draft_claims_no_gain() -> None:
+    profile = replace(PROFILE, status=ProfileStatus.DRAFT, winner_scores=(), profile_id=None)
+    first, *_ = render_profile(profile, format="toml").splitlines()
+    words = "throughput on chat: no gain proved over the default"
+    assert first == f"# sparsed profile (draft), {words}"
+
+
 @pytest.mark.parametrize(("page_size", "block_size"), [(8, None), (16, 16), (32, 32), (64, None)])
 def test_vllm_gets_only_blocks_that_it_takes(page_size: int, block_size: int | None) -> None:
     profile = replace(PROFILE, values=PROFILE.values | {"page_size": page_size})
