@@ -92,6 +92,12 @@ def _is_free(port: int) -> bool:
         return True
 
 
+@pytest.fixture
+def tmp_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """pytest's own, but short whatever the test is called: unix sockets have 107 bytes."""
+    return tmp_path_factory.mktemp("t")
+
+
 @pytest.fixture(scope="module")
 def daemon(
     tmp_path_factory: pytest.TempPathFactory, free_port: Callable[[], int]
