@@ -122,7 +122,8 @@ class EngineLink:
 
     def _on_lost(self, reason: str) -> None:
         self.up = False
-        self.ledger.on_engine_lost()
+        # A fatal request counts as one death: several of them do not end the daemon, many do.
+        self.supervisor.forgive(max(0, self.ledger.on_engine_lost() - 1))
         if self._applied is not None and not self._applied.done():
             self._applied.set_exception(InputError(f"the engine died meanwhile: {reason}"))
 

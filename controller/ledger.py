@@ -135,20 +135,25 @@ class Ledger:
         self._engine_up = True
         self._send_those_that_may_run()
 
-    def on_engine_lost(self) -> None:
-        """Blame the requests that ran; end the one that alone can have killed the engine."""
+    def on_engine_lost(self) -> int:
+        """Blame the requests that ran; end the one that alone can have killed the engine.
+
+        Returns the deaths that it explains, this one included; 0 if none ended.
+        """
         self._engine_up = False
         sent = list(self._sent.values())  # nothing while it loaded
         self._sent.clear()
         running = sent[: self._limits.num_active()]
+        explained = 0
         for entry in running:
             if entry.record.note_death(alone=len(running) == 1):
-                deaths = entry.record.deaths
-                error = f"the engine died {deaths} times while running this request"
+                explained = entry.record.deaths
+                error = f"the engine died {explained} times while running this request"
                 self._close(entry, error, reason=FinishReason.ERROR)
         for entry in sent:
             if entry.stopping:
                 self._end(entry)
+        return explained
 
     # ---- shutdown --------------------------------------------------------------------------
 

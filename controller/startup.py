@@ -276,7 +276,9 @@ def _profile_in_words(profile: Profile) -> str:
     name += f"pinned, {profile.status}" if profile.pinned else profile.status.value
     values = "".join(f"; {knob}={value}" for knob, value in profile.values.items())
     gain = profile.gain_frac
-    evidence = "" if gain is None else f", {gain:+.1%} {profile.objective} over the default"
+    evidence = ", no gain over the default proved"
+    if gain is not None:
+        evidence = f", {gain:+.1%} {profile.objective} over the default"
     return f"{name} for {profile.key.model} on {profile.workload}{evidence}{values}"
 
 

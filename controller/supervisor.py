@@ -27,7 +27,7 @@ from sparsed.core import (
 )
 from sparsed.engine.wire import FromEngine, ToEngine
 
-MAX_DEATHS = 5
+MAX_DEATHS = 5  # not forgiven, within the window
 DEATHS_WINDOW_S = 300.0
 MAX_BACK_OFF_S = 10.0
 
@@ -91,6 +91,12 @@ class Supervisor:
         if self._engine is not None:
             self._engine.send(message)
 
+    def forgive(self, num_deaths: int) -> None:
+        """Forget the latest ``num_deaths``, whose cause is known and gone; also from ``on_lost``,
+        whose death is the latest one."""
+        for _ in range(min(num_deaths, len(self._deaths_s))):
+            self._deaths_s.pop()
+
     async def stop(self, timeout_s: float) -> None:
         """End the engine, by force after ``timeout_s``, and give its memory back."""
         self._stopping = True
@@ -110,6 +116,7 @@ class Supervisor:
                 return
             self._raise_if_never_started(reason)
             logger.error("the engine is gone: %s", reason)
+            self._deaths_s.append(time.monotonic())
             self._on_lost(reason)
             await asyncio.sleep(self._back_off_s(reason))
             self.restarts += 1
@@ -148,9 +155,7 @@ class Supervisor:
 
     def _back_off_s(self, reason: str) -> float:
         """Seconds before the next try. StartError when there have been too many."""
-        now_s = time.monotonic()
-        self._deaths_s.append(now_s)
-        while self._deaths_s[0] < now_s - DEATHS_WINDOW_S:
+        while self._deaths_s and self._deaths_s[0] < time.monotonic() - DEATHS_WINDOW_S:
             self._deaths_s.popleft()
         if len(self._deaths_s) > MAX_DEATHS:
             raise StartError(

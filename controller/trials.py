@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Final
 
 from sparsed.controller.config import DaemonConfig
+from sparsed.controller.prompts import PromptSource
 from sparsed.controller.startup import StartPlan, prepare
 from sparsed.controller.supervisor import Supervisor
 from sparsed.controller.workload import ServiceTimes, to_messages
@@ -48,14 +49,16 @@ class EngineBench:
     Errors of every measurement: ``TrialFailed``, after which the next one starts a new engine.
     """
 
-    def __init__(self, config: DaemonConfig, plan: StartPlan) -> None:
+    def __init__(self, config: DaemonConfig, plan: StartPlan, *, prompts: PromptSource) -> None:
         self._config = config
         self._plan = plan
+        self._prompts = prompts
         self._supervisor: Supervisor | None = None
         self._knobs = plan.spec.knobs  # of the running engine
         self._inbox: asyncio.Queue[FromEngine | str] = asyncio.Queue()  # str: why it was lost
         self._stats = EngineStats()
         self._num_windows = 0
+        self._recall_stride = plan.spec.recall_stride
         self.versions: Mapping[str, str] = {}
 
     async def probe(self) -> ServiceTimes:
@@ -73,6 +76,12 @@ class EngineBench:
             prompt_tokens_per_s=request.input_tokens / probed.ttft_s[0],
             output_token_s=probed.tpot_s[0],
         )
+
+    async def sample_recall(self, *, stride: int) -> None:
+        """Measure attention recall every ``stride`` steps; ends an engine that does otherwise."""
+        if stride != self._recall_stride:
+            self._recall_stride = stride
+            await self.close()
 
     async def measure(
         self, values: Mapping[str, KnobValue], *, workload: Workload, deadline_s: float
@@ -120,7 +129,7 @@ class EngineBench:
         try:
             spec = prepare(config, progress=lambda _phase, _frac: None).spec
             self._supervisor = Supervisor(
-                spec,
+                replace(spec, recall_stride=self._recall_stride),
                 run_dir=config.state_dir.run_dir,
                 on_message=self._receive,
                 on_lost=self._inbox.put_nowait,
@@ -159,8 +168,7 @@ class EngineBench:
         self._num_windows += 1
         messages = to_messages(
             workload,
-            vocab_size=self._plan.model.vocab_size,
-            seed=self._config.seed,
+            prompts=self._prompts.make(workload, seed=self._config.seed),
             prefix=f"window-{self._num_windows}",
         )
         before = self._stats
@@ -212,6 +220,7 @@ class _Window:
     started_s: float
     ended_s: float = 0.0
     hot_peak_bytes: int = 0
+    sparse_steps: int = 0
     timings: dict[str, _Timing] = field(default_factory=dict)
     done: set[str] = field(default_factory=set)
 
@@ -234,6 +243,7 @@ class _Window:
             raise TrialFailed(reason, status=_status(reason))
         if output.finish_reason is not None:
             self.done.add(output.request_id)
+            self.sparse_steps += output.sparse.sparse_steps if output.sparse else 0
 
     def measurement(self, *, before: EngineStats, after: EngineStats) -> Measurement:
         timings = self.timings.values()
@@ -245,6 +255,7 @@ class _Window:
             output_tokens=self.num_tokens,
             ttft_s=tuple(timing.first_s - timing.sent_s for timing in timings),
             tpot_s=tuple(timing.tpot_s for timing in timings),
+            sparse_steps=self.sparse_steps,
             attention_recall=recall,
             hot_hit_frac=hits / (hits + misses) if hits + misses else None,
             h2d_bytes=after.h2d_bytes - before.h2d_bytes,

@@ -13,11 +13,18 @@ from rich.console import Console
 
 from sparsed import __version__
 from sparsed.controller.config import DaemonConfig
+from sparsed.controller.prompts import prompt_source
 from sparsed.controller.startup import StartPlan, prepare
 from sparsed.controller.state_dir import StateLock
 from sparsed.controller.trials import EngineBench
 from sparsed.controller.tuning_report import StudyProgress, print_outcome
-from sparsed.controller.workload import ServiceTimes, expected_s, fit_workload, load_workload
+from sparsed.controller.workload import (
+    ServiceTimes,
+    expected_s,
+    fit_workload,
+    load_workload,
+    recall_stride,
+)
 from sparsed.core import (
     BLOCK_TOKENS,
     ExitCode,
@@ -102,7 +109,8 @@ class _Tune:
         self._console = console
         self._slo = replace(config.slo, min_recall=options.min_recall)
         self._plan = prepare(config, progress=self._say_progress)
-        self.bench = EngineBench(config, self._plan)
+        self._prompts = prompt_source(self._plan)
+        self.bench = EngineBench(config, self._plan, prompts=self._prompts)
         self._record_due_at = time.time()
 
     def run(self, runner: asyncio.Runner, requested: Workload) -> int:
@@ -112,6 +120,7 @@ class _Tune:
             message = f"the default configuration does not run: {error}"
             raise StartError(message, code=ExitCode.SOFTWARE) from error
         study_id, workload = self._open_study(requested, times=times)
+        runner.run(self.bench.sample_recall(stride=recall_stride(workload)))
         deadline_s = max(
             MIN_DEADLINE_S, DEADLINE_FACTOR * expected_s(workload.requests, times=times)
         )
@@ -152,6 +161,7 @@ class _Tune:
             f"workload {requested.name}: {fitted.description}, about {fitted.expected_s:.1f} s a "
             f"window, {NUM_REPEATS} windows a trial"
         )
+        self._console.print(f"the prompts are {self._prompts.description}")
         self._warn_of_short_prompts(fitted.workload)
         study_id = self._store.start_study(
             self._plan.key,

@@ -62,6 +62,7 @@ class StudyProgress:
         if trial.score is not None and trial.arm != VERIFY:
             self._best = max(self._best, trial.score)
         result = f"{trial.score:.4g} {unit}" if trial.score is not None else trial.status.value
+        result += _recall_in_words(trial)
         note = f" ({trial.reason})" if trial.reason else ""
         knobs = values_in_words(trial.values)
         line = f"{trial.number:>4} {trial.arm:<8}{result}{note}  {knobs}"
@@ -86,8 +87,20 @@ def print_outcome(console: Console, outcome: StudyOutcome, *, objective: Objecti
             table.add_row(name, f"{median(scores):.4g}", f"{spread_frac:.1%}", runs)
     console.print(table)
     console.print(outcome.reason)
+    if outcome.winner is not None and outcome.winner.metrics.get("sparse_steps") == 0:
+        console.print("note: it read every token, so nothing is known of its attention recall")
 
 
 def values_in_words(values: Mapping[str, KnobValue]) -> str:
     pairs = values.items()
     return ", ".join(f"{name}={'auto' if value is None else value}" for name, value in pairs)
+
+
+def _recall_in_words(trial: TrialResult) -> str:
+    """What the floor was held against; a failed trial has no figures."""
+    recall, num_sparse = (trial.metrics.get(name) for name in ("attention_recall", "sparse_steps"))
+    if recall is not None:
+        return f", recall {recall:.3f}"
+    if num_sparse is None:
+        return ""
+    return ", recall not sampled" if num_sparse else ", nothing sparse"

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import random
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
 from sparsed.core import (
+    RECALL_STRIDE,
     AddRequest,
     InputError,
     SamplingParams,
@@ -22,6 +23,7 @@ from sparsed.core import (
 MIN_REQUESTS: Final = 2
 MIN_INPUT_TOKENS: Final = 32
 MIN_OUTPUT_TOKENS: Final = 8
+RECALL_SAMPLES: Final = 8  # of attention recall that the longest prompt's answer gives
 CHAT: Final = ((900, 180), (400, 250), (2200, 150), (600, 300))
 DOCUMENTS: Final = ((12_000, 120), (30_000, 160), (7_000, 100))
 PRESET_REPEATS: Final = 8
@@ -128,21 +130,30 @@ def expected_s(requests: tuple[WorkloadRequest, ...], *, times: ServiceTimes) ->
     return prompt_s + together * times.output_token_s
 
 
+def recall_stride(workload: Workload) -> int:
+    """Steps between two measurements of attention recall, so that every window holds some.
+
+    Where any request is sparse, the one with the longest prompt is so from its first step on.
+    """
+    longest = max(workload.requests, key=lambda item: item.input_tokens)
+    return min(max(1, (longest.output_tokens - 1) // RECALL_SAMPLES), RECALL_STRIDE)
+
+
 def to_messages(
-    workload: Workload, *, vocab_size: int, seed: int, prefix: str
+    workload: Workload, *, prompts: Sequence[tuple[int, ...]], prefix: str
 ) -> tuple[AddRequest, ...]:
-    """Requests of seeded random tokens, each of exactly its output length."""
-    generator = random.Random(seed)
+    """The requests with their prompts in tokens, each of exactly its output length."""
+    pairs = zip(workload.requests, prompts, strict=True)
     return tuple(
         AddRequest(
             request_id=f"{prefix}-{number}",
-            prompt_tokens=tuple(generator.choices(range(vocab_size), k=item.input_tokens)),
+            prompt_tokens=prompt,
             sampling=SamplingParams(
                 max_tokens=item.output_tokens, temperature=0.0, ignore_eos=True
             ),
             sparse=SparseOptions(mode=SparseMode.AUTO),
         )
-        for number, item in enumerate(workload.requests)
+        for number, (item, prompt) in enumerate(pairs)
     )
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sparsed.core import RECALL_STRIDE
 from sparsed.engine.batch import DecodeRow, StepPlan
 from sparsed.engine.decode import DecodeCounts, Group, Tiers, make_groups
 from sparsed.engine.decode_batch import is_sparse, make_batch
@@ -32,12 +33,18 @@ class Attention:
     """Give ``run`` to the decoder as its attention, between ``plan`` and ``finish``."""
 
     def __init__(
-        self, cache: KVCache, *, staging_NX: Tensor, dense_layers: int, scale: float
+        self,
+        cache: KVCache,
+        *,
+        staging_NX: Tensor,
+        dense_layers: int,
+        scale: float,
+        recall_stride: int = RECALL_STRIDE,
     ) -> None:
         self._cache = cache
         self._dense_layers = dense_layers
         self._prefill = PrefillAttention(cache, staging_NX=staging_NX, scale=scale)
-        self._tiers = Tiers(cache, staging_NX=staging_NX, scale=scale)
+        self._tiers = Tiers(cache, staging_NX=staging_NX, scale=scale, recall_stride=recall_stride)
 
     @property
     def counts(self) -> DecodeCounts:

@@ -6,6 +6,7 @@ K pages attended to, P pages, F frames, T tokens of a page.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -27,7 +28,7 @@ from sparsed.engine.sparse.base import select_pages
 from sparsed.kernels.attend import attend_pages
 from sparsed.kernels.merge import merge_states
 
-RECALL_STRIDE = 32  # steps between two measurements of attention recall
+GOLDEN_RATIO = 0.618
 
 
 @dataclass(slots=True)
@@ -53,10 +54,13 @@ class Group(Protocol):
 class Tiers:
     """What every group works with: the cache, the staging area, the scale, the totals."""
 
-    def __init__(self, cache: KVCache, *, staging_NX: Tensor, scale: float) -> None:
+    def __init__(
+        self, cache: KVCache, *, staging_NX: Tensor, scale: float, recall_stride: int
+    ) -> None:
         self.cache = cache
         self.staging_NX = staging_NX
         self.scale = scale
+        self.recall_stride = recall_stride  # steps between two measurements of attention recall
         self.counts = DecodeCounts()
 
     def attend(self, batch: Batch, q_BHGD: Tensor, slots_BHK: Tensor) -> tuple[Tensor, Tensor]:
@@ -163,8 +167,8 @@ class SparseGroup:
         )
         frames = max(num_frames(n * cache.geometry.page_size) for n in batch.num_full)
         self._frame_rows_BHF = cache.tables.frame_rows(batch.rows_B, frames)
-        sampled = step % RECALL_STRIDE == 0
-        self._sampled_layer = step // RECALL_STRIDE % cache.geometry.num_layers if sampled else -1
+        turn, rest = divmod(step, tiers.recall_stride)
+        self._sampled_layer = -1 if rest else sampled_layer(turn, cache.geometry.num_layers)
 
     def run(self, layer: int, q_BHGD: Tensor) -> Tensor:
         pages_BHK = self._select(layer, q_BHGD)
@@ -224,6 +228,14 @@ class SparseGroup:
             row.recalls.append(recall)
             counts.recall_sum += recall
             counts.recall_samples += 1
+
+
+def sampled_layer(turn: int, num_layers: int) -> int:
+    """The layer of the ``turn``-th measurement: all in turn, in steps of the golden ratio, so that
+    few measurements are already spread over the depth. Recall differs most between layers."""
+    steps = (step for step in range(1, num_layers + 1) if math.gcd(step, num_layers) == 1)
+    step = min(steps, key=lambda step: abs(step - GOLDEN_RATIO * num_layers))
+    return turn * step % num_layers
 
 
 def attend_all(tiers: Tiers, batch: Batch, layer: int, q_1HGD: Tensor) -> tuple[Tensor, Tensor]:

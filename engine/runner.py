@@ -162,7 +162,7 @@ class Runner:
         return EngineStats(
             hot_hits=counts.selected - missed,
             hot_misses=missed,
-            evicted_pages=int(counts.evicted),
+            evicted_pages=int(counts.evicted + kv.tables.displaced),
             overflow_pages=counts.overflow,
             h2d_bytes=h2d_bytes,
             h2d_s=h2d_s,
@@ -250,6 +250,7 @@ class Runner:
             staging_NX=staging_NX,
             dense_layers=spec.knobs.dense_layers,
             scale=config.head_dim**-0.5,
+            recall_stride=spec.recall_stride,
         )
 
     def _make_resident(self, spec: EngineSpec) -> ResidentDecoder:

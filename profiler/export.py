@@ -108,7 +108,11 @@ def _counters(telemetry: Telemetry) -> Iterator[Metric]:
         ("requests_failed", "Requests that ended with an error.", telemetry.requests_failed),
         ("kv_hot_hits", "Selected pages found in the hot tier.", totals.hot_hits),
         ("kv_hot_misses", "Selected pages fetched from the DRAM tier.", totals.hot_misses),
-        ("kv_evicted_pages", "Pages evicted from the hot tier.", totals.evicted_pages),
+        (
+            "kv_evicted_pages",
+            "Pages of running requests dropped from the hot tier.",
+            totals.evicted_pages,
+        ),
         ("kv_overflow_pages", "Selected pages attended in passes.", totals.overflow_pages),
         ("h2d_bytes", "Bytes copied into the hot tier.", totals.h2d_bytes),
         ("h2d_seconds", "Seconds copies into the hot tier were under way.", totals.h2d_s),

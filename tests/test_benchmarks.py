@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from acceptance_run import STEPS, command_of, environment_of
 from parallel_decode import ORACLE, RANDOM, Choice, Context, Scores, score_text
 from quality import bootstrap_ratio
 from serial_decode import decode_text, make_runner
@@ -79,3 +80,15 @@ def test_windows_do_not_overlap() -> None:
     assert len({token for window in windows for token in window}) == 99
     with pytest.raises(ValueError, match="overlap"):
         cut_windows(list(range(100)), count=3, num_tokens=34)
+
+
+def test_only_the_tests_without_a_gpu_run_in_parallel() -> None:
+    for name in STEPS:
+        assert command_of(name, workers=1) == STEPS[name]
+        assert environment_of(name, workers=1, num_cpus=8) == {}
+    assert command_of("gpu tests", workers=4) == STEPS["gpu tests"]
+    parallel = command_of("other tests", workers=4)
+    assert parallel == (*STEPS["other tests"], "-n", "4", "--dist", "loadfile")
+    for num_cpus, threads in ((16, "4"), (2, "1")):
+        changes = environment_of("other tests", workers=4, num_cpus=num_cpus)
+        assert changes == {"OMP_NUM_THREADS": threads}

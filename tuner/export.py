@@ -17,6 +17,7 @@ from sparsed.core import InputError, KnobValue, Profile, ProfileKey, check_knob_
 
 CONFIG_VERSION: Final = 1
 BARE_KEY: Final = re.compile(r"[A-Za-z0-9_-]+")  # of TOML
+VLLM_BLOCK_SIZES: Final = (16, 32)
 TUNED_FOR: Final = "tuned_for"  # the table of a TOML file that says where the values come from
 
 
@@ -197,14 +198,21 @@ def _convert(content: object) -> Profile:
 
 
 def vllm_flags(profile: Profile, *, memory: DeviceMemory | None) -> dict[str, KnobValue]:
-    """vLLM's names. Its token limit of a step counts decode tokens too, ours does not."""
+    """vLLM's names. Its token limit of a step counts decode tokens too, ours does not. Its
+    FlashAttention takes blocks of multiples of 16 tokens, its older versions none above 32 on
+    CUDA: other page sizes are left to its default.
+
+    Source: vllm/engine/arg_utils.py at commit 99d7eb5 and vllm/config/cache.py at c1d8642, about
+    version 0.11; the documentation of version 0.29 for what has changed since.
+    """
     values = profile.values
+    page_size = values.get("page_size")
     chunk, active = values.get("prefill_chunk"), values.get("max_num_active_seqs")
     if isinstance(chunk, int) and isinstance(active, int):
         chunk += active
     flags: dict[str, KnobValue] = {
         "dtype": profile.key.dtype,
-        "block-size": values.get("page_size"),
+        "block-size": page_size if page_size in VLLM_BLOCK_SIZES else None,
         "max-num-seqs": active,
         "max-num-batched-tokens": chunk,
         "gpu-memory-utilization": round(memory.vllm_frac, 3) if memory else None,
@@ -213,11 +221,18 @@ def vllm_flags(profile: Profile, *, memory: DeviceMemory | None) -> dict[str, Kn
 
 
 def sglang_flags(profile: Profile, *, memory: DeviceMemory | None) -> dict[str, KnobValue]:
+    """SGLang's names. It refuses a chunk that is no multiple of the page.
+
+    Source: python/sglang/srt/server_args.py at commit 001067f (2026).
+    """
+    page_size, chunk = profile.values.get("page_size"), profile.values.get("prefill_chunk")
+    if isinstance(page_size, int) and isinstance(chunk, int):
+        chunk = max(chunk // page_size, 1) * page_size
     flags: dict[str, KnobValue] = {
         "dtype": profile.key.dtype,
-        "page-size": profile.values.get("page_size"),
+        "page-size": page_size,
         "max-running-requests": profile.values.get("max_num_active_seqs"),
-        "chunked-prefill-size": profile.values.get("prefill_chunk"),
+        "chunked-prefill-size": chunk,
         "mem-fraction-static": round(memory.sglang_frac, 3) if memory else None,
     }
     return {name: value for name, value in flags.items() if value is not None}
@@ -238,7 +253,7 @@ def _yaml(profile: Profile, flags: Mapping[str, KnobValue]) -> str:
 
 def _header(profile: Profile) -> tuple[str, ...]:
     number = "" if profile.profile_id is None else f" {profile.profile_id}"
-    gain = "unknown" if profile.gain_frac is None else f"{profile.gain_frac:+.1%}"
+    gain = "no gain proved" if profile.gain_frac is None else f"{profile.gain_frac:+.1%}"
     evidence = f"{profile.objective} on {profile.workload}: {gain} over the default"
     key = profile.key
     lines = (
@@ -257,6 +272,9 @@ def _losses(profile: Profile, flags: Mapping[str, KnobValue]) -> tuple[str, ...]
     ]
     if lost:
         notes.append(f"# lost, no counterpart for a densely trained model: {', '.join(lost)}")
+    if "page_size" in profile.values and not {"block-size", "page-size"} & set(flags):
+        size = profile.values["page_size"]
+        notes.append(f"# page_size {size} is left out: not every version and backend takes it")
     if not {"gpu-memory-utilization", "mem-fraction-static"} & set(flags):
         notes.append("# no memory fraction: it is made from bytes of a GPU, which are not known")
     return tuple(notes)

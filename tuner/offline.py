@@ -118,7 +118,8 @@ class _Study:
         if not any(trial.arm == DEFAULT for trial in self._trials):
             self._run(DEFAULT, self._plan.space.default_values)
         if self._slo.min_recall is None:
-            # A default that reads everything has no sample, and loses nothing.
+            # A default that reads everything has no sample and loses nothing. One that was never
+            # sampled sets the same floor: too high rather than too low.
             recall = self.default.metrics.get("attention_recall", 1.0)
             self._slo = replace(self._slo, min_recall=recall - MAX_RECALL_LOSS)
         return self.default.status not in BROKEN

@@ -23,7 +23,7 @@ def create_app(context: HttpContext) -> FastAPI:
     for endpoints in (completions, chat, models, tokens, health):
         app.include_router(endpoints.router)
     install_handlers(app)
-    app.add_middleware(BodyGuard)
+    app.add_middleware(BodyGuard, max_model_len=context.max_model_len)
     if context.api_key is not None:
         app.add_middleware(KeyGuard, api_key=context.api_key)
     return app

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import uuid
+from typing import Annotated
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Depends, Request, Response
 
+from sparsed.controller.http.bodies import body_of
 from sparsed.controller.http.context import Context
 from sparsed.controller.http.generation import Answer, Delta
 from sparsed.controller.http.logprobs import chat_logprobs
@@ -18,10 +20,13 @@ from sparsed.controller.http.usage import Tally
 from sparsed.controller.tokenizer import Tokenizer
 
 router = APIRouter()
+CheckedChatBody = Annotated[ChatBody, Depends(body_of(ChatBody))]
 
 
 @router.post("/v1/chat/completions")
-async def create_chat_completion(body: ChatBody, request: Request, context: Context) -> Response:
+async def create_chat_completion(
+    body: CheckedChatBody, request: Request, context: Context
+) -> Response:
     """Answer a conversation."""
     model = check_model(body.model, context=context)
     reply_id = f"chatcmpl-{uuid.uuid4().hex}"

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import uuid
+from typing import Annotated
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Depends, Request, Response
 
+from sparsed.controller.http.bodies import body_of
 from sparsed.controller.http.context import Context, HttpContext
 from sparsed.controller.http.generation import Answer, Delta
 from sparsed.controller.http.logprobs import CompletionLogprobs
@@ -18,10 +20,13 @@ from sparsed.controller.http.usage import Tally
 from sparsed.controller.tokenizer import Tokenizer
 
 router = APIRouter()
+CheckedCompletionBody = Annotated[CompletionBody, Depends(body_of(CompletionBody))]
 
 
 @router.post("/v1/completions")
-async def create_completion(body: CompletionBody, request: Request, context: Context) -> Response:
+async def create_completion(
+    body: CheckedCompletionBody, request: Request, context: Context
+) -> Response:
     """Continue one or several prompts."""
     model = check_model(body.model, context=context)
     reply_id = f"cmpl-{uuid.uuid4().hex}"

@@ -7,10 +7,9 @@ import hmac
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from sparsed.controller.http.bodies import max_body_bytes
 from sparsed.controller.http.errors import error_response
 from sparsed.controller.http.health import OPEN_PATHS
-
-MAX_BODY_BYTES = 32 << 20  # a prompt of a few million tokens
 
 
 class KeyGuard:
@@ -37,11 +36,15 @@ class KeyGuard:
 
 
 class BodyGuard:
-    """Stops reading a body beyond ``MAX_BODY_BYTES``: 413."""
+    """Stops reading a body that no prompt of ``max_model_len`` tokens needs: 413."""
 
-    def __init__(self, app: ASGIApp, *, max_bytes: int = MAX_BODY_BYTES) -> None:
+    def __init__(self, app: ASGIApp, *, max_model_len: int) -> None:
         self._app = app
-        self._max_bytes = max_bytes
+        self._max_bytes = max_body_bytes(max_model_len)
+        self._message = (
+            f"the body is larger than {self._max_bytes} bytes, which no prompt of the model's "
+            f"{max_model_len} tokens needs; shorten it"
+        )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         num_bytes = 0
@@ -51,7 +54,7 @@ class BodyGuard:
             message = await receive()
             num_bytes += len(message.get("body", b""))
             if num_bytes > self._max_bytes:
-                raise HTTPException(413, f"the body is larger than {self._max_bytes} bytes")
+                raise HTTPException(413, self._message)
             return message
 
         await self._app(scope, bounded_receive if scope["type"] == "http" else receive, send)

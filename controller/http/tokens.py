@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Annotated
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Depends
 
+from sparsed.controller.http.bodies import body_of
 from sparsed.controller.http.context import Context, HttpContext
 from sparsed.controller.http.logprobs import token_text
 from sparsed.controller.http.plan import encode_chat
@@ -13,10 +15,12 @@ from sparsed.controller.http.protocol import DetokenizeBody, TokenizeBody
 from sparsed.controller.http.sampling import check_model, check_token_ids
 
 router = APIRouter()
+CheckedDetokenizeBody = Annotated[DetokenizeBody, Depends(body_of(DetokenizeBody))]
+CheckedTokenizeBody = Annotated[TokenizeBody, Depends(body_of(TokenizeBody))]
 
 
 @router.post("/tokenize")
-async def tokenize(body: TokenizeBody, context: Context) -> dict[str, object]:
+async def tokenize(body: CheckedTokenizeBody, context: Context) -> dict[str, object]:
     """The token ids of a text or of a conversation."""
     check_model(body.model, context=context)
     token_ids = await asyncio.to_thread(_encode, body, context=context)
@@ -32,7 +36,7 @@ async def tokenize(body: TokenizeBody, context: Context) -> dict[str, object]:
 
 
 @router.post("/detokenize")
-async def detokenize(body: DetokenizeBody, context: Context) -> dict[str, object]:
+async def detokenize(body: CheckedDetokenizeBody, context: Context) -> dict[str, object]:
     """The text of token ids, special ones included."""
     check_model(body.model, context=context)
     check_token_ids(body.tokens, context=context, field="tokens")

@@ -38,7 +38,9 @@ class PageTables:
     """``page_slot`` (R + 1, L, H, P + 1): slot of each page, -1 if absent; the last column takes
     the writes of lanes that have nothing to write, the last row belongs to nobody and stays -1.
     ``lane_slots`` (R, L, H, P): slots a lane owns, -1 after the last. ``frames`` (R, F): DRAM frame
-    of each 128 tokens."""
+    of each 128 tokens. ``displaced``: pages that lost their slot to a shrinking row or to a page
+    that had to be open; selections count theirs in ``Fetch``, and a request that ends evicts
+    nothing."""
 
     def __init__(
         self, geometry: Geometry, *, num_rows: int, max_model_len: int, device: torch.device
@@ -54,6 +56,7 @@ class PageTables:
         self.lane_slots = torch.full((*lanes, pages), -1, dtype=torch.int32, device=device)
         frames = num_frames(max_model_len)
         self.frames = torch.zeros((num_rows, frames), dtype=torch.int64, device=device)
+        self.displaced = torch.zeros((), dtype=torch.int64, device=device)
         self._head_H = torch.arange(geometry.num_kv_heads, device=device)
         self._lane_LH = torch.arange(geometry.num_lanes, device=device).view(lanes[1:])
 
@@ -113,6 +116,7 @@ class PageTables:
         table_LHP = self.page_slot[row]
         table_LHP.scatter_(-1, evicted_LH1 % table_LHP.shape[-1], -1)  # -1: the spare column
         table_LHP[:, :, page] = victim_LH1[..., 0].int()
+        self.displaced += (evicted_LH1 >= 0).sum()
         arena.slot_page_N.index_fill_(0, victim_LH1.flatten(), page)
         arena.slot_step_N.index_fill_(0, victim_LH1.flatten(), LOCKED_STEP)
 
@@ -180,12 +184,15 @@ class PageTables:
 
     def release(self, arena: HotArena, row: int, first_slot: int, last_slot: int) -> None:
         """Drop the pages in slots first_slot .. last_slot - 1 of every lane of ``row``, and the
-        slots. Pages that are locked there move to the oldest slot that stays."""
+        slots. Pages that are locked there move to the oldest slot that stays; with none that
+        stays the request is over."""
         leaving_LHn = self.lane_slots[row, :, :, first_slot:last_slot].long()
         locked_LHn = arena.slot_step_N[leaving_LHn] == LOCKED_STEP
         if first_slot and bool(locked_LHn.any()):
             self._move_locked(arena, row, leaving_LHn, locked_LHn, first_slot)
         pages_LHn = arena.slot_page_N[leaving_LHn].long()
+        if first_slot:
+            self.displaced += (pages_LHn >= 0).sum()
         table_LHP = self.page_slot[row]
         table_LHP.scatter_(-1, pages_LHn % table_LHP.shape[-1], -1)
         arena.slot_page_N.index_fill_(0, leaving_LHn.flatten(), -1)
@@ -201,6 +208,7 @@ class PageTables:
         kept_MS = self.lane_slots[row, layers, heads, :num_kept].long()
         target_M = kept_MS.gather(1, arena.slot_step_N[kept_MS].argmin(1, keepdim=True))[:, 0]
         evicted_M = arena.slot_page_N[target_M].long()
+        self.displaced += (evicted_M >= 0).sum()
         spare = self.page_slot.shape[-1] - 1
         self.page_slot[row, layers, heads, torch.where(evicted_M >= 0, evicted_M, spare)] = -1
         self.page_slot[row, layers, heads, page_M] = target_M.int()

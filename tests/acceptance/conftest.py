@@ -1,6 +1,7 @@
 """The real daemon, as a process of its own."""
 
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -16,6 +17,8 @@ import pytest
 
 READY_TIMEOUT_S = 180.0
 STOP_TIMEOUT_S = 60.0
+FIRST_PORT, LAST_PORT = 20_000, 32_000  # below those of outgoing connections
+MAX_PROCESSES = 128  # of a parallel run
 QUIET = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
 
 
@@ -64,14 +67,35 @@ StartDaemon = Callable[..., Daemon]
 
 @pytest.fixture(scope="session")
 def free_port() -> Callable[[], int]:
-    """Finds a TCP port that nobody uses now."""
+    """Finds a TCP port that nobody uses now.
+
+    Each process of a parallel run has ports of its own, no port comes twice, and the system gives
+    none of them to outgoing connections: it is still free when a daemon takes it, seconds later.
+    """
+    process = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    ports = range(FIRST_PORT + process, LAST_PORT, MAX_PROCESSES)
+    start = random.randrange(len(ports))  # other runs on this machine begin elsewhere
+    candidates = iter((*ports[start:], *ports[:start]))
 
     def find() -> int:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            return int(probe.getsockname()[1])
+        return next(port for port in candidates if _is_free(port))
 
     return find
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+        return True
+
+
+@pytest.fixture
+def tmp_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """pytest's own, but short whatever the test is called: unix sockets have 107 bytes."""
+    return tmp_path_factory.mktemp("t")
 
 
 @pytest.fixture(scope="module")

@@ -80,7 +80,8 @@ def test_a_killed_engine_does_not_show_in_the_text(
     assert engine_pid(running) != pid
     assert text == undisturbed
     assert usage.completion_tokens == NUM_TOKENS
-    assert usage.sparse_details["sparse_steps"] > 0
+    assert usage.sparse_details["sparse_steps"] == NUM_TOKENS - 1, "replayed steps count again"
+    assert 0 < usage.sparse_details["coverage"] <= 1
 
 
 def test_a_stopped_engine_is_found_by_its_silence(

@@ -46,11 +46,14 @@ def test_a_study_is_stored_trial_by_trial_and_its_result_exported(tmp_path: Path
     assert trials[0].status is TrialStatus.OK
     assert trials[0].metrics["output_tokens_per_s"] == trials[0].score
     assert all(trial.ended_at > trial.started_at > 0 for trial in trials)
+    for trial in (trial for trial in trials if trial.score):
+        assert bool(trial.metrics["sparse_steps"]) == ("attention_recall" in trial.metrics)
     exported = parse_profile(file.read_text())
     expected: Profile | None = next(iter(profiles), None)
     assert exported.values == (expected.values if expected else trials[0].values)
     assert "page_size" not in exported.values
     assert "the default stays" in output or "is verified" in output
+    assert "the prompts are random tokens" in " ".join(output.split())
     longest = re.search(r"longest prompt (\d+) tokens", words := " ".join(output.split()))
     assert longest
     budget = trials[0].values["token_budget"]

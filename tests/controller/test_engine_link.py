@@ -74,6 +74,7 @@ def test_neighbours_of_a_fatal_request_go_on_with_the_same_text(
         assert poison[-1].finish_reason is FinishReason.ERROR
         assert "died 4 times" in str(poison[-1].error)  # among all, twice; beside one; alone
         assert link.supervisor.restarts == 4
+        assert len(link.supervisor._deaths_s) == 1, "the four are explained, and count as one"
         assert link.ledger.num_failed == 1
 
     asyncio.run(live())

@@ -180,6 +180,16 @@ def test_a_suspect_is_convicted_only_alone(bench: Bench) -> None:
     assert bench.ledger.num_failed == 1
 
 
+def test_a_conviction_says_how_many_deaths_it_explains(bench: Bench) -> None:
+    for name in ("one", "two"):
+        bench.submit(name)
+    explained = []
+    for _ in range(4):  # two with both, which makes them suspects; then each alone
+        explained.append(bench.ledger.on_engine_lost())
+        bench.ledger.on_engine_ready()
+    assert explained == [0, 0, 3, 3]
+
+
 def test_enough_tokens_end_a_suspicion(bench: Bench) -> None:
     for name in ("one", "two"):
         bench.submit(name, max_tokens=40)

@@ -70,6 +70,16 @@ def test_a_profile_fills_in_what_was_not_asked_for(plan_start: PlanStart) -> Non
         assert words in plan.profile
 
 
+def test_a_draft_in_a_config_file_claims_nothing(configure: Callable[..., DaemonConfig]) -> None:
+    draft = replace(
+        profile(), status=ProfileStatus.DRAFT, winner_scores=(), profile_id=None, values={}
+    )
+    config = replace(configure(), tuned_for=draft)
+    words = prepare(config, progress=lambda phase, frac: None).profile
+    assert words.startswith("from the config file: draft for ")
+    assert words.endswith(", no gain over the default proved")
+
+
 def test_a_profile_that_does_not_fit_is_left_out(plan_start: PlanStart) -> None:
     plan = plan_start(find_verified=lambda key: profile(max_num_active_seqs=8), max_num_seqs=4)
     assert plan.spec.knobs.max_num_active_seqs == 4

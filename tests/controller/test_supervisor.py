@@ -37,16 +37,27 @@ LIMITS = WatchLimits(silence_s=3.0)
 class Watcher:
     """A supervisor, with what it said."""
 
-    def __init__(self, spec: EngineSpec, *, run_dir: Path) -> None:
+    def __init__(
+        self,
+        spec: EngineSpec,
+        *,
+        run_dir: Path,
+        forgiven: Callable[[int], int] = lambda num_lost: 0,
+    ) -> None:
         self.messages: asyncio.Queue[FromEngine] = asyncio.Queue()
         self.lost: list[str] = []
+        self._forgiven = forgiven
         self.supervisor = Supervisor(
             spec,
             run_dir=run_dir,
             on_message=self.messages.put_nowait,
-            on_lost=self.lost.append,
+            on_lost=self._on_lost,
             limits=LIMITS,
         )
+
+    def _on_lost(self, reason: str) -> None:
+        self.lost.append(reason)
+        self.supervisor.forgive(self._forgiven(len(self.lost)))
 
     async def until(self, kind: type[Message]) -> Message:
         """The next message of ``kind``; others are skipped."""
@@ -145,6 +156,30 @@ def test_an_engine_that_always_dies_is_given_up(
 
     watcher = asyncio.run(live())
     assert len(watcher.lost) == MAX_DEATHS + 1
+
+
+@pytest.mark.slow
+def test_forgiven_deaths_do_not_end_it(
+    plan_start: Callable[..., StartPlan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every third death explains two others as well."""
+    monkeypatch.setattr("sparsed.controller.supervisor.MAX_BACK_OFF_S", 0.01)
+    plan = plan_start()
+
+    async def live() -> None:
+        watcher = Watcher(
+            plan.spec, run_dir=tmp_path, forgiven=lambda num_lost: 0 if num_lost % 3 else 2
+        )
+        await watcher.supervisor.start()
+        async with asyncio.timeout(60):
+            while watcher.supervisor.restarts < MAX_DEATHS + 4:
+                for child in psutil.Process().children():
+                    child.kill()
+                await asyncio.sleep(0.02)
+        watcher.supervisor.forgive(100)  # harmless
+        await watcher.supervisor.stop(0.0)
+
+    asyncio.run(live())
 
 
 @pytest.mark.slow

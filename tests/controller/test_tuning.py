@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -45,7 +46,13 @@ def config(tmp_path: Path, **flags: object) -> DaemonConfig:
     return load_config(flags=given | flags, environment={})
 
 
-def trial(number: int, arm: str, score: float | None, reason: str = "") -> TrialResult:
+def trial(
+    number: int,
+    arm: str,
+    score: float | None,
+    reason: str = "",
+    metrics: Mapping[str, float] | None = None,
+) -> TrialResult:
     return TrialResult(
         number=number,
         arm=arm,
@@ -53,7 +60,7 @@ def trial(number: int, arm: str, score: float | None, reason: str = "") -> Trial
         status=TrialStatus.OK if score else TrialStatus.OUT_OF_MEMORY,
         score=score,
         spread_frac=0.015 if score else None,
-        metrics={},
+        metrics=metrics or {},
         reason=reason,
     )
 
@@ -96,14 +103,17 @@ def test_the_bar_says_the_best_and_every_trial() -> None:
         seed=0,
     )
     with StudyProgress(Console(file=text, width=200), plan=plan, previous=()) as progress:
-        progress.show(trial(0, "default", 10.0))
+        progress.show(trial(0, "default", 10.0, metrics={"attention_recall": 0.0}))
         progress.show(trial(1, "bayes", None, "the hot tier is full"))
-        progress.show(trial(2, "verify", 99.0, "of bayes"))
+        progress.show(trial(2, "verify", 99.0, "of bayes", {"sparse_steps": 0.0}))
+        progress.show(trial(3, "random", None, "so", {"sparse_steps": 7.0}))
     lines = [line.rstrip() for line in text.getvalue().splitlines()]
     knobs = "token_budget=1024, hbm_budget=auto"
-    assert f"   0 default 10 tokens/s  {knobs}" in lines
+    assert f"   0 default 10 tokens/s, recall 0.000  {knobs}" in lines
     assert f"   1 bayes   out_of_memory (the hot tier is full)  {knobs}" in lines
-    assert "best 10 tokens/s" in lines[-1] and "3/13" in lines[-1]
+    assert f"   2 verify  99 tokens/s, nothing sparse (of bayes)  {knobs}" in lines
+    assert f"   3 random  out_of_memory, recall not sampled (so)  {knobs}" in lines
+    assert "best 10 tokens/s" in lines[-1] and "4/13" in lines[-1]
 
 
 def test_the_table_has_every_arm_and_the_verification() -> None:
@@ -132,3 +142,14 @@ def test_the_table_has_every_arm_and_the_verification() -> None:
         "verified: so it is",
     ):
         assert words in printed
+
+
+@pytest.mark.parametrize("sparse_steps", [0.0, 5.0])
+def test_a_winner_that_was_never_sparse_is_marked(sparse_steps: float) -> None:
+    text = io.StringIO()
+    winner = trial(1, "bayes", 12.0, metrics={"sparse_steps": sparse_steps})
+    outcome = StudyOutcome(
+        default=trial(0, "default", 10.0), best={"bayes": winner}, winner=winner, reason="verified"
+    )
+    print_outcome(Console(file=text, width=160), outcome, objective=Objective.THROUGHPUT)
+    assert ("nothing is known of its attention recall" in text.getvalue()) == (not sparse_steps)

@@ -16,6 +16,7 @@ from sparsed.controller.workload import (
     fit_workload,
     load_workload,
     parse_trace,
+    recall_stride,
     to_messages,
 )
 from sparsed.core import InputError, Workload, WorkloadRequest
@@ -125,13 +126,26 @@ def test_a_fitted_workload_fits(
     assert expected_s(kept, times=SLOW) <= window_s + smallest
 
 
-def test_messages_are_seeded_and_exact() -> None:
+def test_messages_have_exactly_their_output() -> None:
     workload = load_workload("chat")
-    messages = to_messages(workload, vocab_size=100, seed=3, prefix="a")
-    assert messages == to_messages(workload, vocab_size=100, seed=3, prefix="a")
-    assert messages != to_messages(workload, vocab_size=100, seed=4, prefix="a")
-    assert [len(message.prompt_tokens) for message in messages[:4]] == [900, 400, 2200, 600]
+    prompts = [(1, number) for number in range(len(workload.requests))]
+    messages = to_messages(workload, prompts=prompts, prefix="a")
+    assert [message.prompt_tokens for message in messages] == prompts
     assert {message.sampling.max_tokens for message in messages} == {180, 250, 150, 300}
     assert all(message.sampling.ignore_eos for message in messages)
     assert len({message.request_id for message in messages}) == len(messages)
     assert set(PRESETS) == {"chat", "documents", "mixed"}
+
+
+@pytest.mark.parametrize(
+    ("output_tokens", "stride"), [(1, 1), (8, 1), (17, 2), (120, 14), (5_000, 32)]
+)
+def test_recall_is_sampled_often_enough_for_the_longest_prompt(
+    output_tokens: int, stride: int
+) -> None:
+    sizes = ((100, 900), (3_000, output_tokens), (200, 900))
+    requests = (
+        WorkloadRequest(arrival_s=0.0, input_tokens=prompt, output_tokens=output)
+        for prompt, output in sizes
+    )
+    assert recall_stride(Workload(name="w", requests=tuple(requests))) == stride

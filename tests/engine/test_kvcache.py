@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -70,7 +71,8 @@ class CacheMachine(RuleBasedStateMachine):
         total = min(prompt + output, MAX_LEN)
         budget = None if budgets is None else int(budgets * self.budget)
         if self.cache.can_admit(total, method=method, token_budget=budget):
-            index = self.cache.add(total, method=method, token_budget=budget)
+            with self.losses_counted():
+                index = self.cache.add(total, method=method, token_budget=budget)
             assert index not in self.lives
             self.lives[index] = Life(prompt, total)
 
@@ -87,11 +89,13 @@ class CacheMachine(RuleBasedStateMachine):
         lives = [(i, life) for i, life in self.lives.items() if life.length < life.total]
         decodes = [(i, life) for i, life in lives if life.length >= life.prompt]
         for index, life in decodes:
-            self.cache.open_token(index, life.length, step=self.step)
+            with self.losses_counted():
+                self.cache.open_token(index, life.length, step=self.step)
         for index, life in lives:
             if life.length < life.prompt:
                 size = int(rng.integers(1, life.prompt - life.length + 1))
-                self.cache.open_chunk(index, life.length, life.length + size, step=self.step)
+                with self.losses_counted():
+                    self.cache.open_chunk(index, life.length, life.length + size, step=self.step)
                 life.length += size
         for layer in range(2):
             self.select([index for index, _ in decodes], layer, rng)
@@ -131,7 +135,8 @@ class CacheMachine(RuleBasedStateMachine):
     @rule(budgets=st.sampled_from((None, 1, 1.5, 2.5)))
     def apply(self, budgets: float | None) -> None:
         hbm_budget = None if budgets is None else int(budgets * self.budget)
-        self.cache.apply(replace(self.cache._knobs, hbm_budget=hbm_budget))
+        with self.losses_counted():
+            self.cache.apply(replace(self.cache._knobs, hbm_budget=hbm_budget))
         for row in self.cache.rows.values():
             assert row.num_blocks <= self.cache._quota_blocks(row)
 
@@ -139,10 +144,25 @@ class CacheMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def free(self, data: st.DataObject) -> None:
         index = data.draw(st.sampled_from(sorted(self.lives)))
+        displaced = int(self.cache.tables.displaced)
         self.cache.free(index)
+        assert int(self.cache.tables.displaced) == displaced, "a request that ends evicts nothing"
         del self.lives[index]
         assert bool((self.cache.tables.page_slot[index] == -1).all())
         assert bool((self.cache.tables.lane_slots[index] == -1).all())
+
+    @contextmanager
+    def losses_counted(self) -> Iterator[None]:
+        """Every page that has a slot before the block, or gets one in it, and has none after it
+        is counted."""
+        tables, rows = self.cache.tables, self.cache.rows
+        had, displaced = tables.page_slot[..., :-1] >= 0, int(tables.displaced)
+        num_placed = {index: row.num_placed for index, row in rows.items()}
+        yield
+        for index, row in rows.items():
+            had[index, :, :, num_placed.get(index, 0) : row.num_placed] = True
+        lost = had & (tables.page_slot[..., :-1] < 0)
+        assert int(tables.displaced) - displaced == int(lost.sum())
 
     @invariant()
     def nothing_leaks(self) -> None:
@@ -258,6 +278,7 @@ def test_an_open_page_moves_when_its_slot_is_taken(make_cache: MakeCache) -> Non
     assert bool((cache.arena.slot_step_N[after] == LOCKED_STEP).all())
     assert bool((cache.arena.slot_page_N[before] == -1).all())
     assert (cache.tables.page_slot[index, :, :, :-1] >= 0).sum(-1).unique().tolist() == [12]
+    assert int(cache.tables.displaced) == 4 * (32 - 12)
 
 
 def test_what_never_fits_is_named(make_cache: MakeCache) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from torch import Tensor
 from sparsed.core import (
     PAGE_SIZES,
     AddRequest,
+    EngineSpec,
     FinishReason,
     SamplingParams,
     SparseMethod,
@@ -22,6 +25,7 @@ from sparsed.core import (
     TokenOutput,
 )
 from sparsed.engine.batch import DecodeRow, PromptChunk, StepPlan
+from sparsed.engine.decode import sampled_layer
 from sparsed.engine.engine import Engine
 from sparsed.engine.models.config import FAMILIES
 from sparsed.engine.models.rope_config import ROPE_KINDS
@@ -29,6 +33,7 @@ from sparsed.engine.runner import Runner
 
 TinyCheckpoint = Callable[..., Path]
 MakeRunner = Callable[..., Runner]
+MakeSpec = Callable[..., EngineSpec]
 MakeEngine = Callable[..., Engine]
 Oracle = Callable[..., list[int]]
 
@@ -290,6 +295,17 @@ def test_sparse_on_small_tiers_is_sparse_on_large_ones(
         assert (runner.stats().overflow_pages > 0) == (runner is tiny)
 
 
+def test_pages_that_a_new_one_displaces_are_evicted_too(
+    make_runner: MakeRunner, llama: Path
+) -> None:
+    """Dense decode selects nothing: each new page takes the slot of another."""
+    runner = make_runner(llama, lane_blocks=2, page_size=32, sparse_method=SparseMethod.DENSE)
+    teacher_forced(runner, tokens_of(400, seed=2), 320)
+    before = runner.stats().evicted_pages
+    teacher_forced(runner, tokens_of(32 * 12, seed=2), 320)
+    assert runner.stats().evicted_pages > before > 0
+
+
 @pytest.mark.parametrize("dense_layers", [1, 2])
 def test_dense_layers(make_runner: MakeRunner, llama: Path, dense_layers: int) -> None:
     """One dense layer of two: neither sparse nor dense. Two: dense. On every size of tier."""
@@ -326,6 +342,27 @@ def test_recall_is_measured_and_the_text_unchanged(make_runner: MakeRunner, llam
     assert 0.2 < stats.recall_sum / stats.recall_samples < 1.0
 
 
+@pytest.mark.parametrize("num_layers", [1, 2, 30, 32, 36, 80])
+def test_recall_visits_all_layers_far_from_each_other(num_layers: int) -> None:
+    layers = [sampled_layer(turn, num_layers) for turn in range(2 * num_layers)]
+    assert sorted(layers) == sorted([*range(num_layers)] * 2)
+    for first in range(num_layers):
+        places = sorted(layers[first : first + 8])
+        gaps = [b - a for a, b in pairwise((*places, num_layers + places[0]))]
+        assert max(gaps) <= max(num_layers / 3.5, 1)
+
+
+@pytest.mark.parametrize("stride", [1, 7])
+def test_an_engine_can_measure_recall_more_often(
+    stride: int, make_spec: MakeSpec, llama: Path
+) -> None:
+    """As in trials, whose windows are short."""
+    spec = replace(make_spec(llama, token_budget=256), recall_stride=stride)
+    runner = Runner(spec, on_progress=lambda *_: None)
+    teacher_forced(runner, tokens_of(610, seed=6), 600)
+    assert runner.stats().recall_samples == (3 + 10) // stride - 3 // stride
+
+
 @pytest.mark.parametrize("lane_blocks", [None, 3])
 @pytest.mark.parametrize("num_known", [0, 1, 31, 49])
 def test_a_replay_goes_on_with_the_same_text(
@@ -338,10 +375,12 @@ def test_a_replay_goes_on_with_the_same_text(
     whole = text(undisturbed)
     details = undisturbed[-1].sparse
     assert details is not None and details.sparse_steps == 49
+    assert details.coverage is not None
     known = whole[:num_known]
     replayed = run(make_engine(llama, **values), request("a", prompt, 50, generated=known))
     assert text(replayed) == whole[num_known:]
     assert [output.index for output in replayed] == list(range(num_known, 50))
+    assert replayed[-1].sparse == details, "the replay counts and measures the whole again"
 
 
 @pytest.mark.slow

@@ -10,7 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsed.core import InputError, Objective, Profile, ProfileKey, ProfileStatus
-from sparsed.tuner.export import DeviceMemory, mismatch, parse_profile, render_profile
+from sparsed.tuner.export import (
+    DeviceMemory,
+    mismatch,
+    parse_profile,
+    render_profile,
+    sglang_flags,
+    vllm_flags,
+)
 
 PROFILE = Profile(
     key=ProfileKey(hardware='gpu:NVIDIA "H100":80GiB', model="org/m-8b", dtype="bfloat16"),
@@ -96,6 +103,36 @@ SGLANG = f"""\
 )
 def test_golden_texts(format: str, text: str) -> None:
     assert render_profile(PROFILE, format=format, memory=MEMORY) == text
+
+
+def test_a_draft_claims_no_gain() -> None:
+    profile = replace(PROFILE, status=ProfileStatus.DRAFT, winner_scores=(), profile_id=None)
+    first, *_ = render_profile(profile, format="toml").splitlines()
+    words = "throughput on chat: no gain proved over the default"
+    assert first == f"# sparsed profile (draft), {words}"
+
+
+@pytest.mark.parametrize(("page_size", "block_size"), [(8, None), (16, 16), (32, 32), (64, None)])
+def test_vllm_gets_only_blocks_that_it_takes(page_size: int, block_size: int | None) -> None:
+    profile = replace(PROFILE, values=PROFILE.values | {"page_size": page_size})
+    assert vllm_flags(profile, memory=MEMORY).get("block-size") == block_size
+    for format in ("vllm", "vllm-yaml"):
+        text = render_profile(profile, format=format, memory=MEMORY)
+        assert (f"# page_size {page_size} is left out" in text) == (block_size is None)
+    assert "is left out" not in render_profile(profile, format="sglang", memory=MEMORY)
+
+
+@pytest.mark.parametrize(
+    ("page_size", "chunk", "expected"),
+    [(128, 192, 128), (128, 96, 128), (64, 192, 192), (None, 100, 100), (32, None, None)],
+)
+def test_sglang_gets_chunks_of_whole_pages(
+    page_size: int | None, chunk: int | None, expected: int | None
+) -> None:
+    values = {"page_size": page_size, "prefill_chunk": chunk}
+    given = {name: value for name, value in values.items() if value is not None}
+    flags = sglang_flags(replace(PROFILE, values=given), memory=MEMORY)
+    assert flags.get("chunked-prefill-size") == expected
 
 
 @pytest.mark.parametrize("format", ["vllm", "sglang"])

@@ -61,6 +61,7 @@ class SyntheticEngine:
             output_tokens=1000,
             ttft_s=(0.1,),
             tpot_s=(step_s,),
+            sparse_steps=1000,
             attention_recall=1.0 - 100.0 / knobs.token_budget,
             hot_hit_frac=0.9,
             h2d_bytes=0,
@@ -133,12 +134,26 @@ def test_a_dense_default_sets_a_floor_too() -> None:
         def __call__(self, values: Mapping[str, KnobValue]) -> Measurement:
             measured = super().__call__(values)
             if DEFAULT.with_values(values).token_budget >= DEFAULT.token_budget:
-                return replace(measured, attention_recall=None)
+                return replace(measured, attention_recall=None, sparse_steps=0)
             return replace(measured, attention_recall=0.5)
 
     outcome, recorded = study(DenseByDefault(), num_trials=8)
     assert any(trial.status is TrialStatus.RECALL_BROKEN for trial in recorded)
     assert all(trial.metrics.get("attention_recall") != 0.5 for trial in outcome.best.values())
+
+
+@pytest.mark.parametrize("slo", [Slo(), Slo(min_recall=0.5)])
+def test_an_unsampled_candidate_never_wins(slo: Slo) -> None:
+    class Unsampled(SyntheticEngine):
+        def __call__(self, values: Mapping[str, KnobValue]) -> Measurement:
+            measured = super().__call__(values)
+            is_default = values == SPACE.default_values
+            return measured if is_default else replace(measured, attention_recall=None)
+
+    outcome, recorded = study(Unsampled(), slo=slo)
+    assert outcome.winner is None and set(outcome.best) == {"default"}
+    unchecked = [trial for trial in recorded if "never sampled" in trial.reason]
+    assert unchecked and all(trial.status is TrialStatus.RECALL_BROKEN for trial in unchecked)
 
 
 def test_noise_alone_is_not_verified() -> None:

@@ -158,12 +158,17 @@ def test_guarded_values_apply_and_are_one_rung_away(
         assert repaired or abs(a - b) <= 1
 
 
+UNSAMPLED = {"attention_recall": None}
+NOT_SPARSE = {"attention_recall": None, "sparse_steps": 0}
+
+
 def measurement(**changes: object) -> Measurement:
     fields: dict[str, object] = {
         "duration_s": 2.0,
         "output_tokens": 20,
         "ttft_s": (0.1, 0.3),
         "tpot_s": (0.01, 0.05),
+        "sparse_steps": 8,
         "attention_recall": 0.9,
         "hot_hit_frac": None,
         "h2d_bytes": 0,
@@ -180,7 +185,10 @@ def measurement(**changes: object) -> Measurement:
         ({}, Objective.THROUGHPUT, Slo(ttft_s=0.2), TrialStatus.SLO_BROKEN, None),
         ({}, Objective.THROUGHPUT, Slo(tpot_s=0.04), TrialStatus.SLO_BROKEN, None),
         ({}, Objective.THROUGHPUT, Slo(min_recall=0.95), TrialStatus.RECALL_BROKEN, None),
-        ({"attention_recall": None}, Objective.THROUGHPUT, Slo(min_recall=0.95), "ok", 10.0),
+        (UNSAMPLED, Objective.THROUGHPUT, Slo(), TrialStatus.OK, 10.0),
+        (UNSAMPLED, Objective.THROUGHPUT, Slo(min_recall=0.1), TrialStatus.RECALL_BROKEN, None),
+        (UNSAMPLED, Objective.GOODPUT, Slo(min_recall=0.1), TrialStatus.RECALL_BROKEN, None),
+        (NOT_SPARSE, Objective.THROUGHPUT, Slo(min_recall=0.95), TrialStatus.OK, 10.0),
         (
             {"attention_recall": math.nan},
             Objective.THROUGHPUT,
@@ -201,6 +209,14 @@ def test_judge(
     assert (verdict.status, verdict.score) == (status, score)
     assert bool(verdict.reason) == (score is None)
     assert all(math.isfinite(value) for value in verdict.metrics.values())
+
+
+def test_an_unchecked_floor_says_so() -> None:
+    verdict = judge(
+        measurement(**UNSAMPLED), objective=Objective.THROUGHPUT, slo=Slo(min_recall=0.5)
+    )
+    assert "never sampled in 8 sparse steps" in verdict.reason
+    assert verdict.metrics["sparse_steps"] == 8
 
 
 def test_a_space_of_one_point_is_exhausted_at_once() -> None:

@@ -4,9 +4,6 @@ from typing import Any
 
 import pytest
 
-from sparsed.controller.http.app import create_app
-from sparsed.controller.http.guards import BodyGuard
-
 pytestmark = pytest.mark.anyio
 PATH = "/v1/completions"
 
@@ -119,15 +116,3 @@ async def test_two_hundred_clients_at_once(open_edge: Any, engine: Any) -> None:
     for client, events in enumerate(answers):
         text = "".join(event["choices"][0]["text"] for event in events)
         assert text == f"<{client}>" * 3
-
-
-async def test_a_large_body_is_cut_off(open_edge: Any, engine: Any) -> None:
-    async with open_edge() as edge:
-        app = create_app(_app_of(edge).state.context)
-        app.user_middleware.clear()
-        app.add_middleware(BodyGuard, max_bytes=100)
-        connection = Connection(app, {"prompt": "x" * 100})
-        await connection.run()
-    assert connection.sent[0]["status"] == 413
-    assert json.loads(connection.sent[1]["body"])["error"]["type"] == "RequestTooLargeError"
-    assert engine.received == []

