@@ -13,9 +13,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sparsed.core import EngineFacts, EngineSpec, EngineStats, Knobs
+from sparsed.core import (
+    EngineFacts,
+    EngineSpec,
+    EngineStats,
+    Knobs,
+    LinkCalibration,
+    LinkProbe,
+)
 from sparsed.engine.attention import Attention
 from sparsed.engine.batch import PromptChunk, StepPlan
+from sparsed.engine.calibrate import ensure_calibration
 from sparsed.engine.kvcache.cache import KVCache
 from sparsed.engine.kvcache.dram import DramPool
 from sparsed.engine.kvcache.geometry import Geometry
@@ -61,8 +69,7 @@ class Runner:
         on_progress("allocating both KV tiers", 0.0)
         self.kv = self._make_cache(spec, config, pool_fd, partial(on_progress, "pinning memory"))
         self.attention = self._make_attention(spec, config)
-        on_progress("measuring the link", 0.0)
-        link = probe_link(self.kv.pool.pages_RX, self.kv.arena.pages_NX)
+        link, calibration = self._measure_link(spec, on_progress)
         self.facts = EngineFacts(
             pid=os.getpid(),
             device_name=_device_name(self._device),
@@ -70,6 +77,8 @@ class Runner:
             load_s=time.perf_counter() - started,
             link=link,
             versions=_versions(),
+            copies=self.kv.transfer.ways.entries(block_bytes=self.kv.geometry.layer_bytes),
+            calibration=calibration,
         )
 
     @torch.inference_mode()
@@ -90,6 +99,7 @@ class Runner:
 
     def apply(self, knobs: Knobs) -> None:
         self.kv.apply(knobs)
+        self.kv.transfer.ways.set_programs(knobs.copy_programs)
 
     def stats(self) -> EngineStats:
         """Counters and gauges of the tiers; the caller adds those of requests and steps."""
@@ -177,6 +187,21 @@ class Runner:
             ),
             knobs=knobs,
         )
+
+    def _measure_link(
+        self, spec: EngineSpec, on_progress: Progress
+    ) -> tuple[LinkProbe, LinkCalibration | None]:
+        """The link's speed, and the calibration made for it if the spec brought none that fits."""
+        pool, hot_NX, ways = self.kv.pool, self.kv.arena.pages_NX, self.kv.transfer.ways
+        on_progress("measuring the link", 0.0)
+        calibration = ensure_calibration(
+            spec, pool=pool, hot_NX=hot_NX, on_progress=partial(on_progress, "measuring the link")
+        )
+        if calibration is not None:
+            ways.calibrate(calibration)
+        ways.set_programs(spec.knobs.copy_programs)
+        link = probe_link(pool.pages_RX, hot_NX, ways=ways)
+        return link, None if calibration is spec.calibration else calibration
 
     def _make_attention(self, spec: EngineSpec, config: ModelConfig) -> Attention:
         geometry = self.kv.geometry
