@@ -51,6 +51,7 @@ class DaemonConfig:
     drain_timeout_s: float = 30.0
     seed: int = 0
     no_profile: bool = False
+    enforce_eager: bool = False
     verify_kv: str = VerifyMode.OFF.value
     tensor_parallel_size: int = 1
     knobs: Mapping[str, KnobValue] = field(default_factory=dict)
@@ -308,6 +309,7 @@ _OPTIONS: Mapping[str, Callable[[_Given], object]] = {
     "shutdown_timeout": _number(0, 86400, unit=" s"),
     "seed": _integer(0, 2**31 - 1),
     "no_profile": _boolean,
+    "enforce_eager": _boolean,
     "verify_kv": _pattern("|".join(VerifyMode), allowed=", ".join(VerifyMode)),
     "tensor_parallel_size": _one_gpu,
 }

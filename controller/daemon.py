@@ -22,6 +22,7 @@ from sparsed.controller.engine_link import EngineLink
 from sparsed.controller.http.app import create_app
 from sparsed.controller.http.context import HttpContext
 from sparsed.controller.http_server import HttpServer, bind_port
+from sparsed.controller.links import keep_calibration
 from sparsed.controller.logs import ProgressLog, log_plan, log_to_stderr
 from sparsed.controller.startup import StartPlan, check_next_start, load_tokenizer, prepare
 from sparsed.controller.state_dir import StateLock
@@ -49,7 +50,11 @@ async def run(config: DaemonConfig) -> int:
         store, fault = _open_store(config)
         try:
             plan = await asyncio.to_thread(
-                prepare, config, progress=ProgressLog(), find_verified=store.find_verified
+                prepare,
+                config,
+                progress=ProgressLog(),
+                find_verified=store.find_verified,
+                find_calibration=store.find_calibration,
             )
             log_plan(plan)
             daemon = Daemon(config, plan, store=store, store_fault=fault, started_s=started_s)
@@ -124,7 +129,8 @@ class Daemon:
             raise StartError(f"{names} ended unasked", code=ExitCode.SOFTWARE)
 
     async def _keep_engine(self) -> None:
-        await self._engine.supervisor.start()
+        facts = await self._engine.supervisor.start()
+        await asyncio.to_thread(keep_calibration, self._store, facts.calibration)
         seconds = time.monotonic() - self._started_s
         name = self._model_ids[0]
         print(f"sparsed ready: model={name} {self._url} in {seconds:.1f} s", flush=True)

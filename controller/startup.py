@@ -11,6 +11,13 @@ from pathlib import Path
 from sparsed import __version__
 from sparsed.controller.config import DaemonConfig
 from sparsed.controller.control import KnobSource
+from sparsed.controller.links import link_key
+from sparsed.controller.lookups import (
+    FindCalibration,
+    FindVerified,
+    calibrations_of,
+    profiles_of,
+)
 from sparsed.controller.tokenizer import Tokenizer
 from sparsed.core import (
     BLOCK_TOKENS,
@@ -27,7 +34,6 @@ from sparsed.core import (
     ProfileKey,
     VerifyMode,
 )
-from sparsed.db import open_store
 from sparsed.engine.models.catalog import ResolvedModel, resolve_model
 from sparsed.engine.models.config import ModelConfig, load_config
 from sparsed.engine.models.dummy import dummy_config
@@ -38,7 +44,6 @@ from sparsed.tuner.export import mismatch
 FIT_EXAMPLES_TOKENS = (8_192, 32_768, 131_072)
 
 Progress = Callable[[str, float], None]
-FindVerified = Callable[[ProfileKey], Profile | None]
 
 logger = logging.getLogger(__name__)
 
@@ -64,17 +69,23 @@ class _Sized:
 
 
 def prepare(
-    config: DaemonConfig, *, progress: Progress, find_verified: FindVerified | None = None
+    config: DaemonConfig,
+    *,
+    progress: Progress,
+    find_verified: FindVerified | None = None,
+    find_calibration: FindCalibration | None = None,
 ) -> StartPlan:
     """Resolve model, device, profile, knobs and memory. Reads files, may fetch a model: blocks.
 
-    ``find_verified`` None: profiles are read from the database of the state directory, if any.
+    ``find_verified`` and ``find_calibration`` None: profiles and calibrations are read from the
+    database of the state directory, if any.
     Errors: InputError naming the field that is wrong or does not fit.
     """
     resolved = resolve_model(config.model, cache_dir=config.cache_dir, progress=progress)
     model = _model_config(resolved)
-    machine = _machine(config.device)
-    device = _device(config.device, machine)
+    device, machine = find_device(config.device)
+    link = None if device == "cpu" else link_key(machine)
+    find_calibration = find_calibration or calibrations_of(config.state_dir)
     dtype = _dtype(config.dtype, device=device, model=model)
     key = ProfileKey(hardware=machine.fingerprint, model=resolved.model_id, dtype=dtype)
     _warn_of_mismatch(config, key)
@@ -89,7 +100,10 @@ def prepare(
             knobs=sized.knobs,
             plan=sized.plan,
             seed=config.seed,
+            enforce_eager=config.enforce_eager,
             verify_kv=VerifyMode(config.verify_kv),
+            link=link,
+            calibration=find_calibration(link) if link else None,
         ),
         model=model,
         model_id=resolved.model_id,
@@ -202,6 +216,15 @@ def _model_config(resolved: ResolvedModel) -> ModelConfig:
     return load_config(resolved.path)
 
 
+def find_device(asked: str) -> tuple[str, MachineFacts]:
+    """The device that ``asked`` (auto, cpu, cuda, cuda:N) means here, and the machine's facts.
+
+    Errors: InputError if it is not there.
+    """
+    machine = _machine(asked)
+    return _device(asked, machine), machine
+
+
 def _machine(device: str) -> MachineFacts:
     """Facts of the machine, without its GPU where that is not to be used."""
     index = int(device.partition(":")[2] or 0)
@@ -252,23 +275,10 @@ def _choose_profile(
         return None, "none: --no-profile"
     if config.tuned_for is not None:
         return None, f"from the config file: {_profile_in_words(config.tuned_for)}"
-    profile = (find_verified or _read_database(config))(key)
+    profile = (find_verified or profiles_of(config.state_dir))(key)
     if profile is None:
         return None, f"none: no verified one for {key.model}, {key.dtype} on {key.hardware}"
     return profile, _profile_in_words(profile)
-
-
-def _read_database(config: DaemonConfig) -> FindVerified:
-    def find(key: ProfileKey) -> Profile | None:
-        if not config.state_dir.database.exists():
-            return None
-        store = open_store(config.state_dir.database)
-        try:
-            return store.find_verified(key)
-        finally:
-            store.close()
-
-    return find
 
 
 def _profile_in_words(profile: Profile) -> str:

@@ -142,9 +142,15 @@ class Supervisor:
             self._failure = message
         elif isinstance(message, KnobsApplied) and message.error is None:
             self._spec = replace(self._spec, knobs=message.knobs)  # for the next process
-        elif isinstance(message, EngineReady) and not self._facts.done():
-            self._facts.set_result(message.facts)
+        elif isinstance(message, EngineReady):
+            self._on_ready(message.facts)
         self._on_message(message)
+
+    def _on_ready(self, facts: EngineFacts) -> None:
+        if facts.calibration is not None:  # for the next process, which need not measure then
+            self._spec = replace(self._spec, calibration=facts.calibration)
+        if not self._facts.done():
+            self._facts.set_result(facts)
 
     def _raise_if_never_started(self, reason: str) -> None:
         if self._facts.done():

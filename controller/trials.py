@@ -59,6 +59,7 @@ class EngineBench:
         self._stats = EngineStats()
         self._num_windows = 0
         self._recall_stride = plan.spec.recall_stride
+        self._calibration = plan.spec.calibration
         self.versions: Mapping[str, str] = {}
 
     async def probe(self) -> ServiceTimes:
@@ -129,13 +130,19 @@ class EngineBench:
         try:
             spec = prepare(config, progress=lambda _phase, _frac: None).spec
             self._supervisor = Supervisor(
-                replace(spec, recall_stride=self._recall_stride),
+                replace(
+                    spec,
+                    recall_stride=self._recall_stride,
+                    calibration=self._calibration or spec.calibration,
+                ),
                 run_dir=config.state_dir.run_dir,
                 on_message=self._receive,
                 on_lost=self._inbox.put_nowait,
             )
             async with asyncio.timeout(START_DEADLINE_S):
-                self.versions = (await self._supervisor.start()).versions
+                facts = await self._supervisor.start()
+            self.versions = facts.versions
+            self._calibration = facts.calibration or self._calibration
         except InputError as error:
             raise TrialFailed(str(error), status=TrialStatus.INVALID_CONFIG) from error
         except (StartError, TimeoutError) as error:

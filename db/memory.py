@@ -9,6 +9,8 @@ from threading import Lock
 from sparsed.core import (
     Decision,
     InputError,
+    LinkCalibration,
+    LinkKey,
     Objective,
     Profile,
     ProfileKey,
@@ -43,6 +45,7 @@ class InMemoryProfileStore:
         self._builders = tuple(RollupBuilder(period_s) for period_s in RETENTION_S)
         self._rollups: list[tuple[ProfileKey, Rollup]] = []
         self._decisions: list[tuple[ProfileKey, Decision]] = []
+        self._calibrations: dict[LinkKey, LinkCalibration] = {}
 
     def close(self) -> None:
         """Nothing to release; what was remembered stays readable."""
@@ -164,3 +167,13 @@ class InMemoryProfileStore:
     def list_decisions(self, key: ProfileKey) -> tuple[Decision, ...]:
         with self._lock:
             return tuple(item for owner, item in reversed(self._decisions) if owner == key)
+
+    # links
+
+    def save_calibration(self, calibration: LinkCalibration) -> None:
+        with self._lock:
+            self._calibrations[calibration.key] = calibration
+
+    def find_calibration(self, key: LinkKey) -> LinkCalibration | None:
+        with self._lock:
+            return self._calibrations.get(key)

@@ -125,6 +125,22 @@ class ProfileRow(Base):
     pinned: Mapped[bool]
 
 
+class LinkCalibrationRow(Base):
+    __tablename__ = "link_calibration"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    sha256: Mapped[str] = mapped_column(String(64), unique=True)  # of the five that follow
+    gpu_name: Mapped[str]
+    driver: Mapped[str]
+    link: Mapped[str]
+    torch: Mapped[str]
+    triton: Mapped[str]
+    h2d_bytes_per_s: Mapped[float]
+    d2h_bytes_per_s: Mapped[float]
+    entries: Mapped[list[Any]] = mapped_column(JSON)  # LinkEntry by field
+    measured_at: Mapped[float]
+
+
 class RollupRow(Base):
     __tablename__ = "rollup"
     __table_args__ = (Index(None, "period_s", "started_at"),)

@@ -11,8 +11,14 @@ from numbers import Integral, Real
 from typing import Any
 
 from sparsed.core import (
+    CopyPath,
     Decision,
+    Direction,
     KnobValue,
+    LinkCalibration,
+    LinkEntry,
+    LinkKey,
+    LinkProbe,
     Objective,
     Profile,
     ProfileKey,
@@ -23,7 +29,14 @@ from sparsed.core import (
     Workload,
     WorkloadRequest,
 )
-from sparsed.db.models import DecisionRow, ProfileRow, RollupRow, TrialRow, WorkloadRow
+from sparsed.db.models import (
+    DecisionRow,
+    LinkCalibrationRow,
+    ProfileRow,
+    RollupRow,
+    TrialRow,
+    WorkloadRow,
+)
 from sparsed.db.rollup import Rollup
 
 
@@ -140,3 +153,37 @@ def decision_of(row: DecisionRow, *, values: Mapping[str, Any]) -> Decision:
 
 def rollup_row(rollup: Rollup, *, hardware_id: int, model_id: int) -> RollupRow:
     return RollupRow(hardware_id=hardware_id, model_id=model_id, **asdict(rollup))
+
+
+def calibration_row(calibration: LinkCalibration) -> LinkCalibrationRow:
+    key, contiguous = calibration.key, calibration.contiguous
+    return LinkCalibrationRow(
+        sha256=sha256(asdict(key)),
+        **asdict(key),
+        h2d_bytes_per_s=plain_number(contiguous.h2d_bytes_per_s),
+        d2h_bytes_per_s=plain_number(contiguous.d2h_bytes_per_s),
+        entries=[plain_mapping(asdict(entry)) for entry in calibration.entries],
+        measured_at=plain_number(calibration.measured_at),
+    )
+
+
+def calibration_of(row: LinkCalibrationRow) -> LinkCalibration:
+    return LinkCalibration(
+        key=LinkKey(
+            gpu_name=row.gpu_name,
+            driver=row.driver,
+            link=row.link,
+            torch=row.torch,
+            triton=row.triton,
+        ),
+        contiguous=LinkProbe(
+            h2d_bytes_per_s=row.h2d_bytes_per_s, d2h_bytes_per_s=row.d2h_bytes_per_s
+        ),
+        entries=tuple(_link_entry(values) for values in row.entries),
+        measured_at=row.measured_at,
+    )
+
+
+def _link_entry(values: Mapping[str, Any]) -> LinkEntry:
+    enums = {"direction": Direction(values["direction"]), "path": CopyPath(values["path"])}
+    return LinkEntry(**{**values, **enums})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from threading import Lock
 from typing import Final
 
@@ -11,6 +12,8 @@ from sqlalchemy import Engine, delete, select
 from sparsed.core import (
     Decision,
     InputError,
+    LinkCalibration,
+    LinkKey,
     Objective,
     Profile,
     ProfileKey,
@@ -24,6 +27,7 @@ from sparsed.db import lookup, rows
 from sparsed.db.models import (
     ConfigRow,
     DecisionRow,
+    LinkCalibrationRow,
     ProfileRow,
     RollupRow,
     StudyRow,
@@ -222,3 +226,20 @@ class SqlProfileStore:
         with reading(self._engine) as session:
             found = session.execute(lookup.of_key(query, key, row=DecisionRow))
             return tuple(rows.decision_of(row, values=config.values) for row, config in found)
+
+    # links
+
+    def save_calibration(self, calibration: LinkCalibration) -> None:
+        row = rows.calibration_row(calibration)
+        with writing(self._engine) as session:
+            same_key = LinkCalibrationRow.sha256 == row.sha256
+            session.execute(delete(LinkCalibrationRow).where(same_key))
+            session.add(row)
+
+    def find_calibration(self, key: LinkKey) -> LinkCalibration | None:
+        query = select(LinkCalibrationRow).where(
+            LinkCalibrationRow.sha256 == rows.sha256(asdict(key))
+        )
+        with reading(self._engine) as session:
+            row = session.scalars(query).one_or_none()
+            return None if row is None else rows.calibration_of(row)

@@ -8,6 +8,8 @@ from typing import Protocol
 
 from sparsed.core import (
     Decision,
+    LinkCalibration,
+    LinkKey,
     Objective,
     Profile,
     ProfileKey,
@@ -110,7 +112,17 @@ class TelemetryStore(Protocol):
         ...
 
 
-class Store(ProfileStore, StudyStore, TelemetryStore, Protocol):
+class LinkStore(Protocol):
+    """Calibrations of links, one for each key. Threads and errors as in ``ProfileStore``."""
+
+    def save_calibration(self, calibration: LinkCalibration) -> None:
+        """Keep it, instead of an earlier one of the same key."""
+        ...
+
+    def find_calibration(self, key: LinkKey) -> LinkCalibration | None: ...
+
+
+class Store(ProfileStore, StudyStore, TelemetryStore, LinkStore, Protocol):
     """Everything; the opener owns it and closes it once."""
 
     def close(self) -> None: ...

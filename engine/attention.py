@@ -50,6 +50,10 @@ class Attention:
     def counts(self) -> DecodeCounts:
         return self._tiers.counts
 
+    def warm_up(self, chunk_tokens: int, *, max_tokens: int, group: int) -> None:
+        """Have the backends measured that whole chunks of prompts up to ``max_tokens`` need."""
+        self._prefill.warm_up(chunk_tokens, max_tokens=max_tokens, group=group)
+
     def plan(self, plan: StepPlan, *, step: int) -> AttentionPlan:
         """Plan a step; the pages of its decode tokens must be open."""
         cache, decodes = self._cache, plan.decodes

@@ -64,6 +64,19 @@ class PrefillAttention:
         self._staging_NX = staging_NX
         self._attend = DenseAttention(scale=scale)
 
+    def warm_up(self, chunk_tokens: int, *, max_tokens: int, group: int) -> None:
+        """Have the backends measured for whole chunks and the pieces of context they meet."""
+        pages_NX, geometry = self._cache.arena.pages_NX, self._cache.geometry
+        heads, dim = geometry.num_kv_heads, geometry.head_dim
+        piece = len(self._staging_NX) // heads * geometry.page_size
+        starts = range(chunk_tokens, max_tokens, chunk_tokens)
+        pieces = {min(piece, start - done) for start in starts for done in range(0, start, piece)}
+        q = pages_NX.new_empty((heads, group, chunk_tokens, dim)).normal_()
+        kv = pages_NX.new_empty((heads, max({chunk_tokens, *pieces}), dim)).normal_()
+        self._attend(q, kv[:, :chunk_tokens], kv[:, :chunk_tokens], causal=True)
+        for num_keys in pieces:
+            self._attend(q, kv[:, :num_keys], kv[:, :num_keys], causal=False)
+
     def plan(self, chunk: PromptChunk, *, step: int) -> ChunkPlan:
         cache, geometry = self._cache, self._cache.geometry
         page_size = geometry.page_size

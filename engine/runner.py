@@ -4,35 +4,28 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
 from functools import partial
-from importlib.metadata import version
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from sparsed.core import EngineFacts, EngineSpec, EngineStats, Knobs
-from sparsed.engine.attention import Attention
+from sparsed.engine.assembly import (
+    Progress,
+    device_name,
+    library_versions,
+    load_decoder,
+    make_attention,
+    make_cache,
+    measure_link,
+)
 from sparsed.engine.batch import DecodeRow, PromptChunk, StepPlan
 from sparsed.engine.decode_batch import is_sparse
-from sparsed.engine.kvcache.cache import KVCache
-from sparsed.engine.kvcache.dram import DramPool
-from sparsed.engine.kvcache.geometry import Geometry
-from sparsed.engine.kvcache.hbm import HotArena
-from sparsed.engine.kvcache.tables import PageTables
-from sparsed.engine.kvcache.transfer import Transfer, probe_link
 from sparsed.engine.kvcache.upload import upload
-from sparsed.engine.kvcache.verify import Verifier
-from sparsed.engine.models.config import ModelConfig, load_config
-from sparsed.engine.models.decoder import Decoder
-from sparsed.engine.models.dummy import DUMMY_PREFIX, dummy_config
-from sparsed.engine.models.weights import load_weights, random_weights
 from sparsed.engine.resident import Drawn, ResidentDecoder
-from sparsed.engine.sparse.bounds import make_selector
+from sparsed.engine.warmup import warm_up
 
-Progress = Callable[[str, float], None]
 Decodes = tuple[DecodeRow, ...]
 
 
@@ -57,29 +50,29 @@ class Runner:
     ) -> None:
         started = time.perf_counter()
         self._device = torch.device(spec.device)
-        self._dtype: torch.dtype = getattr(torch, spec.dtype)
         self._step = 0
-        self.decoder = self._load_model(spec, on_progress)
+        self.decoder = load_decoder(spec, on_progress=on_progress)
         config = self.decoder.config
         self.vocab_size = config.vocab_size
-        on_progress("allocating both KV tiers", 0.0)
-        self.kv = self._make_cache(spec, config, pool_fd, partial(on_progress, "pinning memory"))
-        self.attention = self._make_attention(spec, config)
+        self.kv = make_cache(spec, config, pool_fd=pool_fd, on_progress=on_progress)
+        self.attention = make_attention(spec, self.kv)
         self._last_token_R = torch.zeros(
             self.kv.tables.spare_row + 1, dtype=torch.int64, device=self._device
         )
         self.resident = self._make_resident(spec) if self.runs_ahead else None
-        on_progress("measuring the link", 0.0)
-        link = probe_link(self.kv.pool.pages_RX, self.kv.arena.pages_NX)
+        link, calibration = measure_link(spec, self.kv, on_progress=on_progress)
         if self.resident is not None:
-            self.resident.capture(lambda frac: on_progress("capturing decode graphs", frac))
+            self.resident.capture(partial(on_progress, "capturing decode graphs"))
+            warm_up(self, spec.knobs, on_progress=on_progress)
         self.facts = EngineFacts(
             pid=os.getpid(),
-            device_name=_device_name(self._device),
+            device_name=device_name(self._device),
             weights_bytes=self.decoder.weights.num_bytes,
             load_s=time.perf_counter() - started,
             link=link,
-            versions=_versions(),
+            versions=library_versions(),
+            copies=self.kv.transfer.ways.entries(block_bytes=self.kv.geometry.layer_bytes),
+            calibration=calibration,
         )
 
     @property
@@ -151,6 +144,7 @@ class Runner:
 
     def apply(self, knobs: Knobs) -> None:
         self.kv.apply(knobs)
+        self.kv.transfer.ways.set_programs(knobs.copy_programs)
 
     def stats(self) -> EngineStats:
         """Counters and gauges of the tiers; the caller adds those of requests and steps."""
@@ -176,81 +170,6 @@ class Runner:
             hot_total_bytes=kv.arena.total_bytes,
             dram_used_bytes=kv.pool.used_bytes,
             dram_total_bytes=kv.pool.total_bytes,
-        )
-
-    def _load_model(self, spec: EngineSpec, on_progress: Progress) -> Decoder:
-        def progress(frac: float) -> None:
-            on_progress("loading weights", frac)
-
-        if spec.model.startswith(DUMMY_PREFIX):
-            config = dummy_config(spec.model)
-            weights = random_weights(
-                config, device=self._device, dtype=self._dtype, seed=spec.seed, progress=progress
-            )
-            return Decoder(config, weights)
-        directory = Path(spec.model)
-        config = load_config(directory)
-        weights = load_weights(
-            directory, config=config, device=self._device, dtype=self._dtype, progress=progress
-        )
-        return Decoder(config, weights)
-
-    def _make_cache(
-        self,
-        spec: EngineSpec,
-        config: ModelConfig,
-        pool_fd: int | None,
-        on_pinned: Callable[[float], None],
-    ) -> KVCache:
-        knobs, plan, device = spec.knobs, spec.plan, self._device
-        geometry = Geometry.of(config.shape, dtype=spec.dtype, page_size=knobs.page_size)
-        selector = make_selector(knobs.sparse_method)
-        num_summaries = plan.num_frames * geometry.page_rows_per_frame if selector else 0
-        return KVCache(
-            geometry,
-            arena=HotArena(geometry, plan, dtype=self._dtype, device=device),
-            pool=DramPool(
-                geometry,
-                num_frames=plan.num_frames,
-                dtype=self._dtype,
-                device=device,
-                pool_fd=pool_fd,
-                on_progress=on_pinned,
-            ),
-            tables=PageTables(
-                geometry,
-                num_rows=knobs.max_num_seqs,
-                max_model_len=knobs.max_model_len,
-                device=device,
-            ),
-            summaries_RE=torch.empty(
-                (num_summaries, 2 * geometry.head_dim), dtype=self._dtype, device=device
-            ),
-            selector=selector,
-            transfer=Transfer(
-                page_bytes=geometry.page_bytes,
-                device=device,
-                verifier=Verifier(
-                    spec.verify_kv,
-                    num_page_rows=plan.num_frames * geometry.page_rows_per_frame,
-                    device=device,
-                ),
-            ),
-            knobs=knobs,
-        )
-
-    def _make_attention(self, spec: EngineSpec, config: ModelConfig) -> Attention:
-        geometry = self.kv.geometry
-        num_staged = spec.plan.staging_bytes // geometry.page_bytes
-        staging_NX = torch.empty(
-            (num_staged, self.kv.arena.pages_NX.shape[1]), dtype=self._dtype, device=self._device
-        )
-        return Attention(
-            self.kv,
-            staging_NX=staging_NX,
-            dense_layers=spec.knobs.dense_layers,
-            scale=config.head_dim**-0.5,
-            recall_stride=spec.recall_stride,
         )
 
     def _make_resident(self, spec: EngineSpec) -> ResidentDecoder:
@@ -318,15 +237,3 @@ def _logits_index(chunk: PromptChunk, *, first: int) -> range:
     """Places in the step, whose chunk begins at ``first``, of positions that need logits."""
     offset = first - chunk.start
     return range(max(chunk.logits_from, chunk.start) + offset, chunk.end + offset)
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-
-
-def _versions() -> dict[str, str]:
-    return {
-        "torch": str(torch.__version__),  # TorchVersion, a str that no encoder knows
-        "triton": version("triton"),
-        "cuda": torch.version.cuda or "none",
-    }

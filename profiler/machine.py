@@ -21,6 +21,8 @@ class _Gpu(NamedTuple):
     hbm_total_bytes: int
     hbm_free_bytes: int
     driver_version: str | None
+    pcie_generation: int | None = None
+    pcie_width: int | None = None
 
 
 def read_machine(
@@ -73,4 +75,6 @@ def _read_gpu(nvml: NvmlSession | None, index: int) -> _Gpu:
         hbm_total_bytes=memory.total_bytes if memory else 0,
         hbm_free_bytes=memory.free_bytes if memory else 0,
         driver_version=nvml.call("nvmlSystemGetDriverVersion"),
+        pcie_generation=nvml.call("nvmlDeviceGetMaxPcieLinkGeneration", handle),
+        pcie_width=nvml.call("nvmlDeviceGetMaxPcieLinkWidth", handle),
     )

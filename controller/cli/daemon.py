@@ -103,6 +103,12 @@ def _lines(now: DaemonStatus) -> Iterator[tuple[str, object]]:
     yield "engine restarts", now.engine_restarts
     yield "failed requests", now.requests_failed
     yield "lost writes", now.store_lost_writes
+    for entry in now.facts.copies if now.facts else ():
+        programs = f", {entry.programs} programs" if entry.programs else ""
+        yield (
+            f"{entry.direction} of {entry.piece_bytes / 1024:g} KiB",
+            f"by {entry.path}{programs}, {entry.bytes_per_s / 1e9:.1f} GB/s when calibrated",
+        )
     if now.stats:
         yield from _tier_lines(now.stats)
     if now.snapshot:

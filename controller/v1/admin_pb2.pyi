@@ -62,6 +62,21 @@ class ExportFormat(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     EXPORT_FORMAT_VLLM: _ClassVar[ExportFormat]
     EXPORT_FORMAT_VLLM_YAML: _ClassVar[ExportFormat]
     EXPORT_FORMAT_SGLANG: _ClassVar[ExportFormat]
+
+class Direction(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    DIRECTION_UNSPECIFIED: _ClassVar[Direction]
+    DIRECTION_H2D: _ClassVar[Direction]
+    DIRECTION_D2H: _ClassVar[Direction]
+
+class CopyPath(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    COPY_PATH_UNSPECIFIED: _ClassVar[CopyPath]
+    COPY_PATH_KERNEL: _ClassVar[CopyPath]
+    COPY_PATH_COPY_ENGINE: _ClassVar[CopyPath]
+    COPY_PATH_BATCHED: _ClassVar[CopyPath]
+    COPY_PATH_STAGED: _ClassVar[CopyPath]
+    COPY_PATH_MEMCPY: _ClassVar[CopyPath]
 DAEMON_STATE_UNSPECIFIED: DaemonState
 DAEMON_STATE_LOADING: DaemonState
 DAEMON_STATE_SERVING: DaemonState
@@ -97,6 +112,15 @@ EXPORT_FORMAT_JSON: ExportFormat
 EXPORT_FORMAT_VLLM: ExportFormat
 EXPORT_FORMAT_VLLM_YAML: ExportFormat
 EXPORT_FORMAT_SGLANG: ExportFormat
+DIRECTION_UNSPECIFIED: Direction
+DIRECTION_H2D: Direction
+DIRECTION_D2H: Direction
+COPY_PATH_UNSPECIFIED: CopyPath
+COPY_PATH_KERNEL: CopyPath
+COPY_PATH_COPY_ENGINE: CopyPath
+COPY_PATH_BATCHED: CopyPath
+COPY_PATH_STAGED: CopyPath
+COPY_PATH_MEMCPY: CopyPath
 
 class MutationOptions(_message.Message):
     __slots__ = ("validate_only", "reason", "request_id", "expected_revision")
@@ -199,8 +223,52 @@ class LinkProbe(_message.Message):
     d2h_bytes_per_s: float
     def __init__(self, h2d_bytes_per_s: _Optional[float] = ..., d2h_bytes_per_s: _Optional[float] = ...) -> None: ...
 
+class LinkKey(_message.Message):
+    __slots__ = ("gpu_name", "driver", "link", "torch", "triton")
+    GPU_NAME_FIELD_NUMBER: _ClassVar[int]
+    DRIVER_FIELD_NUMBER: _ClassVar[int]
+    LINK_FIELD_NUMBER: _ClassVar[int]
+    TORCH_FIELD_NUMBER: _ClassVar[int]
+    TRITON_FIELD_NUMBER: _ClassVar[int]
+    gpu_name: str
+    driver: str
+    link: str
+    torch: str
+    triton: str
+    def __init__(self, gpu_name: _Optional[str] = ..., driver: _Optional[str] = ..., link: _Optional[str] = ..., torch: _Optional[str] = ..., triton: _Optional[str] = ...) -> None: ...
+
+class LinkEntry(_message.Message):
+    __slots__ = ("direction", "piece_bytes", "path", "programs", "tile_bytes", "bytes_per_s", "slowdown")
+    DIRECTION_FIELD_NUMBER: _ClassVar[int]
+    PIECE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    PATH_FIELD_NUMBER: _ClassVar[int]
+    PROGRAMS_FIELD_NUMBER: _ClassVar[int]
+    TILE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    BYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
+    SLOWDOWN_FIELD_NUMBER: _ClassVar[int]
+    direction: Direction
+    piece_bytes: int
+    path: CopyPath
+    programs: int
+    tile_bytes: int
+    bytes_per_s: float
+    slowdown: float
+    def __init__(self, direction: _Optional[_Union[Direction, str]] = ..., piece_bytes: _Optional[int] = ..., path: _Optional[_Union[CopyPath, str]] = ..., programs: _Optional[int] = ..., tile_bytes: _Optional[int] = ..., bytes_per_s: _Optional[float] = ..., slowdown: _Optional[float] = ...) -> None: ...
+
+class LinkCalibration(_message.Message):
+    __slots__ = ("key", "contiguous", "entries", "measured_at")
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    CONTIGUOUS_FIELD_NUMBER: _ClassVar[int]
+    ENTRIES_FIELD_NUMBER: _ClassVar[int]
+    MEASURED_AT_FIELD_NUMBER: _ClassVar[int]
+    key: LinkKey
+    contiguous: LinkProbe
+    entries: _containers.RepeatedCompositeFieldContainer[LinkEntry]
+    measured_at: float
+    def __init__(self, key: _Optional[_Union[LinkKey, _Mapping]] = ..., contiguous: _Optional[_Union[LinkProbe, _Mapping]] = ..., entries: _Optional[_Iterable[_Union[LinkEntry, _Mapping]]] = ..., measured_at: _Optional[float] = ...) -> None: ...
+
 class EngineFacts(_message.Message):
-    __slots__ = ("pid", "device_name", "weights_bytes", "load_s", "link", "versions")
+    __slots__ = ("pid", "device_name", "weights_bytes", "load_s", "link", "versions", "copies", "calibration")
     class VersionsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -214,13 +282,17 @@ class EngineFacts(_message.Message):
     LOAD_S_FIELD_NUMBER: _ClassVar[int]
     LINK_FIELD_NUMBER: _ClassVar[int]
     VERSIONS_FIELD_NUMBER: _ClassVar[int]
+    COPIES_FIELD_NUMBER: _ClassVar[int]
+    CALIBRATION_FIELD_NUMBER: _ClassVar[int]
     pid: int
     device_name: str
     weights_bytes: int
     load_s: float
     link: LinkProbe
     versions: _containers.ScalarMap[str, str]
-    def __init__(self, pid: _Optional[int] = ..., device_name: _Optional[str] = ..., weights_bytes: _Optional[int] = ..., load_s: _Optional[float] = ..., link: _Optional[_Union[LinkProbe, _Mapping]] = ..., versions: _Optional[_Mapping[str, str]] = ...) -> None: ...
+    copies: _containers.RepeatedCompositeFieldContainer[LinkEntry]
+    calibration: LinkCalibration
+    def __init__(self, pid: _Optional[int] = ..., device_name: _Optional[str] = ..., weights_bytes: _Optional[int] = ..., load_s: _Optional[float] = ..., link: _Optional[_Union[LinkProbe, _Mapping]] = ..., versions: _Optional[_Mapping[str, str]] = ..., copies: _Optional[_Iterable[_Union[LinkEntry, _Mapping]]] = ..., calibration: _Optional[_Union[LinkCalibration, _Mapping]] = ...) -> None: ...
 
 class EngineStats(_message.Message):
     __slots__ = ("steps", "step_s", "prompt_tokens", "generated_tokens", "requests_finished", "hot_hits", "hot_misses", "evicted_pages", "overflow_pages", "h2d_bytes", "h2d_s", "d2h_bytes", "d2h_s", "recall_sum", "recall_samples", "num_running", "num_waiting", "hot_used_bytes", "hot_total_bytes", "dram_used_bytes", "dram_total_bytes", "recent_step_s", "knobs", "verify_checked_pages", "verify_mismatches")

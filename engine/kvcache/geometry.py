@@ -59,6 +59,11 @@ class Geometry:
     def frame_bytes(self) -> int:
         return self.block_bytes * self.num_lanes
 
+    @property
+    def layer_bytes(self) -> int:
+        """One layer of a frame: its blocks lie one after the other."""
+        return self.block_bytes * self.num_kv_heads
+
     def summary_bytes_per_frame(self, method: str) -> int:
         """Two vectors of head_dim a page; nothing where no pages are ranked."""
         if method == SparseMethod.DENSE:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Final, NamedTuple
 
 from sparsed.core import CopyPath, Direction, LinkCalibration, LinkEntry
@@ -12,6 +13,14 @@ GOOD_FRAC: Final = 0.97  # of the best idle rate: more programs than this takes 
 MAX_SLOWDOWN: Final = 1.25  # of the work beside a load
 SAVE_FRAC: Final = 0.25  # of the best idle rate is more than any prefill produces
 SLOWDOWN_STEP: Final = 0.01  # differences below are noise
+UNMEASURED: Final = 10.0  # a save that may disturb is not taken before one that does not
+NEAR_FACTOR: Final = 1.5  # sizes that far apart behave alike
+
+# What loads is known to the device alone, and a kernel reads it there.
+RUN_TIME_PATHS: Final[Mapping[Direction, tuple[CopyPath, ...]]] = {
+    Direction.H2D: (CopyPath.KERNEL,),
+    Direction.D2H: (CopyPath.KERNEL, CopyPath.COPY_ENGINE, CopyPath.BATCHED, CopyPath.STAGED),
+}
 
 
 class CopyChoice(NamedTuple):
@@ -28,7 +37,7 @@ def choose_copy(
     direction: Direction,
     piece_bytes: int,
     paths: Collection[CopyPath],
-) -> CopyChoice | None:
+) -> LinkEntry | None:
     """The best way among ``paths``; None if none of them was measured in this direction.
 
     Loads are waited for: the fewest programs near the best idle rate, of those that slow the work
@@ -40,8 +49,30 @@ def choose_copy(
         return None
     nearest = min(found, key=lambda entry: _distance(entry.piece_bytes, piece_bytes)).piece_bytes
     sized = [entry for entry in found if entry.piece_bytes == nearest]
-    entry = _of_loads(sized) if direction is Direction.H2D else _of_saves(sized)
-    return CopyChoice(entry.path, entry.programs, entry.tile_bytes)
+    return _of_loads(sized) if direction is Direction.H2D else _of_saves(sized)
+
+
+def covers(calibration: LinkCalibration, *, page_bytes: int) -> bool:
+    """Whether loads of pages of about that size were measured."""
+    return any(
+        entry.direction is Direction.H2D
+        and entry.path is CopyPath.KERNEL
+        and _distance(entry.piece_bytes, page_bytes) <= math.log(NEAR_FACTOR)
+        for entry in calibration.entries
+    )
+
+
+def merge_calibrations(old: LinkCalibration | None, new: LinkCalibration) -> LinkCalibration:
+    """``new`` with what only ``old`` has measured, if that was on the same link."""
+    if old is None or old.key != new.key:
+        return new
+    measured = {_way(entry) for entry in new.entries}
+    kept = tuple(entry for entry in old.entries if _way(entry) not in measured)
+    return replace(new, entries=(*kept, *new.entries))
+
+
+def _way(entry: LinkEntry) -> tuple[object, ...]:
+    return entry.direction, entry.piece_bytes, entry.path, entry.programs, entry.tile_bytes
 
 
 def _distance(measured_bytes: int, wanted_bytes: int) -> float:
@@ -65,5 +96,5 @@ def _of_saves(entries: Sequence[LinkEntry]) -> LinkEntry:
 
 
 def _disturbance(entry: LinkEntry) -> tuple[float, int, float]:
-    slowdown = max(1.0, entry.slowdown or 1.0)
+    slowdown = max(1.0, entry.slowdown or UNMEASURED)
     return round(slowdown / SLOWDOWN_STEP), entry.programs, -entry.bytes_per_s

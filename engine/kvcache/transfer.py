@@ -127,7 +127,7 @@ class Transfer:
             src_RX=source_FX.view(num_frames, pool.layers_RX.shape[1]),
             dst_rows=layers,
             src_rows=np.arange(num_frames),
-            host_chunk=pool.chunk_bytes * pool.geometry.num_layers // pool.geometry.frame_bytes,
+            host_chunk=pool.chunk_bytes // pool.geometry.layer_bytes,
         )
         choice = self.ways.save_blocks(copy.row_bytes)
         way = (Direction.D2H, choice.path)
@@ -256,25 +256,32 @@ def _new_stream(device: torch.device) -> torch.cuda.Stream | None:
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch's own
 
 
-def probe_link(dram_RX: Tensor, hot_NX: Tensor) -> LinkProbe:
-    """Best of three copies of up to 64 MiB of pages each way. Call before use: it overwrites both
-    tiers."""
+def probe_link(dram_RX: Tensor, hot_NX: Tensor, *, ways: Ways) -> LinkProbe:
+    """Best of three copies of up to 64 MiB of pages each way. Call before use: it overwrites the
+    hot tier."""
     row_bytes = dram_RX.shape[1] * dram_RX.element_size()
     count = max(1, min(PROBE_BYTES // row_bytes, len(dram_RX), len(hot_NX)))
     rows = torch.arange(count, device=hot_NX.device)
     num_bytes = count * row_bytes
     return LinkProbe(
-        h2d_bytes_per_s=num_bytes / _best_seconds(hot_NX, dram_RX, rows),
-        d2h_bytes_per_s=num_bytes / _best_seconds(dram_RX, hot_NX, rows),
+        h2d_bytes_per_s=num_bytes / _best_seconds(hot_NX, dram_RX, rows, ways.load),
+        d2h_bytes_per_s=num_bytes / _best_seconds(dram_RX, hot_NX, rows, ways.save),
     )
 
 
-def _best_seconds(dst_RX: Tensor, src_RX: Tensor, rows: Tensor) -> float:
+def _best_seconds(dst_RX: Tensor, src_RX: Tensor, rows: Tensor, choice: CopyChoice) -> float:
     best = float("inf")
     for _ in range(PROBE_REPEATS):
         _synchronize(rows.device)
         start = time.perf_counter()
-        copy_pages(dst_RX, src_RX, dst_rows_M=rows, src_rows_M=rows)
+        copy_pages(
+            dst_RX,
+            src_RX,
+            dst_rows_M=rows,
+            src_rows_M=rows,
+            programs=choice.programs,
+            tile_bytes=choice.tile_bytes,
+        )
         _synchronize(rows.device)
         best = min(best, time.perf_counter() - start)
     return best

@@ -7,16 +7,11 @@ from typing import Final
 
 import torch
 
-from sparsed.core import CopyPath, Direction, LinkCalibration
-from sparsed.engine.kvcache.link_policy import CopyChoice, choose_copy
+from sparsed.core import CopyPath, Direction, LinkCalibration, LinkEntry
+from sparsed.engine.kvcache.link_policy import RUN_TIME_PATHS, CopyChoice, choose_copy
 from sparsed.kernels.copy import DEFAULT_PROGRAMS, DEFAULT_TILE_BYTES
 
-BLOCK_PATHS: Final = (
-    CopyPath.KERNEL,
-    CopyPath.COPY_ENGINE,
-    CopyPath.BATCHED,
-    CopyPath.STAGED,
-)
+BLOCK_PATHS: Final = RUN_TIME_PATHS[Direction.D2H]
 ON_CPU: Final = CopyChoice(CopyPath.MEMCPY, 0, 0)
 # Until a calibration is there, which on a CUDA device is before the first request.
 _ROWS: Final = CopyChoice(CopyPath.KERNEL, DEFAULT_PROGRAMS, DEFAULT_TILE_BYTES)
@@ -54,6 +49,16 @@ class Ways:
             )
         return self._blocks[piece_bytes]
 
+    def entries(self, *, block_bytes: int) -> tuple[LinkEntry, ...]:
+        """What the calibration says of loads, saves, and saves of blocks; nothing without one."""
+        wanted = (
+            (Direction.H2D, self._page_bytes, (CopyPath.KERNEL,)),
+            (Direction.D2H, self._page_bytes, (CopyPath.KERNEL,)),
+            (Direction.D2H, block_bytes, BLOCK_PATHS),
+        )
+        found = [self._entry(*way) for way in wanted]
+        return tuple(entry for entry in found if entry is not None)
+
     def calibrate(self, calibration: LinkCalibration) -> None:
         self._calibration = calibration
         self._choose()
@@ -81,9 +86,16 @@ class Ways:
     ) -> CopyChoice:
         if self._is_cpu:
             return ON_CPU
-        if self._calibration is None:
+        entry = self._entry(direction, piece_bytes, paths)
+        if entry is None:
             return otherwise
-        found = choose_copy(
+        return CopyChoice(entry.path, entry.programs, entry.tile_bytes)
+
+    def _entry(
+        self, direction: Direction, piece_bytes: int, paths: Sequence[CopyPath]
+    ) -> LinkEntry | None:
+        if self._calibration is None or self._is_cpu:
+            return None
+        return choose_copy(
             self._calibration, direction=direction, piece_bytes=piece_bytes, paths=paths
         )
-        return found or otherwise

@@ -184,6 +184,17 @@ KNOB_SPECS: tuple[KnobSpec, ...] = (
         help="prompt tokens computed in one step, all requests together",
     ),
     KnobSpec(
+        name="copy_programs",
+        unit="programs",
+        klass=KnobClass.HOT,
+        default=None,
+        minimum=1,
+        maximum=1024,
+        auto=True,
+        help="GPU programs that load pages from the DRAM tier; auto is what the link's "
+        "calibration found",
+    ),
+    KnobSpec(
         name="page_size",
         unit="tokens",
         klass=KnobClass.RESTART,
@@ -256,7 +267,8 @@ class Knobs:
     """A complete, resolved set of knob values; names and units as in ``KNOB_SPECS``.
 
     ``hbm_budget`` None means the closed form (an even share of the hot tier, never less than
-    ``token_budget``). Errors: InputError naming the knob.
+    ``token_budget``), ``copy_programs`` None the calibrated number. Errors: InputError naming the
+    knob.
     """
 
     token_budget: int
@@ -270,6 +282,7 @@ class Knobs:
     kv_hbm_gib: float
     kv_dram_gib: float
     max_model_len: int
+    copy_programs: int | None = None
 
     def __post_init__(self) -> None:
         for spec in KNOB_SPECS:
@@ -362,6 +375,8 @@ class MachineFacts:
     hbm_total_bytes: int = 0
     hbm_free_bytes: int = 0
     driver_version: str | None = None
+    pcie_generation: int | None = None  # the highest that GPU and slot agree on
+    pcie_width: int | None = None  # likewise, lanes
 
     @property
     def fingerprint(self) -> str:
@@ -400,32 +415,6 @@ class MemoryPlan:
     def max_tokens(self) -> int:
         """Tokens of all requests together that the DRAM tier can hold."""
         return self.num_frames * BLOCK_TOKENS
-
-
-class VerifyMode(StrEnum):
-    """How many pages are hashed on both tiers, to find copies that went wrong."""
-
-    OFF = "off"
-    SAMPLE = "sample"  # one page row in 64
-    FULL = "full"
-
-
-RECALL_STRIDE = 32  # of a daemon: a measurement costs dense attention in one layer
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EngineSpec:
-    """Everything an engine process is started with; nothing in it is 'auto'."""
-
-    model: str  # a Hugging Face directory, or "dummy:<shape>"
-    device: str  # "cpu" or "cuda:N"
-    dtype: str  # a key of DTYPE_BYTES
-    knobs: Knobs
-    plan: MemoryPlan
-    seed: int = 0
-    enforce_eager: bool = False  # launch every operation of a step, capture no graph
-    verify_kv: VerifyMode = VerifyMode.OFF
-    recall_stride: int = RECALL_STRIDE  # steps between two measurements of attention recall
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -491,6 +480,45 @@ class LinkCalibration:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class CalibrateLink:
+    """A calibration to be made by a process of its own. No sizes: the usual ones; ``quick``: few
+    ways. ``key`` goes into the result; None for a CPU, which has no link."""
+
+    device: str
+    key: LinkKey | None = None
+    sizes_bytes: tuple[int, ...] = ()
+    quick: bool = False
+
+
+RECALL_STRIDE = 32  # of a daemon: a measurement costs dense attention in one layer
+
+
+class VerifyMode(StrEnum):
+    """How many pages are hashed on both tiers, to find copies that went wrong."""
+
+    OFF = "off"
+    SAMPLE = "sample"  # one page row in 64
+    FULL = "full"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineSpec:
+    """Everything an engine process is started with; nothing in it is 'auto'."""
+
+    model: str  # a Hugging Face directory, or "dummy:<shape>"
+    device: str  # "cpu" or "cuda:N"
+    dtype: str  # a key of DTYPE_BYTES
+    knobs: Knobs
+    plan: MemoryPlan
+    seed: int = 0
+    enforce_eager: bool = False  # launch every operation of a step, capture no graph
+    recall_stride: int = RECALL_STRIDE  # steps between two measurements of attention recall
+    verify_kv: VerifyMode = VerifyMode.OFF
+    link: LinkKey | None = None  # of the device; None for a CPU
+    calibration: LinkCalibration | None = None  # None: the engine makes one, unless on a CPU
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class EngineFacts:
     """What a loaded engine says of itself."""
 
@@ -500,6 +528,8 @@ class EngineFacts:
     load_s: float
     link: LinkProbe
     versions: Mapping[str, str]  # torch, triton, cuda
+    copies: tuple[LinkEntry, ...] = ()  # how pages are loaded and saved, and blocks saved
+    calibration: LinkCalibration | None = None  # made at this start
 
 
 # --------------------------------------------------------------------------------------------

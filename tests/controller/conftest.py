@@ -20,8 +20,9 @@ from sparsed.controller.control import (
     KnobState,
     TunerState,
 )
+from sparsed.controller.lookups import FindVerified
 from sparsed.controller.servicer import AdminServers, serve
-from sparsed.controller.startup import FindVerified, StartPlan, prepare
+from sparsed.controller.startup import StartPlan, prepare
 from sparsed.controller.state_dir import StateDir
 from sparsed.core import (
     KNOB_SPECS,

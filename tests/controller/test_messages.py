@@ -36,6 +36,8 @@ ENUMS = (
     control.DaemonState,
     control.KnobSource,
     core.KnobClass,
+    core.Direction,
+    core.CopyPath,
     TunerMode,
     ProfileStatus,
     Objective,

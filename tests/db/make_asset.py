@@ -9,7 +9,13 @@ import sqlite3
 from pathlib import Path
 
 from sparsed.core import (
+    CopyPath,
     Decision,
+    Direction,
+    LinkCalibration,
+    LinkEntry,
+    LinkKey,
+    LinkProbe,
     Objective,
     Profile,
     ProfileKey,
@@ -24,6 +30,23 @@ from sparsed.db import open_store
 
 ASSETS = Path(__file__).parent / "assets"
 KEY = ProfileKey(hardware="cpu:asset:2:4GiB", model="smollm2-135m", dtype="float32")
+
+CALIBRATION = LinkCalibration(
+    key=LinkKey(gpu_name="asset", driver="1", link="gen5x16", torch="2", triton="3"),
+    contiguous=LinkProbe(h2d_bytes_per_s=5e10, d2h_bytes_per_s=4e10),
+    entries=(
+        LinkEntry(
+            direction=Direction.H2D,
+            piece_bytes=16384,
+            path=CopyPath.KERNEL,
+            programs=16,
+            tile_bytes=32768,
+            bytes_per_s=4.8e10,
+            slowdown=1.1,
+        ),
+    ),
+    measured_at=1.0,
+)
 
 
 def fill(path: Path) -> None:
@@ -75,6 +98,7 @@ def fill(path: Path) -> None:
         current_score=1.0,
     )
     store.record_decision(KEY, decision)
+    store.save_calibration(CALIBRATION)
     store.close()
 
 

@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
-from sqlalchemy import create_engine
 
-from sparsed.core import ExitCode, ProfileKey, StartError
+from sparsed.core import ExitCode, LinkKey, ProfileKey, StartError
 from sparsed.db import open_store
 from sparsed.db.models import Base
 from sparsed.db.session import PRAGMAS, open_engine
 
 ASSETS = sorted((Path(__file__).parent / "assets").glob("*.sql"))
+LINK = LinkKey(gpu_name="asset", driver="1", link="gen5x16", torch="2", triton="3")
 KEY = ProfileKey(hardware="cpu:asset:2:4GiB", model="smollm2-135m", dtype="float32")
 
 
@@ -36,6 +36,12 @@ def test_every_released_schema_upgrades_and_reads(dump: Path, tmp_path: Path) ->
     (trial,) = store.list_trials(key=KEY)
     assert (trial.score, trial.metrics) == (2.0, {"duration_s": 3.0})
     assert store.list_decisions(KEY)[0].reason == "asset"
+    calibration = store.find_calibration(LINK)
+    if dump.stem >= "0002":
+        assert calibration is not None
+        assert [entry.programs for entry in calibration.entries] == [16]
+    else:
+        assert calibration is None
     store.close()
 
 
@@ -89,17 +95,14 @@ def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
     assert caught.value.code is ExitCode.NO_PERMISSION
 
 
-def test_an_upgrade_leaves_a_copy_of_the_old_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_upgrade_leaves_a_copy_of_the_old_file(tmp_path: Path) -> None:
     path = restore(ASSETS[0], tmp_path / "sparsed.db")
-    monkeypatch.setattr("sparsed.db.migrate.ScriptDirectory.get_current_head", lambda _: "0002")
+    before = set(_tables(path))
     open_store(path).close()
-    copy = tmp_path / "sparsed.db.before-0002"
+    copy = tmp_path / f"sparsed.db.before-{ASSETS[-1].stem}"
     assert query(copy, "SELECT fingerprint FROM hardware") == KEY.hardware
-    engine = create_engine(f"sqlite:///{copy}")
-    assert Base.metadata.tables.keys() <= set(_tables(copy))
-    engine.dispose()
+    assert set(_tables(copy)) == before
+    assert Base.metadata.tables.keys() <= set(_tables(path))
 
 
 def query(path: Path, statement: str) -> str | None:

@@ -11,8 +11,14 @@ import numpy
 import pytest
 
 from sparsed.core import (
+    CopyPath,
     Decision,
+    Direction,
     InputError,
+    LinkCalibration,
+    LinkEntry,
+    LinkKey,
+    LinkProbe,
     Objective,
     Profile,
     ProfileKey,
@@ -255,3 +261,53 @@ def test_decisions_are_kept_newest_first_and_bounded(reopen: Callable[[], Store]
     kept = reopen().list_decisions(KEY)
     assert (len(kept), kept[0].made_at, kept[-1]) == (MAX_DECISIONS, 999.0, decision)
     assert reopen().list_decisions(OTHER_KEY) == ()
+
+
+# links
+
+LINK = LinkKey(gpu_name="H", driver="580.1", link="gen5x16", torch="2.11", triton="3.6")
+
+
+def make_calibration(*, programs: int = 16, key: LinkKey = LINK) -> LinkCalibration:
+    entries = tuple(
+        LinkEntry(
+            direction=direction,
+            piece_bytes=16384,
+            path=path,
+            programs=programs,
+            tile_bytes=32768,
+            bytes_per_s=5.5e10,
+            slowdown=slowdown,
+        )
+        for direction, path, slowdown in (
+            (Direction.H2D, CopyPath.KERNEL, 1.15),
+            (Direction.D2H, CopyPath.COPY_ENGINE, None),
+        )
+    )
+    probe = LinkProbe(h2d_bytes_per_s=5.6e10, d2h_bytes_per_s=5.7e10)
+    return LinkCalibration(key=key, contiguous=probe, entries=entries, measured_at=2.5)
+
+
+def test_a_calibration_is_found_by_its_whole_key(reopen: Callable[[], Store]) -> None:
+    reopen().save_calibration(make_calibration())
+    assert reopen().find_calibration(LINK) == make_calibration()
+    for name in ("gpu_name", "driver", "link", "torch", "triton"):
+        assert reopen().find_calibration(replace(LINK, **{name: "other"})) is None
+
+
+def test_a_calibration_replaces_that_of_the_same_key(reopen: Callable[[], Store]) -> None:
+    other = make_calibration(key=replace(LINK, driver="1"))
+    for calibration in (make_calibration(programs=8), other, make_calibration(programs=24)):
+        reopen().save_calibration(calibration)
+    assert reopen().find_calibration(LINK) == make_calibration(programs=24)
+    assert reopen().find_calibration(other.key) == other
+
+
+def test_a_calibration_of_numpy_numbers_comes_back_plain(reopen: Callable[[], Store]) -> None:
+    store = reopen()
+    (first, *_) = make_calibration().entries
+    strange = replace(first, programs=numpy.int64(8), bytes_per_s=numpy.float64(1.5))
+    store.save_calibration(replace(make_calibration(), entries=(strange,)))
+    found = reopen().find_calibration(LINK)
+    assert found is not None
+    assert (found.entries[0].programs, found.entries[0].bytes_per_s) == (8, 1.5)

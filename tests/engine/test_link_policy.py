@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from sparsed.core import CopyPath, Direction, LinkCalibration, LinkEntry, LinkKey, LinkProbe
-from sparsed.engine.kvcache.link_policy import CopyChoice, choose_copy
+from sparsed.engine.kvcache.link_policy import choose_copy, covers, merge_calibrations
 
 KERNEL, ENGINE = CopyPath.KERNEL, CopyPath.COPY_ENGINE
 
@@ -41,7 +43,7 @@ def choice(
     direction: Direction = Direction.H2D,
     piece_bytes: int = 16384,
     paths: tuple[CopyPath, ...] = (KERNEL,),
-) -> CopyChoice | None:
+) -> LinkEntry | None:
     found = calibration(*entries)
     return choose_copy(found, direction=direction, piece_bytes=piece_bytes, paths=paths)
 
@@ -72,6 +74,8 @@ def test_a_save_disturbs_least_among_those_fast_enough() -> None:
     slow = entry(0, 1.2, 1.0, direction=Direction.D2H, path=ENGINE)
     assert programs(*kernel, slow, **both) == 4
     assert programs(*kernel, engine, direction=Direction.D2H) == 4, "only what may be used"
+    unknown = entry(0, 50, None, direction=Direction.D2H, path=ENGINE)
+    assert programs(*kernel, unknown, **both) == 4
 
 
 def test_sizes_follow_the_nearest_that_was_measured() -> None:
@@ -90,3 +94,23 @@ def test_what_was_not_measured_is_not_chosen(direction: Direction) -> None:
     assert choice(entry(8, 50, direction=other), direction=direction) is None
     found = entry(0, 50, direction=direction, path=ENGINE)
     assert choice(found, direction=direction) is None
+
+
+def test_a_calibration_covers_sizes_near_those_it_measured() -> None:
+    found = calibration(entry(8, 50, piece_bytes=16384), entry(8, 50, piece_bytes=65536))
+    sizes = {4096: False, 12288: True, 16384: True, 24000: True, 32768: False, 98000: True}
+    assert {size: covers(found, page_bytes=size) for size in sizes} == sizes
+    saves = calibration(entry(8, 50, direction=Direction.D2H))
+    assert not covers(saves, page_bytes=16384)
+
+
+def test_what_is_measured_again_replaces_what_was_known() -> None:
+    old = calibration(entry(8, 30), entry(16, 40), entry(8, 50, piece_bytes=4096))
+    new = calibration(entry(8, 31), entry(32, 45))
+    merged = merge_calibrations(old, new)
+    known = {(e.piece_bytes, e.programs): e.bytes_per_s / 1e9 for e in merged.entries}
+    assert known == {(16384, 8): 31, (16384, 16): 40, (4096, 8): 50, (16384, 32): 45}
+    assert len(merged.entries) == 4
+    assert merge_calibrations(None, new) == new
+    other_driver = replace(old, key=replace(old.key, driver="2"))
+    assert merge_calibrations(other_driver, new) == new

@@ -105,6 +105,12 @@ class FakeNvml:
     def nvmlDeviceGetUtilizationRates(self, handle: str) -> SimpleNamespace:
         return SimpleNamespace(gpu=50, memory=1)
 
+    def nvmlDeviceGetMaxPcieLinkGeneration(self, handle: str) -> int:
+        return 5
+
+    def nvmlDeviceGetMaxPcieLinkWidth(self, handle: str) -> int:
+        return 16
+
     def nvmlDeviceGetCurrPcieLinkGeneration(self, handle: str) -> int:
         return 5
 

@@ -1,0 +1,43 @@
+"""What the database of a state directory knows, where nobody has opened it for writing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from sparsed.controller.state_dir import StateDir
+from sparsed.core import LinkCalibration, LinkKey, Profile, ProfileKey
+from sparsed.db import open_store
+from sparsed.db.store import Store
+
+FindVerified = Callable[[ProfileKey], Profile | None]
+FindCalibration = Callable[[LinkKey], LinkCalibration | None]
+
+
+def profiles_of(state_dir: StateDir) -> FindVerified:
+    def find(key: ProfileKey) -> Profile | None:
+        with _database(state_dir) as store:
+            return store.find_verified(key) if store else None
+
+    return find
+
+
+def calibrations_of(state_dir: StateDir) -> FindCalibration:
+    def find(key: LinkKey) -> LinkCalibration | None:
+        with _database(state_dir) as store:
+            return store.find_calibration(key) if store else None
+
+    return find
+
+
+@contextmanager
+def _database(state_dir: StateDir) -> Iterator[Store | None]:
+    """The store; None where there is no file, and none is made."""
+    if not state_dir.database.exists():
+        yield None
+        return
+    store = open_store(state_dir.database)
+    try:
+        yield store
+    finally:
+        store.close()

@@ -1,0 +1,128 @@
+"""The parts of a runner, made from its spec."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from sparsed.core import EngineSpec, LinkCalibration, LinkProbe
+from sparsed.engine.attention import Attention
+from sparsed.engine.calibrate import ensure_calibration
+from sparsed.engine.kvcache.cache import KVCache
+from sparsed.engine.kvcache.dram import DramPool
+from sparsed.engine.kvcache.geometry import Geometry
+from sparsed.engine.kvcache.hbm import HotArena
+from sparsed.engine.kvcache.tables import PageTables
+from sparsed.engine.kvcache.transfer import Transfer, probe_link
+from sparsed.engine.kvcache.verify import Verifier
+from sparsed.engine.models.config import ModelConfig, load_config
+from sparsed.engine.models.decoder import Decoder
+from sparsed.engine.models.dummy import DUMMY_PREFIX, dummy_config
+from sparsed.engine.models.weights import load_weights, random_weights
+from sparsed.engine.sparse.bounds import make_selector
+
+Progress = Callable[[str, float], None]
+
+
+def load_decoder(spec: EngineSpec, *, on_progress: Progress) -> Decoder:
+    """The model of the spec on its device. InputError for files that are wrong."""
+    device, dtype = torch.device(spec.device), dtype_of(spec)
+    progress = partial(on_progress, "loading weights")
+    if spec.model.startswith(DUMMY_PREFIX):
+        config = dummy_config(spec.model)
+        weights = random_weights(
+            config, device=device, dtype=dtype, seed=spec.seed, progress=progress
+        )
+        return Decoder(config, weights)
+    directory = Path(spec.model)
+    config = load_config(directory)
+    weights = load_weights(directory, config=config, device=device, dtype=dtype, progress=progress)
+    return Decoder(config, weights)
+
+
+def make_cache(
+    spec: EngineSpec, config: ModelConfig, *, pool_fd: int | None, on_progress: Progress
+) -> KVCache:
+    """Both tiers and their tables, as planned. StartError where memory is short."""
+    on_progress("allocating both KV tiers", 0.0)
+    knobs, plan, device, dtype = spec.knobs, spec.plan, torch.device(spec.device), dtype_of(spec)
+    geometry = Geometry.of(config.shape, dtype=spec.dtype, page_size=knobs.page_size)
+    num_page_rows = plan.num_frames * geometry.page_rows_per_frame
+    selector = make_selector(knobs.sparse_method)
+    num_summaries = num_page_rows if selector else 0
+    return KVCache(
+        geometry,
+        arena=HotArena(geometry, plan, dtype=dtype, device=device),
+        pool=DramPool(
+            geometry,
+            num_frames=plan.num_frames,
+            dtype=dtype,
+            device=device,
+            pool_fd=pool_fd,
+            on_progress=partial(on_progress, "pinning memory"),
+        ),
+        tables=PageTables(
+            geometry,
+            num_rows=knobs.max_num_seqs,
+            max_model_len=knobs.max_model_len,
+            device=device,
+        ),
+        summaries_RE=torch.empty(
+            (num_summaries, 2 * geometry.head_dim), dtype=dtype, device=device
+        ),
+        selector=selector,
+        transfer=Transfer(
+            page_bytes=geometry.page_bytes,
+            device=device,
+            verifier=Verifier(spec.verify_kv, num_page_rows=num_page_rows, device=device),
+        ),
+        knobs=knobs,
+    )
+
+
+def make_attention(spec: EngineSpec, kv: KVCache) -> Attention:
+    """The attention of a cache, with the staging area that was planned."""
+    num_staged = spec.plan.staging_bytes // kv.geometry.page_bytes
+    return Attention(
+        kv,
+        staging_NX=kv.arena.pages_NX.new_empty((num_staged, kv.arena.pages_NX.shape[1])),
+        dense_layers=spec.knobs.dense_layers,
+        scale=kv.geometry.head_dim**-0.5,
+        recall_stride=spec.recall_stride,
+    )
+
+
+def measure_link(
+    spec: EngineSpec, kv: KVCache, *, on_progress: Progress
+) -> tuple[LinkProbe, LinkCalibration | None]:
+    """The link's speed, and the calibration made for it if the spec brought none that fits."""
+    pool, hot_NX, ways = kv.pool, kv.arena.pages_NX, kv.transfer.ways
+    report = partial(on_progress, "measuring the link")
+    report(0.0)
+    calibration = ensure_calibration(spec, pool=pool, hot_NX=hot_NX, on_progress=report)
+    if calibration is not None:
+        ways.calibrate(calibration)
+    ways.set_programs(spec.knobs.copy_programs)
+    link = probe_link(pool.pages_RX, hot_NX, ways=ways)
+    return link, None if calibration is spec.calibration else calibration
+
+
+def dtype_of(spec: EngineSpec) -> torch.dtype:
+    dtype: torch.dtype = getattr(torch, spec.dtype)
+    return dtype
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def library_versions() -> dict[str, str]:
+    return {
+        "torch": str(torch.__version__),  # TorchVersion, a str that no encoder knows
+        "triton": version("triton"),
+        "cuda": torch.version.cuda or "none",
+    }
