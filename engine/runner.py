@@ -133,8 +133,9 @@ class Runner:
         index: list[int] = []
         first = 0
         for chunk in plan.chunks:
-            first += max(0, chunk.end - chunk.logits_from)
-            if chunk.end == chunk.prompt_length:
+            num_logits = chunk.end - max(chunk.logits_from, chunk.start)
+            first += num_logits
+            if chunk.end == chunk.prompt_length and num_logits:
                 rows.append(chunk.row)
                 index.append(first - 1)
         rows += [decode.row for decode in plan.decodes]
