@@ -202,7 +202,7 @@ class Transfer:
     def _count(self, direction: Direction, choice: CopyChoice, pages: _Pages) -> None:
         """On the current stream: streams that run side by side must not count the same thing."""
         rows_M, count = pages.src_rows_M, pages.count
-        moved = (rows_M >= 0).sum() if count is None else count.clamp(0, len(rows_M))
+        moved = (rows_M >= 0).sum() if count is None else count.view(()).clamp(0, len(rows_M))
         self._totals.add((direction, choice.path), moved, piece_bytes=self._page_bytes)
 
     def _copy(self, direction: Direction, choice: CopyChoice, pages: _Pages) -> None:
