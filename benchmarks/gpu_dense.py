@@ -8,22 +8,18 @@ is host time that is not hidden. Ratios are to ceilings measured in the same run
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from report import environment
 
-from sparsed.core import GIB, AddRequest, EngineSpec, Knobs, MachineFacts, SamplingParams
+from sparsed.core import AddRequest, EngineSpec, MachineFacts, SamplingParams
 from sparsed.engine.engine import Engine
 from sparsed.engine.models.dummy import dummy_config
 from sparsed.engine.planner import plan_memory, resolve_knobs
 from sparsed.engine.runner import Runner
-from sparsed.profiler.machine import read_machine
 
 NUM_STEPS = 40  # of a measured decode
 Row = dict[str, object]

@@ -13,17 +13,17 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from pathlib import Path
 
-import msgspec
-from report import environment
+import torch
 
 from sparsed.controller.links import link_key
-from sparsed.controller.startup import find_device
 from sparsed.core import CalibrateLink, CopyPath, Direction, LinkCalibration, LinkEntry
 from sparsed.engine.calibrate import calibrate_device
 from sparsed.engine.kvcache.link_policy import RUN_TIME_PATHS, choose_copy
 from sparsed.engine.link_plan import KIB
+from sparsed.profiler.machine import read_machine
 
 Cell = Callable[[LinkEntry], str]
 TARGETS = (  # least ratio, pieces in KiB, most programs
@@ -132,15 +132,14 @@ def report(found: LinkCalibration) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", default="auto")
+    parser.add_argument("--device", default="cuda:0" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--sizes-kib", type=int, nargs="*", default=[], help="default: 4 to 64")
     parser.add_argument("--quick", action="store_true", help="only what an engine would try")
     parser.add_argument("--output", type=Path, help="write the results as JSON")
     options = parser.parse_args()
-    device, machine = find_device(options.device)
     wanted = CalibrateLink(
-        device=device,
-        key=None if device == "cpu" else link_key(machine),
+        device=options.device,
+        key=link_key(read_machine(gpu_index=int(options.device.partition(":")[2] or 0))),
         sizes_bytes=tuple(size * KIB for size in options.sizes_kib),
         quick=options.quick,
     )
@@ -150,10 +149,12 @@ def main() -> None:
     report(found)
     print(f"{len(found.entries)} ways in {seconds:.1f} s")
     if options.output:
+        from report import environment  # it needs more than a GPU host may have
+
         result = {
             "seconds": seconds,
             "targets": check_targets(found),
-            "calibration": msgspec.to_builtins(found),
+            "calibration": asdict(found),
         }
         options.output.write_text(json.dumps(environment() | result, indent=2) + "\n")
 

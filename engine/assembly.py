@@ -107,6 +107,7 @@ def measure_link(
     if calibration is not None:
         ways.calibrate(calibration)
     ways.set_programs(spec.knobs.copy_programs)
+    kv.transfer.warm_up(pool.pages_RX, hot_NX)
     link = probe_link(pool.pages_RX, hot_NX, ways=ways)
     return link, None if calibration is spec.calibration else calibration
 

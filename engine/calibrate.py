@@ -11,8 +11,6 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Final
 
-import msgspec
-
 from sparsed.core import (
     CalibrateLink,
     EngineFailed,
@@ -174,6 +172,8 @@ def _num_processors(device: torch.device) -> int:
 
 def main() -> ExitCode:
     """Calibrate as standard input says; the exit status for the shell."""
+    import msgspec
+
     wanted = msgspec.json.decode(sys.stdin.buffer.read(), type=CalibrateLink)
     try:
         calibration = calibrate_device(
@@ -187,6 +187,8 @@ def main() -> ExitCode:
 
 
 def _say(value: LoadProgress | LinkCalibration | EngineFailed) -> None:
+    import msgspec
+
     line = msgspec.json.encode({type(value).__name__: value})
     print(line.decode(), flush=True)
 

@@ -15,6 +15,13 @@ _SUCCESS: Final = 0
 _PORTABLE_AND_MAPPED: Final = 1 | 2  # CU_MEMHOSTREGISTER_PORTABLE, _DEVICEMAP
 _IN_STREAM_ORDER: Final = 1  # CU_MEMCPY_SRC_ACCESS_ORDER_STREAM: a source is written before it
 _PCI_ID_CHARACTERS: Final = 16
+_BATCH_VERSION: Final = 12080
+_POINTER, _SIZE = ctypes.c_void_p, ctypes.c_size_t
+# targets, sources, sizes, count, attributes, their first copies, how many, failed copy, stream
+_BATCH: Final = ctypes.CFUNCTYPE(
+    *(ctypes.c_int, _POINTER, _POINTER, _POINTER, _SIZE),
+    *(_POINTER, _POINTER, _SIZE, _POINTER, _POINTER),
+)
 
 
 class CudaError(Exception):
@@ -90,16 +97,24 @@ class CudaDriver:
         if self._batch is None:
             self.copy_each(targets, sources, sizes, stream=stream)
         elif targets:
-            code = self._batch(targets, sources, sizes, ctypes.c_void_p(stream))
+            code = _call_batch(self._batch, targets, sources, sizes, stream)
             self._check("cuMemcpyBatchAsync", code)
 
     def _find_batch(self) -> Any:
-        """The call in the signature of CUDA 13, or of 12.8, which also says which copy failed."""
-        for name, says_which in (("cuMemcpyBatchAsync_v2", False), ("cuMemcpyBatchAsync", True)):
-            function = getattr(self._library, name, None)
-            if function is not None:
-                return lambda *call, f=function, w=says_which: _call_batch(f, *call, says_which=w)
-        return None
+        """The call with the signature of CUDA 12.8, which later drivers give to who asks for it;
+        None for a driver that has none."""
+        find = getattr(self._library, "cuGetProcAddress_v2", None)
+        if find is None:
+            return None
+        address, found = ctypes.c_void_p(), ctypes.c_int()
+        code = find(
+            b"cuMemcpyBatchAsync",
+            ctypes.byref(address),
+            ctypes.c_int(_BATCH_VERSION),
+            ctypes.c_uint64(0),
+            ctypes.byref(found),
+        )
+        return _BATCH(address.value) if code == _SUCCESS and address.value else None
 
     def _check(self, call: str, code: int) -> None:
         if code == _SUCCESS:
@@ -114,23 +129,20 @@ def _call_batch(
     targets: Sequence[int],
     sources: Sequence[int],
     sizes: Sequence[int],
-    stream: ctypes.c_void_p,
-    *,
-    says_which: bool,
+    stream: int,
 ) -> int:
     count = len(targets)
     attributes = _CopyAttributes(source_access_order=_IN_STREAM_ORDER)
-    first, failed = ctypes.c_size_t(0), ctypes.c_size_t(0)
-    which = (ctypes.byref(failed),) if says_which else ()
+    first_with_attributes, failed = ctypes.c_size_t(0), ctypes.c_size_t(0)
     code: int = function(
         (ctypes.c_uint64 * count)(*targets),
         (ctypes.c_uint64 * count)(*sources),
         (ctypes.c_size_t * count)(*sizes),
-        ctypes.c_size_t(count),
+        count,
         ctypes.byref(attributes),
-        ctypes.byref(first),
-        ctypes.c_size_t(1),
-        *which,
+        ctypes.byref(first_with_attributes),
+        1,
+        ctypes.byref(failed),
         stream,
     )
     return code

@@ -55,7 +55,7 @@ def _launch(store_RX: Tensor, *, rows_M: Tensor) -> Tensor:
     return sums_M
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(do_not_specialize=["num_rows"], do_not_specialize_on_alignment=["rows_M"])
 def _checksum_kernel(
     store_address: tl.int64,
     rows_M: tl.tensor,

@@ -113,7 +113,11 @@ def _load_rows(
     return dst_row, tl.load(src_rows_M + index, mask=wanted, other=-1)
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+# One variant for every list of rows, wherever it begins: a CUDA graph cannot compile another.
+@triton.jit(
+    do_not_specialize=["num_rows"],
+    do_not_specialize_on_alignment=["dst_rows_M", "src_rows_M", "count"],
+)
 def _copy_kernel(
     dst_address: tl.int64,
     src_address: tl.int64,

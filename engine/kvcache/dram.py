@@ -51,7 +51,8 @@ class DramPool:
         self._chunks = frame_chunks(self._bytes, frame_bytes=geometry.frame_bytes)
         if device.type == "cuda":
             check_memory(self._bytes, allocated_bytes=allocated_bytes)
-            self._pin(device, on_progress)
+            with torch.cuda.device(device):
+                self._pin(on_progress)
 
     @property
     def used_bytes(self) -> int:
@@ -75,18 +76,17 @@ class DramPool:
         """Bytes of a registration: no copy may touch two of them."""
         return self._chunks[0][1]
 
-    def _pin(self, device: torch.device, on_progress: Progress) -> None:
-        torch.cuda.synchronize(device)  # makes the device's context current on this thread
+    def _pin(self, on_progress: Progress) -> None:
+        torch.cuda.synchronize()  # makes the device's context current on this thread
         driver = CudaDriver()
         registered: list[int] = []
         finalizer = weakref.finalize(self, _unregister, driver, registered)
         finalizer.atexit = False  # a process that ends leaves it to the driver, which is faster
-        index = torch.cuda.current_device() if device.index is None else device.index
         pin(
             self.pages_RX.data_ptr(),
             self._chunks,
             registrar=driver,
-            cpus=cpus_near(driver.pci_id(index)),
+            cpus=cpus_near(driver.pci_id(torch.cuda.current_device())),
             registered=registered,
             on_progress=on_progress,
         )

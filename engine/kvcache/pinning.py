@@ -50,6 +50,7 @@ def pin(
     """
     total = sum(size for _, size in chunks)
     done = 0
+    _wish_for_huge_pages(address, total)
     with _touching(address, chunks, cpus=cpus) as touched:
         for (offset, size), slices in zip(chunks, touched, strict=True):
             for part in slices:
@@ -135,13 +136,17 @@ def _touching(
         threads.shutdown(cancel_futures=True)
 
 
+def _wish_for_huge_pages(address: int, num_bytes: int) -> None:
+    """The kernel may not have them for this memory; it says so, and that is all right."""
+    ctypes.CDLL(None).madvise(ctypes.c_void_p(address), ctypes.c_size_t(num_bytes), _MADV_HUGEPAGE)
+
+
 def touch(address: int, num_bytes: int) -> None:
     """Give the pages of a range their memory, near the CPU that runs this; contents stay."""
     first = address // _PAGE_BYTES * _PAGE_BYTES
     size = address + num_bytes - first
     libc = ctypes.CDLL(None)
     place = ctypes.c_void_p(first), ctypes.c_size_t(size)
-    libc.madvise(*place, _MADV_HUGEPAGE)  # a wish: the kernel may not have them for this memory
     if libc.madvise(*place, _MADV_POPULATE_WRITE) != 0:  # an older kernel
         memory = (ctypes.c_uint8 * num_bytes).from_address(address)
         pages = np.ctypeslib.as_array(memory)[::_PAGE_BYTES]

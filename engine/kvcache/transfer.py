@@ -46,7 +46,7 @@ class Transfer:
     as long as streams that load are joined to the one that saves before the frames are freed.
 
     Inside a CUDA graph nothing is timed and nothing waits: call ``wait_for_saves`` before a
-    replay that loads. ``ways`` says how copies are made, and can be changed at any time; a graph
+    replay that loads, and ``warm_up`` before a capture. ``ways`` says how copies are made, and can be changed at any time; a graph
     keeps what held at its capture. One thread.
     """
 
@@ -149,6 +149,28 @@ class Transfer:
         while self._checks:
             self._checks.pop()(Where.SAVE)
 
+    def warm_up(self, pool_RX: Tensor, hot_NX: Tensor) -> None:
+        """Compile what loads and saves between these stores launch, before a CUDA graph captures
+        them. Copies nothing."""
+        none_M = torch.full((1,), -1, dtype=torch.int64, device=self._device)
+        for kind in (None, torch.int32, torch.int64):
+            count = None if kind is None else torch.zeros((), dtype=kind, device=self._device)
+            for dst_RX, src_RX, choice in (
+                (hot_NX, pool_RX, self.ways.load),
+                (pool_RX, hot_NX, self.ways.save),
+            ):
+                copy_pages(
+                    dst_RX,
+                    src_RX,
+                    dst_rows_M=none_M,
+                    src_rows_M=none_M,
+                    count=count,
+                    programs=choice.programs,
+                    tile_bytes=choice.tile_bytes,
+                )
+        for store_RX in (pool_RX, hot_NX):
+            self._verifier.check(store_RX, store_rows=none_M, page_rows=none_M, where=Where.LOAD)
+
     # -- totals ------------------------------------------------------------------------------
 
     def totals(self) -> Mapping[Way, CopyTotals]:
@@ -202,7 +224,7 @@ class Transfer:
     def _count(self, direction: Direction, choice: CopyChoice, pages: _Pages) -> None:
         """On the current stream: streams that run side by side must not count the same thing."""
         rows_M, count = pages.src_rows_M, pages.count
-        moved = (rows_M >= 0).sum() if count is None else count.clamp(0, len(rows_M))
+        moved = (rows_M >= 0).sum() if count is None else count.view(()).clamp(0, len(rows_M))
         self._totals.add((direction, choice.path), moved, piece_bytes=self._page_bytes)
 
     def _copy(self, direction: Direction, choice: CopyChoice, pages: _Pages) -> None:

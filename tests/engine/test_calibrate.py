@@ -165,7 +165,7 @@ class TestOnAGpu:
                 one.slowdown,
             )
             assert 0 < ratio < 1.3
-            assert one.slowdown is not None and one.slowdown > 0.9
+            assert one.slowdown is not None and one.slowdown > 0.8
 
     def test_an_engine_measures_only_what_it_does_not_know(self, make_spec) -> None:  # type: ignore[no-untyped-def]  # fixture
         pool, hot = self.make_tiers()

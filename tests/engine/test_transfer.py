@@ -42,7 +42,7 @@ def test_pages_go_there_and_back(transfer: Transfer) -> None:
         pool.pages_RX,
         dst_rows=torch.tensor([1, 2, 4]),
         src_rows=torch.tensor([30, 11, 7]),
-        count=torch.tensor(2),
+        count=torch.tensor([2], dtype=torch.int32),
     )
     assert torch.equal(back[[1, 2]], hot[[0, 3]])
     assert not back[4].any(), "beyond the count"

@@ -164,7 +164,8 @@ def test_loads_can_be_captured_and_count_on_the_device(pool: DramPool) -> None:
     def load() -> None:
         transfer.load(hot, pool.pages_RX, dst_rows=rows, src_rows=rows + 9, count=count)
 
-    load()  # compiled before the capture
+    transfer.warm_up(pool.pages_RX, hot)
+    load()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         load()

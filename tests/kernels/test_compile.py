@@ -238,6 +238,25 @@ def test_copy_moves_16_bytes_an_access(name: str, arch: int) -> None:
     assert all(".b64" in line for line in narrow), narrow  # row numbers alone are read singly
 
 
+def test_copies_of_any_rows_share_one_variant() -> None:
+    """A CUDA graph that captured one launch must not meet another kernel."""
+    pages_RX = torch.zeros(9, 4096, dtype=torch.int8)
+    rows_M = torch.zeros(9, dtype=torch.int64)
+    with compiled_for(90) as compiled:
+        for first, count in ((0, rows_M[:1]), (1, rows_M[1:2]), (0, rows_M[3:4])):
+            rows = rows_M[first : first + 1 + 3 * first]
+            copy._launch(
+                pages_RX,
+                pages_RX,
+                dst_rows_M=rows,
+                src_rows_M=rows,
+                count=count,
+                programs=32,
+                tile_bytes=copy.DEFAULT_TILE_BYTES,
+            )
+    assert len({kernel.hash for kernel in compiled}) == 1
+
+
 @pytest.mark.parametrize("arch", SHARED_LIMIT_BYTES)
 @pytest.mark.parametrize("name", [name for name in LAUNCHES if name.startswith("checksum")])
 def test_checksums_read_16_bytes_an_access(name: str, arch: int) -> None:
