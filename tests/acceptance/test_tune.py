@@ -63,7 +63,7 @@ def test_a_study_is_stored_trial_by_trial_and_its_result_exported(tmp_path: Path
 @pytest.mark.slow
 def test_ctrl_c_keeps_the_trials_and_resume_goes_on(tmp_path: Path) -> None:
     state_dir = tmp_path / "state"
-    process = tune(state_dir, "--trials", "3")
+    process = tune(state_dir, "--trials", "8")  # more than end before the signal arrives
     assert process.stdout is not None
     printed = ""
     deadline = time.monotonic() + 120

@@ -21,7 +21,7 @@ from sparsed.controller.bench.prompts import (
     TokenIds,
     to_text,
 )
-from sparsed.controller.cli.bench import DEFAULT_VOCAB_SIZE
+from sparsed.controller.cli.bench_serve import DEFAULT_VOCAB_SIZE
 from sparsed.core import InputError, WorkloadRequest
 
 TRACE = Path(__file__).resolve().parents[3] / "examples" / "traces" / "conversation.jsonl"

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from sparsed.controller.cli.bench import _command
+from sparsed.controller.cli.bench_serve import _command
 from sparsed.controller.cli.main import run
 from sparsed.core import ExitCode
 
