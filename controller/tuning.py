@@ -40,7 +40,7 @@ from sparsed.core import (
 )
 from sparsed.db import open_store
 from sparsed.db.store import Store, StoreError
-from sparsed.engine.planner import HBM_WORKSPACE_BYTES
+from sparsed.engine.planner import workspace_bytes
 from sparsed.tuner.export import FORMAT_BY_SUFFIX, DeviceMemory, render_profile
 from sparsed.tuner.objective import TrialFailed
 from sparsed.tuner.offline import NUM_REPEATS, StudyOutcome, StudyPlan, run_study
@@ -276,9 +276,10 @@ def _auto_hbm_budget(plan: StartPlan) -> int:
 def _device_memory(plan: StartPlan) -> DeviceMemory | None:
     if not plan.machine.hbm_total_bytes:
         return None
+    shape, spec = plan.model.shape, plan.spec
     return DeviceMemory(
         device_bytes=plan.machine.hbm_total_bytes,
         weights_bytes=plan.spec.plan.weights_bytes,
-        workspace_bytes=HBM_WORKSPACE_BYTES,
+        workspace_bytes=workspace_bytes(shape, dtype=spec.dtype, chunk=spec.knobs.prefill_chunk),
         kv_bytes=plan.spec.plan.hot_bytes,
     )

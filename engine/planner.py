@@ -28,7 +28,7 @@ STAGING_TOKENS = 8192  # of one layer: earlier pages on their way to the attenti
 SLOT_BYTES = 8  # owner and age of a slot
 MAX_NUM_SEQS = {"cpu": 16, "cuda": 64}
 HBM_USE_FRAC = 0.92  # of what is free after the weights and the workspace
-HBM_WORKSPACE_BYTES = 2 * GIB  # activations, library workspaces, the CUDA context
+HBM_WORKSPACE_BYTES = 3 * GIB // 2  # the CUDA context, graphs, library workspaces
 DRAM_USE_FRAC = 0.8  # of what is free (after the weights, on a CPU)
 CPU_HOT_FRAC = 0.4  # of the memory both tiers share on a CPU
 TABLES_FRAC = 0.25  # most of the hot tier that page tables may take
@@ -53,7 +53,8 @@ def resolve_knobs(
     asked = check_knob_values(explicit)
     values: dict[str, KnobValue] = {spec.name: spec.default for spec in KNOB_SPECS} | asked
     kind = device.partition(":")[0]
-    hot_free, dram_free = _free_bytes(shape, machine, kind=kind, dtype=dtype)
+    chunk = int(values["prefill_chunk"] or 0)
+    hot_free, dram_free = _free_bytes(shape, machine, kind=kind, dtype=dtype, chunk=chunk)
     length = _max_model_len(asked.get("max_model_len"), shape)
     num_seqs = int(asked.get("max_num_seqs") or MAX_NUM_SEQS[kind])
     wanted = num_seqs * num_frames(length) * BLOCK_TOKENS * shape.kv_bytes_per_token(dtype)
@@ -113,6 +114,13 @@ def plan_memory(knobs: Knobs, *, shape: ModelShape, dtype: str) -> MemoryPlan:
     )
 
 
+def workspace_bytes(shape: ModelShape, *, dtype: str, chunk: int) -> int:
+    """Device memory besides weights and KV. A prompt token takes the most on its way through an
+    MLP: gate, up and their product, and some hidden states."""
+    per_token = (3 * shape.intermediate_size + 8 * shape.hidden_size) * DTYPE_BYTES[dtype]
+    return HBM_WORKSPACE_BYTES + chunk * per_token
+
+
 def _num_frames(knobs: Knobs, geometry: Geometry) -> int:
     """Frames the DRAM pool holds, at most as many as the hot tier can summarise."""
     frames = int(knobs.kv_dram_gib * GIB) // geometry.frame_bytes
@@ -130,7 +138,7 @@ def _num_frames(knobs: Knobs, geometry: Geometry) -> int:
 
 
 def _free_bytes(
-    shape: ModelShape, machine: MachineFacts, *, kind: str, dtype: str
+    shape: ModelShape, machine: MachineFacts, *, kind: str, dtype: str, chunk: int
 ) -> tuple[float, float]:
     """Bytes (hot tier, DRAM tier) may take. On a CPU both come from the same memory."""
     weights = shape.weight_bytes(dtype)
@@ -141,7 +149,8 @@ def _free_bytes(
         hot, dram = free * CPU_HOT_FRAC, free * (1 - CPU_HOT_FRAC)
         where = f"{machine.dram_free_bytes / GIB:.1f} GiB of free memory"
     else:
-        hot = (machine.hbm_free_bytes - weights - HBM_WORKSPACE_BYTES) * HBM_USE_FRAC
+        workspace = workspace_bytes(shape, dtype=dtype, chunk=chunk)
+        hot = (machine.hbm_free_bytes - weights - workspace) * HBM_USE_FRAC
         dram = machine.dram_free_bytes * DRAM_USE_FRAC
         where = f"{machine.hbm_free_bytes / GIB:.1f} GiB of free device memory"
     if hot <= 0:
