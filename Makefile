@@ -14,6 +14,7 @@ export PYTHONSAFEPATH = 1
 
 VENV ?= .venv
 BARE ?= build/bare
+WORKERS ?= 2
 ARGS ?=
 PYTHON = $(VENV)/bin/python
 INSTALL = .ci/install
@@ -27,7 +28,7 @@ demo: $(VENV)/.runtime
 	$(PYTHON) examples/demo.py
 
 test: $(VENV)/.dev
-	$(PYTHON) -m pytest -m "not gpu" $(ARGS)
+	$(PYTHON) -m pytest -m "not gpu" -n $(WORKERS) --dist loadfile $(ARGS)
 
 dev: $(VENV)/.dev
 

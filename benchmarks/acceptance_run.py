@@ -38,7 +38,8 @@ def environment_of(name: str, *, workers: int, num_cpus: int) -> dict[str, str]:
     """What a step adds to the environment: processes that share the cores take a part each."""
     if name != PARALLEL_STEP or workers == 1:
         return {}
-    return {"OMP_NUM_THREADS": str(max(1, num_cpus // workers))}
+    quiet = "-p no:benchmark"  # a plugin that warns of parallel runs, and warnings are errors
+    return {"OMP_NUM_THREADS": str(max(1, num_cpus // workers)), "PYTEST_ADDOPTS": quiet}
 
 
 def run(name: str, *, limit_s: float, workers: int) -> dict[str, object]:

@@ -25,7 +25,7 @@ from sparsed.kernels.store import store_tokens
 MIN_SPLIT_TOKENS, MAX_SPLIT_TOKENS = 256, 2048
 SPLITS = 32  # a request's tokens are cut into about so many items, as far as the bounds allow
 PROGRAMS_PER_PROCESSOR = 2  # attention programs that fit one multiprocessor together
-NUM_BUFFERS = 3  # host buffers in turn: the copy of a step may still be on its way
+NUM_BUFFERS = 3  # host buffers in turn: a step is filled in while others are on their way
 GRAPH_SIZES = (1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256)
 
 Ints = npt.NDArray[np.int32]
@@ -62,6 +62,7 @@ class InputBuffer:
         self._host = [
             torch.zeros(size, dtype=torch.int32, pin_memory=pinned) for _ in range(NUM_BUFFERS)
         ]
+        self._copied: list[torch.cuda.Event | None] = [None] * NUM_BUFFERS
         self._turn = 0
 
     def view(self, size: int, max_items: int) -> StepInput:
@@ -75,8 +76,12 @@ class InputBuffer:
         return StepInput(known, plan)
 
     def fill(self, decodes: Sequence[DecodeRow], *, size: int) -> None:
-        """Queue the copy of a step's inputs; ``size - len(decodes)`` requests are padding."""
+        """Queue the copy of a step's inputs; ``size - len(decodes)`` requests are padding. Waits
+        where the host is as many steps ahead as there are buffers."""
         self._turn = (self._turn + 1) % NUM_BUFFERS
+        copied = self._copied[self._turn]
+        if copied is not None:
+            copied.synchronize()
         host_X = self._host[self._turn]
         sections = host_X.numpy()
         count, width = len(decodes), self._max_rows
@@ -91,6 +96,8 @@ class InputBuffer:
         used = self._first_item + items_I3.size
         sections[self._first_item : used] = items_I3.reshape(-1)
         self._device_X[:used].copy_(host_X[:used], non_blocking=True)
+        if self._device_X.is_cuda:
+            self._copied[self._turn] = torch.cuda.current_stream().record_event()
 
 
 def cut_items(lengths_B: Ints) -> tuple[Ints, Ints]:
