@@ -5,7 +5,8 @@
 #   TORCH=torch==2.12.0    the torch to install (default: the one in constraints.txt, as a CPU
 #                          build on a machine without a GPU)
 #   TORCH_INDEX=URL        a further package index to look for it
-#   ARGS="-k window"       passed on to pytest; "-n 4 --dist loadfile" runs the tests in 4 processes
+#   WORKERS=2              processes that run the tests
+#   ARGS="-k window"       passed on to pytest
 
 .PHONY: help demo dev check lint types arch test wheel proto bench clean
 .DEFAULT_GOAL := help
