@@ -154,7 +154,8 @@ def prompt_case(setting: Setting, *, tokens: int, backend: Backend) -> Case:
             return ()
         return works
 
-    return Case("attend_dense", f"{tokens}, {backend}", Ceiling.MATMUL, amount, make)
+    words = f"{tokens}, {backend}"
+    return Case("attend_dense", words, Ceiling.MATMUL, amount, make, capture=False)
 
 
 def _chunk(setting: Setting, tokens: int) -> tuple[Tensor, Tensor, Tensor]:

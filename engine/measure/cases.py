@@ -62,13 +62,14 @@ class Setting(NamedTuple):
 class Case(NamedTuple):
     """One kernel on inputs of one size. ``make``: the same work on one rotated input after the
     other; none where the device has no implementation. ``amount``: bytes or FLOP of one, in the
-    unit of its ceiling."""
+    unit of its ceiling. ``capture``: whether it may run as a graph."""
 
     kernel: str
     words: str
     ceiling: Ceiling
     amount: float
     make: Callable[[], Sequence[Work]]
+    capture: bool = True
 
 
 def token_cases(setting: Setting) -> Iterator[Case]:

@@ -38,15 +38,16 @@ class Clock:
         self.synchronize()
         return statistics.median(once_s(work) for _ in range(repeats))
 
-    def each_s(self, works: Sequence[Work]) -> float:
+    def each_s(self, works: Sequence[Work], *, capture: bool = True) -> float:
         """Seconds of one of ``works`` on average: all of them run in turn, so that none finds its
-        inputs in a cache if together they are larger than it. Short ones run as one graph."""
+        inputs in a cache if together they are larger than it. Short ones run as one graph, unless
+        ``capture`` is false."""
 
         def run_all() -> list[object]:
             return [work() for work in works]  # kept until the end: no two share memory
 
         total_s = self.median_s(run_all)
-        if self.device.type == "cuda" and total_s / len(works) < GRAPH_BELOW_S:
+        if capture and self.device.type == "cuda" and total_s / len(works) < GRAPH_BELOW_S:
             total_s = self.median_s(_capture(run_all).replay)
         return total_s / len(works)
 

@@ -82,7 +82,7 @@ def measure_case(
     """None where the device has no memory or no implementation for the case."""
     try:
         works = case.make()
-        seconds = clock.each_s(works) if works else None
+        seconds = clock.each_s(works, capture=case.capture) if works else None
     except torch.OutOfMemoryError:
         works, seconds = (), None
     del works  # and all its inputs
