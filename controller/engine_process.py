@@ -81,7 +81,7 @@ class EngineProcess:
             stdin=asyncio.subprocess.DEVNULL,
             pass_fds=(pool_fd,),
             process_group=0,
-            env=_worker_environment(),
+            env=worker_environment(),
         )
         engine = cls(process, socket, endpoint=endpoint, on_message=on_message, limits=limits)
         engine.send(spec)
@@ -172,7 +172,8 @@ class EngineProcess:
             self._process.kill()
 
 
-def _worker_environment() -> dict[str, str]:
+def worker_environment() -> dict[str, str]:
+    """Of a process that runs the engine: beside other work its threads sleep, not spin."""
     environment = dict(os.environ)
     environment.pop("NOTIFY_SOCKET", None)  # only the controller reports to systemd
     if os.getloadavg()[0] > BUSY_LOAD_FRAC * (os.cpu_count() or 1):

@@ -81,12 +81,11 @@ def prepare(
     database of the state directory, if any.
     Errors: InputError naming the field that is wrong or does not fit.
     """
-    resolved = resolve_model(config.model, cache_dir=config.cache_dir, progress=progress)
-    model = _model_config(resolved)
+    resolved, model = find_model(config, progress=progress)
     device, machine = find_device(config.device)
     link = None if device == "cpu" else link_key(machine)
     find_calibration = find_calibration or calibrations_of(config.state_dir)
-    dtype = _dtype(config.dtype, device=device, model=model)
+    dtype = choose_dtype(config.dtype, device=device, model=model)
     key = ProfileKey(hardware=machine.fingerprint, model=resolved.model_id, dtype=dtype)
     _warn_of_mismatch(config, key)
     size = partial(_size, shape=model.shape, machine=machine, device=device, dtype=dtype)
@@ -209,11 +208,13 @@ def _fit_in_words(plan: StartPlan, num_tokens: int) -> str:
     return str(num_fitting(plan, num_tokens))
 
 
-def _model_config(resolved: ResolvedModel) -> ModelConfig:
+def find_model(config: DaemonConfig, *, progress: Progress) -> tuple[ResolvedModel, ModelConfig]:
+    """The model on this machine, fetched if need be, and its sizes. InputError saying what to do."""
+    resolved = resolve_model(config.model, cache_dir=config.cache_dir, progress=progress)
     if resolved.dummy is not None:
-        return dummy_config(resolved.dummy)
+        return resolved, dummy_config(resolved.dummy)
     assert resolved.path is not None
-    return load_config(resolved.path)
+    return resolved, load_config(resolved.path)
 
 
 def find_device(asked: str) -> tuple[str, MachineFacts]:
@@ -247,8 +248,8 @@ def _device(device: str, machine: MachineFacts) -> str:
     return f"cuda:{index}"
 
 
-def _dtype(dtype: str, *, device: str, model: ModelConfig) -> str:
-    """On a CPU float32 is the fast and exact one; on a GPU float32 weights run as bfloat16."""
+def choose_dtype(dtype: str, *, device: str, model: ModelConfig) -> str:
+    """What ``auto`` means: on a CPU float32 is the fast and exact one; on a GPU float32 weights run as bfloat16."""
     if dtype != "auto":
         return dtype
     if device == "cpu":

@@ -1,25 +1,22 @@
 """Calibration of the link: inside an engine that starts, or as a process of its own.
 
 ``python -m sparsed.engine.calibrate`` reads a ``CalibrateLink`` as JSON from its standard input
-and writes lines of JSON, each an object with one key that is the name of a value of the
-vocabulary: ``LoadProgress`` on the way, then ``LinkCalibration``, or ``EngineFailed``.
+and answers as ``engine.process`` says, with a ``LinkCalibration``.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
 from sparsed.core import (
     CalibrateLink,
-    EngineFailed,
     EngineSpec,
     ExitCode,
     LinkCalibration,
     LinkKey,
-    LoadProgress,
-    StartError,
 )
 from sparsed.engine.kvcache.link_policy import covers, merge_calibrations
 from sparsed.engine.link_plan import (
@@ -29,6 +26,7 @@ from sparsed.engine.link_plan import (
     memory_plan,
     quick_plan,
 )
+from sparsed.engine.process import answer
 
 if TYPE_CHECKING:
     import torch
@@ -109,21 +107,31 @@ def calibrate_device(wanted: CalibrateLink, *, on_progress: Progress) -> LinkCal
     """A calibration in memory of its own. Errors: StartError where that cannot be had."""
     import torch
 
-    from sparsed.engine.link_meter import LinkMeter
-
     device = torch.device(wanted.device)
     key = wanted.key or NO_LINK
+    with open_meter(device) as meter:
+        if device.type == "cpu":
+            points = memory_plan(pages=wanted.sizes_bytes or PAGE_SIZES_BYTES)
+        else:
+            points = plan_of(wanted, max_programs=_num_processors(device))
+        return measure_link(meter, points, key=key, on_progress=on_progress)
+
+
+@contextmanager
+def open_meter(device: torch.device) -> Iterator[LinkMeter]:
+    """A meter on memory of its own, pinned as the DRAM tier's is. StartError if there is none."""
+    import torch
+
+    from sparsed.engine.link_meter import LinkMeter
+
     if device.type == "cpu":
-        host, hot = (torch.zeros(CPU_BYTES, dtype=torch.uint8) for _ in range(2))
-        points = memory_plan(pages=wanted.sizes_bytes or PAGE_SIZES_BYTES)
-        return measure_link(LinkMeter(host, hot), points, key=key, on_progress=on_progress)
+        yield LinkMeter(*(torch.zeros(CPU_BYTES, dtype=torch.uint8) for _ in range(2)))
+        return
     torch.cuda.set_device(device)
     pool = _pinned_pool(device)  # kept until the end: without it the memory is not pinned
     host = pool.pages_RX.flatten().view(torch.uint8)
     hot = torch.zeros(HOT_BYTES, dtype=torch.uint8, device=device)
-    meter = LinkMeter(host, hot, host_chunk_bytes=pool.chunk_bytes)
-    points = plan_of(wanted, max_programs=_num_processors(device))
-    return measure_link(meter, points, key=key, on_progress=on_progress)
+    yield LinkMeter(host, hot, host_chunk_bytes=pool.chunk_bytes)
 
 
 def plan_of(wanted: CalibrateLink, *, max_programs: int) -> tuple[LinkPoint, ...]:
@@ -175,22 +183,11 @@ def main() -> ExitCode:
     import msgspec
 
     wanted = msgspec.json.decode(sys.stdin.buffer.read(), type=CalibrateLink)
-    try:
-        calibration = calibrate_device(
-            wanted, on_progress=lambda frac: _say(LoadProgress(phase="measuring", frac=frac))
+    return answer(
+        lambda report: calibrate_device(
+            wanted, on_progress=lambda frac: report("measuring the link", frac)
         )
-    except StartError as error:
-        _say(EngineFailed(message=str(error), exit_code=error.code))
-        return error.code
-    _say(calibration)
-    return ExitCode.OK
-
-
-def _say(value: LoadProgress | LinkCalibration | EngineFailed) -> None:
-    import msgspec
-
-    line = msgspec.json.encode({type(value).__name__: value})
-    print(line.decode(), flush=True)
+    )
 
 
 if __name__ == "__main__":

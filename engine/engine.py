@@ -98,6 +98,11 @@ class Engine:
         return self._scheduler.knobs
 
     @property
+    def num_decoding(self) -> int:
+        """Requests whose prompts are in the cache."""
+        return self._scheduler.num_decoding
+
+    @property
     def has_work(self) -> bool:
         """Whether ``step`` has something to compute or to report."""
         return self._scheduler.has_requests or bool(self._outputs or self._in_flight)

@@ -147,7 +147,7 @@ class ResidentDecoder:
         self._scale = scale
         self._row_items = -(-max_tokens // MIN_SPLIT_TOKENS)
         self._lane_blocks = cache.arena.blocks.size // cache.geometry.num_lanes
-        self._programs = _programs(device, num_heads=cache.geometry.num_kv_heads)
+        self._programs = attention_programs(device, num_heads=cache.geometry.num_kv_heads)
         self._sizes = [*(size for size in GRAPH_SIZES if size < max_rows), max_rows]
         self._inputs = InputBuffer(
             max_rows=max_rows,
@@ -187,6 +187,17 @@ class ResidentDecoder:
             pool = pool or graph.pool()
             self._graphs[size] = (graph, drawn)
 
+    @property
+    def has_graphs(self) -> bool:
+        """Whether steps replay what was captured."""
+        return bool(self._graphs)
+
+    def replay(self, count: int) -> None:
+        """Run the graph of the last step, which had ``count`` requests, once more; the tokens that
+        it draws and stores are worth nothing. Only for measurements."""
+        size = next(size for size in self._sizes if size >= count)
+        self._graphs[size][0].replay()
+
     def _max_items(self, size: int) -> int:
         """Items that ``size`` requests can be cut into, all of them in the arena."""
         arena_items = self._lane_blocks * BLOCK_TOKENS // MIN_SPLIT_TOKENS
@@ -224,7 +235,7 @@ class ResidentDecoder:
         return Drawn(logits_BV, drawn_B)
 
 
-def _programs(device: torch.device, *, num_heads: int) -> int:
+def attention_programs(device: torch.device, *, num_heads: int) -> int:
     """Attention programs a KV head, so that together they fill the device once."""
     if device.type != "cuda":
         return 1

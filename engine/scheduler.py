@@ -54,6 +54,11 @@ class Scheduler:
         return len(self._waiting)
 
     @property
+    def num_decoding(self) -> int:
+        """Running requests whose prompt is in the cache."""
+        return sum(request.status is Status.DECODE for request in self._running.values())
+
+    @property
     def has_requests(self) -> bool:
         return bool(self._running or self._waiting)
 

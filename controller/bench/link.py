@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Iterator
 from typing import Final
 
 import msgspec
 
+from sparsed.controller.bench.process import Progress, run_measurement
 from sparsed.controller.links import keep_calibration, link_key
 from sparsed.controller.startup import find_device
 from sparsed.controller.state_dir import StateDir, StateLock
@@ -17,17 +16,11 @@ from sparsed.core import (
     CalibrateLink,
     CopyPath,
     Direction,
-    EngineFailed,
-    ExitCode,
     LinkCalibration,
     LinkEntry,
-    LoadProgress,
-    StartError,
 )
 from sparsed.db import open_store
 from sparsed.engine.kvcache.link_policy import RUN_TIME_PATHS, choose_copy, merge_calibrations
-
-Progress = Callable[[str, float], None]
 
 COMMAND: Final = (sys.executable, "-P", "-m", "sparsed.engine.calibrate")
 
@@ -63,26 +56,8 @@ def calibrate_link(
 
 def run_calibration(wanted: CalibrateLink, *, on_progress: Progress) -> LinkCalibration:
     """What the measuring process found. StartError with its words, or with its exit status."""
-    with subprocess.Popen(COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
-        assert process.stdin is not None and process.stdout is not None
-        with suppress(BrokenPipeError):  # it has ended already; its status says how
-            process.stdin.write(msgspec.json.encode(wanted))
-            process.stdin.close()
-        for line in process.stdout:
-            ((name, body),) = msgspec.json.decode(line, type=dict[str, msgspec.Raw]).items()
-            match name:
-                case "LoadProgress":
-                    progress = msgspec.json.decode(body, type=LoadProgress)
-                    on_progress(progress.phase, progress.frac)
-                case "LinkCalibration":
-                    return msgspec.json.decode(body, type=LinkCalibration)
-                case "EngineFailed":
-                    failure = msgspec.json.decode(body, type=EngineFailed)
-                    raise StartError(failure.message, code=ExitCode(failure.exit_code))
-    raise StartError(
-        f"the measuring process ended with status {process.returncode}; its words are above",
-        code=ExitCode.SOFTWARE,
-    )
+    request = msgspec.json.encode(wanted)
+    return run_measurement(COMMAND, request, answer=LinkCalibration, on_progress=on_progress)
 
 
 def best_of_each_way(calibration: LinkCalibration) -> Iterator[tuple[LinkEntry, bool]]:

@@ -25,7 +25,12 @@ OutputOption = Annotated[
 
 def print_json(value: Any) -> None:
     """A dataclass, or a sequence of them, under the field names of the vocabulary."""
-    print(json.dumps(value, default=_plain, indent=2))
+    print(to_json(value))
+
+
+def to_json(value: Any) -> str:
+    """As ``print_json`` prints it."""
+    return json.dumps(value, default=_plain, indent=2)
 
 
 def print_table(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> None:

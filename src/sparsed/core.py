@@ -533,6 +533,106 @@ class EngineFacts:
 
 
 # --------------------------------------------------------------------------------------------
+# Measurements of the engine on an idle machine
+# --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DecodePoint:
+    """``requests`` that decode together, each ``tokens`` long in the middle of the measurement."""
+
+    requests: int
+    tokens: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MeasureDecode:
+    """Decode steps of an engine, to be measured by a process of its own."""
+
+    spec: EngineSpec
+    points: tuple[DecodePoint, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DecodeSpeed:
+    """A decode step in its steady state. ``tokens`` is the mean length of the requests then.
+
+    ``graph_ms``: the captured step replayed alone, ``not_hidden_ms``: what a step takes beyond it;
+    None where nothing is captured. ``floor_ms``: ``read_bytes`` at the rate of a plain copy in the
+    memory of the device, of the same run; ``floor_ratio``: ``step_ms`` over it.
+    """
+
+    requests: int
+    tokens: int
+    step_ms: float
+    graph_ms: float | None
+    not_hidden_ms: float | None
+    read_bytes: int  # weights, and K and V of all requests that a step attends to
+    floor_ms: float
+    floor_ratio: float
+    tokens_per_s: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DecodeReport:
+    """``copy_bytes_per_s``: bytes read and written by a copy. ``skipped``: what does not fit."""
+
+    model: str
+    device_name: str
+    dtype: str
+    knobs: Knobs
+    versions: Mapping[str, str]
+    copy_bytes_per_s: float
+    steps: tuple[DecodeSpeed, ...]
+    skipped: tuple[DecodePoint, ...]
+
+
+class Ceiling(StrEnum):
+    """What the speed of a kernel is compared with, measured in the same run."""
+
+    COPY = "copy"  # in the memory of the device: bytes read and written per second
+    H2D = "h2d"  # one large DMA: bytes per second
+    D2H = "d2h"
+    MATMUL = "matmul"  # a product of large matrices: FLOP per second
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MeasureKernels:
+    """Kernels at the sizes of a model, to be measured by a process of its own. ``contexts`` are
+    tokens of each request, ``page_size`` tokens of a page."""
+
+    device: str
+    dtype: str
+    shape: ModelShape
+    page_size: int
+    batches: tuple[int, ...]
+    contexts: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KernelSpeed:
+    """One kernel on inputs of one size. ``rate``: bytes it must move, or FLOP, per second, in the
+    unit of its ceiling; ``ratio``: to that. ``time_us`` None: only the rate was measured."""
+
+    kernel: str
+    case: str
+    time_us: float | None
+    rate: float
+    ceiling: Ceiling
+    ratio: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KernelReport:
+    device_name: str
+    dtype: str
+    versions: Mapping[str, str]
+    ceilings: Mapping[Ceiling, float]
+    kernels: tuple[KernelSpeed, ...]
+    skipped: tuple[str, ...]  # cases that the device has no memory or no implementation for
+
+
+# --------------------------------------------------------------------------------------------
 # Requests and tokens
 # --------------------------------------------------------------------------------------------
 

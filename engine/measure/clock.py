@@ -1,0 +1,75 @@
+"""How long work takes on a device: CUDA events there, a clock on a CPU."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Final
+
+import torch
+
+NUM_WARM_UPS: Final = 3
+NUM_REPEATS: Final = 15
+CPU_REPEATS: Final = 5
+HIDE_CYCLES: Final = 4_000_000  # two milliseconds: the work is queued by the time they are over
+GRAPH_BELOW_S: Final = 200e-6  # launches from Python can take nearly as long
+
+Work = Callable[[], object]
+
+
+class Clock:
+    """Times work on the current stream of one device; with a busy device its times are wrong."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def median_s(self, work: Work) -> float:
+        """Median seconds of ``work``, after runs that compile and warm up. On a CUDA device from
+        its first operation to its last, which the host has queued before."""
+        is_cuda = self.device.type == "cuda"
+        once_s, repeats = (_on_device_s, NUM_REPEATS) if is_cuda else (_on_host_s, CPU_REPEATS)
+        for _ in range(NUM_WARM_UPS if is_cuda else 1):
+            work()
+        self.synchronize()
+        return statistics.median(once_s(work) for _ in range(repeats))
+
+    def each_s(self, works: Sequence[Work], *, capture: bool = True) -> float:
+        """Seconds of one of ``works`` on average: all of them run in turn, so that none finds its
+        inputs in a cache if together they are larger than it. Short ones run as one graph, unless
+        ``capture`` is false."""
+
+        def run_all() -> list[object]:
+            return [work() for work in works]  # kept until the end: no two share memory
+
+        total_s = self.median_s(run_all)
+        if capture and self.device.type == "cuda" and total_s / len(works) < GRAPH_BELOW_S:
+            total_s = self.median_s(_capture(run_all).replay)
+        return total_s / len(works)
+
+
+def _capture(work: Work) -> torch.cuda.CUDAGraph:
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return graph
+
+
+def _on_host_s(work: Work) -> float:
+    started_s = time.perf_counter()
+    work()
+    return time.perf_counter() - started_s
+
+
+def _on_device_s(work: Work) -> float:
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]  # torch's
+    torch.cuda._sleep(HIDE_CYCLES)  # type: ignore[no-untyped-call]  # torch's
+    begin.record()
+    work()
+    end.record()
+    end.synchronize()
+    return float(begin.elapsed_time(end)) / 1e3
