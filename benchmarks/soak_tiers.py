@@ -1,0 +1,76 @@
+"""The state of both tiers between two steps of the soak.
+
+Shape legend: L layers, H KV heads, S slots of a lane, P pages, N slots of the arena, M pages looked
+at, X elements of a page.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparsed.engine.kvcache.cache import KVCache, Row
+from sparsed.engine.kvcache.hbm import LOCKED_STEP
+
+
+class TierCheck:
+    """Looks at both tiers between two steps. On a CUDA device it waits for all that is queued."""
+
+    def __init__(self, kv: KVCache) -> None:
+        self._kv = kv
+        self.pages_compared = 0
+
+    def __call__(self) -> None:
+        """AssertionError unless all tables agree and every sealed hot page is what DRAM holds."""
+        kv = self._kv
+        kv.check_integrity()
+        kv.transfer.wait_for_saves()
+        if kv.arena.pages_NX.is_cuda:
+            torch.cuda.synchronize()
+        is_owned_N = torch.zeros_like(kv.arena.slot_page_N, dtype=torch.bool)
+        is_owned_N[: kv.geometry.pages_per_block] = True  # the spare block takes any writes
+        for row in kv.rows.values():
+            owned_LHS = self._owned(row)
+            assert not is_owned_N[owned_LHS].any(), "a slot has two owners"
+            is_owned_N[owned_LHS] = True
+            self._check_lanes(row, owned_LHS)
+        assert (kv.arena.slot_page_N[~is_owned_N] == -1).all(), "a free slot holds a page"
+
+    def idle(self) -> None:
+        """AssertionError unless everything was given back."""
+        kv = self._kv
+        self()
+        assert not kv.rows
+        assert len(kv.pool.frames) == kv.pool.frames.size
+        assert len(kv.arena.blocks) == kv.arena.blocks.size
+        assert (kv.tables.page_slot[..., :-1] == -1).all() and (kv.tables.lane_slots == -1).all()
+
+    def _owned(self, row: Row) -> Tensor:
+        num_slots = row.num_blocks * self._kv.geometry.pages_per_block
+        slots_LHP = self._kv.tables.lane_slots[row.index]
+        assert (slots_LHP[..., :num_slots] > 0).all() and (slots_LHP[..., num_slots:] == -1).all()
+        return slots_LHP[..., :num_slots].long()
+
+    def _check_lanes(self, row: Row, owned_LHS: Tensor) -> None:
+        arena, table_LHP = self._kv.arena, self._kv.tables.page_slot[row.index, ..., :-1]
+        pages_LHS = arena.slot_page_N[owned_LHS].long()
+        placed_LHS = pages_LHS >= 0
+        assert torch.equal((table_LHP >= 0).sum(-1), placed_LHS.sum(-1)), "pages without a slot"
+        found_LHS = table_LHP.gather(-1, pages_LHS.clamp(min=0))
+        assert torch.equal(found_LHS[placed_LHS].long(), owned_LHS[placed_LHS])
+        locked_LHS = arena.slot_step_N[owned_LHS] == LOCKED_STEP
+        assert (locked_LHS.sum(-1) <= 1).all() and (placed_LHS | ~locked_LHS).all()
+        self._compare(row, owned_LHS, pages_LHS, placed_LHS & ~locked_LHS)
+
+    def _compare(self, row: Row, owned_LHS: Tensor, pages_LHS: Tensor, sealed_LHS: Tensor) -> None:
+        """Every page with a slot that is not open has been sealed."""
+        kv, per_block = self._kv, self._kv.geometry.pages_per_block
+        lanes_LH1 = torch.arange(kv.geometry.num_lanes).view(*owned_LHS.shape[:2], 1)
+        pages_LHS, sealed_LHS = pages_LHS.cpu(), sealed_LHS.cpu()
+        frames_LHS = torch.from_numpy(row.frames)[pages_LHS.clamp(min=0) // per_block]
+        rows_LHS = (frames_LHS * kv.geometry.num_lanes + lanes_LH1) * per_block
+        rows_M = (rows_LHS + pages_LHS % per_block)[sealed_LHS]
+        hot_MX = kv.arena.pages_NX[owned_LHS.cpu()[sealed_LHS].to(owned_LHS.device)].cpu()
+        dram_MX = kv.pool.pages_RX[rows_M]
+        assert torch.equal(hot_MX.view(torch.uint8), dram_MX.view(torch.uint8)), "tiers differ"
+        self.pages_compared += len(rows_M)
