@@ -12,7 +12,7 @@ from sparsed.core import RECALL_STRIDE
 from sparsed.engine.batch import DecodeRow, StepPlan
 from sparsed.engine.decode import DecodeCounts, Group, Tiers, make_groups
 from sparsed.engine.decode_batch import is_sparse, make_batch
-from sparsed.engine.kvcache.cache import KVCache
+from sparsed.engine.kvcache.cache import KVCache, Reads
 from sparsed.engine.prefill import ChunkPlan, PrefillAttention
 from sparsed.kernels.store import store_tokens
 
@@ -122,11 +122,15 @@ class Attention:
         row, page_size = cache.rows[index], cache.geometry.page_size
         dense = position + 1
         read = dense
-        row.decode_steps += 1
-        row.tokens_dense += dense
-        if is_sparse(row, position, page_size):
-            row.sparse_steps += 1
+        sparse = is_sparse(row, position, page_size)
+        if sparse:
             selected = row.selected_pages(page_size) * page_size + position % page_size + 1
             num_layers, dense_layers = cache.geometry.num_layers, self._dense_layers
             read = (dense_layers * dense + (num_layers - dense_layers) * selected) // num_layers
-        row.tokens_read += read
+        row.reads_before = row.reads
+        row.reads = Reads(
+            decode_steps=row.reads.decode_steps + 1,
+            sparse_steps=row.reads.sparse_steps + sparse,
+            tokens_read=row.reads.tokens_read + read,
+            tokens_dense=row.reads.tokens_dense + dense,
+        )

@@ -37,7 +37,7 @@ class Cache(Rows, Protocol):
     """What the engine needs of the KV cache; ``KVCache`` is one."""
 
     def check_fits(self, num_tokens: int) -> None: ...
-    def details(self, row: int) -> SparseDetails: ...
+    def details(self, row: int, *, num_dropped: int) -> SparseDetails: ...
 
 
 class Model(Protocol):
@@ -240,7 +240,10 @@ class Engine:
         error: str | None = None,
     ) -> None:
         """Report the last output of a request and give back what it held."""
-        details = None if request.row is None else self._model.kv.details(request.row)
+        details = None
+        if request.row is not None:
+            num_dropped = request.num_in_flight  # drawn, and never to be read
+            details = self._model.kv.details(request.row, num_dropped=num_dropped)
         output = _output(request, draw=draw)
         self._outputs.append(replace(output, finish_reason=reason, error=error, sparse=details))
         self._scheduler.finish(request)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +23,15 @@ from sparsed.engine.kvcache.tables import PageTables
 from sparsed.engine.kvcache.transfer import Transfer
 from sparsed.engine.kvcache.upload import upload
 from sparsed.engine.sparse.base import Selector
+
+
+class Reads(NamedTuple):
+    """What the decode steps of a request have attended to; see ``SparseDetails``."""
+
+    decode_steps: int = 0
+    sparse_steps: int = 0
+    tokens_read: int = 0
+    tokens_dense: int = 0
 
 
 @dataclass(slots=True)
@@ -42,10 +52,8 @@ class Row:
     blocks: npt.NDArray[np.int64]
     complete: bool = True
     num_placed: int = 0  # pages placed in order while complete
-    decode_steps: int = 0
-    sparse_steps: int = 0
-    tokens_read: int = 0
-    tokens_dense: int = 0
+    reads: Reads = field(default_factory=Reads)
+    reads_before: Reads = field(default_factory=Reads)  # without the newest step
     recalls: list[float] = field(default_factory=list)
 
     def selected_pages(self, page_size: int) -> int:
@@ -153,15 +161,14 @@ class KVCache:
             if row.num_blocks > self._quota_blocks(row):
                 self._release_blocks(row, keep=self._quota_blocks(row))
 
-    def details(self, index: int) -> SparseDetails:
+    def details(self, index: int, *, num_dropped: int = 0) -> SparseDetails:
+        """What sparsity did to a request; ``num_dropped`` (0 or 1) newest steps do not count."""
         row = self.rows[index]
+        reads = row.reads_before if num_dropped else row.reads
         return SparseDetails(
             method=row.method.value,
             token_budget=row.token_budget,
-            decode_steps=row.decode_steps,
-            sparse_steps=row.sparse_steps,
-            tokens_read=row.tokens_read,
-            tokens_dense=row.tokens_dense,
+            **reads._asdict(),
             coverage=float(np.mean(row.recalls)) if row.recalls else None,
         )
 

@@ -73,11 +73,11 @@ class ScriptedCache:
     def free(self, row: int) -> None:
         assert len(self.rows.pop(row)) <= self.reserved.pop(row)
 
-    def details(self, row: int) -> SparseDetails:
+    def details(self, row: int, *, num_dropped: int) -> SparseDetails:
         return SparseDetails(
             method="scripted",
             token_budget=256,
-            decode_steps=len(self.rows[row]),
+            decode_steps=len(self.rows[row]) - num_dropped,
             sparse_steps=0,
             tokens_read=0,
             tokens_dense=0,
@@ -195,6 +195,8 @@ def test_a_stop_token_is_reported_and_ends(runs_ahead: bool) -> None:
     stopped.add(request("a", prompt=[4, 5], temperature=0.0, stop_token_ids=(stop,)))
     found = outputs(stopped)
     assert texts(found)["a"] == text[: text.index(stop) + 1]
+    assert found[-1].sparse is not None
+    assert found[-1].sparse.decode_steps == 2 + text.index(stop), "a dropped step does not count"
     assert found[-1].finish_reason is FinishReason.STOP
 
 
