@@ -76,7 +76,7 @@ class _InFlight:
 class Engine:
     """Continuous batching over one model. One thread; only ``step`` takes its time.
 
-    Where the model runs ahead, the most likely tokens of a step are read while the next one runs:
+    Where the model runs ahead, the tokens that it draws are read while the next step runs:
     a request that ends has by then run one step more, whose token is dropped.
 
     A request that cannot be served ends with an output that says so, at the next step. Any
@@ -181,16 +181,19 @@ class Engine:
         return ready
 
     def _launch(self, step: Step) -> None:
-        """Run a step. Tokens that need more than the most likely one are drawn here, on the host;
-        the others stay in flight."""
+        """Run a step. Tokens that the model does not draw are drawn here, on the host; the others
+        stay in flight."""
         drawn = self._model.run(step.plan)
         ready = self._advance(step, drawn.logits_NV)
         drawing = [(request, row) for request, row in ready if not self._replay(request)]
-        plain = tuple((request, row) for request, row in drawing if request.is_plain_greedy)
-        for request, _ in plain:
+        waiting = tuple(pair for pair in drawing if self._model_draws(pair[0]))
+        for request, _ in waiting:
             request.num_in_flight += 1
-        self._in_flight.append(_InFlight(tokens=PendingTokens(drawn.tokens_N), waiting=plain))
-        self._sample([pair for pair in drawing if not pair[0].is_plain_greedy], drawn.logits_NV)
+        self._in_flight.append(_InFlight(tokens=PendingTokens(drawn.tokens_N), waiting=waiting))
+        self._sample([pair for pair in drawing if not self._model_draws(pair[0])], drawn.logits_NV)
+
+    def _model_draws(self, request: RequestState) -> bool:
+        return request.is_plain and (request.is_greedy or self._model.runs_ahead)
 
     def _sample(self, drawing: Sequence[tuple[RequestState, int]], logits_NV: Tensor) -> None:
         if not drawing:

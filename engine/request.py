@@ -13,6 +13,7 @@ from sparsed.core import (
     SamplingParams,
     TokenLogprob,
 )
+from sparsed.engine.batch import DrawParams
 
 GREEDY_BELOW = 1e-5  # a temperature under this is greedy: dividing by it gains nothing
 
@@ -44,12 +45,12 @@ class RequestState:
     tokens: list[int] = field(default_factory=list)
     num_in_flight: int = 0
     prompt_logprobs: list[tuple[TokenLogprob, ...] | None] = field(default_factory=list)
-    is_plain_greedy: bool = field(init=False)  # the most likely token, and nothing else wanted
+    is_plain: bool = field(init=False)  # drawn from the logits as they are, and only the token
 
     def __post_init__(self) -> None:
         params = self.sampling
         adjusted = self.has_penalties or bool(params.logit_bias)
-        self.is_plain_greedy = self.is_greedy and not adjusted and params.logprobs is None
+        self.is_plain = not adjusted and params.logprobs is None
 
     @property
     def request_id(self) -> str:
@@ -72,6 +73,21 @@ class RequestState:
         params = self.sampling
         penalties = (params.repetition_penalty, params.presence_penalty, params.frequency_penalty)
         return penalties != (1.0, 0.0, 0.0)
+
+    @property
+    def draw(self) -> DrawParams | None:
+        """How the next token, after all in flight, is drawn; None: it is the most likely one."""
+        if self.is_greedy:
+            return None
+        params = self.sampling
+        return DrawParams(
+            seed=self.seed,
+            token_index=len(self.tokens) + self.num_in_flight,
+            temperature=params.temperature,
+            top_p=params.top_p,
+            min_p=params.min_p,
+            top_k=params.top_k,
+        )
 
     @property
     def num_total_tokens(self) -> int:

@@ -17,9 +17,11 @@ from torch import Tensor
 
 from sparsed.core import BLOCK_TOKENS
 from sparsed.engine.batch import DecodeRow
+from sparsed.engine.draws import DRAW_WORDS, draw_plan, pack_draws
 from sparsed.engine.kvcache.cache import KVCache
 from sparsed.engine.models.decoder import Decoder
 from sparsed.kernels.resident import ResidentPlan, attend_resident
+from sparsed.kernels.sample import DrawPlan, draw_tokens
 from sparsed.kernels.store import store_tokens
 
 MIN_SPLIT_TOKENS, MAX_SPLIT_TOKENS = 256, 2048
@@ -32,7 +34,7 @@ Ints = npt.NDArray[np.int32]
 
 
 class Drawn(NamedTuple):
-    """Logits (n, V) float32 of the rows that ran, and the most likely token of each (n,)."""
+    """Logits (n, V) float32 of the rows that ran, and the token drawn from each (n,)."""
 
     logits_NV: Tensor
     tokens_N: Tensor
@@ -44,18 +46,20 @@ class StepInput(NamedTuple):
 
     known_B: Tensor
     attention: ResidentPlan
+    draws: DrawPlan
 
 
 class InputBuffer:
     """One int32 buffer on the device for everything a step needs to know, filled by one copy.
 
-    Sections: token, row and length of each request, its first item, the number of items, items.
+    Sections: token, row and length of each request, its first item, the words of its draw, the
+    number of items, items.
     """
 
     def __init__(self, *, max_rows: int, max_items: int, spare_row: int, device: torch.device):
         self._max_rows = max_rows
         self._spare_row = spare_row
-        self._first_item = 4 * max_rows + 1
+        self._first_item = (4 + DRAW_WORDS) * max_rows + 1
         size = self._first_item + 3 * max_items
         self._device_X = torch.zeros(size, dtype=torch.int32, device=device)
         pinned = device.type == "cuda"
@@ -67,13 +71,12 @@ class InputBuffer:
 
     def view(self, size: int, max_items: int) -> StepInput:
         """The buffers of a step of ``size`` requests."""
-        known, rows, lengths, first = (
-            self._device_X[i * self._max_rows :][:size] for i in range(4)
-        )
+        sections = self._device_X[: self._first_item - 1].view(-1, self._max_rows)[:, :size]
+        known, rows, lengths, first = sections[:4]
         items = self._device_X[self._first_item :][: 3 * max_items]
         count = self._device_X[self._first_item - 1 :][:1]
         plan = ResidentPlan(rows, lengths, items.view(-1, 3), first, count)
-        return StepInput(known, plan)
+        return StepInput(known, plan, draw_plan(sections[4:]))
 
     def fill(self, decodes: Sequence[DecodeRow], *, size: int) -> None:
         """Queue the copy of a step's inputs; ``size - len(decodes)`` requests are padding. Waits
@@ -83,18 +86,17 @@ class InputBuffer:
         if copied is not None:
             copied.synchronize()
         host_X = self._host[self._turn]
-        sections = host_X.numpy()
-        count, width = len(decodes), self._max_rows
-        padding = (0, self._spare_row, 0)
+        values_X = host_X.numpy()
+        sections = values_X[: self._first_item - 1].reshape(-1, self._max_rows)
+        padding = [(0, self._spare_row, 0)] * (size - len(decodes))
         values = [(-1 if d.token is None else d.token, d.row, d.position + 1) for d in decodes]
-        columns = np.array(values + [padding] * (size - count), dtype=np.int32).T
-        for section, column in enumerate(columns):
-            sections[section * width :][:size] = column
-        first_B, items_I3 = cut_items(columns[2])
-        sections[3 * width :][:size] = first_B
-        sections[self._first_item - 1] = len(items_I3)
+        sections[:3, :size] = np.array(values + padding, dtype=np.int32).T
+        first_B, items_I3 = cut_items(sections[2, :size])
+        sections[3, :size] = first_B
+        sections[4:, :size] = pack_draws([d.draw for d in decodes] + [None] * len(padding))
+        values_X[self._first_item - 1] = len(items_I3)
         used = self._first_item + items_I3.size
-        sections[self._first_item : used] = items_I3.reshape(-1)
+        values_X[self._first_item : used] = items_I3.reshape(-1)
         self._device_X[:used].copy_(host_X[:used], non_blocking=True)
         if self._device_X.is_cuda:
             self._copied[self._turn] = torch.cuda.current_stream().record_event()
@@ -204,7 +206,7 @@ class ResidentDecoder:
         return min(size * self._row_items, arena_items + size)
 
     def _step(self, size: int) -> Drawn:
-        known_B, plan = self._inputs.view(size, self._max_items(size))
+        known_B, plan, draws = self._inputs.view(size, self._max_items(size))
         cache, page_size = self._cache, self._cache.geometry.page_size
         rows_B = plan.rows_B.long()
         positions_B = (plan.lengths_B.long() - 1).clamp_(min=0)
@@ -230,7 +232,7 @@ class ResidentDecoder:
 
         hidden_BD = self._decoder.forward(tokens_B, positions_B, attend)
         logits_BV = self._decoder.logits(hidden_BD)
-        drawn_B = logits_BV.argmax(dim=-1)
+        drawn_B = draw_tokens(logits_BV, plan=draws)
         self._last_token_R[rows_B] = drawn_B
         return Drawn(logits_BV, drawn_B)
 

@@ -22,6 +22,7 @@ from sparsed.engine.assembly import (
 )
 from sparsed.engine.batch import DecodeRow, PromptChunk, StepPlan
 from sparsed.engine.decode_batch import is_sparse
+from sparsed.engine.draws import draw_step
 from sparsed.engine.kvcache.upload import upload
 from sparsed.engine.resident import Drawn, ResidentDecoder
 from sparsed.engine.warmup import warm_up
@@ -83,7 +84,7 @@ class Runner:
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> Drawn:
         """Logits of each chunk's positions from ``logits_from`` on, in order, then of every decode
-        row, and the most likely token of each. On a CUDA device queued and not awaited; valid
+        row, and the token drawn from each. On a CUDA device queued and not awaited; valid
         until the next call."""
         self._step += 1
         for decode in plan.decodes:
@@ -123,7 +124,7 @@ class Runner:
             lengths_N=inputs.lengths_N,
         )
         logits_NV = self.decoder.logits(hidden_ND[inputs.logits_index_n])
-        tokens_N = logits_NV.argmax(dim=-1)
+        tokens_N = draw_step(logits_NV, plan=plan)
         self._keep_tokens(plan, tokens_N)
         return Drawn(logits_NV, tokens_N)
 

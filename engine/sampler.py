@@ -1,10 +1,11 @@
-"""From logits to tokens.
+"""From logits to tokens, for what the model does not draw itself.
 
 Order: logit bias, penalties (repetition over prompt and output, frequency and presence over
 output), temperature, then min-p, top-k and top-p, each a cut through the tokens sorted by
-falling probability, ties by id. The draw is the inverse of the cumulative distribution at one
-uniform number that depends on (seed, token index) alone, so that neither the batch nor a replay
-changes a token. Distributions are cumulated in float64 on the host, row by row, for that reason.
+falling probability, ties by id. The draw is the inverse of the cumulative distribution of what is
+left, in the order of ids, at one uniform number that depends on (seed, token index) alone, so that
+neither the batch nor a replay changes a token. On the CPU distributions are cumulated here, in
+float64; on a CUDA device by ``kernels.sample``, which draws by the same definition.
 Source: ours; the definitions of the parameters are OpenAI's and vLLM's.
 
 Shape suffixes: N rows, V vocabulary, C candidates.
@@ -21,9 +22,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sparsed.core import SamplingParams, TokenLogprob
+from sparsed.engine.batch import DrawParams
+from sparsed.engine.draws import draw as draw_on_device
 from sparsed.engine.request import RequestState
 
-NUM_CANDIDATES = 256  # the tokens a draw looks at first; one that falls outside sorts the row
+NUM_CANDIDATES = 256  # the tokens a cut looks at first; one that keeps more sorts the row
 _SEED_MASK = (1 << 128) - 1  # the key of Philox has 128 bits
 
 
@@ -45,15 +48,13 @@ class Sampler:
 
         Logprobs are those of the raw logits: before bias, penalties, temperature and cuts.
         """
-        if all(request.is_plain_greedy for request in requests):
-            return [Draw(token) for token in logits_NV.argmax(dim=-1).tolist()]
         adjusted_NV = self._adjust(logits_NV, requests)
-        tokens = adjusted_NV.argmax(dim=-1).tolist()
-        random = [row for row, request in enumerate(requests) if not request.is_greedy]
-        if random:
-            drawn = _draw(adjusted_NV[random], [requests[row] for row in random])
-            for row, token in zip(random, drawn, strict=True):
-                tokens[row] = token
+        if adjusted_NV.is_cuda:
+            draws = [request.draw for request in requests]
+            tokens = draw_on_device(adjusted_NV.contiguous(), draws=draws).tolist()
+        else:
+            rows = zip(adjusted_NV, requests, strict=True)
+            tokens = [_draw(logits_V, request.draw) for logits_V, request in rows]
         return _with_logprobs(logits_NV, tokens, requests)
 
     def forget(self, request_id: str) -> None:
@@ -151,31 +152,62 @@ def _with_logprobs(
     return draws
 
 
-def _draw(logits_NV: Tensor, requests: Sequence[RequestState]) -> list[int]:
-    """One token per row; every temperature is above zero."""
-    temperatures = [request.sampling.temperature for request in requests]
-    scale_N1 = torch.tensor(temperatures, dtype=torch.float64, device=logits_NV.device)[:, None]
-    totals = (logits_NV.double() / scale_N1).logsumexp(dim=-1).tolist()
-    vocab_size = logits_NV.shape[1]
-    best_NC, ids_NC = logits_NV.topk(min(NUM_CANDIDATES, vocab_size))
-    best, ids = best_NC.cpu().numpy(), ids_NC.cpu().numpy()
-    tokens = []
-    for row, (request, total) in enumerate(zip(requests, totals, strict=True)):
-        few = _falling(best[row], ids[row])
-        token = _pick(few, request, total=total, vocab_size=vocab_size)
-        if token is None:
-            everything = _falling(logits_NV[row].cpu().numpy(), np.arange(vocab_size))
-            token = _pick(everything, request, total=total, vocab_size=vocab_size)
-        assert token is not None, "a whole row decides every draw"
-        tokens.append(token)
-    return tokens
+def _draw(logits_V: Tensor, draw: DrawParams | None) -> int:
+    """One token of a row on the CPU."""
+    if draw is None:
+        return int(logits_V.argmax())
+    kept_C = _kept(logits_V, draw)
+    cumulated_C = _weights(logits_V if kept_C is None else logits_V[kept_C], draw).cumsum()
+    number = uniform(draw.seed, index=draw.token_index)
+    place = int(np.searchsorted(cumulated_C, number * cumulated_C[-1], side="right"))
+    return place if kept_C is None else int(kept_C[place])
+
+
+def _kept(logits_V: Tensor, draw: DrawParams) -> Tensor | None:
+    """Ids of the tokens that pass the cuts, rising; None: all of them."""
+    vocab_size = len(logits_V)
+    if draw.top_p >= 1.0 and draw.min_p == 0.0 and not 0 < draw.top_k < vocab_size:
+        return None
+    best_C, ids_C = logits_V.topk(min(NUM_CANDIDATES, vocab_size))
+    kept = _first_kept(_falling(best_C.numpy(), ids_C.numpy()), logits_V, draw)
+    if kept is None:
+        everything = _falling(logits_V.numpy(), np.arange(vocab_size))
+        kept = _first_kept(everything, logits_V, draw)
+    assert kept is not None, "a whole row decides every cut"
+    return torch.from_numpy(np.sort(kept))
+
+
+def _first_kept(
+    candidates: _Sorted, logits_V: Tensor, draw: DrawParams
+) -> NDArray[np.int64] | None:
+    """Ids of the tokens that pass the cuts; None: more candidates are needed to tell."""
+    best_C, ids_C = candidates
+    vocab_size = len(logits_V)
+    # Without the rest of the row it is open which of the tokens tied with the last come first.
+    known = len(ids_C) if len(ids_C) == vocab_size else int((best_C > best_C[-1]).sum())
+    weights_C = np.exp((best_C.astype(np.float64) - best_C[0]) / draw.temperature)
+    kept = int((weights_C >= draw.min_p).sum()) if draw.min_p > 0.0 else vocab_size
+    kept = min(kept, draw.top_k) if draw.top_k > 0 else kept
+    if known < kept < vocab_size:
+        return None
+    if draw.top_p < 1.0:
+        cumulated_C = weights_C[:known].cumsum()
+        whole = cumulated_C[kept - 1] if kept <= known else _weights(logits_V, draw).sum()
+        kept = min(kept, int(np.searchsorted(cumulated_C, draw.top_p * whole)) + 1)
+    return ids_C[:kept] if kept <= known else None
+
+
+def _weights(logits_C: Tensor, draw: DrawParams) -> NDArray[np.float64]:
+    """Probabilities as multiples of the highest one."""
+    exponents_C = logits_C.double()
+    return exponents_C.sub_(logits_C.max()).div_(draw.temperature).exp_().numpy()
 
 
 class _Sorted(NamedTuple):
     """Logits in falling order, ties by token id."""
 
     logits_C: NDArray[np.float32]
-    ids_C: NDArray[np.uint64]
+    ids_C: NDArray[np.int64]
 
 
 def _falling(logits_C: NDArray[np.float32], ids_C: NDArray[np.int64]) -> _Sorted:
@@ -184,46 +216,9 @@ def _falling(logits_C: NDArray[np.float32], ids_C: NDArray[np.int64]) -> _Sorted
     keys_C = (ranks_C.astype(np.uint64) << np.uint64(32)) | ids_C.astype(np.uint64)
     keys_C.sort()
     logits_C = _flip((keys_C >> np.uint64(32)).astype(np.uint32)).view(np.float32)
-    return _Sorted(logits_C, keys_C & np.uint64(0xFFFFFFFF))
+    return _Sorted(logits_C, (keys_C & np.uint64(0xFFFFFFFF)).astype(np.int64))
 
 
 def _flip(bits_C: NDArray[np.uint32]) -> NDArray[np.uint32]:
     """Between the bits of float32 and integers in the opposite order; its own inverse."""
     return np.where(bits_C >> 31, bits_C, ~bits_C & np.uint32(0x7FFFFFFF))
-
-
-def _pick(
-    candidates: _Sorted, request: RequestState, *, total: float, vocab_size: int
-) -> int | None:
-    """The token drawn from the first ones in falling order; None: more of them are needed.
-
-    ``total``: log of the sum of exp(logit / temperature) over the whole vocabulary.
-    """
-    logits_C, ids_C = candidates
-    params = request.sampling
-    probs_C = np.exp(logits_C.astype(np.float64) / params.temperature - total)
-    # Without the rest of the row it is open which of the tokens tied with the last come first.
-    known = len(ids_C) if len(ids_C) == vocab_size else int((logits_C > logits_C[-1]).sum())
-    kept = _num_kept(probs_C, params, vocab_size=vocab_size)
-    if known < kept < vocab_size:
-        return None
-    cumulated = probs_C[:known].cumsum()
-    mass = cumulated[kept - 1] if kept <= known else 1.0
-    if params.top_p < 1.0:
-        kept = min(kept, int(np.searchsorted(cumulated, params.top_p * mass)) + 1)
-        if kept > known:
-            return None
-        mass = cumulated[kept - 1]
-    number = uniform(request.seed, index=len(request.tokens))
-    place = int(np.searchsorted(cumulated[:kept], number * mass, side="right"))
-    if place < min(kept, known):
-        return int(ids_C[place])
-    return int(ids_C[kept - 1]) if kept <= known else None
-
-
-def _num_kept(probs_C: NDArray[np.float64], params: SamplingParams, *, vocab_size: int) -> int:
-    """Tokens that pass min-p and top-k; more may pass min-p if all candidates do."""
-    kept = vocab_size
-    if params.min_p > 0.0:
-        kept = max(int((probs_C >= params.min_p * probs_C[0]).sum()), 1)
-    return min(kept, params.top_k) if params.top_k > 0 else kept

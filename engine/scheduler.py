@@ -143,6 +143,7 @@ def _chunk(request: RequestState, room_tokens: int) -> PromptChunk:
         start=start,
         prompt_length=len(request.prompt),
         logits_from=start if request.wants_prompt_logprobs else sampled_from,
+        draw=request.draw if request.is_plain else None,
     )
 
 
@@ -156,4 +157,9 @@ def _chunk_end(start: int, room_tokens: int, *, prompt_length: int) -> int:
 
 def _decode_row(request: RequestState) -> DecodeRow:
     assert request.row is not None
-    return DecodeRow(row=request.row, token=request.last_token, position=request.next_position)
+    return DecodeRow(
+        row=request.row,
+        token=request.last_token,
+        position=request.next_position,
+        draw=request.draw if request.is_plain else None,
+    )

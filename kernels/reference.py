@@ -16,9 +16,13 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from sparsed.kernels.resident import ResidentPlan
+    from sparsed.kernels.sample import DrawPlan
 
 FIRST_MULTIPLIER: Final = 0x2545F4914F6CDD1D  # of checksums: odd, and below 2**63
 SECOND_MULTIPLIER: Final = 0x5851F42D4C957F2D
+PHILOX_MULTIPLIERS: Final = (0xD2E7470EE14C6C93, 0xCA5A826395121157)
+PHILOX_STEPS: Final = (0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B)  # from one round's key to the next
+_WORD: Final = 0xFFFFFFFFFFFFFFFF
 _NOTHING: Final = -1e30  # a logit that no real one comes near, and unlike -inf a number
 
 
@@ -145,6 +149,58 @@ def silu_mul(gate_up_NF: Tensor) -> Tensor:
     """See ``kernels.gate.silu_mul``."""
     gate, up = gate_up_NF.chunk(2, dim=1)
     return F.silu(gate).mul_(up)
+
+
+def draw_tokens(logits_BV: Tensor, plan: DrawPlan) -> Tensor:
+    """See ``kernels.sample.draw_tokens``; sorts, and has probabilities in float64."""
+    keys = [sum((word & 0xFFFFFFFF) << 32 * i for i, word in enumerate(key))
+            for key in plan.key_4B.T.tolist()]  # fmt: skip
+    rows = zip(logits_BV, keys, *(column_B.tolist() for column_B in plan[1:]), strict=True)
+    tokens = [
+        _draw_token(logits_V.masked_fill(logits_V.isnan(), float("-inf")), *row)
+        for logits_V, *row in rows
+    ]
+    return torch.tensor(tokens, dtype=torch.int64, device=logits_BV.device)
+
+
+def _draw_token(
+    logits_V: Tensor,
+    key: int,
+    index: int,
+    temperature: float,
+    top_p: float,
+    min_p: float,
+    top_k: int,
+) -> int:
+    peak = logits_V.max()
+    if temperature == 0.0 or peak == float("-inf"):
+        return int(logits_V.argmax())
+    weights_V = ((logits_V.double() - peak) / temperature).exp()
+    order_V = logits_V.argsort(descending=True, stable=True)
+    falling_V = weights_V[order_V]
+    num_kept = int((falling_V >= min_p).sum())
+    num_kept = min(num_kept, top_k) if top_k else num_kept
+    if top_p < 1.0:
+        mass_C = falling_V[:num_kept].cumsum(0)
+        num_kept = int((mass_C < top_p * mass_C[-1]).sum()) + 1
+    kept_C = order_V[:num_kept].sort().values
+    mass_C = weights_V[kept_C].cumsum(0)
+    return int(kept_C[int((mass_C <= philox_uniform(key, index=index) * mass_C[-1]).sum())])
+
+
+def philox_uniform(key: int, *, index: int) -> float:
+    """The number ``index`` in [0, 1) of a 128-bit key: Philox4x64-10 as numpy counts it."""
+    words, keys = (index + 1, 0, 0, 0), (key & _WORD, key >> 64)
+    for _ in range(10):
+        products = [words[2 * i] * multiplier for i, multiplier in enumerate(PHILOX_MULTIPLIERS)]
+        words = (
+            (products[1] >> 64) ^ words[1] ^ keys[0],
+            products[1] & _WORD,
+            (products[0] >> 64) ^ words[3] ^ keys[1],
+            products[0] & _WORD,
+        )
+        keys = ((keys[0] + PHILOX_STEPS[0]) & _WORD, (keys[1] + PHILOX_STEPS[1]) & _WORD)
+    return (words[0] >> 11) * 2.0**-53
 
 
 def _gather_tokens(

@@ -27,7 +27,8 @@ from sparsed.core import (
     SparseOptions,
     TokenOutput,
 )
-from sparsed.engine.batch import StepPlan
+from sparsed.engine.batch import DrawParams, StepPlan
+from sparsed.engine.draws import draw
 from sparsed.engine.engine import Engine
 from sparsed.engine.resident import Drawn
 
@@ -94,23 +95,33 @@ class ScriptedModel:
         self.kv = cache or ScriptedCache()
         self.plans: list[StepPlan] = []
         self.runs_ahead = runs_ahead
-        self._last: dict[int, Tensor] = {}  # logits of the last token of a row
+        self._last: dict[int, int] = {}  # token drawn for a row
 
     def run(self, plan: StepPlan) -> Drawn:
         self.plans.append(plan)
-        logits = []
+        logits: list[Tensor] = []
+        draws: list[tuple[int, DrawParams | None]] = []
         for chunk in plan.chunks:
             for position, token in enumerate(chunk.tokens, chunk.start):
                 row = self._write(chunk.row, token, position)
                 if position >= chunk.logits_from:
                     logits.append(row)
+                    last = position == chunk.prompt_length - 1
+                    draws.append((chunk.row, chunk.draw if last else None))
         for entry in plan.decodes:
             assert entry.token is not None or self.runs_ahead
-            drawn = int(self._last[entry.row].argmax())
-            token = drawn if entry.token is None else entry.token
+            token = self._last[entry.row] if entry.token is None else entry.token
             logits.append(self._write(entry.row, token, entry.position))
+            draws.append((entry.row, entry.draw))
         logits_NV = torch.stack(logits) if logits else torch.zeros(0, VOCAB)
-        return Drawn(logits_NV, logits_NV.argmax(-1))
+        return Drawn(logits_NV, self._draw(logits_NV, draws))
+
+    def _draw(self, logits_NV: Tensor, draws: list[tuple[int, DrawParams | None]]) -> Tensor:
+        if not self.runs_ahead:
+            return logits_NV.argmax(-1)
+        tokens_N = draw(logits_NV, draws=[asked for _, asked in draws])
+        self._last.update(zip((row for row, _ in draws), tokens_N.tolist(), strict=True))
+        return tokens_N
 
     def stats(self) -> EngineStats:
         return EngineStats(hot_hits=11)
@@ -122,8 +133,7 @@ class ScriptedModel:
         tokens = self.kv.rows[row]
         assert position == len(tokens), "tokens come in order, each once"
         tokens.append(token)
-        self._last[row] = next_logits(tokens)
-        return self._last[row]
+        return next_logits(tokens)
 
 
 def next_logits(tokens: Sequence[int]) -> Tensor:
@@ -200,9 +210,10 @@ def test_a_stop_token_is_reported_and_ends(runs_ahead: bool) -> None:
     assert found[-1].finish_reason is FinishReason.STOP
 
 
-def test_a_step_that_runs_ahead_is_read_one_step_late() -> None:
+@pytest.mark.parametrize("params", [{"temperature": 0.0}, {}, {"top_p": 0.9, "top_k": 7}])
+def test_a_step_that_runs_ahead_is_read_one_step_late(params: dict[str, Any]) -> None:
     ahead = engine(runs_ahead=True)
-    added = request("a", prompt=[4, 5], temperature=0.0, max_tokens=3)
+    added = request("a", prompt=[4, 5], max_tokens=3, **params)
     ahead.add(added)
     assert ahead.step().outputs == (), "the first token is in flight"
     second = request("b", prompt=[6], temperature=0.0, max_tokens=2)
@@ -230,6 +241,29 @@ def test_what_is_in_flight_of_an_aborted_request_is_dropped() -> None:
     }
 
 
+@pytest.mark.parametrize("params", [{"presence_penalty": 1.0}, {"logprobs": 1},
+                                    {"logit_bias": ((3, 4.0),)}])  # fmt: skip
+def test_what_the_model_cannot_draw_is_drawn_at_once(params: dict[str, Any]) -> None:
+    model = ScriptedModel(runs_ahead=True)
+    ahead = Engine(model, knobs=KNOBS)
+    ahead.add(request("a", prompt=[4, 5], **params))
+    for index in range(3):
+        (output,) = ahead.step().outputs
+        assert output.index == index
+    plain = engine(runs_ahead=True)
+    plain.add(request("a", prompt=[4, 5]))
+    assert plain.step().outputs == ()
+    asked = [entry.draw for plan in model.plans for entry in (*plan.chunks, *plan.decodes)]
+    assert asked == [None] * 3
+
+
+def test_a_model_that_does_not_run_ahead_draws_only_the_most_likely() -> None:
+    drawn = engine()
+    drawn.add(request("a", prompt=[4, 5], top_k=3))
+    (output,) = drawn.step().outputs
+    assert output.token_id == alone(request("a", prompt=[4, 5], top_k=3))[0]
+
+
 sizes = st.lists(st.integers(1, 60), min_size=1, max_size=6)
 
 
@@ -246,7 +280,7 @@ def test_company_chunks_and_replay_change_no_text(
 ) -> None:
     added = [
         request(str(i), prompt=range(i, i + n) if n < 40 else [i] * n, seed=i, max_tokens=6,
-                temperature=i % 2, frequency_penalty=float(i % 4 // 2))
+                temperature=i % 2, frequency_penalty=float(i % 4 // 2), top_p=1 - i % 3 / 10)
         for i, n in enumerate(prompts)
     ]  # fmt: skip
     expected = {one.request_id: alone(one) for one in added}

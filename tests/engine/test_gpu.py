@@ -9,11 +9,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparsed.core import GIB, EngineSpec, MachineFacts, SparseMethod
-from sparsed.engine.batch import DecodeRow, PromptChunk, StepPlan
+from sparsed.core import (
+    GIB,
+    AddRequest,
+    EngineSpec,
+    MachineFacts,
+    SamplingParams,
+    SparseMethod,
+)
+from sparsed.engine.batch import DecodeRow, DrawParams, PromptChunk, StepPlan
+from sparsed.engine.draws import draw
 from sparsed.engine.models.config import load_config
 from sparsed.engine.planner import plan_memory, resolve_knobs
+from sparsed.engine.request import RequestState, Status
 from sparsed.engine.runner import Runner
+from sparsed.engine.sampler import Sampler
 
 pytestmark = pytest.mark.gpu
 
@@ -81,6 +91,83 @@ def test_float32_agrees_with_the_cpu(
     mine, theirs = on_gpu.stats(), on_cpu.stats()
     assert mine.hot_hits + mine.hot_misses == theirs.hot_hits + theirs.hot_misses
     assert abs(mine.hot_misses - theirs.hot_misses) <= 0.02 * theirs.hot_misses + 4
+
+
+@pytest.mark.parametrize("method", [SparseMethod.DENSE, SparseMethod.CUBOID_MEAN])
+def test_a_step_draws_as_it_is_asked_and_feeds_what_it_drew(
+    tiny_checkpoint: Callable[..., Path], method: SparseMethod
+) -> None:
+    """In the captured graph, and, where pages are selected, in steps that are launched one by one;
+    ``ahead`` never hears of its tokens, ``told`` is given them."""
+    model = tiny_checkpoint("llama", max_position_embeddings=2048)
+    ahead, told = (make_runner(model, "cuda:0", "float32", {"token_budget": 256}) for _ in range(2))
+    hot = DrawParams(seed=5, token_index=0, temperature=1.5, top_p=0.9, min_p=0.01, top_k=40)
+    asked = [hot, None, hot._replace(seed=6, top_p=1.0, top_k=0)]
+    start = 400
+    rows = [ahead.kv.add(start + 60, method=method, token_budget=None) for _ in asked]
+    assert rows == [told.kv.add(start + 60, method=method, token_budget=None) for _ in asked]
+    chunks = tuple(
+        PromptChunk(
+            row=row,
+            tokens=tuple(range(row, start // 2 + row)) * 2,
+            start=0,
+            prompt_length=start,
+            logits_from=start - 1,
+            draw=one,
+        )
+        for row, one in zip(rows, asked, strict=True)
+    )
+    tokens = check_draws(ahead, told, [StepPlan(chunks=chunks, decodes=())] * 2, asked)
+    for step in range(1, 40):
+        asked = [one and one._replace(token_index=step) for one in asked]
+        plans = [
+            StepPlan(
+                chunks=(),
+                decodes=tuple(
+                    DecodeRow(row=row, token=token, position=start + step - 1, draw=one)
+                    for row, token, one in zip(rows, known, asked, strict=True)
+                ),
+            )
+            for known in ([None] * len(rows), tokens)
+        ]
+        tokens = check_draws(ahead, told, plans, asked)
+
+
+def check_draws(
+    ahead: Runner, told: Runner, plans: Sequence[StepPlan], asked: Sequence[DrawParams | None]
+) -> list[int]:
+    drawn, again = ahead.run(plans[0]), told.run(plans[1])
+    expected = draw(drawn.logits_NV.contiguous(), draws=asked).tolist()
+    assert drawn.tokens_N.tolist() == again.tokens_N.tolist() == expected
+    return expected
+
+
+def test_the_sampler_draws_alike_on_both_devices() -> None:
+    logits_NV = torch.randn(40, 5000, generator=torch.Generator().manual_seed(3)) * 3
+    requests = [
+        RequestState(
+            request=AddRequest(
+                request_id=str(row),
+                prompt_tokens=(1, 2),
+                sampling=SamplingParams(
+                    max_tokens=9,
+                    temperature=row % 4 / 2,
+                    top_p=1 - row % 3 / 10,
+                    top_k=row % 5 * 10,
+                    presence_penalty=row % 2,
+                    logit_bias=((row, 5.0),),
+                    logprobs=1,
+                ),
+            ),
+            seed=row,
+            status=Status.DECODE,
+            tokens=[3, 4],
+        )
+        for row in range(40)
+    ]
+    on_cpu = Sampler().sample(logits_NV, requests=requests)
+    on_gpu = Sampler().sample(logits_NV.cuda(), requests=requests)
+    assert [one.token_id for one in on_gpu] == [one.token_id for one in on_cpu]
 
 
 @pytest.mark.parametrize("sparse_method", ["dense", "cuboid-mean", "quest"])

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsed.core import BLOCK_TOKENS, SparseMethod
-from sparsed.engine.batch import DecodeRow, PromptChunk, StepPlan
+from sparsed.engine.batch import DecodeRow, DrawParams, PromptChunk, StepPlan
+from sparsed.engine.draws import draw
 from sparsed.engine.resident import (
     MAX_SPLIT_TOKENS,
     MIN_SPLIT_TOKENS,
@@ -48,6 +49,18 @@ def test_a_request_is_cut_by_its_own_length_alone(lengths: list[int]) -> None:
             assert SPLITS // 2 <= len(alone) <= SPLITS
 
 
+draws = st.builds(
+    DrawParams,
+    seed=st.integers(-(2**127), 2**128 - 1),
+    token_index=st.integers(0, 10**6),
+    temperature=st.floats(2**-10, 100, width=32),
+    top_p=st.floats(0, 1, width=32),
+    min_p=st.floats(0, 1, width=32),
+    top_k=st.integers(0, 2**31 - 1),
+)
+MOST_LIKELY = DrawParams(0, 0, 0.0, 0.0, 0.0, 0)
+
+
 @settings(deadline=None)
 @given(data=st.data(), size=st.integers(1, 8))
 def test_the_input_buffer_gives_back_what_was_put_in(data: st.DataObject, size: int) -> None:
@@ -58,11 +71,12 @@ def test_the_input_buffer_gives_back_what_was_put_in(data: st.DataObject, size: 
                 row=data.draw(st.integers(0, 98)),
                 token=data.draw(st.none() | st.integers(0, 10**5)),
                 position=data.draw(st.integers(0, 10**5)),
+                draw=data.draw(st.none() | draws),
             )
             for _ in range(data.draw(st.integers(0, size)))
         ]
         buffer.fill(decodes, size=size)
-        known_B, plan = buffer.view(size, 4096)
+        known_B, plan, asked = buffer.view(size, 4096)
         padding = size - len(decodes)
         tokens = [-1 if decode.token is None else decode.token for decode in decodes]
         assert known_B.tolist() == tokens + [0] * padding
@@ -72,6 +86,12 @@ def test_the_input_buffer_gives_back_what_was_put_in(data: st.DataObject, size: 
         assert plan.first_item_B.tolist() == first_B.tolist()
         assert plan.num_items_1.tolist() == [len(items_I3)]
         assert plan.items_I3[: len(items_I3)].tolist() == items_I3.tolist()
+        expected = [d.draw or MOST_LIKELY for d in decodes] + [MOST_LIKELY] * padding
+        words = [[(one.seed >> 32 * word) % 2**32 for one in expected] for word in range(4)]
+        assert (asked.key_4B.numpy().view(np.uint32) == words).all()
+        assert list(zip(*(column_B.tolist() for column_B in asked[1:]), strict=True)) == [
+            one[1:] for one in expected
+        ]
 
 
 def resident_decoder(runner: Runner) -> ResidentDecoder:
@@ -110,10 +130,12 @@ def test_a_resident_step_draws_what_the_runner_draws(
     resident = resident_decoder(other)
     known: list[int | None] = [1, 2, 3, 4]
     drawn = torch.tensor([1, 2, 3, 4])
+    hot = DrawParams(seed=3, token_index=0, temperature=2.0, top_p=0.9, min_p=0.0, top_k=40)
     for step in range(40):  # over ends of pages and blocks
+        asked_now = [None, hot._replace(token_index=step), hot._replace(token_index=step + 9), None]
         decodes = [
-            DecodeRow(row=row, token=token, position=len(prompt) + step)
-            for row, token, prompt in zip(rows, known, prompts, strict=True)
+            DecodeRow(row=row, token=token, position=len(prompt) + step, draw=asked)
+            for row, token, prompt, asked in zip(rows, known, prompts, asked_now, strict=True)
         ]
         for decode in decodes:
             other.kv.open_token(decode.row, decode.position, step=step + 100)
@@ -124,6 +146,6 @@ def test_a_resident_step_draws_what_the_runner_draws(
         expected = one.run(StepPlan(chunks=(), decodes=tuple(given_)))
         got = resident.run(decodes)
         torch.testing.assert_close(got.logits_NV, expected.logits_NV, atol=1e-4, rtol=1e-4)
-        drawn = expected.tokens_N
+        drawn = draw(expected.logits_NV, draws=asked_now)
         assert torch.equal(got.tokens_N, drawn)
         known = [None, int(drawn[1]), None, None]  # the device's own token, or the host's

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sparsed.core import AddRequest, SamplingParams
+from sparsed.engine.draws import draw as draw_by_twin
 from sparsed.engine.request import RequestState, Status
 from sparsed.engine.sampler import NUM_CANDIDATES, Sampler, token_logprobs, uniform
 
@@ -31,7 +32,7 @@ def draw(logits_V: Tensor, request: RequestState) -> int:
 
 
 def reference(logits_V: Tensor, request: RequestState) -> int:
-    """Sort everything, cut, renormalise, cumulate."""
+    """Sort everything, cut, put in the order of ids, cumulate."""
     params = request.sampling
     logits = logits_V.double().numpy() / params.temperature
     probs = np.exp(logits - logits.max())
@@ -45,6 +46,7 @@ def reference(logits_V: Tensor, request: RequestState) -> int:
         if kept >= params.top_p and params.top_p < 1.0:
             order = order[:count]
             break
+    order.sort()
     number = uniform(request.seed, index=len(request.tokens)) * sum(probs[order])
     for token in order:
         number -= probs[token]
@@ -81,14 +83,54 @@ def test_draws_follow_the_definitions(
     assert draw(logits_V, request) == reference(logits_V, request)
 
 
-def test_frequencies_are_the_probabilities() -> None:
-    logits_V = torch.tensor([2.0, 1.0, 0.0, -1.0, -9.0])
-    requests = [state(seed=5, tokens=[0] * index) for index in range(4000)]
-    draws = Sampler().sample(logits_V.expand(4000, -1), requests=requests)
-    counts = np.bincount([draw.token_id for draw in draws], minlength=5)
-    expected = torch.softmax(logits_V, dim=0).numpy() * 4000
-    deviation = np.abs(counts - expected) / np.sqrt(expected + 1)
-    assert deviation.max() < 4.0, (counts, expected)
+@pytest.mark.parametrize("spread", [0.0, 0.3, 3.0])
+@pytest.mark.parametrize("vocab", [7, 700])
+def test_the_host_draws_what_the_twin_of_the_device_draws(vocab: int, spread: float) -> None:
+    numbers = np.random.default_rng([vocab, int(10 * spread)])
+    for levels in (None, 2.0):
+        logits_NV = torch.randn(300, vocab, generator=torch.Generator().manual_seed(1)) * spread
+        if levels:
+            logits_NV = (logits_NV * levels).round() / levels
+        requests = [
+            state(
+                seed=int(numbers.integers(2**63)),
+                tokens=[0] * int(numbers.integers(50)),
+                temperature=numbers.choice([0.0, 1e-3, 0.7, 1.0, 1.7, 100.0]),
+                top_p=numbers.choice([1e-9, 0.30710678, 0.90710678, 1.0]),
+                min_p=numbers.choice([0.0, 0.0513, 1.0]),
+                top_k=int(numbers.choice([0, 1, 40, 500])),
+            )
+            for _ in range(300)
+        ]
+        drawn = [draw.token_id for draw in Sampler().sample(logits_NV, requests=requests)]
+        twins = draw_by_twin(logits_NV, draws=[request.draw for request in requests])
+        assert drawn == twins.tolist()
+
+
+@pytest.mark.parametrize(
+    ("params", "kept"),
+    [
+        ({}, [0, 1, 2, 3, 4, 5]),
+        ({"temperature": 3.0}, [0, 1, 2, 3, 4, 5]),
+        ({"top_k": 3}, [1, 2, 4]),  # the first of the two tied ones
+        ({"top_p": 0.87}, [1, 2, 4]),
+        ({"min_p": 0.1}, [1, 2, 4, 5]),
+        ({"min_p": 0.1, "top_k": 3, "top_p": 0.9}, [1, 2]),
+    ],
+)
+def test_frequencies_are_the_probabilities(params: dict[str, Any], kept: list[int]) -> None:
+    """Pearson's chi-squared: its mean is the degrees of freedom, its variance twice that."""
+    num_draws = 4000
+    logits_V = torch.tensor([-1.0, 2.0, 1.0, -1.5, 0.0, 0.0])
+    requests = [state(seed=5, tokens=[0] * index, **params) for index in range(num_draws)]
+    draws = Sampler().sample(logits_V.expand(num_draws, -1), requests=requests)
+    counts = np.bincount([draw.token_id for draw in draws], minlength=len(logits_V))
+    assert sorted(set(counts.nonzero()[0].tolist())) == kept
+    probs = torch.softmax(logits_V[kept] / params.get("temperature", 1.0), dim=0).numpy()
+    expected = probs * num_draws
+    chi_squared = ((counts[kept] - expected) ** 2 / expected).sum()
+    freedom = len(kept) - 1
+    assert chi_squared < freedom + 4 * math.sqrt(2 * freedom), (counts, expected)
 
 
 def test_a_token_depends_on_seed_and_index_alone() -> None:

@@ -5,11 +5,16 @@ import math
 from collections.abc import Sequence
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
+from sparsed.kernels import sample
 from sparsed.kernels.resident import BLOCK_TOKENS, ResidentPlan
+from sparsed.kernels.sample import DrawPlan
 
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
@@ -297,6 +302,102 @@ def naive_merge(
     return o_BHGD, lse_BHG
 
 
+TEMPERATURES = (0.0, 1e-3, 0.2, 1.0, 1.7, 100.0)
+
+
+def draw_plan(**columns: Sequence[int] | Sequence[float]) -> DrawPlan:
+    """A plan of these columns; ``key`` are integers of 128 bits, of others the default is no cut."""
+    rows = len(columns["key"])
+    keys_B4 = [[key >> 32 * word & 0xFFFFFFFF for word in range(4)] for key in columns["key"]]
+    defaults = {"index": 0, "temperature": 1.0, "top_p": 1.0, "min_p": 0.0, "top_k": 0}
+    values = [
+        torch.tensor(
+            columns.get(name, [default] * rows),
+            dtype=torch.int32 if isinstance(default, int) else torch.float32,
+        )
+        for name, default in defaults.items()
+    ]
+    key_4B = torch.from_numpy(
+        np.array(keys_B4, dtype=np.uint32).reshape(rows, 4).T.copy().view(np.int32)
+    )
+    return DrawPlan(key_4B, *values)
+
+
+def draw_case(
+    *, rows: int = 24, vocab: int = 700, spread: float = 3.0, ties: bool = False, seed: int = 0
+) -> tuple[Tensor, DrawPlan]:
+    """Logits and a plan of every cut, none and all of them."""
+    numbers = np.random.default_rng(seed)
+    logits_BV = random(rows, vocab, seed=seed) * spread
+    if ties:  # as logits computed in 16 bits have them, and -0.0 beside 0.0
+        logits_BV = (logits_BV * 2).round() / 2
+    plan = draw_plan(
+        key=[int.from_bytes(numbers.bytes(16), "little") for _ in range(rows)],
+        index=numbers.integers(0, 1000, rows),
+        temperature=numbers.choice(TEMPERATURES, rows),
+        top_p=numbers.choice([0.0, 1e-6, 0.30710678, 0.90710678, 0.99931234, 1.0], rows),
+        min_p=numbers.choice([0.0, 0.0, 0.0513, 0.513, 1.0], rows),
+        top_k=numbers.choice([0, 0, 1, 5, 100, 1500, 2**31 - 1], rows),
+    )
+    return logits_BV, plan
+
+
+def fair_draws(tokens_B: Tensor, logits_BV: Tensor, plan: DrawPlan, *, slack: float) -> list[bool]:
+    """Whether each token is that of the definitions, or was within ``slack`` of a boundary."""
+    keys = plan.key_4B.T.contiguous().numpy().view(np.uint64)
+    rows = zip(tokens_B.tolist(), logits_BV.double().numpy(), keys, *plan[1:], strict=True)
+    return [
+        any(_is_fair(*map(_plain, row), slack=slack, shift=shift) for shift in (0, -slack, slack))
+        for row in rows
+    ]
+
+
+def _plain(value: object) -> object:
+    return value.item() if isinstance(value, Tensor) else value
+
+
+def _is_fair(
+    token: int, logits_V: np.ndarray, key: np.ndarray, index: int, temperature: float,
+    top_p: float, min_p: float, top_k: int, *, slack: float, shift: float,
+) -> bool:  # fmt: skip
+    if temperature == 0.0:
+        return token == int(logits_V.argmax())
+    weights_V = np.exp((logits_V - logits_V.max()) / temperature)
+    order = np.argsort(-logits_V, kind="stable")
+    order = order[weights_V[order] >= min_p * (1 + shift)]
+    order = order[: top_k or None]
+    if top_p < 1.0:
+        shares = weights_V[order].cumsum() / weights_V[order].sum()
+        order = order[: int((shares < top_p * (1 + shift)).sum()) + 1]
+    kept_V = np.zeros(len(logits_V), dtype=bool)
+    kept_V[order] = True
+    shares_V = np.where(kept_V, weights_V, 0.0).cumsum() / weights_V[kept_V].sum()
+    number = np.random.Generator(np.random.Philox(key=key, counter=index)).random()
+    before = shares_V[token - 1] if token else 0.0
+    return kept_V[token] and before - slack <= number < shares_V[token] + slack
+
+
+@triton.jit
+def _uniform_kernel(key_4B: tl.tensor, index_B: tl.tensor, out_B: tl.tensor) -> None:
+    b, rows = tl.program_id(0), tl.num_programs(0)
+    tl.store(out_B + b, sample._uniform(key_4B + b, rows, tl.load(index_B + b)))
+
+
+def uniforms(key_4B: Tensor, index_B: Tensor) -> Tensor:
+    """The numbers that a kernel draws with, (B,) float64."""
+    out_B = torch.empty(len(index_B), dtype=torch.float64, device=index_B.device)
+    _uniform_kernel[(len(index_B),)](key_4B, index_B, out_B)
+    return out_B
+
+
+def numpy_uniforms(plan: DrawPlan) -> list[float]:
+    keys = plan.key_4B.T.contiguous().numpy().view(np.uint64)
+    return [
+        np.random.Generator(np.random.Philox(key=key, counter=index)).random()
+        for key, index in zip(keys, plan.index_B.tolist(), strict=True)
+    ]
+
+
 def split_query(q_BHD: Tensor) -> Tensor:
     return torch.cat((q_BHD.clamp(min=0), q_BHD.clamp(max=0)), dim=-1)
 
@@ -323,6 +424,11 @@ def cases() -> SimpleNamespace:
         naive_silu_mul=naive_silu_mul,
         merge=merge_case,
         naive_merge=naive_merge,
+        draw=draw_case,
+        draw_plan=draw_plan,
+        fair_draws=fair_draws,
+        uniforms=uniforms,
+        numpy_uniforms=numpy_uniforms,
     )
 
 

@@ -16,6 +16,7 @@ from sparsed.kernels import (
     reference,
     resident,
     rotate,
+    sample,
     score,
     store,
 )
@@ -215,3 +216,40 @@ def test_rms_norm(cases, width, dtype):
     assert_close(
         norm._launch(x_ND, weight_D, eps=1e-5), reference.rms_norm(x_ND, weight_D, eps=1e-5)
     )
+
+
+def test_the_numbers_of_draws_are_those_of_numpy(cases):
+    _, plan = cases.draw(rows=200, vocab=1)
+    plan.index_B[:2] = torch.tensor([0, 2**31 - 2])
+    got_B = cases.uniforms(plan.key_4B, plan.index_B)
+    assert got_B.tolist() == cases.numpy_uniforms(plan)
+
+
+# Lanes that are masked out compute -inf * 0.
+@pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("spread", [0.0, 0.3, 3.0])
+@pytest.mark.parametrize(("vocab", "tile"), [(1, 64), (7, 64), (128, 64), (150, 64), (3000, 2048)])
+def test_draws(cases, vocab, tile, spread, ties):
+    logits_BV, plan = cases.draw(rows=16, vocab=vocab, spread=spread, ties=ties, seed=vocab)
+    got_B = sample._launch(logits_BV, plan, tile=tile)
+    assert torch.equal(got_B, reference.draw_tokens(logits_BV, plan))
+
+
+@pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_draws_of_no_number(cases, temperature):
+    logits_BV = torch.full((4, 100), float("nan"))
+    logits_BV[1], logits_BV[2, 70], logits_BV[3, 5] = float("-inf"), -9.0, float("inf")
+    plan = cases.draw_plan(
+        key=[1] * 4, temperature=[temperature] * 4, top_p=[0.5] * 4, min_p=[0.1] * 4, top_k=[3] * 4
+    )
+    tokens = sample._launch(logits_BV, plan, tile=64).tolist()
+    assert (
+        tokens[:3] == reference.draw_tokens(logits_BV[:3], plan_of(plan, 3)).tolist() == [0, 0, 70]
+    )
+    assert 0 <= tokens[3] < 100
+
+
+def plan_of(plan: sample.DrawPlan, rows: int) -> sample.DrawPlan:
+    return plan._make(part[..., :rows].contiguous() for part in plan)

@@ -28,6 +28,7 @@ from sparsed.kernels import (
     norm,
     resident,
     rotate,
+    sample,
     score,
     store,
 )
@@ -153,6 +154,13 @@ def launch_merge(dim: int, dtype: torch.dtype) -> None:
     merge._launch(o_BHGD, lse_BHG, o_BHGD, lse_BHG, o_BHGD=o_BHGD.float())
 
 
+def launch_draw(vocab: int) -> None:
+    ints_B, floats_B = torch.zeros(2, dtype=torch.int32), torch.zeros(2)
+    key_4B = torch.zeros(4, 2, dtype=torch.int32)
+    plan = sample.DrawPlan(key_4B, ints_B, floats_B, floats_B, floats_B, ints_B)
+    sample._launch(torch.zeros(2, vocab), plan)
+
+
 LAUNCHES: dict[str, Callable[[], None]] = {
     "copy 2 KiB": lambda: launch_copy(2048),
     "copy 2560 B": lambda: launch_copy(2560),
@@ -187,6 +195,10 @@ LAUNCHES: dict[str, Callable[[], None]] = {
     ),
     "gate bf16": lambda: gate._launch(torch.zeros(2, 2 * 14336, dtype=BF16)),
     "merge 128 bf16": lambda: launch_merge(128, BF16),
+    "draw of 64": lambda: launch_draw(64),
+    "draw of 49,152": lambda: launch_draw(49_152),
+    "draw of 151,936": lambda: launch_draw(151_936),
+    "draw of 32,001": lambda: launch_draw(32_001),
 }
 
 

@@ -18,6 +18,7 @@ from sparsed.kernels.merge import merge_states
 from sparsed.kernels.norm import rms_norm
 from sparsed.kernels.resident import BLOCK_TOKENS, attend_resident
 from sparsed.kernels.rotate import rotate_heads
+from sparsed.kernels.sample import DrawPlan, draw_tokens
 from sparsed.kernels.score import score_pages
 from sparsed.kernels.store import store_tokens
 
@@ -277,6 +278,75 @@ def test_store(cases, dim, dtype, seed):
     assert torch.equal(stored_NTCD.cpu(), expected_NTCD)
 
 
+def plan_on_gpu(plan: DrawPlan) -> DrawPlan:
+    return plan._make(part.cuda() for part in plan)
+
+
+def test_the_numbers_of_draws_are_those_of_numpy(cases, seed):
+    _, plan = cases.draw(rows=5000, vocab=1, seed=seed)
+    got_B = cases.uniforms(plan.key_4B.cuda(), plan.index_B.cuda())
+    assert got_B.tolist() == cases.numpy_uniforms(plan)
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("spread", [0.0, 0.3, 3.0])
+@pytest.mark.parametrize("vocab", [1, 7, 4096, 32_001, 49_152, 151_936])
+def test_draw(cases, vocab, spread, ties, seed):
+    logits_BV, plan = cases.draw(rows=150, vocab=vocab, spread=spread, ties=ties, seed=seed)
+    tokens_B = draw_tokens(logits_BV.cuda(), plan=plan_on_gpu(plan)).cpu()
+    fair = cases.fair_draws(tokens_B, logits_BV, plan, slack=2e-5)
+    unfair = [row for row, ok in enumerate(fair) if not ok]
+    assert not unfair, [[part[..., row].tolist() for part in plan] for row in unfair]
+    if vocab < 10_000:  # beyond, a float32 too often lies on the other side of a boundary
+        assert (tokens_B != draw_tokens(logits_BV, plan=plan)).sum() <= 3
+
+
+def test_draw_does_not_depend_on_the_batch(cases, seed):
+    logits_BV, plan = cases.draw(rows=64, vocab=49_152, seed=seed)
+    logits_BV, plan = logits_BV.cuda(), plan_on_gpu(plan)
+    together_B = draw_tokens(logits_BV, plan=plan)
+    for b in range(64):
+        one = plan._make(part[..., b : b + 1].contiguous() for part in plan)
+        assert torch.equal(draw_tokens(logits_BV[b : b + 1], plan=one), together_B[b : b + 1])
+
+
+def test_draw_in_a_captured_graph_reads_new_plans(cases, seed):
+    logits_BV, plan = cases.draw(rows=16, vocab=32_000, seed=seed)
+    static_BV, static = logits_BV.cuda(), plan_on_gpu(plan)
+    draw_tokens(static_BV, plan=static)  # compiled before the capture
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        tokens_B = draw_tokens(static_BV, plan=static)
+    for later in range(1, 4):
+        logits_BV, plan = cases.draw(rows=16, vocab=32_000, seed=seed + later)
+        static_BV.copy_(logits_BV)
+        for buffer, part in zip(static, plan, strict=True):
+            buffer.copy_(part)
+        graph.replay()
+        assert all(cases.fair_draws(tokens_B.cpu(), logits_BV, plan, slack=2e-5))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_draws_of_no_number_end(cases, temperature):
+    logits_BV = torch.full((4, 50_000), math.nan)
+    logits_BV[1], logits_BV[2, 40_000], logits_BV[3, 5] = -math.inf, -9.0, math.inf
+    plan = cases.draw_plan(
+        key=[1] * 4, temperature=[temperature] * 4, top_p=[0.5] * 4, min_p=[0.1] * 4, top_k=[3] * 4
+    )
+    tokens = draw_tokens(logits_BV.cuda(), plan=plan_on_gpu(plan)).tolist()
+    assert tokens[:3] == [0, 0, 40_000] and 0 <= tokens[3] < 50_000
+
+
+def test_frequencies_of_draws_are_the_probabilities(cases):
+    logits_V = torch.tensor([-1.0, 2.0, 1.0, -1.5, 0.0, 0.0])
+    plan = cases.draw_plan(key=[7] * 20_000, index=range(20_000), top_k=[3] * 20_000)
+    tokens_B = draw_tokens(logits_V.repeat(20_000, 1).cuda(), plan=plan_on_gpu(plan))
+    counts = torch.bincount(tokens_B.cpu(), minlength=6)
+    expected = torch.softmax(logits_V[[1, 2, 4]], dim=0) * 20_000
+    assert counts[[0, 3, 5]].sum() == 0
+    assert float(((counts[[1, 2, 4]] - expected) ** 2 / expected).sum()) < 14  # 0.1 %
+
+
 @pytest.mark.parametrize("direction", ["h2d", "d2h", "d2d"])
 @pytest.mark.parametrize("row_words", [12, 640, 4096, 5000])
 def test_copy(cases, direction, row_words, seed):
@@ -416,3 +486,26 @@ def test_resident_speed(cases, requests, tokens):
     gb_per_s = case["arena_NTCD"].nbytes / attend_s / 1e9
     print(f"resident {requests} x {tokens} tokens: {attend_s * 1e6:.0f} us, {gb_per_s:.0f} GB/s")
     assert gb_per_s > 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rows", [1, 32, 256])
+@pytest.mark.parametrize("vocab", [49_152, 128_256, 151_936])
+def test_draw_speed(cases, rows, vocab):
+    logits_BV = (torch.randn(rows, vocab) * 3).cuda()
+    cuts = {
+        "greedy": {"temperature": [0.0]},
+        "temperature": {},
+        "min-p": {"min_p": [0.05]},
+        "top-k": {"top_k": [50]},
+        "top-p": {"top_p": [0.9]},
+        "top-k and top-p": {"top_k": [20], "top_p": [0.8], "temperature": [0.7]},
+    }
+    for name, cut in cuts.items():
+        columns = {column: values * rows for column, values in cut.items()}
+        plan = plan_on_gpu(cases.draw_plan(key=range(rows), **columns))
+        draw_s = median_s(lambda plan=plan: draw_tokens(logits_BV, plan=plan))
+        print(f"draw of {vocab}, {rows} rows, {name}: {draw_s * 1e6:.0f} us")
+        assert draw_s < 1e-2
+    argmax_s = median_s(lambda: logits_BV.argmax(dim=-1))
+    print(f"argmax of {vocab}, {rows} rows: {argmax_s * 1e6:.0f} us")

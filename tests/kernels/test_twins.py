@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
+from sparsed.kernels import reference
 from sparsed.kernels.attend import attend_pages
 from sparsed.kernels.bounds import page_bounds
 from sparsed.kernels.checksum import page_checksums
@@ -16,6 +17,7 @@ from sparsed.kernels.gate import silu_mul
 from sparsed.kernels.merge import merge_states
 from sparsed.kernels.resident import attend_resident
 from sparsed.kernels.rotate import rotate_heads
+from sparsed.kernels.sample import draw_tokens
 from sparsed.kernels.score import score_pages
 from sparsed.kernels.store import store_tokens
 
@@ -290,6 +292,74 @@ def test_merge(cases, group, dtype, seed):
     for got, expected in zip(merge_states(*states), cases.naive_merge(*states), strict=True):
         assert got.dtype == torch.float32
         close(got, expected, 2e-5)
+
+
+@few
+@given(seed=st.integers(0, 2**32))
+def test_the_numbers_of_draws_are_those_of_numpy(cases, seed):
+    _, plan = cases.draw(rows=20, vocab=1, seed=seed)
+    keys = [
+        sum((word % 2**32) << 32 * i for i, word in enumerate(key))
+        for key in plan.key_4B.T.tolist()
+    ]
+    got = [
+        reference.philox_uniform(key, index=index)
+        for key, index in zip(keys, plan.index_B.tolist(), strict=True)
+    ]
+    assert got == cases.numpy_uniforms(plan)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    shape=st.fixed_dictionaries(
+        {
+            "rows": st.integers(0, 20),
+            "vocab": st.sampled_from([1, 7, 150, 3000]),
+            "spread": st.sampled_from([0.0, 0.3, 3.0]),
+            "ties": st.booleans(),
+            "seed": st.integers(0, 2**32),
+        }
+    )
+)
+def test_draw(cases, shape):
+    logits_BV, plan = cases.draw(**shape)
+    tokens_B = draw_tokens(logits_BV, plan=plan)
+    assert tokens_B.dtype == torch.int64
+    assert all(cases.fair_draws(tokens_B, logits_BV, plan, slack=1e-9))
+
+
+def test_a_draw_of_nothing_is_the_first_token(cases):
+    logits_BV = torch.full((2, 9), -math.inf)
+    logits_BV[1] = math.nan
+    assert draw_tokens(logits_BV, plan=cases.draw_plan(key=[1, 2])).tolist() == [0, 0]
+
+
+def test_a_draw_never_takes_what_is_impossible(cases):
+    logits_BV = torch.zeros(300, 5)
+    logits_BV[:, [0, 1, 4]] = torch.tensor([-math.inf, math.nan, -math.inf])
+    tokens_B = draw_tokens(logits_BV, plan=cases.draw_plan(key=range(300)))
+    assert set(tokens_B.tolist()) == {2, 3}
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("key_4B", lambda key_4B: key_4B.t().contiguous().t()),
+        ("key_4B", lambda key_4B: key_4B[:2]),
+        ("index_B", lambda index_B: index_B.long()),
+        ("temperature_B", lambda temperature_B: temperature_B.double()),
+        ("top_p_B", lambda top_p_B: top_p_B[:-1]),
+        ("min_p_B", lambda min_p_B: min_p_B.repeat_interleave(2)[::2]),
+        ("top_k_B", lambda top_k_B: top_k_B.float()),
+    ],
+)
+def test_draw_refuses_what_its_kernel_cannot_read(cases, name, change):
+    logits_BV, plan = cases.draw(rows=3)
+    with pytest.raises(AssertionError):
+        draw_tokens(logits_BV, plan=plan._replace(**{name: change(getattr(plan, name))}))
+    for logits in (logits_BV.half(), logits_BV[:, ::2], logits_BV[:-1]):
+        with pytest.raises(AssertionError):
+            draw_tokens(logits, plan=plan)
 
 
 def test_wrappers_refuse_what_kernels_cannot_read(cases):
