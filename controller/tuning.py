@@ -280,6 +280,11 @@ def _device_memory(plan: StartPlan) -> DeviceMemory | None:
     return DeviceMemory(
         device_bytes=plan.machine.hbm_total_bytes,
         weights_bytes=plan.spec.plan.weights_bytes,
-        workspace_bytes=workspace_bytes(shape, dtype=spec.dtype, chunk=spec.knobs.prefill_chunk),
+        workspace_bytes=workspace_bytes(
+            shape,
+            dtype=spec.dtype,
+            chunk=spec.knobs.prefill_chunk,
+            num_seqs=spec.knobs.max_num_seqs,
+        ),
         kv_bytes=plan.spec.plan.hot_bytes,
     )

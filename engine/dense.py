@@ -48,13 +48,15 @@ class DenseAttention:
         return self._fastest[shape]
 
     def _seconds(self, backend: Backend, q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> float:
-        """Least of some runs, after one that makes the plan; infinite if it cannot."""
+        """Least of some runs, the first of which makes the plan; infinite if it cannot."""
         best = float("inf")
         for _ in range(REPEATS):
             begin, end = timer(), timer()
             begin.record()
             try:
                 attend_dense(q, k, v, causal=causal, scale=self._scale, backend=backend)
+            except torch.OutOfMemoryError:
+                raise
             except RuntimeError:  # this device or shape is not supported
                 return float("inf")
             end.record()

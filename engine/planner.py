@@ -53,10 +53,12 @@ def resolve_knobs(
     asked = check_knob_values(explicit)
     values: dict[str, KnobValue] = {spec.name: spec.default for spec in KNOB_SPECS} | asked
     kind = device.partition(":")[0]
-    chunk = int(values["prefill_chunk"] or 0)
-    hot_free, dram_free = _free_bytes(shape, machine, kind=kind, dtype=dtype, chunk=chunk)
-    length = _max_model_len(asked.get("max_model_len"), shape)
     num_seqs = int(asked.get("max_num_seqs") or MAX_NUM_SEQS[kind])
+    workspace = workspace_bytes(
+        shape, dtype=dtype, chunk=int(values["prefill_chunk"] or 0), num_seqs=num_seqs
+    )
+    hot_free, dram_free = _free_bytes(shape, machine, kind=kind, dtype=dtype, workspace=workspace)
+    length = _max_model_len(asked.get("max_model_len"), shape)
     wanted = num_seqs * num_frames(length) * BLOCK_TOKENS * shape.kv_bytes_per_token(dtype)
     values["kv_dram_gib"] = asked.get("kv_dram_gib") or _gib(min(dram_free, wanted))
     values["kv_hbm_gib"] = asked.get("kv_hbm_gib") or _gib(min(hot_free, wanted * 1.25 + GIB / 4))
@@ -114,11 +116,13 @@ def plan_memory(knobs: Knobs, *, shape: ModelShape, dtype: str) -> MemoryPlan:
     )
 
 
-def workspace_bytes(shape: ModelShape, *, dtype: str, chunk: int) -> int:
+def workspace_bytes(shape: ModelShape, *, dtype: str, chunk: int, num_seqs: int) -> int:
     """Device memory besides weights and KV. A prompt token takes the most on its way through an
-    MLP: gate, up and their product, and some hidden states."""
-    per_token = (3 * shape.intermediate_size + 8 * shape.hidden_size) * DTYPE_BYTES[dtype]
-    return HBM_WORKSPACE_BYTES + chunk * per_token
+    MLP: gate, up and their product, and some hidden states; a decoding request has a row of
+    logits, as the model gives them and in float32."""
+    element = DTYPE_BYTES[dtype]
+    per_token = (3 * shape.intermediate_size + 8 * shape.hidden_size) * element
+    return HBM_WORKSPACE_BYTES + chunk * per_token + num_seqs * shape.vocab_size * (element + 4)
 
 
 def _num_frames(knobs: Knobs, geometry: Geometry) -> int:
@@ -138,7 +142,7 @@ def _num_frames(knobs: Knobs, geometry: Geometry) -> int:
 
 
 def _free_bytes(
-    shape: ModelShape, machine: MachineFacts, *, kind: str, dtype: str, chunk: int
+    shape: ModelShape, machine: MachineFacts, *, kind: str, dtype: str, workspace: int
 ) -> tuple[float, float]:
     """Bytes (hot tier, DRAM tier) may take. On a CPU both come from the same memory."""
     weights = shape.weight_bytes(dtype)
@@ -149,7 +153,6 @@ def _free_bytes(
         hot, dram = free * CPU_HOT_FRAC, free * (1 - CPU_HOT_FRAC)
         where = f"{machine.dram_free_bytes / GIB:.1f} GiB of free memory"
     else:
-        workspace = workspace_bytes(shape, dtype=dtype, chunk=chunk)
         hot = (machine.hbm_free_bytes - weights - workspace) * HBM_USE_FRAC
         dram = machine.dram_free_bytes * DRAM_USE_FRAC
         where = f"{machine.hbm_free_bytes / GIB:.1f} GiB of free device memory"

@@ -65,17 +65,24 @@ class PrefillAttention:
         self._attend = DenseAttention(scale=scale)
 
     def warm_up(self, chunk_tokens: int, *, max_tokens: int, group: int) -> None:
-        """Have the backends measured for whole chunks and the pieces of context they meet."""
+        """Have the backends measured for whole chunks and the pieces of context they meet, and
+        every merge compiled; strides are those of real chunks, for plans depend on them."""
         pages_NX, geometry = self._cache.arena.pages_NX, self._cache.geometry
         heads, dim = geometry.num_kv_heads, geometry.head_dim
         piece = len(self._staging_NX) // heads * geometry.page_size
         starts = range(chunk_tokens, max_tokens, chunk_tokens)
         pieces = {min(piece, start - done) for start in starts for done in range(0, start, piece)}
-        q = pages_NX.new_empty((heads, group, chunk_tokens, dim)).normal_()
-        kv = pages_NX.new_empty((heads, max({chunk_tokens, *pieces}), dim)).normal_()
-        self._attend(q, kv[:, :chunk_tokens], kv[:, :chunk_tokens], causal=True)
-        for num_keys in pieces:
-            self._attend(q, kv[:, :num_keys], kv[:, :num_keys], causal=False)
+        qkv = pages_NX.new_empty((chunk_tokens, heads * (group + 2), dim)).normal_()
+        q, k, v = qkv[:, : heads * group], qkv[:, -2 * heads : -heads], qkv[:, -heads:]
+        q_HGnD, o_HGnD = (_by_head(x, heads) for x in (q, torch.empty_like(q).contiguous()))
+        state = self._attend(q_HGnD, k.transpose(0, 1), v.transpose(0, 1), causal=True)
+        for num_keys in sorted(pieces):
+            kv = pages_NX.new_empty((heads, num_keys, 2, dim)).normal_()
+            other = self._attend(q_HGnD, kv[:, :, 0], kv[:, :, 1], causal=False)
+            merged = merge_states(*state, *other)
+            for first in (state, merged):
+                merge_states(*first, *other)
+                merge_states(*first, *other, out=o_HGnD)
 
     def plan(self, chunk: PromptChunk, *, step: int) -> ChunkPlan:
         cache, geometry = self._cache, self._cache.geometry
@@ -86,7 +93,8 @@ class PrefillAttention:
         cache.open_chunk(chunk.row, chunk.start, chunk.end, step=step)
         slots_LHP = cache.tables.slots_of(chunk.row, first, last)
         device = slots_LHP.device
-        num_blocks = (num_frames(chunk.end) - chunk.start // BLOCK_TOKENS) * geometry.num_kv_heads
+        num_touched = num_frames(chunk.end) - chunk.start // BLOCK_TOKENS
+        num_blocks = num_touched * geometry.num_kv_heads if num_sealed else 0
         positions_n = torch.arange(chunk.start, chunk.end, device=device)
         pages_n = positions_n // page_size
         in_buffer_HP = _buffer_slots(first, last, cache=cache, device=device)
@@ -110,10 +118,8 @@ class PrefillAttention:
 
     def run(self, plan: ChunkPlan, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attend and store. Shapes: q (n, H * G, D); k, v (n, H, D); returns (n, H * G, D)."""
-        num_tokens, num_heads, head_dim = k.shape
-        q_HGnD = q.view(num_tokens, num_heads, -1, head_dim).permute(1, 2, 0, 3)
         o = torch.empty_like(q, memory_format=torch.contiguous_format)
-        o_HGnD = o.view(num_tokens, num_heads, -1, head_dim).permute(1, 2, 0, 3)
+        q_HGnD, o_HGnD = _by_head(q, k.shape[1]), _by_head(o, k.shape[1])
         state = self._attend(q_HGnD, k.transpose(0, 1), v.transpose(0, 1), causal=True)
         if plan.start == 0:
             o_HGnD.copy_(state[0])
@@ -206,6 +212,11 @@ class PrefillAttention:
         if cache.selector is not None:
             pages_NTCD = plan.buffer_NX.view(-1, *cache.arena.pages_NTCD.shape[1:])
             cache.summarise(pages_NTCD[slots_HP.flatten()], rows_HP.flatten())
+
+
+def _by_head(x: Tensor, num_kv_heads: int) -> Tensor:
+    """A view (H, G, n, D) of (n, H * G, D)."""
+    return x.view(len(x), num_kv_heads, -1, x.shape[2]).permute(1, 2, 0, 3)
 
 
 def _whole_frames(chunk: PromptChunk, row: Row) -> WholeFrames:

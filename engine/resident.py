@@ -8,6 +8,7 @@ H KV heads, I items of attention, D head dim, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -28,7 +29,7 @@ MIN_SPLIT_TOKENS, MAX_SPLIT_TOKENS = 256, 2048
 SPLITS = 32  # a request's tokens are cut into about so many items, as far as the bounds allow
 PROGRAMS_PER_PROCESSOR = 2  # attention programs that fit one multiprocessor together
 NUM_BUFFERS = 3  # host buffers in turn: a step is filled in while others are on their way
-GRAPH_SIZES = (1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256)
+GRAPH_STEPS = ((8, 8), (64, 16), (128, 32), (256, 64))  # from that batch size on, in steps of
 
 Ints = npt.NDArray[np.int32]
 
@@ -102,6 +103,14 @@ class InputBuffer:
             self._copied[self._turn] = torch.cuda.current_stream().record_event()
 
 
+def graph_sizes(max_rows: int) -> list[int]:
+    """Batch sizes with a graph of their own: each step pads little, and there are not many."""
+    sizes = {1, 2, 4, max_rows}
+    for (first, step), (last, _) in pairwise((*GRAPH_STEPS, (max_rows, 0))):
+        sizes |= set(range(first, min(last, max_rows) + 1, step))
+    return sorted(size for size in sizes if size <= max_rows)
+
+
 def cut_items(lengths_B: Ints) -> tuple[Ints, Ints]:
     """First item of each request, and the items (I, 3): request, first token, token after the
     last. How a request is cut depends on its own length alone."""
@@ -150,7 +159,8 @@ class ResidentDecoder:
         self._row_items = -(-max_tokens // MIN_SPLIT_TOKENS)
         self._lane_blocks = cache.arena.blocks.size // cache.geometry.num_lanes
         self._programs = attention_programs(device, num_heads=cache.geometry.num_kv_heads)
-        self._sizes = [*(size for size in GRAPH_SIZES if size < max_rows), max_rows]
+        self._sizes = graph_sizes(max_rows)
+        self._logits_BV = torch.empty((max_rows, decoder.config.vocab_size), device=device)
         self._inputs = InputBuffer(
             max_rows=max_rows,
             max_items=self._max_items(max_rows),
@@ -231,7 +241,7 @@ class ResidentDecoder:
             )
 
         hidden_BD = self._decoder.forward(tokens_B, positions_B, attend)
-        logits_BV = self._decoder.logits(hidden_BD)
+        logits_BV = self._decoder.logits(hidden_BD, out=self._logits_BV[:size])
         drawn_B = draw_tokens(logits_BV, plan=draws)
         self._last_token_R[rows_B] = drawn_B
         return Drawn(logits_BV, drawn_B)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from sparsed.core import Knobs, SparseMethod
+from sparsed.core import BLOCK_TOKENS, Knobs, SparseMethod
 from sparsed.engine.assembly import Progress
 from sparsed.engine.attention import Attention
 from sparsed.engine.batch import DecodeRow, PromptChunk, StepPlan
@@ -28,12 +28,14 @@ class Runs(Protocol):
 
 def warm_up(runner: Runs, knobs: Knobs, *, on_progress: Progress) -> None:
     """Compute a prompt of two chunks and some tokens, and have attention measure the backends for
-    the shapes of whole chunks. Leaves the cache as it was."""
+    the shapes of whole chunks. Nothing stays in the cache; the copies it made stay counted."""
     on_progress("warming up", 0.0)
     kv = runner.kv
     chunk = min(knobs.prefill_chunk, knobs.max_model_len - NUM_STEPS)
     while chunk and not _fits(kv, NUM_CHUNKS * chunk + NUM_STEPS, knobs):
         chunk //= 2
+    if chunk > BLOCK_TOKENS:
+        chunk -= chunk % BLOCK_TOKENS  # as the scheduler cuts them
     if chunk == 0:
         return
     config = runner.decoder.config

@@ -46,8 +46,8 @@ class Transfer:
     as long as streams that load are joined to the one that saves before the frames are freed.
 
     Inside a CUDA graph nothing is timed and nothing waits: call ``wait_for_saves`` before a
-    replay that loads, and ``warm_up`` before a capture. ``ways`` says how copies are made, and can be changed at any time; a graph
-    keeps what held at its capture. One thread.
+    replay that loads, and ``warm_up`` before a capture. ``ways`` says how copies are made, and can
+    be changed at any time; a graph keeps what held at its capture. One thread.
     """
 
     def __init__(

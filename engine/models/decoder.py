@@ -68,9 +68,10 @@ class Decoder:
         return hidden_ND
 
     @torch.inference_mode()
-    def logits(self, hidden_nD: Tensor) -> Tensor:
-        """(n, V) float32, of rows of what ``forward`` returned."""
-        return self.weights.head(self._norm(hidden_nD, self.weights.norm_D)).float()
+    def logits(self, hidden_nD: Tensor, *, out: Tensor | None = None) -> Tensor:
+        """(n, V) float32, of rows of what ``forward`` returned; ``out`` takes them if given."""
+        logits_nV = self.weights.head(self._norm(hidden_nD, self.weights.norm_D))
+        return logits_nV.float() if out is None else out.copy_(logits_nV)
 
     def _project(
         self, normed_ND: Tensor, layer: LayerWeights, tables: tuple[Tensor, Tensor]

@@ -20,6 +20,7 @@ from sparsed.engine.resident import (
     InputBuffer,
     ResidentDecoder,
     cut_items,
+    graph_sizes,
 )
 from sparsed.engine.runner import Runner
 
@@ -59,6 +60,15 @@ draws = st.builds(
     top_k=st.integers(0, 2**31 - 1),
 )
 MOST_LIKELY = DrawParams(0, 0, 0.0, 0.0, 0.0, 0)
+
+
+@given(max_rows=st.integers(1, 1100))
+def test_every_batch_has_a_graph_that_pads_it_little(max_rows: int) -> None:
+    sizes = graph_sizes(max_rows)
+    assert sizes == sorted(set(sizes)) and sizes[-1] == max_rows and len(sizes) < 40
+    for count in range(1, max_rows + 1):
+        size = next(size for size in sizes if size >= count)
+        assert size - count < max(2 * count, 4) and size - count < 64
 
 
 @settings(deadline=None)
