@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparsed.kernels import reference
+from sparsed.kernels.softmax import absorb
 
 _TILE_BYTES = 16 << 10  # of keys; as many of values
 _SPLIT_TOKENS = 256  # fixed, so that a result never depends on who else is in the batch
@@ -137,15 +138,7 @@ def _attend_kernel(
 
         logits_GW = tl.dot(q_GD, tl.trans(k_WD), input_precision="ieee") * scale_log2
         logits_GW = tl.where((slot_W >= 0)[None, :], logits_GW, float("-inf"))
-        new_peak_G = tl.maximum(peak_G, tl.max(logits_GW, axis=1))
-        # While every page so far is absent the peak is -inf, and -inf - -inf is not a number.
-        base_G = tl.where(new_peak_G == float("-inf"), 0.0, new_peak_G)
-        weight_GW = tl.exp2(logits_GW - base_G[:, None])
-        keep_G = tl.exp2(peak_G - base_G)
-        sum_G = sum_G * keep_G + tl.sum(weight_GW, axis=1)
-        weight_GW = weight_GW.to(v_WD.dtype)
-        o_GD = tl.dot(weight_GW, v_WD, o_GD * keep_G[:, None], input_precision="ieee")
-        peak_G = new_peak_G
+        peak_G, sum_G, o_GD = absorb(logits_GW, v_WD, peak_G, sum_G, o_GD)
 
     row_G = (lane * tl.num_programs(1) + tl.program_id(1)) * GROUP + groups
     divisor_G = tl.where(sum_G > 0.0, sum_G, 1.0)

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparsed.kernels import reference
+from sparsed.kernels.softmax import absorb
 
 BLOCK_TOKENS = 128  # tokens of a block: contiguous in the arena
 MAX_QUERIES = 8
@@ -211,28 +212,12 @@ def _attend_kernel(
             logits_XW = tl.dot(q_XD, tl.trans(k_WD), input_precision="ieee") * scale_log2
             seen_XW = tokens[None, :] < seen_X[:, None]
             logits_XW = tl.where(seen_XW, logits_XW, float("-inf"))
-            peak_X, sum_X, o_XD = _absorb(logits_XW, v_WD, peak_X, sum_X, o_XD)
+            peak_X, sum_X, o_XD = absorb(logits_XW, v_WD, peak_X, sum_X, o_XD)
         out_X = (item * NUM_HEADS + head) * NUM_LINES + lines.to(tl.int64)
         divisor_X = tl.where(sum_X > 0.0, sum_X, 1.0)
         o = o_IHXD + out_X[:, None] * HEAD_DIM + dims[None, :]
         tl.store(o, o_XD / divisor_X[:, None], mask=mask_XD)
         tl.store(lse_IHX + out_X, peak_X + tl.log2(divisor_X), mask=lines < NUM_LINES)
-
-
-@triton.jit
-def _absorb(
-    logits_XW: tl.tensor, v_WD: tl.tensor, peak_X: tl.tensor, sum_X: tl.tensor, o_XD: tl.tensor
-) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """The running softmax after one more tile."""
-    new_peak_X = tl.maximum(peak_X, tl.max(logits_XW, axis=1))
-    # A query that has seen nothing yet has a peak of -inf, and -inf - -inf is not a number.
-    base_X = tl.where(new_peak_X == float("-inf"), 0.0, new_peak_X)
-    weight_XW = tl.exp2(logits_XW - base_X[:, None])
-    keep_X = tl.exp2(peak_X - base_X)
-    sum_X = sum_X * keep_X + tl.sum(weight_XW, axis=1)
-    weight_XW = weight_XW.to(v_WD.dtype)
-    o_XD = tl.dot(weight_XW, v_WD, o_XD * keep_X[:, None], input_precision="ieee")
-    return new_peak_X, sum_X, o_XD
 
 
 @triton.jit(do_not_specialize=["num_requests"])
