@@ -209,10 +209,9 @@ def serve(
             metavar="MS", min=0, rich_help_panel=RESULTS, help="Target of TPOT, for goodput."
         ),
     ] = None,
-    output: Annotated[
+    output_dir: Annotated[
         Path | None,
         typer.Option(
-            "--output",
             metavar="DIR",
             rich_help_panel=RESULTS,
             help="Write result.json, requests.csv, latency.png and time-series.png here.",
@@ -266,8 +265,8 @@ def serve(
         max_concurrency=max_concurrency,
         command=_command(sys.argv[1:]),
     )
-    make_directory(output)
-    raise typer.Exit(run_bench_serve(options, directory=output, output=format))
+    make_directory(output_dir)
+    raise typer.Exit(run_bench_serve(options, directory=output_dir, output=format))
 
 
 def _lengths(text: str | None, *, field: str) -> Lengths | None:

@@ -64,10 +64,11 @@ def _is_token_list(value: object) -> bool:
 def _parse_prompts(value: object) -> list[str | list[int]]:
     """The four forms of ``prompt`` as a list of texts and token lists."""
     prompts = [value] if isinstance(value, str) or _is_token_list(value) else value
-    if prompts == []:
-        raise ValueError("the list is empty; give at least one prompt, or one token id")
-    if not isinstance(prompts, list):
-        raise ValueError("must be a string, a list of token ids, or a list of either")
+    if not isinstance(prompts, list) or not prompts:
+        forms = "a string, a list of token ids, or a list of either"
+        raise ValueError(
+            f"the list is empty; give {forms}" if prompts == [] else f"must be {forms}"
+        )
     for prompt in prompts:
         if not isinstance(prompt, str) and not _is_token_list(prompt):
             raise ValueError("each prompt must be a string or a non-empty list of token ids")

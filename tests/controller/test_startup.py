@@ -166,15 +166,11 @@ def make_cache(plan: StartPlan) -> KVCache:
     knobs, memory, parts = plan.spec.knobs, plan.spec.plan, {"device": torch.device("cpu")}
     geometry = Geometry.of(plan.model.shape, dtype=plan.spec.dtype, page_size=knobs.page_size)
     num_frames, max_model_len = memory.num_frames, knobs.max_model_len
-    tables = PageTables(
-        geometry, num_rows=knobs.max_num_seqs, max_model_len=max_model_len, **parts
-    )
+    tables = PageTables(geometry, num_rows=knobs.max_num_seqs, max_model_len=max_model_len, **parts)
     return KVCache(
         geometry,
         arena=HotArena(geometry, memory, dtype=torch.float32, **parts),
-        pool=DramPool(
-            geometry, num_frames=num_frames, pool_fd=None, dtype=torch.float32, **parts
-        ),
+        pool=DramPool(geometry, num_frames=num_frames, pool_fd=None, dtype=torch.float32, **parts),
         tables=tables,
         summaries_RE=torch.empty(0),
         selector=None,

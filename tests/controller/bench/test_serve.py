@@ -44,7 +44,7 @@ def test_files_and_tables(
     directory = tmp_path / "new" / "result"
     server.default = make_script(gap_s=0.02)
     arguments = "--num-prompts 5 --input-len 4:9 --output-len 3 --slo-ttft-ms 5000 --seed 3"
-    assert bench(*arguments.split(), "--output", str(directory)) == 0
+    assert bench(*arguments.split(), "--output-dir", str(directory)) == 0
     text = capsys.readouterr().out
     for part in ("5 of 5", "TTFT", "TPOT", "ITL", "E2E", "client lag", "goodput", "(100.0%)"):
         assert part in text
@@ -144,7 +144,7 @@ def test_short_outputs_and_clipped_prompts_are_told(
         ("--input-len x", ExitCode.USAGE, "--input-len 'x'"),
         ("--sparse-mode off --token-budget 9", ExitCode.USAGE, "--token-budget"),
         ("--trace /nowhere.jsonl", ExitCode.USAGE, "--trace /nowhere.jsonl"),
-        ("--output /dev/null/x", ExitCode.USAGE, "--output /dev/null/x"),
+        ("--output-dir /dev/null/x", ExitCode.USAGE, "--output-dir /dev/null/x"),
         ("--num-prompts 0", ExitCode.USAGE, "--num-prompts"),
         ("--url http://no-such-host.invalid", ExitCode.UNAVAILABLE, "no server answers at"),
         ("--url http://127.0.0.1:1", ExitCode.UNAVAILABLE, "start one with: sparsed start"),
@@ -214,7 +214,7 @@ def test_a_refused_warm_up_is_explained(
 def test_ctrl_c_keeps_what_was_measured(server: Any, make_script: Any, tmp_path: Path) -> None:
     server.scripts = [make_script(), make_script(), make_script(gap_s=30.0)]
     command = [sys.executable, "-m", "sparsed", "bench", "serve", "--url", server.url]
-    command += ["--num-prompts", "2", "--output-len", "2", "--output", str(tmp_path)]
+    command += ["--num-prompts", "2", "--output-len", "2", "--output-dir", str(tmp_path)]
     command += ["--max-concurrency", "1", "-o", "json"]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=dict(os.environ)
