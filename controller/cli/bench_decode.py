@@ -67,7 +67,7 @@ def decode(
         load_config(flags=flags, environment=os.environ),
         batches=parse_counts(batches, name="batches", maximum=MAX_BATCH),
         contexts=parse_counts(contexts, name="contexts", maximum=MAX_CONTEXT),
-        on_progress=ProgressLine(),
+        on_progress=ProgressLine(only_terminal=format is Output.JSON),
     )
     if format is Output.JSON:
         print_json(report)

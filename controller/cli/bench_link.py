@@ -59,7 +59,7 @@ def link(
         sizes_bytes=parse_sizes(sizes),
         quick=quick,
         state_dir=find_state_dir(state_dir),
-        on_progress=ProgressLine(),
+        on_progress=ProgressLine(only_terminal=format is Output.JSON),
     )
     if format is Output.JSON:
         print_json(calibration)

@@ -40,7 +40,9 @@ def run_bench_serve(options: BenchOptions, *, directory: Path | None, output: Ou
     ``bench_serve``."""
     try:
         with asyncio.Runner() as runner:
-            report = runner.run(bench_serve(options, progress=ProgressLine()))
+            report = runner.run(
+                bench_serve(options, progress=ProgressLine(only_terminal=output is Output.JSON))
+            )
     except KeyboardInterrupt:
         complain("interrupted before anything was measured")
         return EXIT_INTERRUPTED

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from sparsed.controller.bench.serve import ABOUT_TOKEN_IDS
 from sparsed.controller.cli.bench_serve import _command
 from sparsed.controller.cli.main import run
 from sparsed.core import ExitCode
@@ -141,7 +142,8 @@ def test_short_outputs_and_clipped_prompts_are_told(
         ("--api-key wrong", ExitCode.USAGE, "--api-key"),
         ("--input-len 90 --output-len 20", ExitCode.USAGE, "--max-input-len 80"),
         ("--input-len 9 --output-len 200", ExitCode.USAGE, "--max-output-len"),
-        ("--input-len x", ExitCode.USAGE, "--input-len 'x'"),
+        ("--input-len abc", ExitCode.USAGE, "--input-len 'abc': 'abc' is not a whole number"),
+        ("--input-len lognormal:9:x", ExitCode.USAGE, "'x' is not a number"),
         ("--sparse-mode off --token-budget 9", ExitCode.USAGE, "--token-budget"),
         ("--trace /nowhere.jsonl", ExitCode.USAGE, "--trace /nowhere.jsonl"),
         ("--output-dir /dev/null/x", ExitCode.USAGE, "--output-dir /dev/null/x"),
@@ -171,10 +173,15 @@ def test_the_key_is_sent_and_not_told(
     server.api_key = "secret"
     monkeypatch.setenv("SPARSED_API_KEY", "secret")
     assert bench("--num-prompts", "1", "-o", "json") == 0
-    assert "secret" not in capsys.readouterr().out
+    captured = capsys.readouterr()
+    assert "secret" not in captured.out
+    assert "1 requests" not in captured.err, "progress where nobody looks on"
     for typed in (["bench", "--api-key", "secret", "-o", "json"], ["bench", "--api-key=secret"]):
         assert "secret" not in _command(typed)
         assert "***" in _command(typed)
+    for typed in (["--url", "http://me:secret@h"], ["--url=http://me:secret@h", "-o", "json"]):
+        assert "secret" not in _command(typed)
+        assert "***@h" in _command(typed)
 
 
 @pytest.mark.parametrize("models", [[], [{"name": "odd"}]])
@@ -211,6 +218,19 @@ def test_a_refused_warm_up_is_explained(
     assert len(server.bodies) == 1
 
 
+@pytest.mark.parametrize(
+    ("words", "is_hinted"),
+    [
+        ("prompt: token id 8999 is outside of the vocabulary, 0 to 511", True),
+        ("Token id 8999 is out of vocabulary", True),
+        ("sparse.token_budget: unknown field 'sparse'", False),
+        ("max_tokens is too large", False),
+    ],
+)
+def test_the_vocabulary_is_blamed_only_where_it_is_meant(words: str, is_hinted: bool) -> None:
+    assert bool(ABOUT_TOKEN_IDS.search(words)) == is_hinted
+
+
 def test_ctrl_c_keeps_what_was_measured(server: Any, make_script: Any, tmp_path: Path) -> None:
     server.scripts = [make_script(), make_script(), make_script(gap_s=30.0)]
     command = [sys.executable, "-m", "sparsed", "bench", "serve", "--url", server.url]
@@ -230,7 +250,9 @@ def test_ctrl_c_keeps_what_was_measured(server: Any, make_script: Any, tmp_path:
     printed = json.loads(out)
     assert printed == json.loads((tmp_path / "result.json").read_text())
     assert printed["interrupted"]
-    assert (printed["summary"]["num_complete"], printed["summary"]["num_interrupted"]) == (1, 1)
+    summary = printed["summary"]
+    assert (summary["num_complete"], summary["num_interrupted"]) == (1, 1)
+    assert (summary["num_cut_off"], summary["ttft"]["count"], summary["e2e"]["count"]) == (1, 2, 1)
     assert "Traceback" not in err and "interrupted; not answered completely: 1" in err
     assert len((tmp_path / "requests.csv").read_text().splitlines()) == 3
 
