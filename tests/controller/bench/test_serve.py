@@ -115,6 +115,8 @@ def test_failures_are_counted(
     summary = json.loads(captured.out)["summary"]
     assert summary["errors"] == {"http_503": 1, "disconnected": 1}
     assert summary["num_complete"] == 2
+    assert (summary["num_cut_off"], summary["ttft"]["count"], summary["tpot"]["count"]) == (1, 3, 2)
+    assert "cut off in the middle of the answer: 1" in captured.err
     assert "failed with http_503: 1; the first: status 503, as told" in captured.err
 
 
