@@ -91,6 +91,8 @@ def load_config(
     pending = state_dir.pending_file
     waiting = _from_file(pending, source=KnobSource.LIVE)[0] if pending.exists() else {}
     given = from_file | waiting | told
+    for name, item in from_file.items():
+        _parse(name, item)  # also what is overridden now: it would strike at another start
     values = {name: _parse(name, item) for name, item in given.items()}
     options = {name: value for name, value in values.items() if name in _OPTIONS}
     options.pop("state_dir", None)

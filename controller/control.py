@@ -71,7 +71,7 @@ class DaemonStatus:
     store_lost_writes: int
     tuner_mode: TunerMode
     facts: EngineFacts | None = None
-    stats: EngineStats | None = None
+    stats: EngineStats | None = None  # counters over every engine, gauges of the last report
     snapshot: Snapshot | None = None
 
 

@@ -22,6 +22,7 @@ from sparsed.controller.engine_link import EngineLink
 from sparsed.controller.http.app import create_app
 from sparsed.controller.http.context import HttpContext
 from sparsed.controller.http_server import HttpServer, bind_port
+from sparsed.controller.ledger import SHUTTING_DOWN
 from sparsed.controller.links import keep_calibration
 from sparsed.controller.logs import ProgressLog, log_plan, log_to_stderr
 from sparsed.controller.startup import StartPlan, check_next_start, load_tokenizer, prepare
@@ -142,8 +143,11 @@ class Daemon:
         await self._senses.watch_host(self._pids, gpu_index=gpu_index)
 
     async def _drain_before_end(self) -> None:
-        if self._engine.facts is None:
-            return
+        if self._engine.facts is not None:
+            await self._drain_or_hurry()
+        self._engine.ledger.cut_off_all(SHUTTING_DOWN)  # while HTTP can still tell their clients
+
+    async def _drain_or_hurry(self) -> None:
         drain = asyncio.create_task(self.drain(timeout_s=self._config.drain_timeout_s))
         hard_stop = asyncio.create_task(self._hard_stop.wait())
         _, waiting = await asyncio.wait({drain, hard_stop}, return_when=asyncio.FIRST_COMPLETED)

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from sparsed.controller.knob_board import KnobBoard
-from sparsed.controller.ledger import Ledger, LedgerLimits
+from sparsed.controller.ledger import SHUTTING_DOWN, Ledger, LedgerLimits
 from sparsed.controller.logs import ProgressLog
 from sparsed.controller.startup import StartPlan
 from sparsed.controller.supervisor import Supervisor
@@ -91,7 +91,7 @@ class EngineLink:
 
     async def stop(self) -> None:
         """End what is unfinished with an error, then the engine."""
-        self.ledger.cut_off_all("the daemon is shutting down")
+        self.ledger.cut_off_all(SHUTTING_DOWN)
         await self.supervisor.stop(STOP_TIMEOUT_S if self.facts else 0.0)
 
     def _limits(self, plan: StartPlan) -> LedgerLimits:

@@ -20,6 +20,8 @@ from sparsed.core import (
     TokenOutput,
 )
 
+SHUTTING_DOWN = "the daemon is shutting down"
+
 
 class Unavailable(Exception):
     """No new request now; the client may come back after ``retry_after_s``."""
@@ -167,7 +169,7 @@ class Ledger:
             async with asyncio.timeout(timeout_s):
                 await self._idle.wait()
         except TimeoutError:
-            return self.cut_off_all("the daemon is shutting down")
+            return self.cut_off_all(SHUTTING_DOWN)
         return 0
 
     def cut_off_all(self, error: str) -> int:
@@ -183,7 +185,7 @@ class Ledger:
 
     def _check(self, request: AddRequest) -> None:
         if self._draining:
-            raise Unavailable("the daemon is shutting down", retry_after_s=30.0)
+            raise Unavailable(SHUTTING_DOWN, retry_after_s=30.0)
         num_prompt, limit = len(request.prompt_tokens), self._limits.max_tokens
         if num_prompt + request.sampling.max_tokens > limit:
             raise CapacityError(

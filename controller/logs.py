@@ -25,7 +25,8 @@ def log_to_stderr() -> None:
 
 
 class ProgressLog:
-    """Logs the progress of loading: every new phase, and at most a line a second of one."""
+    """Logs the progress of loading: every new phase, and at most a line a second of one. A part
+    of 0 is not told, for not every phase knows."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -36,7 +37,8 @@ class ProgressLog:
         now_s = self._clock()
         if phase != self._phase or now_s - self._logged_s >= 1.0:
             self._phase, self._logged_s = phase, now_s
-            logger.info("%s, %.0f %%", phase, 100 * frac)
+            part = f", {100 * frac:.0f} %" if frac >= 0.005 else ""
+            logger.info("%s%s", phase, part)
 
 
 def log_plan(plan: StartPlan) -> None:

@@ -20,7 +20,6 @@ from sparsed.controller.lookups import (
 )
 from sparsed.controller.tokenizer import Tokenizer
 from sparsed.core import (
-    BLOCK_TOKENS,
     GIB,
     KNOB_SPECS,
     EngineSpec,
@@ -32,8 +31,10 @@ from sparsed.core import (
     ModelShape,
     Profile,
     ProfileKey,
+    SparseMethod,
     VerifyMode,
 )
+from sparsed.engine.kvcache.geometry import num_frames
 from sparsed.engine.models.catalog import ResolvedModel, resolve_model
 from sparsed.engine.models.config import ModelConfig, load_config
 from sparsed.engine.models.dummy import dummy_config
@@ -183,16 +184,18 @@ def describe_plan(plan: StartPlan) -> str:
 def num_fitting(plan: StartPlan, num_tokens: int) -> int:
     """How many requests of ``num_tokens`` (prompt and output) both tiers hold at once.
 
-    In the hot tier each needs its selection and the block it writes, never more than all of its
-    own blocks or what the tier has for one request alone.
+    In the hot tier each needs what the KV cache admits it with: its selection and the block it
+    writes, where attention is dense all of its own blocks; never more than the tier has for one
+    request alone.
     """
     knobs, memory = plan.spec.knobs, plan.spec.plan
     if num_tokens > knobs.max_model_len:
         return 0
-    frames = -(-num_tokens // BLOCK_TOKENS)
-    selected = -(-knobs.token_budget // BLOCK_TOKENS) + 1
-    lane_blocks = memory.num_blocks // plan.model.shape.num_lanes
-    mandatory = min(frames, selected, lane_blocks)
+    frames = num_frames(num_tokens)
+    lane_blocks = (memory.num_blocks - 1) // plan.model.shape.num_lanes  # one is nobody's
+    mandatory = min(frames, lane_blocks)
+    if knobs.sparse_method != SparseMethod.DENSE:
+        mandatory = min(mandatory, num_frames(knobs.token_budget) + 1)
     return min(memory.num_frames // frames, lane_blocks // mandatory, knobs.max_num_seqs)
 
 

@@ -25,12 +25,17 @@ class Senses:
         self._window = Window(clock=time.monotonic)
         self._exporter = Exporter(read, slo=slo)
         self._host = HostGauges()
-        self.stats: EngineStats | None = None  # the engine's last report
+        self._has_report = False
 
     @property
     def totals(self) -> EngineStats:
         """Counters over every engine of this daemon."""
         return self._window.totals
+
+    @property
+    def stats(self) -> EngineStats | None:
+        """``totals``, with the gauges of the last report; None before the first."""
+        return self.totals if self._has_report else None
 
     @property
     def snapshot(self) -> Snapshot | None:
@@ -39,7 +44,7 @@ class Senses:
 
     def on_stats(self, stats: EngineStats) -> Snapshot | None:
         """Close the window with the engine's report of this second."""
-        self.stats = stats
+        self._has_report = True
         self._exporter.observe_steps(stats.recent_step_s)
         return self._window.close(stats, ended_at=time.time(), host=self._host)
 

@@ -187,9 +187,13 @@ def ask_about_a_long_document(daemon: Daemon) -> None:
         raise DemoError(f"no step was sparse: {usage}")
     print(f"prompt tokens     {usage['prompt_tokens']}")
     for name, value in details.items():
-        print(f"{name:<17} {value}")
+        print(f"{name:<17} {in_words(value)}")
     share = details["tokens_read"] / details["tokens_dense"]
     print(f"K/V read          {share:.0%} of what dense attention reads")
+
+
+def in_words(value: object) -> str:
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
 def cut_to_tokens(daemon: Daemon, text: str) -> str:
@@ -200,11 +204,16 @@ def cut_to_tokens(daemon: Daemon, text: str) -> str:
 
 def show_status(daemon: Daemon) -> None:
     sparsed("status", *state_dir())
+    print("rates and quantiles are those of the last second; '-': nothing of the kind ended in it")
 
 
 def tune(daemon: Daemon) -> None:
     print("tuning owns the machine, so the daemon stops first; a study this short proves little: a")
     print("profile is verified only if its worst of five runs beats the median of the default's")
+    print(
+        f"a line per trial: the default, {NUM_TRIALS} of each arm (bayes and random, which is its"
+    )
+    print("control), then the default and the best of all again, in turn")
     daemon.stop()
     sparsed(
         *("tune", "--model", MODEL, *MEMORY, "--workload", "chat"),

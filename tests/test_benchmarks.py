@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import random
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from texts import cut_windows
 
 from sparsed.engine.runner import Runner
 
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 NUM_CONTEXT = 700
 NUM_SCORED = 40
 
@@ -92,3 +95,17 @@ def test_only_the_tests_without_a_gpu_run_in_parallel() -> None:
     for num_cpus, threads in ((16, "4"), (2, "1")):
         changes = environment_of("other tests", workers=4, num_cpus=num_cpus)
         assert changes["OMP_NUM_THREADS"] == threads
+
+
+@pytest.mark.parametrize("name", sorted(file.stem for file in BENCHMARKS.glob("*.py")))
+def test_every_file_can_be_imported_and_says_what_it_does(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = importlib.import_module(name)
+    assert module.__doc__
+    if hasattr(module, "main"):  # else it is a part of others
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", "--help"])
+        with pytest.raises(SystemExit) as ended:
+            module.main()
+        assert ended.value.code == 0
+        assert "usage:" in capsys.readouterr().out

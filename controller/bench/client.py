@@ -11,7 +11,13 @@ from dataclasses import dataclass, replace
 import msgspec
 
 from sparsed.controller.bench import records
-from sparsed.controller.bench.connection import BadAnswer, ConnectFailed, Server, exchange
+from sparsed.controller.bench.connection import (
+    BadAnswer,
+    ConnectFailed,
+    Server,
+    exchange,
+    in_words,
+)
 from sparsed.controller.bench.lag import watch_lag
 from sparsed.controller.bench.records import RequestRecord
 from sparsed.controller.bench.token_stream import StreamFailed, TokenStream, error_message
@@ -95,7 +101,7 @@ class _Attempt:
         except asyncio.CancelledError:
             error = records.INTERRUPTED
         except Exception as failure:  # noqa: BLE001  # each has its kind, or is raised again
-            error, detail = _kind_of(failure), str(failure)
+            error, detail = _kind_of(failure), in_words(failure)
         return self._record(sent_s=sent_s, error=error, detail=detail)
 
     async def _send(self, options: LoadOptions) -> tuple[str | None, str]:

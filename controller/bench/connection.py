@@ -7,12 +7,13 @@ and with hundreds of streams the time of the client would be measured for that o
 from __future__ import annotations
 
 import asyncio
+import base64
 import ssl
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import Final
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, unquote, urlsplit
 
 from sparsed.core import InputError
 
@@ -29,7 +30,7 @@ class BadAnswer(Exception):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Server:
-    """Where requests go. ``base_path`` precedes every path; ``tls`` None: plain HTTP. ``address``
+    """Where requests go. ``url`` is for people, without credentials. ``base_path`` precedes every path; ``tls`` None: plain HTTP. ``address``
     is that of ``host``, if it has been looked up."""
 
     url: str
@@ -52,24 +53,52 @@ class Server:
 
 
 def parse_server(url: str, *, api_key: str | None = None) -> Server:
-    """``http://HOST:PORT``, https too, with or without /v1 at the end; InputError if it is not."""
+    """``http://HOST:PORT``, https too, with or without /v1 at the end; USER:PASSWORD@ before the
+    host is sent as basic authentication. InputError if it is not like that."""
     try:
         parts = urlsplit(url if "://" in url else f"http://{url}")
         port = parts.port or {"http": 80, "https": 443}[parts.scheme]
     except (ValueError, KeyError):
         parts, port = urlsplit(""), 0
     if not parts.hostname or parts.query or parts.fragment:
-        raise InputError(f"--url {url!r} is not like http://127.0.0.1:8000", field="url")
-    if api_key is not None and not (api_key.isascii() and api_key.isprintable()):
-        raise InputError("--api-key has characters that no header may hold", field="api-key")
+        shown = hide_credentials(url)
+        raise InputError(f"--url {shown!r} is not like http://127.0.0.1:8000", field="url")
     return Server(
-        url=url,
+        url=hide_credentials(url),
         host=parts.hostname,
         port=port,
         base_path=parts.path.rstrip("/").removesuffix("/v1"),
         tls=ssl.create_default_context() if parts.scheme == "https" else None,
-        headers={} if api_key is None else {"Authorization": f"Bearer {api_key}"},
+        headers=_authorization(parts, api_key=api_key),
     )
+
+
+def _authorization(parts: SplitResult, *, api_key: str | None) -> dict[str, str]:
+    if api_key is not None and not (api_key.isascii() and api_key.isprintable()):
+        raise InputError("--api-key has characters that no header may hold", field="api-key")
+    if parts.username is None:
+        return {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
+    if api_key is not None:
+        raise InputError(
+            "--url has a user, and there is an API key too; a request carries one of them",
+            field="url",
+        )
+    pair = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
+    return {"Authorization": f"Basic {base64.b64encode(pair.encode()).decode()}"}
+
+
+def hide_credentials(url: str) -> str:
+    """The URL as it may be shown and kept."""
+    scheme, mark, rest = url.rpartition("://")
+    _, at, place = rest.rpartition("@")
+    return f"{scheme}{mark}***@{place}" if at else url
+
+
+def in_words(failure: Exception) -> str:
+    """What happened to a connection, as a person would say it."""
+    if isinstance(failure, ConnectionError | EOFError):
+        return "the server closed the connection"
+    return str(failure)
 
 
 class Response:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 import random
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, TypeVar
 
 from sparsed.core import InputError
 
 FORMS: Final = "N, LOW:HIGH or lognormal:MEDIAN:SIGMA"
 MAX_TOKENS: Final = 1 << 24
 MAX_SIGMA: Final = 4.0  # of the logarithm: beyond it one length in a hundred is 10,000 medians
+
+Number = TypeVar("Number", int, float)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,11 +57,19 @@ def _parse(text: str) -> Lengths:
     if kind == "lognormal":
         if len(numbers) != 2:
             raise ValueError("lognormal takes a median and a sigma")
-        return _lognormal(*(float(number) for number in numbers))
-    low, high = int(kind), int(numbers[0] if numbers else kind)
+        return _lognormal(*(_number(number, float) for number in numbers))
+    low, high = _number(kind, int), _number(numbers[0] if numbers else kind, int)
     if len(numbers) > 1 or not 1 <= low <= high <= MAX_TOKENS:
         raise ValueError(f"1 <= LOW <= HIGH <= {MAX_TOKENS} must hold")
     return UniformLengths(low=low, high=high)
+
+
+def _number(text: str, kind: type[Number]) -> Number:
+    try:
+        return kind(text)
+    except ValueError:
+        what = "whole number" if kind is int else "number"
+        raise ValueError(f"{text!r} is not a {what}") from None
 
 
 def _lognormal(median: float, sigma: float) -> LognormalLengths:

@@ -10,7 +10,14 @@ from typing import Final
 
 import msgspec
 
-from sparsed.controller.bench.connection import BadAnswer, ConnectFailed, Server, exchange, look_up
+from sparsed.controller.bench.connection import (
+    BadAnswer,
+    ConnectFailed,
+    Server,
+    exchange,
+    in_words,
+    look_up,
+)
 from sparsed.controller.bench.token_stream import error_message
 from sparsed.core import ExitCode, InputError, StartError, WorkloadRequest
 
@@ -124,7 +131,7 @@ def _answer_expected(server: Server) -> Iterator[None]:
     except TimeoutError:
         reason = f"no answer in {TIMEOUT_S:.0f} s"
     except (ConnectFailed, BadAnswer, OSError, EOFError) as error:
-        reason = str(error)
+        reason = in_words(error)
     raise StartError(
         f"no server answers at {server.url} ({reason}); start one with: sparsed start, or give "
         "another --url",

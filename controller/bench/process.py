@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from typing import TypeVar
+from typing import IO, TypeVar
 
 import msgspec
 
@@ -27,16 +28,37 @@ def run_measurement(
         with suppress(BrokenPipeError):  # it has ended already; its status says how
             process.stdin.write(request)
             process.stdin.close()
-        for line in process.stdout:
-            ((name, body),) = msgspec.json.decode(line, type=dict[str, msgspec.Raw]).items()
-            if name == answer.__name__:
-                return msgspec.json.decode(body, type=answer)
-            if name == "EngineFailed":
-                failure = msgspec.json.decode(body, type=EngineFailed)
-                raise StartError(failure.message, code=ExitCode(failure.exit_code))
-            progress = msgspec.json.decode(body, type=LoadProgress)
-            on_progress(progress.phase, progress.frac)
+        for value in _values(process.stdout, (answer, EngineFailed, LoadProgress)):
+            if isinstance(value, answer):
+                return value
+            if isinstance(value, EngineFailed):
+                raise StartError(value.message, code=ExitCode(value.exit_code))
+            if isinstance(value, LoadProgress):
+                on_progress(value.phase, value.frac)
     raise StartError(
         f"the measuring process ended with status {process.returncode}; its words are above",
         code=ExitCode.SOFTWARE,
     )
+
+
+def _values(lines: IO[bytes], kinds: Sequence[type]) -> Iterator[object]:
+    """What the lines say; a line that a library wrote in between goes to standard error."""
+    for line in lines:
+        value = _value(line, kinds)
+        if value is None:
+            sys.stderr.write(line.decode(errors="replace"))
+        else:
+            yield value
+
+
+def _value(line: bytes, kinds: Sequence[type]) -> object | None:
+    """The value of one of ``kinds`` that a line is, if it is one."""
+    try:
+        tagged = msgspec.json.decode(line, type=dict[str, msgspec.Raw])
+        for kind in kinds:
+            if tagged.keys() == {kind.__name__}:
+                value: object = msgspec.json.decode(tagged[kind.__name__], type=kind)
+                return value
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        pass
+    return None

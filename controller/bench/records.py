@@ -51,6 +51,11 @@ class RequestRecord:
         return self.error is None
 
     @property
+    def was_cut_off(self) -> bool:
+        """Began to answer, and did not come to the end."""
+        return self.error is not None and self.first_s is not None
+
+    @property
     def output_tokens(self) -> int:
         """As the server counted them, else a token a chunk."""
         return len(self.chunks_s) if self.usage is None else self.usage.completion_tokens

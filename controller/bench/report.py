@@ -18,9 +18,9 @@ from sparsed.core import Slo
 RESULT_FILE: Final = "result.json"
 REQUESTS_FILE: Final = "requests.csv"
 DEFINITIONS: Final = {
-    "ttft": "from sending a request to its first chunk with a token",
+    "ttft": "from sending a request to its first chunk with a token, cut-off requests included",
     "tpot": "(last token - first token) / (output tokens - 1), per request",
-    "itl": "between two chunks with tokens, over all requests",
+    "itl": "between two chunks with tokens, over all requests, cut-off ones included",
     "e2e": "from sending a request to its last token",
     "goodput": "complete requests per second that meet every SLO target given",
     "client_lag": "how late the client's own event loop woke: no time here is finer",
@@ -98,6 +98,11 @@ def remarks(report: BenchReport) -> Iterator[str]:
         yield f"failed with {kind}: {count}; the first: {first.detail or 'no message'}"
     if summary.num_interrupted:
         yield f"interrupted; not answered completely: {summary.num_interrupted}"
+    if summary.num_cut_off:
+        yield (
+            f"cut off in the middle of the answer: {summary.num_cut_off}; they count in TTFT and "
+            "ITL as far as they came, and nowhere else"
+        )
     workload = report.about.get("workload")
     if isinstance(workload, dict) and workload.get("num_clipped"):
         yield f"clipped to the maximal lengths: {workload['num_clipped']}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import platform
+import re
 import resource
 import time
 from collections.abc import Callable, Mapping
@@ -32,6 +33,7 @@ from sparsed.core import ExitCode, Slo, StartError, WorkloadRequest
 Progress = Callable[[str, float], None]
 PACKAGES: Final = ("msgspec", "numpy")
 SPARE_FILES: Final = 256
+ABOUT_TOKEN_IDS: Final = re.compile(r"\btoken[ _-]?ids?\b|vocab", re.IGNORECASE)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -133,12 +135,11 @@ async def _warm_up(options: BenchOptions, *, prepare: _Preparation) -> None:
         raise asyncio.CancelledError
     failed = [record for record in result.records if not record.is_complete]
     if failed and len(failed) == len(warm):
-        hint = (
-            "; if it is about token ids, give --vocab-size" if "token" in failed[0].detail else ""
-        )
+        detail = failed[0].detail
+        hint = "; a smaller --vocab-size may help" if ABOUT_TOKEN_IDS.search(detail) else ""
         raise StartError(
             f"{options.server.url} answers no request of the warm-up: {failed[0].error}, "
-            f"{failed[0].detail or 'no message'}{hint}",
+            f"{detail or 'no message'}{hint}",
             code=ExitCode.UNAVAILABLE,
         )
 

@@ -33,13 +33,16 @@ class Spread:
 class Summary:
     """Rates are over ``duration_s``, from the first request sent to the end of the last one, and
     count complete requests only. None: no value, or no target for goodput. ``errors``: by kind,
-    without the requests that an interruption cut off. ``num_short``: complete, with fewer tokens
+    without the requests that an interruption cut off. ``num_cut_off``: ended in the middle of the
+    answer, by a failure or an interruption; ``ttft`` and ``itl`` hold what was measured of them,
+    and nothing else does. ``num_short``: complete, with fewer tokens
     than asked for. ``mean_concurrency``: requests under way, mean over the duration."""
 
     duration_s: float
     num_requests: int
     num_complete: int
     num_interrupted: int
+    num_cut_off: int
     num_short: int
     errors: Mapping[str, int]
     prompt_tokens: int
@@ -62,6 +65,7 @@ def summarize(result: LoadResult, *, slo: Slo) -> Summary:
     """The figures of all requests together."""
     ended = [record for record in result.records if record.error != INTERRUPTED]
     complete = [record for record in ended if record.is_complete]
+    cut_off = [record for record in result.records if record.was_cut_off]
     total_s = duration_s(result.records)
     per_s = 1.0 / total_s if total_s else 0.0
     output_tokens = sum(record.output_tokens for record in complete)
@@ -73,6 +77,7 @@ def summarize(result: LoadResult, *, slo: Slo) -> Summary:
         num_requests=len(result.records),
         num_complete=len(complete),
         num_interrupted=len(result.records) - len(ended),
+        num_cut_off=len(cut_off),
         num_short=sum(record.output_tokens < record.max_tokens for record in complete),
         errors=dict(Counter(record.error for record in ended if record.error is not None)),
         prompt_tokens=prompt_tokens,
@@ -84,9 +89,9 @@ def summarize(result: LoadResult, *, slo: Slo) -> Summary:
         goodput_requests_per_s=num_good * per_s if has_target else None,
         goodput_frac=num_good / len(ended) if has_target and ended else None,
         mean_concurrency=_busy_s(result.records) * per_s,
-        ttft=spread(record.ttft_s for record in complete),
+        ttft=spread(record.ttft_s for record in (*complete, *cut_off)),
         tpot=spread(record.tpot_s for record in complete),
-        itl=spread(gap_s for record in complete for gap_s in record.itl_s),
+        itl=spread(gap_s for record in (*complete, *cut_off) for gap_s in record.itl_s),
         e2e=spread(record.e2e_s for record in complete),
         client_lag=spread(result.lags_s),
     )

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Final
 import typer
 
 from sparsed.controller.cli.flags import KNOB_FLAGS, MODEL_FLAGS, SERVING_FLAGS, Flag
-from sparsed.controller.cli.output import Output, to_json
+from sparsed.controller.cli.output import to_json
 from sparsed.core import KNOBS_BY_NAME, InputError, SparseMethod
 
 MAX_BATCH: Final = int(KNOBS_BY_NAME["max_num_seqs"].maximum or 0)
@@ -32,9 +32,6 @@ ContextsOption = Annotated[
 FileOption = Annotated[
     Path | None,
     typer.Option("--output", metavar="FILE", help="Write the results here too, as JSON."),
-]
-FormatOption = Annotated[
-    Output, typer.Option("--format", "-o", help="text for people, json for programs.")
 ]
 
 

@@ -13,13 +13,12 @@ from sparsed.controller.cli.bench_engine import (
     BatchesOption,
     ContextsOption,
     FileOption,
-    FormatOption,
     check_file,
     parse_counts,
     write_file,
 )
 from sparsed.controller.cli.flags import takes
-from sparsed.controller.cli.output import Output, complain, print_json, print_table
+from sparsed.controller.cli.output import FormatOption, Output, complain, print_json, print_table
 from sparsed.controller.cli.progress import ProgressLine
 from sparsed.controller.config import load_config
 from sparsed.core import Ceiling
@@ -58,7 +57,7 @@ def kernels(
         load_config(flags=flags, environment=os.environ),
         batches=parse_counts(batches, name="batches", maximum=MAX_BATCH),
         contexts=parse_counts(contexts, name="contexts", maximum=MAX_CONTEXT),
-        on_progress=ProgressLine(),
+        on_progress=ProgressLine(only_terminal=format is Output.JSON),
     )
     if format is Output.JSON:
         print_json(report)

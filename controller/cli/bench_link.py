@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sparsed.controller.cli.output import Output, OutputOption, print_json, print_table
+from sparsed.controller.cli.output import (
+    FormatOption,
+    Output,
+    complain,
+    print_json,
+    print_table,
+)
 from sparsed.controller.cli.progress import ProgressLine
 from sparsed.controller.cli.session import find_state_dir
 from sparsed.core import InputError
@@ -18,7 +24,8 @@ if TYPE_CHECKING:
 
 KIB = 1 << 10
 MIN_SIZE_KIB, MAX_SIZE_KIB = 1, 1024
-HEADERS = ("", "piece", "way", "programs", "tile", "GB/s", "of one DMA", "work beside")
+HEADERS = ("", "piece", "way", "programs", "tile", "GB/s", "of {whole}", "work beside")
+LARGE_COPY = {True: "one DMA", False: "one memory copy"}  # over a link, on a CPU
 
 
 def link(
@@ -38,25 +45,32 @@ def link(
         Path | None,
         typer.Option(metavar="DIR", help="State directory that the calibration is kept in."),
     ] = None,
-    output: OutputOption = Output.TEXT,
+    format: FormatOption = Output.TEXT,
 ) -> None:
     """Measure how fast pages cross the link between GPU and memory, and keep the result.
 
+    On a CPU there is no link: copies in memory are measured, and nothing is kept.
     Owns the GPU while it runs: not beside a daemon of the same state directory.
     """
     from sparsed.controller.bench.link import calibrate_link
 
-    calibration = calibrate_link(
+    calibration, is_kept, fault = calibrate_link(
         device,
         sizes_bytes=parse_sizes(sizes),
         quick=quick,
         state_dir=find_state_dir(state_dir),
-        on_progress=ProgressLine(),
+        on_progress=ProgressLine(only_terminal=format is Output.JSON),
     )
-    if output is Output.JSON:
+    if format is Output.JSON:
         print_json(calibration)
     else:
-        print_table(HEADERS, _rows(calibration))
+        whole = LARGE_COPY[is_kept or fault is not None]
+        headers = [header.format(whole=whole) for header in HEADERS]
+        print_table(headers, _rows(calibration, whole=whole))
+    if fault is not None:
+        raise fault
+    if not is_kept:
+        complain("nothing is kept for a CPU")
 
 
 def parse_sizes(text: str) -> tuple[int, ...]:
@@ -74,18 +88,18 @@ def parse_sizes(text: str) -> tuple[int, ...]:
     return tuple(dict.fromkeys(sizes))
 
 
-def _rows(calibration: LinkCalibration) -> Iterator[tuple[object, ...]]:
+def _rows(calibration: LinkCalibration, *, whole: str) -> Iterator[tuple[object, ...]]:
     """The best of each way, and a star at what an engine would take."""
     from sparsed.controller.bench.link import best_of_each_way
     from sparsed.core import Direction
 
     contiguous = calibration.contiguous
-    whole = {
+    rates = {
         Direction.H2D: contiguous.h2d_bytes_per_s,
         Direction.D2H: contiguous.d2h_bytes_per_s,
     }
-    for direction, rate in whole.items():
-        yield direction, "whole", "one DMA", None, None, f"{rate / 1e9:.2f}", "1.00", None
+    for direction, rate in rates.items():
+        yield direction, "whole", whole, None, None, f"{rate / 1e9:.2f}", "1.00", None
     for entry, chosen in best_of_each_way(calibration):
         yield (
             f"{entry.direction}{' *' if chosen else ''}",
@@ -94,6 +108,6 @@ def _rows(calibration: LinkCalibration) -> Iterator[tuple[object, ...]]:
             entry.programs or None,
             f"{entry.tile_bytes / KIB:g} KiB" if entry.tile_bytes else None,
             f"{entry.bytes_per_s / 1e9:.2f}",
-            f"{entry.bytes_per_s / whole[entry.direction]:.2f}",
+            f"{entry.bytes_per_s / rates[entry.direction]:.2f}",
             None if entry.slowdown is None else f"{entry.slowdown:.3f}x",
         )

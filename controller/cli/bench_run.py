@@ -30,7 +30,9 @@ def make_directory(directory: Path | None) -> None:
         if directory is not None:
             directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"--output {directory}: {error.strerror}", field="output") from None
+        raise InputError(
+            f"--output-dir {directory}: {error.strerror}", field="output-dir"
+        ) from None
 
 
 def run_bench_serve(options: BenchOptions, *, directory: Path | None, output: Output) -> int:
@@ -38,7 +40,9 @@ def run_bench_serve(options: BenchOptions, *, directory: Path | None, output: Ou
     ``bench_serve``."""
     try:
         with asyncio.Runner() as runner:
-            report = runner.run(bench_serve(options, progress=ProgressLine()))
+            report = runner.run(
+                bench_serve(options, progress=ProgressLine(only_terminal=output is Output.JSON))
+            )
     except KeyboardInterrupt:
         complain("interrupted before anything was measured")
         return EXIT_INTERRUPTED
@@ -65,6 +69,6 @@ def _write(report: BenchReport, *, directory: Path, output: Output) -> None:
     try:
         paths = (*write_files(report, directory), *write_plots(report, directory))
     except OSError as error:
-        raise InputError(f"--output {directory}: {error}", field="output") from error
+        raise InputError(f"--output-dir {directory}: {error}", field="output-dir") from error
     if output is Output.TEXT:
         print(*(f"wrote {path}" for path in paths), sep="\n")

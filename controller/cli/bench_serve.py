@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 DEFAULT_VOCAB_SIZE = 9000
 LENGTH_FORMS = "N, LOW:HIGH (uniform) or lognormal:MEDIAN:SIGMA."
+SECRETS = ("--api-key", "--url")
 TARGET, LOAD, LENGTHS, RESULTS = "Server", "Load", "Lengths and prefixes", "Results"
 
 
@@ -28,7 +29,8 @@ def serve(
         typer.Option(
             metavar="URL",
             rich_help_panel=TARGET,
-            help="Any OpenAI-compatible server, with or without /v1.",
+            help="Any OpenAI-compatible server, with or without /v1; USER:PASSWORD@ before the "
+            "host is sent as basic authentication, and not kept.",
         ),
     ] = "http://127.0.0.1:8000",
     model: Annotated[
@@ -209,10 +211,9 @@ def serve(
             metavar="MS", min=0, rich_help_panel=RESULTS, help="Target of TPOT, for goodput."
         ),
     ] = None,
-    output: Annotated[
+    output_dir: Annotated[
         Path | None,
         typer.Option(
-            "--output",
             metavar="DIR",
             rich_help_panel=RESULTS,
             help="Write result.json, requests.csv, latency.png and time-series.png here.",
@@ -229,7 +230,8 @@ def serve(
 
     TTFT: from sending a request to its first chunk with a token. TPOT: (last token - first token)
     / (output tokens - 1). ITL: between two chunks with tokens. E2E: from sending to the last token.
-    Goodput: complete requests per second within every SLO target. Rates count complete requests.
+    Goodput: complete requests per second within every SLO target. Rates count complete requests; TTFT and ITL
+    also what was measured of those cut off.
 
     Ctrl-C ends the run, reports what was measured, and exits with 130; with 69 if no request was
     answered.
@@ -266,8 +268,8 @@ def serve(
         max_concurrency=max_concurrency,
         command=_command(sys.argv[1:]),
     )
-    make_directory(output)
-    raise typer.Exit(run_bench_serve(options, directory=output, output=format))
+    make_directory(output_dir)
+    raise typer.Exit(run_bench_serve(options, directory=output_dir, output=format))
 
 
 def _lengths(text: str | None, *, field: str) -> Lengths | None:
@@ -289,11 +291,19 @@ def _sparse(mode: SparseMode | None, token_budget: int | None) -> dict[str, obje
 
 
 def _command(arguments: Sequence[str]) -> str:
-    """What was typed, without the API key."""
-    shown, is_key = ["sparsed"], False
+    """What was typed, without the API key and without a password in the URL."""
+    shown, before = ["sparsed"], ""
     for argument in arguments:
-        name, equals, _ = argument.partition("=")
-        hidden = "--api-key=***" if name == "--api-key" and equals else argument
-        shown.append("***" if is_key else hidden)
-        is_key = argument == "--api-key"
+        name, equals, value = argument.partition("=")
+        if equals and name in SECRETS:
+            shown.append(f"{name}={_hidden(name, value)}")
+        else:
+            shown.append(_hidden(before, argument) if before in SECRETS else argument)
+        before = argument
     return shlex.join(shown)
+
+
+def _hidden(name: str, value: str) -> str:
+    from sparsed.controller.bench.connection import hide_credentials
+
+    return hide_credentials(value) if name == "--url" else "***"

@@ -105,7 +105,12 @@ SERVING_FLAGS = (
     ),
     _option("shutdown_timeout", "SECONDS", "Time running requests get at a stop"),
     _option("no_profile", "", "Ignore stored profiles", is_switch=True),
-    _option("enforce_eager", "", "Capture no CUDA graphs: slower, for debugging", is_switch=True),
+    _option(
+        "enforce_eager",
+        "",
+        "On a GPU: capture no CUDA graphs; slower, for debugging",
+        is_switch=True,
+    ),
     _option(
         "verify_kv", "MODE", "off, sample or full: hash pages on both tiers to find broken copies"
     ),

@@ -18,6 +18,9 @@ class Output(StrEnum):
     JSON = "json"
 
 
+FormatOption = Annotated[
+    Output, typer.Option("--format", "-o", help="text for people, json for programs.")
+]
 OutputOption = Annotated[
     Output, typer.Option("--output", "-o", help="text for people, json for programs.")
 ]

@@ -46,6 +46,9 @@ def list_(state_dir: StateDirOption = None, output: OutputOption = Output.TEXT) 
     if output is Output.JSON:
         print_json(list(profiles))
         return
+    if not profiles:
+        print("no profiles")
+        return
     print_table(
         ("id", "status", "pinned", "gain", "model", "dtype", "workload", "hardware"),
         (

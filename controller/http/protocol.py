@@ -40,7 +40,17 @@ def _check_stops(stops: list[str]) -> list[str]:
         raise ValueError(f"{len(stops)} stop strings; at most {MAX_STOPS} are allowed")
     if not all(0 < len(stop) <= MAX_STOP_CHARS for stop in stops):
         raise ValueError(f"each stop string must have 1 to {MAX_STOP_CHARS} characters")
+    if not all(_is_unicode(stop) for stop in stops):
+        raise ValueError("a stop string is not valid Unicode; remove the surrogate")
     return stops
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _as_list(value: object) -> object:
@@ -55,7 +65,10 @@ def _parse_prompts(value: object) -> list[str | list[int]]:
     """The four forms of ``prompt`` as a list of texts and token lists."""
     prompts = [value] if isinstance(value, str) or _is_token_list(value) else value
     if not isinstance(prompts, list) or not prompts:
-        raise ValueError("must be a string, a list of token ids, or a list of either")
+        forms = "a string, a list of token ids, or a list of either"
+        raise ValueError(
+            f"the list is empty; give {forms}" if prompts == [] else f"must be {forms}"
+        )
     for prompt in prompts:
         if not isinstance(prompt, str) and not _is_token_list(prompt):
             raise ValueError("each prompt must be a string or a non-empty list of token ids")

@@ -191,7 +191,7 @@ KNOB_SPECS: tuple[KnobSpec, ...] = (
         minimum=1,
         maximum=1024,
         auto=True,
-        help="GPU programs that load pages from the DRAM tier; auto is what the link's "
+        help="on a GPU: programs that load pages from the DRAM tier; auto is what the link's "
         "calibration found",
     ),
     KnobSpec(

@@ -44,7 +44,7 @@ def bench(served: Any, *arguments: str) -> dict[str, Any]:
 def test_random_load(served: Any, tmp_path: Path) -> None:
     arguments = "--num-prompts 6 --request-rate 10 --input-len 300:500 --output-len 12 --warmup 1"
     slo = "--slo-ttft-ms 60000 --slo-tpot-ms 60000"
-    result = bench(served, *arguments.split(), *slo.split(), "--output", str(tmp_path))
+    result = bench(served, *arguments.split(), *slo.split(), "--output-dir", str(tmp_path))
     summary = result["summary"]
     assert (result["model"], result["server_version"]) == ("tiny", result["versions"]["sparsed"])
     assert (summary["num_complete"], summary["errors"], summary["num_short"]) == (6, {}, 0)

@@ -25,7 +25,8 @@ LONG = {"max_tokens": 2000, "extra_body": {"ignore_eos": True}}  # seconds, on t
 
 
 def stream_in_background(daemon: Any, *, answers: list[str | None]) -> threading.Thread:
-    """Read one long completion to its end; appends the last finish reason, None if cut off."""
+    """Read one long completion to its end; appends the last finish reason, or
+    the error that the stream ended with."""
     started = threading.Event()
 
     def read() -> None:
@@ -37,8 +38,8 @@ def stream_in_background(daemon: Any, *, answers: list[str | None]) -> threading
                 ):
                     started.set()
                     reason = part.choices[0].finish_reason or reason
-            except openai.APIError:
-                reason = None
+            except openai.APIError as error:
+                reason = f"error: {error.message}"
         answers.append(reason)
 
     thread = threading.Thread(target=read)
@@ -97,7 +98,8 @@ def test_a_drain_ends_at_its_timeout(daemon: StartDaemon) -> None:
     thread = stream_in_background(running, answers=answers)
     assert running.stop() == 0
     thread.join(30)
-    assert answers == [None]
+    assert answers == ["error: the daemon is shutting down"]
+    assert "Traceback" not in running.log.read_text()
 
 
 def test_a_second_signal_does_not_wait(daemon: StartDaemon) -> None:
@@ -109,7 +111,8 @@ def test_a_second_signal_does_not_wait(daemon: StartDaemon) -> None:
     running.process.send_signal(signal.SIGINT)
     assert running.process.wait(timeout=20) == 0
     thread.join(30)
-    assert answers == [None]
+    assert answers == ["error: the daemon is shutting down"]
+    assert "Traceback" not in running.log.read_text()
 
 
 def test_knobs_change_now_or_at_the_next_start(daemon: StartDaemon) -> None:

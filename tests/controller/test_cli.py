@@ -15,6 +15,7 @@ import typer.main
 
 from sparsed.controller.cli import start as start_verb
 from sparsed.controller.cli.detach import _wait_until_ready
+from sparsed.controller.cli.flags import KNOB_FLAGS, SERVING_FLAGS
 from sparsed.controller.cli.main import app, run
 from sparsed.controller.config import OPTION_NAMES, DaemonConfig
 from sparsed.controller.control import DaemonState
@@ -172,6 +173,20 @@ def test_profiles_without_a_daemon(
     assert json.loads(captured.out)[0]["values"]["sparse_method"] == "quest"
     assert f"no daemon runs; using the database {elsewhere}" in captured.err
     assert run(["profile", "pin", "1", "--state-dir", elsewhere]) == 0
+
+
+def test_no_profiles_are_said_to_be_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    open_store(_made(tmp_path / "empty") / "sparsed.db").close()
+    assert run(["profile", "list", "--state-dir", str(tmp_path / "empty")]) == 0
+    assert capsys.readouterr().out == "no profiles\n"
+
+
+@pytest.mark.parametrize("name", ["copy_programs", "enforce_eager"])
+def test_flags_that_do_nothing_on_a_cpu_say_so(name: str) -> None:
+    (flag,) = (flag for flag in (*KNOB_FLAGS, *SERVING_FLAGS) if flag.name == name)
+    assert flag.help.startswith("On a GPU: ")
 
 
 @pytest.mark.parametrize("verb", [["status"], ["drain"], ["stop"], ["knobs", "list"]])

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from sparsed.controller.config import OPTION_NAMES, DaemonConfig, load_config, write_pending
 from sparsed.controller.control import KnobSource
-from sparsed.core import KNOBS_BY_NAME, InputError
+from sparsed.core import KNOBS_BY_NAME, ExitCode, InputError
 
 
 def load(
@@ -63,6 +63,12 @@ def test_knobs_and_targets_of_every_source(tmp_path: Path) -> None:
     assert config.slo.ttft_s == 0.25
     assert config.slo.tpot_s is None
     assert config.origin("token_budget") is KnobSource.ENVIRONMENT
+
+
+def test_a_wrong_value_in_a_file_is_found_though_a_flag_overrides_it(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="a text") as caught:
+        load(tmp_path, flags={"model": "dummy:tiny"}, text="model = 5")
+    assert (caught.value.field, caught.value.code) == ("model", ExitCode.CONFIG)
 
 
 @pytest.mark.parametrize(

@@ -79,6 +79,17 @@ def test_a_report_closes_a_window(plan_start: Callable[..., StartPlan], tmp_path
     assert snapshot.generated_tokens_per_s > 0
 
 
+def test_status_and_metrics_count_over_every_engine() -> None:
+    senses = Senses(lambda: Telemetry(totals=senses.totals), slo=Slo())
+    assert senses.stats is None
+    for steps, pages in ((90, 30), (2, 5)):  # the second one is of a new engine
+        senses.on_stats(EngineStats(steps=steps, verify_checked_pages=pages, num_running=steps))
+    assert senses.stats is not None
+    assert senses.stats.verify_checked_pages == 35
+    assert senses.stats.num_running == 2
+    assert b"sparsed_kv_verified_pages_total 35.0" in senses.metrics()
+
+
 def test_a_port_in_use_is_named() -> None:
     with bind_port("127.0.0.1", 0) as taken:
         taken.listen()
@@ -94,4 +105,4 @@ def test_progress_is_logged_once_a_second(caplog: pytest.LogCaptureFixture) -> N
     with caplog.at_level(logging.INFO):
         for phase, frac in (("a", 0.1), ("a", 0.2), ("a", 0.3), ("a", 0.4), ("b", 0.0)):
             progress(phase, frac)
-    assert caplog.messages == ["a, 10 %", "a, 40 %", "b, 0 %"]
+    assert caplog.messages == ["a, 10 %", "a, 40 %", "b"]

@@ -14,7 +14,12 @@ import msgspec
 import pytest
 
 from sparsed.controller.bench import link as bench
-from sparsed.controller.bench.link import best_of_each_way, calibrate_link, run_calibration
+from sparsed.controller.bench.link import (
+    Calibrated,
+    best_of_each_way,
+    calibrate_link,
+    run_calibration,
+)
 from sparsed.controller.cli.bench_link import parse_sizes
 from sparsed.controller.cli.main import run
 from sparsed.controller.config import DaemonConfig
@@ -106,7 +111,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     return say
 
 
-def calibrate(place: StateDir, *, device: str = "cuda") -> LinkCalibration:
+def calibrate(place: StateDir, *, device: str = "cuda") -> Calibrated:
     return calibrate_link(
         device, sizes_bytes=(), quick=True, state_dir=place, on_progress=lambda *_: None
     )
@@ -130,12 +135,45 @@ def test_what_was_measured_is_kept_beside_what_was_known(
     store.save_calibration(old)
     store.close()
     measured(FOUND)
-    assert calibrate(place) == FOUND
+    found, is_kept, fault = calibrate(place)
+    assert (replace(found, measured_at=0.0), is_kept, fault) == (FOUND, True, None)
     store = open_store(place.database)
     kept = store.find_calibration(FOUND.key)
     store.close()
-    assert kept is not None and kept.measured_at > 0
+    assert kept is not None and kept.measured_at == found.measured_at > 0
     assert set(kept.entries) == {*FOUND.entries, old.entries[1]}
+
+
+def test_what_cannot_be_kept_is_shown_and_an_error(
+    tmp_path: Path,
+    measured: Callable[..., None],
+    on_a_gpu: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    class Full(InMemoryProfileStore):
+        def save_calibration(self, calibration: LinkCalibration) -> None:
+            raise StoreError("disk full")
+
+    monkeypatch.setattr(bench, "open_store", lambda path: Full())
+    measured(FOUND)
+    arguments = ["bench", "link", "--device", "cuda", "--state-dir", str(tmp_path)]
+    assert run(arguments) == ExitCode.UNAVAILABLE
+    captured = capsys.readouterr()
+    assert "one DMA" in captured.out and "50.00" in captured.out
+    assert "measured but not kept: disk full" in captured.err.splitlines()[-1]
+
+
+def test_other_words_of_the_process_are_passed_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = json.dumps({"LinkCalibration": msgspec.to_builtins(FOUND)})
+    noise = ["a library's greeting", "[1, 2]", "{}", '{"other": 1}', '{"LoadProgress": "no"}']
+    code = f"import sys; sys.stdin.read(); print(*{[*noise, said]!r}, sep='\\n')"
+    monkeypatch.setattr(bench, "COMMAND", (sys.executable, "-c", code))
+    found = run_calibration(CalibrateLink(device="cpu"), on_progress=lambda *_: None)
+    assert found.entries == FOUND.entries
+    assert capsys.readouterr().err.splitlines() == noise
 
 
 def test_a_failure_is_told_in_the_words_of_the_process(
@@ -155,9 +193,12 @@ def test_a_cpu_is_measured_and_forgotten(
 ) -> None:
     arguments = ["bench", "link", "--device", "cpu", "--sizes", "64", "--state-dir", str(tmp_path)]
     assert run(arguments) == 0
-    assert "memcpy" in capsys.readouterr().out
-    assert run([*arguments, "-o", "json"]) == 0
-    assert len(json.loads(capsys.readouterr().out)["entries"]) == 2
+    captured = capsys.readouterr()
+    assert "memcpy" in captured.out and "one memory copy" in captured.out
+    assert "DMA" not in captured.out and "nothing is kept for a CPU" in captured.err
+    assert run([*arguments, "--format", "json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert len(found["entries"]) == 2 and found["measured_at"] > 0
     assert not (tmp_path / "sparsed.db").exists()
 
 

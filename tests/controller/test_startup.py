@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -20,8 +21,15 @@ from sparsed.core import (
     Profile,
     ProfileKey,
     ProfileStatus,
+    SparseMethod,
 )
 from sparsed.db import open_store
+from sparsed.engine.kvcache.cache import KVCache
+from sparsed.engine.kvcache.dram import DramPool
+from sparsed.engine.kvcache.geometry import Geometry
+from sparsed.engine.kvcache.hbm import HotArena
+from sparsed.engine.kvcache.tables import PageTables
+from sparsed.engine.kvcache.transfer import Transfer
 
 PlanStart = Callable[..., StartPlan]
 KEY = ProfileKey(hardware="cpu", model="dummy:tiny", dtype="float32")
@@ -151,3 +159,37 @@ def test_longer_requests_never_fit_more_often(plan_start: PlanStart, one: int, o
     assert num_fitting(plan, long) <= num_fitting(plan, short)
     frames = num_fitting(plan, long) * -(-long // 128)
     assert frames <= plan.spec.plan.num_frames
+
+
+def make_cache(plan: StartPlan) -> KVCache:
+    """The cache that an engine of ``plan`` has."""
+    knobs, memory, parts = plan.spec.knobs, plan.spec.plan, {"device": torch.device("cpu")}
+    geometry = Geometry.of(plan.model.shape, dtype=plan.spec.dtype, page_size=knobs.page_size)
+    num_frames, max_model_len = memory.num_frames, knobs.max_model_len
+    tables = PageTables(geometry, num_rows=knobs.max_num_seqs, max_model_len=max_model_len, **parts)
+    return KVCache(
+        geometry,
+        arena=HotArena(geometry, memory, dtype=torch.float32, **parts),
+        pool=DramPool(geometry, num_frames=num_frames, pool_fd=None, dtype=torch.float32, **parts),
+        tables=tables,
+        summaries_RE=torch.empty(0),
+        selector=None,
+        transfer=Transfer(page_bytes=geometry.page_bytes, **parts),
+        knobs=knobs,
+    )
+
+
+@pytest.mark.parametrize("method", [SparseMethod.DENSE, SparseMethod.CUBOID_MEAN])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(data=st.data())
+def test_as_many_requests_fit_as_the_cache_admits(
+    plan_start: PlanStart, method: SparseMethod, data: st.DataObject
+) -> None:
+    plan = plan_start(find_verified=lambda key: None, sparse_method=method.value)
+    num_tokens = data.draw(st.integers(1, plan.spec.knobs.max_model_len))
+    cache = make_cache(plan)
+    count = 0
+    while cache.can_admit(num_tokens, method=method, token_budget=None):
+        cache.add(num_tokens, method=method, token_budget=None)
+        count += 1
+    assert num_fitting(plan, num_tokens) == count

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import time
+from base64 import b64encode
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -75,8 +76,8 @@ def test_tokens_are_counted_as_the_server_says_or_by_chunks(server: Any, make_sc
     [
         ({"status": 503}, "http_503", "status 503, as told"),
         ({"status": 400}, "http_400", "as told"),
-        ({"ending": "cut"}, "disconnected", ""),
-        ({"ending": "close"}, "disconnected", ""),
+        ({"ending": "cut"}, "disconnected", "the server closed the connection"),
+        ({"ending": "close"}, "disconnected", "the server closed the connection"),
         ({"ending": "no-end"}, "disconnected", "without a finish reason"),
         ({"ending": "error"}, "stream_error", "out of frames"),
         ({"ending": "garbage"}, "bad_answer", ""),
@@ -170,6 +171,20 @@ def test_urls(url: str, host: str, port: int, path: str) -> None:
     found = parse_server(url)
     assert (found.host, found.port, found.base_path) == (host, port, path)
     assert (found.tls is not None) is url.startswith("https")
+
+
+@pytest.mark.parametrize("url", ["http://me:p%40ss@host:8000/v1", "me:p%40ss@host:8000"])
+def test_a_user_in_the_url_is_sent_and_not_shown(url: str) -> None:
+    found = parse_server(url)
+    assert (found.host, found.port) == ("host", 8000)
+    assert found.headers == {"Authorization": f"Basic {b64encode(b'me:p@ss').decode()}"}
+    assert "***@host:8000" in found.url
+    assert "p%40ss" not in repr(found)
+    with pytest.raises(InputError, match="one of them"):
+        parse_server(url, api_key="key")
+    with pytest.raises(InputError) as caught:
+        parse_server(url + "?a=1")
+    assert "p%40ss" not in str(caught.value)
 
 
 @pytest.mark.parametrize("url", ["", "ftp://host", "http://", "http://host:port", "http://h/?a=1"])

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from sparsed.controller.bench.serve import ABOUT_TOKEN_IDS
 from sparsed.controller.cli.bench_serve import _command
 from sparsed.controller.cli.main import run
 from sparsed.core import ExitCode
@@ -44,7 +45,7 @@ def test_files_and_tables(
     directory = tmp_path / "new" / "result"
     server.default = make_script(gap_s=0.02)
     arguments = "--num-prompts 5 --input-len 4:9 --output-len 3 --slo-ttft-ms 5000 --seed 3"
-    assert bench(*arguments.split(), "--output", str(directory)) == 0
+    assert bench(*arguments.split(), "--output-dir", str(directory)) == 0
     text = capsys.readouterr().out
     for part in ("5 of 5", "TTFT", "TPOT", "ITL", "E2E", "client lag", "goodput", "(100.0%)"):
         assert part in text
@@ -114,6 +115,8 @@ def test_failures_are_counted(
     summary = json.loads(captured.out)["summary"]
     assert summary["errors"] == {"http_503": 1, "disconnected": 1}
     assert summary["num_complete"] == 2
+    assert (summary["num_cut_off"], summary["ttft"]["count"], summary["tpot"]["count"]) == (1, 3, 2)
+    assert "cut off in the middle of the answer: 1" in captured.err
     assert "failed with http_503: 1; the first: status 503, as told" in captured.err
 
 
@@ -141,10 +144,11 @@ def test_short_outputs_and_clipped_prompts_are_told(
         ("--api-key wrong", ExitCode.USAGE, "--api-key"),
         ("--input-len 90 --output-len 20", ExitCode.USAGE, "--max-input-len 80"),
         ("--input-len 9 --output-len 200", ExitCode.USAGE, "--max-output-len"),
-        ("--input-len x", ExitCode.USAGE, "--input-len 'x'"),
+        ("--input-len abc", ExitCode.USAGE, "--input-len 'abc': 'abc' is not a whole number"),
+        ("--input-len lognormal:9:x", ExitCode.USAGE, "'x' is not a number"),
         ("--sparse-mode off --token-budget 9", ExitCode.USAGE, "--token-budget"),
         ("--trace /nowhere.jsonl", ExitCode.USAGE, "--trace /nowhere.jsonl"),
-        ("--output /dev/null/x", ExitCode.USAGE, "--output /dev/null/x"),
+        ("--output-dir /dev/null/x", ExitCode.USAGE, "--output-dir /dev/null/x"),
         ("--num-prompts 0", ExitCode.USAGE, "--num-prompts"),
         ("--url http://no-such-host.invalid", ExitCode.UNAVAILABLE, "no server answers at"),
         ("--url http://127.0.0.1:1", ExitCode.UNAVAILABLE, "start one with: sparsed start"),
@@ -171,10 +175,15 @@ def test_the_key_is_sent_and_not_told(
     server.api_key = "secret"
     monkeypatch.setenv("SPARSED_API_KEY", "secret")
     assert bench("--num-prompts", "1", "-o", "json") == 0
-    assert "secret" not in capsys.readouterr().out
+    captured = capsys.readouterr()
+    assert "secret" not in captured.out
+    assert "1 requests" not in captured.err, "progress where nobody looks on"
     for typed in (["bench", "--api-key", "secret", "-o", "json"], ["bench", "--api-key=secret"]):
         assert "secret" not in _command(typed)
         assert "***" in _command(typed)
+    for typed in (["--url", "http://me:secret@h"], ["--url=http://me:secret@h", "-o", "json"]):
+        assert "secret" not in _command(typed)
+        assert "***@h" in _command(typed)
 
 
 @pytest.mark.parametrize("models", [[], [{"name": "odd"}]])
@@ -211,10 +220,23 @@ def test_a_refused_warm_up_is_explained(
     assert len(server.bodies) == 1
 
 
+@pytest.mark.parametrize(
+    ("words", "is_hinted"),
+    [
+        ("prompt: token id 8999 is outside of the vocabulary, 0 to 511", True),
+        ("Token id 8999 is out of vocabulary", True),
+        ("sparse.token_budget: unknown field 'sparse'", False),
+        ("max_tokens is too large", False),
+    ],
+)
+def test_the_vocabulary_is_blamed_only_where_it_is_meant(words: str, is_hinted: bool) -> None:
+    assert bool(ABOUT_TOKEN_IDS.search(words)) == is_hinted
+
+
 def test_ctrl_c_keeps_what_was_measured(server: Any, make_script: Any, tmp_path: Path) -> None:
     server.scripts = [make_script(), make_script(), make_script(gap_s=30.0)]
     command = [sys.executable, "-m", "sparsed", "bench", "serve", "--url", server.url]
-    command += ["--num-prompts", "2", "--output-len", "2", "--output", str(tmp_path)]
+    command += ["--num-prompts", "2", "--output-len", "2", "--output-dir", str(tmp_path)]
     command += ["--max-concurrency", "1", "-o", "json"]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=dict(os.environ)
@@ -230,7 +252,9 @@ def test_ctrl_c_keeps_what_was_measured(server: Any, make_script: Any, tmp_path:
     printed = json.loads(out)
     assert printed == json.loads((tmp_path / "result.json").read_text())
     assert printed["interrupted"]
-    assert (printed["summary"]["num_complete"], printed["summary"]["num_interrupted"]) == (1, 1)
+    summary = printed["summary"]
+    assert (summary["num_complete"], summary["num_interrupted"]) == (1, 1)
+    assert (summary["num_cut_off"], summary["ttft"]["count"], summary["e2e"]["count"]) == (1, 2, 1)
     assert "Traceback" not in err and "interrupted; not answered completely: 1" in err
     assert len((tmp_path / "requests.csv").read_text().splitlines()) == 3
 

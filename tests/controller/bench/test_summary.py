@@ -78,6 +78,7 @@ def test_summary() -> None:
     )
     assert summary.duration_s == pytest.approx(4.0)
     assert (summary.num_requests, summary.num_complete, summary.num_interrupted) == (5, 2, 2)
+    assert summary.num_cut_off == 1
     assert summary.errors == {"http_503": 1}
     assert (summary.prompt_tokens, summary.cached_tokens, summary.output_tokens) == (32, 4, 8)
     assert summary.num_short == 1
@@ -88,9 +89,10 @@ def test_summary() -> None:
     assert summary.goodput_frac == pytest.approx(1 / 3)
     assert summary.mean_concurrency == pytest.approx((0.5 + 2.0 + 1.0 + 3.5) / 4)
     assert summary.ttft is not None and summary.itl is not None
-    assert summary.ttft.mean_ms == pytest.approx(800.0)
-    assert summary.ttft.p90_ms == pytest.approx(100 + 0.9 * 1400)
-    assert summary.itl.count == 5
+    assert summary.ttft.mean_ms == pytest.approx((100 + 1500 + 1500) / 3)  # with the one cut off
+    assert summary.itl.count == 4 + 1 + 1
+    assert summary.tpot is not None and summary.e2e is not None
+    assert summary.tpot.count == summary.e2e.count == 2
     assert summary.client_lag is not None
     assert summary.client_lag.p50_ms == pytest.approx(2.0)
 

@@ -1,6 +1,8 @@
 import asyncio
 import json
+import logging
 from typing import Any
+from unittest.mock import AsyncMock
 
 import pytest
 
@@ -60,6 +62,22 @@ async def _until(condition: Any) -> None:
 
 def _app_of(edge: Any) -> Any:
     return edge.client._transport.app
+
+
+async def test_a_client_that_leaves_in_the_middle_of_its_body(
+    open_edge: Any, engine: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    messages = [
+        {"type": "http.request", "body": b'{"prompt": ', "more_body": True},
+        {"type": "http.disconnect"},
+    ]
+    async with open_edge() as edge:
+        connection = Connection(_app_of(edge), {})
+        connection.receive = AsyncMock(side_effect=messages)  # type: ignore[method-assign]
+        with caplog.at_level(logging.INFO):
+            await connection.run()
+    assert connection.sent[0]["status"] == 400
+    assert caplog.records == [] and engine.received == []
 
 
 @pytest.mark.parametrize("n", [1, 3])
