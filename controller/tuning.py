@@ -129,7 +129,7 @@ class _Tune:
             window = self.bench.measure(values, workload=workload, deadline_s=deadline_s)
             return runner.run(window)
 
-        outcome = self._search(measure, study_id=study_id)
+        outcome = self._search(measure, study_id=study_id, workload=workload)
         profile = self._profile(outcome, workload=workload)
         print_outcome(self._console, outcome, objective=self._options.objective)
         self._export(profile)
@@ -184,7 +184,11 @@ class _Tune:
             )
 
     def _search(
-        self, measure: Callable[[Mapping[str, KnobValue]], Measurement], *, study_id: int
+        self,
+        measure: Callable[[Mapping[str, KnobValue]], Measurement],
+        *,
+        study_id: int,
+        workload: Workload,
     ) -> StudyOutcome:
         options, knobs = self._options, self._plan.spec.knobs
         plan = StudyPlan(
@@ -192,6 +196,7 @@ class _Tune:
                 knobs,
                 auto_hbm_budget=_auto_hbm_budget(self._plan),
                 fixed=set(options.config.knobs),
+                workload=workload,
             ),
             objective=options.objective,
             slo=self._slo,

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Final
 
-from sparsed.core import KNOBS_BY_NAME, InputError, Knobs, KnobValue
+from sparsed.core import KNOBS_BY_NAME, InputError, Knobs, KnobValue, Workload
 
 MIN_PREFILL_CHUNK: Final = 128  # smaller chunks cost a step each and are never worth a trial
 
@@ -82,13 +82,18 @@ class SearchSpace:
 
 
 def build_space(
-    default: Knobs, *, auto_hbm_budget: int, fixed: AbstractSet[str] = frozenset()
+    default: Knobs,
+    *,
+    auto_hbm_budget: int,
+    fixed: AbstractSet[str] = frozenset(),
+    workload: Workload | None = None,
 ) -> SearchSpace:
     """The offline space: page size, both budgets, active sequences, prefill chunk.
 
     ``auto_hbm_budget``: tokens the closed form gives with ``default``. ``fixed``: knobs to leave
-    alone. Bounds are those of the knobs, cut to the model's length and the start-up capacity; the
-    default is always on a rung.
+    alone. ``workload``: what trials run; a limit that it never reaches is not tried, for nothing
+    would be learned of it. Bounds are those of the knobs, cut to the model's length and the
+    start-up capacity; the default is always on a rung.
     """
     longest = default.max_model_len
     caps = {
@@ -101,8 +106,29 @@ def build_space(
     for name, cap in caps.items():
         auto = auto_hbm_budget if name == "hbm_budget" else None
         ladders.append(_ladder(name, cap=cap, default=getattr(default, name), auto=auto))
-    free = tuple(ladder for ladder in ladders if ladder.name not in fixed)
-    return SearchSpace(default=default, ladders=free)
+    if workload is not None:
+        ladders = [_within_reach(ladder, default=default, workload=workload) for ladder in ladders]
+    free = (ladder for ladder in ladders if ladder.name not in fixed and len(ladder.rungs) > 1)
+    return SearchSpace(default=default, ladders=tuple(free))
+
+
+def _within_reach(ladder: Ladder, *, default: Knobs, workload: Workload) -> Ladder:
+    """The rungs that limit ``workload`` and the default; where that one is a limit too, also the
+    lowest rung that is none."""
+    requests = workload.requests
+    longest = max(request.input_tokens + request.output_tokens for request in requests)
+    reached = {
+        "max_num_active_seqs": len(requests),
+        "token_budget": longest,
+        "hbm_budget": longest,
+        "prefill_chunk": sum(request.input_tokens for request in requests),
+    }.get(ladder.name)
+    if reached is None:
+        return ladder
+    standing = ladder.rungs[ladder.nearest(getattr(default, ladder.name))]
+    limits = {rung for rung in ladder.rungs if rung < reached}
+    free = set(list(ladder.rungs)[len(limits) : len(limits) + 1]) if standing in limits else set()
+    return replace(ladder, rungs=tuple(sorted(limits | {standing} | free)))
 
 
 def half_octaves(low: int, high: int) -> tuple[int, ...]:

@@ -11,7 +11,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsed.core import KNOBS_BY_NAME, Knobs, KnobValue, Measurement, Objective, Slo, TrialStatus
+from sparsed.core import (
+    KNOBS_BY_NAME,
+    Knobs,
+    KnobValue,
+    Measurement,
+    Objective,
+    Slo,
+    TrialStatus,
+    Workload,
+    WorkloadRequest,
+)
 from sparsed.tuner.guard import guard
 from sparsed.tuner.objective import judge
 from sparsed.tuner.policy import BayesSearch, Observation, RandomSearch, SearchBackend
@@ -78,6 +88,47 @@ def test_arms_propose_every_point_once_then_nothing(
     tried = [item.values["page_size"] for item in observations]
     assert sorted(tried) == [8, 16, 32, 64, 128]  # type: ignore[type-var]  # integers
     assert tried[0] == 32
+
+
+def load(*sizes: tuple[int, int]) -> Workload:
+    requests = (
+        WorkloadRequest(arrival_s=0.0, input_tokens=prompt, output_tokens=output)
+        for prompt, output in sizes
+    )
+    return Workload(name="load", requests=tuple(requests))
+
+
+def test_limits_that_the_workload_never_reaches_are_not_tried() -> None:
+    short = build_space(DEFAULT, auto_hbm_budget=5000, workload=load((100, 20), (120, 30)))
+    rungs = {ladder.name: ladder.rungs for ladder in short.ladders}
+    assert "token_budget" not in rungs and "hbm_budget" not in rungs
+    assert rungs["max_num_active_seqs"] == (1, DEFAULT.max_num_active_seqs)
+    assert all(rung < 220 or rung == DEFAULT.prefill_chunk for rung in rungs["prefill_chunk"])
+    long = build_space(DEFAULT, auto_hbm_budget=5000, workload=load(*[(7000, 100)] * 40))
+    whole = {ladder.name: ladder.rungs for ladder in SPACE.ladders}
+    for ladder in long.ladders:
+        assert set(ladder.rungs) <= set(whole[ladder.name])
+    budgets = next(ladder.rungs for ladder in long.ladders if ladder.name == "token_budget")
+    assert {4096, 6144} <= set(budgets) and budgets[-1] == 8192, "the last one is no limit"
+
+
+@settings(deadline=None)
+@given(
+    sizes=st.lists(st.tuples(st.integers(1, 9000), st.integers(1, 500)), min_size=1, max_size=40)
+)
+def test_the_default_stays_whatever_the_workload(sizes: list[tuple[int, int]]) -> None:
+    space = build_space(DEFAULT, auto_hbm_budget=5000, workload=load(*sizes))
+    assert space.decode(space.encode({})) == space.default_values
+    assert space.contains(space.encode({}))
+
+
+@pytest.mark.parametrize("kind", [RandomSearch, BayesSearch])
+def test_a_space_of_the_default_alone_has_nothing_to_suggest(
+    kind: type[RandomSearch | BayesSearch],
+) -> None:
+    space = build_space(DEFAULT, auto_hbm_budget=5000, fixed=set(SPACE.names))
+    arm = kind(space=space, seed=1)
+    assert arm.suggest([Observation(space.default_values, 1.0)]) is None
 
 
 @pytest.mark.parametrize("kind", [RandomSearch, BayesSearch])
