@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sparsed.engine.kvcache.totals import timer
+from sparsed.engine.kvcache.streams import timer
 from sparsed.kernels.dense import Backend, attend_dense
 
 TILE_TOKENS = 1024  # only shapes in whole tiles are measured: each costs a plan of its backend

@@ -14,6 +14,7 @@ from torch import Tensor
 from sparsed.core import CopyPath, Direction, LinkEntry, LinkProbe
 from sparsed.engine.kvcache.link_policy import CopyChoice
 from sparsed.engine.kvcache.paths import CopyPaths, RowCopy
+from sparsed.engine.kvcache.streams import new_stream, timer
 from sparsed.engine.link_plan import LinkPoint
 from sparsed.kernels.copy import copy_pages
 
@@ -43,11 +44,11 @@ class LinkMeter:
         self._host_chunk_bytes = host_chunk_bytes
         self._device = hot.device
         self._paths = CopyPaths(hot.device)
-        self._main = _stream(hot.device)
+        self._main = new_stream(hot.device)
         # Loads are urgent: their programs go before those of the work beside them.
         self._sides = {
-            Direction.H2D: _stream(hot.device, priority=-1),
-            Direction.D2H: _stream(hot.device),
+            Direction.H2D: new_stream(hot.device, priority=-1),
+            Direction.D2H: new_stream(hot.device),
         }
         self._matmuls: _Matmuls | None = None
         self._has_matmuls = hot.device.type == "cuda"
@@ -158,7 +159,7 @@ class LinkMeter:
             work()
             return time.perf_counter() - started_s
         torch.cuda.synchronize(self._device)
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]  # torch's
+        begin, end = timer(), timer()
         started_s = time.perf_counter()
         begin.record()
         rest = work()
@@ -201,9 +202,3 @@ class _Matmuls:
 
 def _copy(dst: Tensor, src: Tensor) -> None:
     dst.copy_(src, non_blocking=True)
-
-
-def _stream(device: torch.device, *, priority: int = 0) -> torch.cuda.Stream | None:
-    if device.type == "cpu":
-        return None
-    return torch.cuda.Stream(device, priority=priority)  # type: ignore[no-untyped-call]  # torch's

@@ -16,8 +16,7 @@ class PendingTokens:
         if tokens_N.is_cuda:
             self._tokens_N = torch.empty_like(tokens_N, device="cpu", pin_memory=True)
             self._tokens_N.copy_(tokens_N, non_blocking=True)
-            self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch's own
-            self._copied.record()
+            self._copied = torch.cuda.current_stream(tokens_N.device).record_event()
 
     def read(self) -> list[int]:
         """The tokens; waits for the step that draws them."""

@@ -135,9 +135,9 @@ def split_tokens(lengths_B: Ints) -> Ints:
 class ResidentDecoder:
     """Runs steps over rows that are ``complete`` and attend to everything.
 
-    ``last_token_R`` (one entry a row, the spare one included) holds the last token drawn for each row; a
-    step reads and writes it on the device. What ``run`` returns is valid until it is called again
-    for the same batch size. One thread, one stream.
+    ``last_token_R`` (one entry a row, the spare one included) holds the last token drawn for each
+    row; a step reads and writes it on the device. What ``run`` returns is valid until it is called
+    again: all batch sizes share one buffer of logits. One thread, one stream.
     """
 
     def __init__(

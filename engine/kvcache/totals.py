@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sparsed.core import CopyPath, Direction
+from sparsed.engine.kvcache.streams import timer
 
 READ_PATIENCE_S: Final = 5e-4  # an idle device answers within; a busy one answers next time
 
@@ -113,7 +114,3 @@ class Totals:
             for way, num_bytes in counted
         }
         return {way: total for way, total in totals.items() if total != (0, 0.0)}
-
-
-def timer() -> torch.cuda.Event:
-    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]  # torch's own

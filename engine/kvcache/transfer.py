@@ -17,6 +17,7 @@ from sparsed.engine.kvcache.dram import DramPool
 from sparsed.engine.kvcache.link_policy import CopyChoice
 from sparsed.engine.kvcache.order import Saved, SaveOrder
 from sparsed.engine.kvcache.paths import CopyPaths, RowCopy
+from sparsed.engine.kvcache.streams import new_stream
 from sparsed.engine.kvcache.totals import CopyTotals, Totals, Way
 from sparsed.engine.kvcache.verify import Verified, Verifier, Where
 from sparsed.engine.kvcache.ways import Ways
@@ -65,7 +66,7 @@ class Transfer:
         self._verifier = verifier or Verifier(VerifyMode.OFF, num_page_rows=0, device=device)
         self._order = SaveOrder(device)
         self._paths = CopyPaths(device)
-        self._stream = _new_stream(device)
+        self._stream = new_stream(device)
         self._checks: list[Callable[[Where], None]] = []  # of saves that CPU threads finish
 
     def load(
@@ -270,12 +271,6 @@ def _pages(
         src_rows_M=src_rows.flatten().contiguous(),
         count=count,
     )
-
-
-def _new_stream(device: torch.device) -> torch.cuda.Stream | None:
-    if device.type == "cpu":
-        return None
-    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch's own
 
 
 def probe_link(dram_RX: Tensor, hot_NX: Tensor, *, ways: Ways) -> LinkProbe:
