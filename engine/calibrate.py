@@ -17,6 +17,7 @@ from sparsed.core import (
     ExitCode,
     LinkCalibration,
     LinkKey,
+    LinkProbe,
 )
 from sparsed.engine.kvcache.link_policy import covers, merge_calibrations
 from sparsed.engine.link_plan import (
@@ -47,13 +48,23 @@ Progress = Callable[[float], None]
 def measure_link(
     meter: LinkMeter, points: Sequence[LinkPoint], *, key: LinkKey, on_progress: Progress
 ) -> LinkCalibration:
-    """One entry for every point."""
-    contiguous = meter.contiguous()
+    """One entry for every point. What all are held against, one large copy, is measured before and
+    after them, and the best counts: a single look was once 18 % below what the link can do."""
+    before = meter.contiguous()
     entries = []
     for number, point in enumerate(points, start=1):
         entries.append(meter.measure(point))
         on_progress(number / len(points))
-    return LinkCalibration(key=key, contiguous=contiguous, entries=tuple(entries))
+    best = _faster(before, meter.contiguous())
+    return LinkCalibration(key=key, contiguous=best, entries=tuple(entries))
+
+
+def _faster(a: LinkProbe, b: LinkProbe) -> LinkProbe:
+    """The best of both, in each direction."""
+    return LinkProbe(
+        h2d_bytes_per_s=max(a.h2d_bytes_per_s, b.h2d_bytes_per_s),
+        d2h_bytes_per_s=max(a.d2h_bytes_per_s, b.d2h_bytes_per_s),
+    )
 
 
 def calibrate_tiers(

@@ -71,7 +71,7 @@ class PrefillAttention:
         heads, dim = geometry.num_kv_heads, geometry.head_dim
         piece = len(self._staging_NX) // heads * geometry.page_size
         starts = range(chunk_tokens, max_tokens, chunk_tokens)
-        pieces = {min(piece, start - done) for start in starts for done in range(0, start, piece)}
+        pieces = {start % piece or piece for start in starts} | {min(piece, s) for s in starts}
         qkv = pages_NX.new_empty((chunk_tokens, heads * (group + 2), dim)).normal_()
         q, k, v = qkv[:, : heads * group], qkv[:, -2 * heads : -heads], qkv[:, -heads:]
         q_HGnD, o_HGnD = (_by_head(x, heads) for x in (q, torch.empty_like(q).contiguous()))

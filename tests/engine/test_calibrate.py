@@ -20,9 +20,12 @@ from sparsed.core import (
     LinkProbe,
 )
 from sparsed.engine.calibrate import (
+    NO_LINK,
     calibrate_device,
     calibrate_tiers,
     ensure_calibration,
+    measure_link,
+    open_meter,
     plan_of,
 )
 from sparsed.engine.kvcache.dram import DramPool
@@ -63,6 +66,19 @@ def test_sizes_and_haste_are_obeyed() -> None:
     quick = plan_of(replace(wanted, quick=True), max_programs=132)
     assert len(quick) < len(full)
     assert {p.piece_bytes for p in quick} == {8192, 32 * 8192}
+
+
+def test_the_ceiling_is_the_best_of_before_and_after(monkeypatch: pytest.MonkeyPatch) -> None:
+    with open_meter(torch.device("cpu")) as meter:
+        looks = iter(
+            (
+                LinkProbe(h2d_bytes_per_s=1.0, d2h_bytes_per_s=5.0),
+                LinkProbe(h2d_bytes_per_s=3.0, d2h_bytes_per_s=4.0),
+            )
+        )
+        monkeypatch.setattr(meter, "contiguous", lambda: next(looks))
+        found = measure_link(meter, (), key=NO_LINK, on_progress=lambda _frac: None)
+    assert found.contiguous == LinkProbe(h2d_bytes_per_s=3.0, d2h_bytes_per_s=5.0)
 
 
 def test_a_cpu_copies_memory() -> None:
