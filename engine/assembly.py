@@ -28,17 +28,21 @@ from sparsed.engine.sparse.bounds import make_selector
 Progress = Callable[[str, float], None]
 
 
-def load_decoder(spec: EngineSpec, *, on_progress: Progress) -> Decoder:
-    """The model of the spec on its device. InputError for files that are wrong."""
-    device, dtype = torch.device(spec.device), dtype_of(spec)
+def load_decoder(
+    model: str,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    seed: int = 0,
+    on_progress: Progress,
+) -> Decoder:
+    """The model of a directory or a dummy name. InputError for files that are wrong."""
     progress = partial(on_progress, "loading weights")
-    if spec.model.startswith(DUMMY_PREFIX):
-        config = dummy_config(spec.model)
-        weights = random_weights(
-            config, device=device, dtype=dtype, seed=spec.seed, progress=progress
-        )
+    if model.startswith(DUMMY_PREFIX):
+        config = dummy_config(model)
+        weights = random_weights(config, device=device, dtype=dtype, seed=seed, progress=progress)
         return Decoder(config, weights)
-    directory = Path(spec.model)
+    directory = Path(model)
     config = load_config(directory)
     weights = load_weights(directory, config=config, device=device, dtype=dtype, progress=progress)
     return Decoder(config, weights)

@@ -14,6 +14,7 @@ from sparsed.core import EngineFacts, EngineSpec, EngineStats, Knobs
 from sparsed.engine.assembly import (
     Progress,
     device_name,
+    dtype_of,
     library_versions,
     load_decoder,
     make_attention,
@@ -52,7 +53,13 @@ class Runner:
         started = time.perf_counter()
         self._device = torch.device(spec.device)
         self._step = 0
-        self.decoder = load_decoder(spec, on_progress=on_progress)
+        self.decoder = load_decoder(
+            spec.model,
+            device=self._device,
+            dtype=dtype_of(spec),
+            seed=spec.seed,
+            on_progress=on_progress,
+        )
         config = self.decoder.config
         self.vocab_size = config.vocab_size
         self.kv = make_cache(spec, config, pool_fd=pool_fd, on_progress=on_progress)

@@ -1016,3 +1016,170 @@ class Decision:
     reason: str
     predicted_score: float | None
     current_score: float | None
+
+
+# --------------------------------------------------------------------------------------------
+# Evaluation: how pages are chosen, and what that costs in quality
+# --------------------------------------------------------------------------------------------
+
+
+class RankMethod(StrEnum):
+    """What a ranking of pages goes by. ``oracle`` is the true attention of the step, ``random``
+    nothing at all: the two ends. ``dense`` ranks nothing and reads everything."""
+
+    DENSE = "dense"
+    ORACLE = "oracle"
+    RANDOM = "random"
+    CUBOID_MEAN = "cuboid-mean"
+    QUEST = "quest"
+    MEAN = "mean"
+    MEAN_SPREAD = "mean-spread"  # mean key +- standard deviation of each dimension
+    MEAN_LENGTH = "mean-length"  # mean key, and how far keys lie from it as one number
+    VARIANCE = "variance"  # mean key, and the variance of each dimension in the exponent
+    EVERY_KEY = "every-key"  # all keys, in few dimensions
+    CLUSTERS = "clusters"  # of like keys, wherever they stand, by their centre
+    GATE = "gate"  # a learned map of pooled keys and of the query
+
+
+class GroupRule(StrEnum):
+    """How the query heads that share a KV head agree. ``mean`` and ``max`` are of estimated
+    logits, ``softmax-*`` of the shares of attention that they imply for each head; with ``quota``
+    the heads take turns, each with its own best."""
+
+    MEAN = "mean"
+    MAX = "max"
+    SOFTMAX_SUM = "softmax-sum"
+    SOFTMAX_MAX = "softmax-max"
+    QUOTA = "quota"
+
+
+class BudgetRule(StrEnum):
+    """Whether all lanes read the same, or what a calibration gave each layer or KV head."""
+
+    EQUAL = "equal"
+    LAYER = "layer"
+    HEAD = "head"
+
+
+class MetadataFormat(StrEnum):
+    """What the numbers of a summary are kept in; all but bf16 with a float16 scale a unit."""
+
+    BF16 = "bf16"
+    FP8 = "fp8"
+    INT8 = "int8"
+    INT4 = "int4"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Choice:
+    """Which tokens decode attends to: the pages ranked best, the first ``sink_pages``, the newest
+    ``recent_pages`` full ones and the partial one.
+
+    ``share``: tokens read over tokens of the context, the mean over all layers. ``grain``: tokens
+    of a unit that is ranked, where pages are cut finer for that; a page ranks by its best unit.
+    ``kept_dims``: of keys in a basis of their own (None: as they are). ``super_pages``: only the
+    pages inside the best runs of so many neighbours are ranked, as many runs as hold ``coarse``
+    times the budget (0: all pages are). ``estimated``: share of the context whose attention is
+    estimated from summaries instead of dropped.
+    """
+
+    method: RankMethod
+    share: float = 1 / 16
+    page_size: int = 32
+    grain: int | None = None
+    group_rule: GroupRule = GroupRule.MEAN
+    metadata: MetadataFormat = MetadataFormat.BF16
+    kept_dims: int | None = None
+    budgets: BudgetRule = BudgetRule.EQUAL
+    dense_layers: int = 0
+    super_pages: int = 0
+    coarse: float = 2.0
+    estimated: float = 0.0
+    sink_pages: int = 1
+    recent_pages: int = 1
+
+    def __str__(self) -> str:
+        changed = [
+            f"{f.name}={getattr(self, f.name):g}"
+            if isinstance(getattr(self, f.name), float)
+            else f"{f.name}={getattr(self, f.name)}"
+            for f in fields(self)
+            if f.name not in ("method", "share", "page_size") and getattr(self, f.name) != f.default
+        ]
+        head = f"{self.method} {self.share:.4g} T={self.page_size}"
+        return " ".join([head, *changed])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Evaluate:
+    """A race of choices, to be run by a process of its own. ``texts``: names of built-in texts or
+    files; ``needles``: of each length and depth (0: none); ``calibration``: a file that is read,
+    or made from other parts of the texts and written if ``calibrate``."""
+
+    model: str
+    cache_dir: str
+    device: str
+    dtype: str
+    choices: tuple[Choice, ...]
+    texts: tuple[str, ...]
+    context_tokens: int
+    scored_tokens: int
+    num_windows: int
+    needles: int = 0
+    needle_depths: int = 8
+    calibration: str | None = None
+    calibrate: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Quality:
+    """One choice on one text. ``ratio``: perplexity over that of dense attention; its interval of
+    95 % is a bootstrap over tokens, each paired with itself under dense. ``reads``: tokens whose K
+    and V were read over tokens of the context, the mean over all layers. ``metadata_bytes``: per
+    token of the context, all lanes. ``recall``: share of dense softmax mass on what was attended
+    to, over sparse layers, query heads and positions; ``error``: distance of the output of
+    attention from the dense one over its length. Recall and error are None for dense."""
+
+    text: str
+    choice: Choice
+    num_tokens: int
+    perplexity: float
+    ratio: float
+    ratio_low: float
+    ratio_high: float
+    reads: float
+    metadata_bytes: float
+    recall_mean: float | None = None
+    recall_p10: float | None = None
+    recall_p01: float | None = None
+    error_mean: float | None = None
+    recall_by_head: tuple[tuple[float, ...], ...] = ()  # by sparse layer and query head
+    locality: Locality | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NeedleScore:
+    """How many numbers hidden at ``depth`` (a share of the context) of ``length`` tokens one
+    choice gave back, every token of them being the likeliest."""
+
+    choice: Choice
+    length: int
+    depth: float
+    num_found: int
+    num_asked: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluationReport:
+    """What a race found; ``seconds`` by part of the work."""
+
+    model: str
+    device_name: str
+    dtype: str
+    versions: Mapping[str, str]
+    context_tokens: int
+    scored_tokens: int
+    num_windows: int
+    quality: tuple[Quality, ...]
+    needles: tuple[NeedleScore, ...]
+    seconds: Mapping[str, float]

@@ -1,0 +1,110 @@
+"""What is learned of a model from a text that it is not judged on.
+
+Shape legend: L layers, H KV heads, G query heads per KV head, D head dim, R kept dims, N positions,
+M tokens, P pages, C covariance dims (D).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from sparsed.core import BudgetRule, InputError
+from sparsed.engine.sparse.gate import Gate
+
+RIDGE = 1e-4  # of the mean variance, so that rare directions can be divided by
+
+
+class Calibration:
+    """Tensors by name, as they are kept in a file; a name is missing if it was never made:
+
+    ``basis.keys`` and ``basis.queries`` (L, H, D, D): maps to dims in which products of queries
+    and keys are large first; ``budget.layer`` and ``budget.head`` (L, H): a lane's reads over the
+    mean; ``gate.keys`` (L, H, 3 D, R) and ``gate.queries`` (L, H, G, D, R).
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self.tensors = dict(tensors)
+
+    def basis(self, layer: int, num_dims: int) -> tuple[Tensor, Tensor]:
+        """Maps of keys and of queries to the first dims of the layer's basis: (H, D, R) each."""
+        keys, queries = (self._get(name)[layer] for name in ("basis.keys", "basis.queries"))
+        return keys[..., :num_dims], queries[..., :num_dims]
+
+    def budget_factors(self, rule: BudgetRule, layer: int) -> Tensor:
+        """What each KV head reads over the mean of all lanes: (H)."""
+        return self._get(f"budget.{rule}")[layer]
+
+    def gate(self, layer: int) -> Gate:
+        """The layer's learned gate."""
+        return Gate(self._get("gate.keys")[layer], self._get("gate.queries")[layer])
+
+    def _get(self, name: str) -> Tensor:
+        if name not in self.tensors:
+            kind = name.partition(".")[0]
+            raise InputError(
+                f"the calibration has no {kind}: make one that has", field="calibration"
+            )
+        return self.tensors[name]
+
+
+def save_calibration(calibration: Calibration, path: Path) -> None:
+    """Write the tensors as safetensors."""
+    save_file({k: v.cpu().contiguous() for k, v in calibration.tensors.items()}, path)
+
+
+def load_calibration(path: Path, *, device: torch.device) -> Calibration:
+    """Read a calibration. Errors: InputError if there is no such file, or it is none."""
+    try:
+        return Calibration(load_file(path, device=str(device)))
+    except (OSError, SafetensorError) as error:
+        raise InputError(
+            f"calibration {path} cannot be read ({error}): give a file that was written by one",
+            field="calibration",
+        ) from error
+
+
+def product_basis(q_NHGD: Tensor, keys_HMD: Tensor) -> tuple[Tensor, Tensor]:
+    """Maps (H, D, D) of keys and of queries to dims whose products add up to q.k, those that
+    differ most from key to key first: the best low rank approximation of the products of queries
+    and centred keys with these second moments."""
+    q_HCD = q_NHGD.permute(1, 0, 2, 3).flatten(1, 2).double()
+    centred_HMD = (keys_HMD - keys_HMD.mean(1, keepdim=True)).double()
+    q_root, q_inverse = _roots(q_HCD.transpose(1, 2) @ q_HCD / q_HCD.shape[1])
+    k_root, k_inverse = _roots(centred_HMD.transpose(1, 2) @ centred_HMD / keys_HMD.shape[1])
+    left, sizes, right = torch.linalg.svd(q_root @ k_root)
+    weights_HD = sizes.sqrt()[:, None]
+    keys = k_inverse @ right.transpose(1, 2) * weights_HD
+    queries = q_inverse @ left * weights_HD
+    return keys.float(), queries.float()
+
+
+def _roots(moments_HDC: Tensor) -> tuple[Tensor, Tensor]:
+    """Square root of a symmetric matrix, and its inverse."""
+    values_HD, vectors = torch.linalg.eigh(moments_HDC)
+    values_HD = values_HD.clamp(min=0) + RIDGE * values_HD.mean(-1, keepdim=True)
+    root_HD = values_HD.sqrt()[:, None]
+    return (vectors * root_HD) @ vectors.mT, (vectors / root_HD) @ vectors.mT
+
+
+def budget_factors(curves_LHP: Tensor, *, share: float) -> dict[str, Tensor]:
+    """Reads of each layer and KV head over the mean, where a page more gains all lanes the same.
+
+    ``curves_LHP``: the mean attention of a lane's best page, second best, and so on.
+    """
+    num_layers, num_heads, num_pages = curves_LHP.shape
+    factors = {}
+    for rule, curves in (
+        (BudgetRule.HEAD, curves_LHP),
+        (BudgetRule.LAYER, curves_LHP.mean(1, True)),
+    ):
+        total = round(share * num_pages * curves.shape[0] * curves.shape[1])
+        least = curves.flatten().topk(total).values[-1]
+        counts_LH = (curves >= least).sum(-1).float()
+        factors[f"budget.{rule}"] = (counts_LH / counts_LH.mean()).expand(num_layers, num_heads)
+    return factors

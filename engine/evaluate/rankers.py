@@ -1,0 +1,117 @@
+"""Rankings of the pages of one layer, for many positions at once.
+
+Shape legend: n positions, H KV heads, G query heads per KV head, D head dim, M tokens, P pages,
+U units (pages, or what they are cut into), T tokens of a unit, S runs of pages.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from sparsed.core import Choice
+from sparsed.engine.sparse.groups import agree
+from sparsed.engine.sparse.metadata import round_trip, unit_bytes
+from sparsed.engine.sparse.summaries import Summary
+
+
+class Ranker(Protocol):
+    """Scores the pages of a layer."""
+
+    metadata_bytes: float  # of the layer, per token and KV head
+
+    def score(self, q_nHGD: Tensor, mass_nHGP: Tensor | None, *, num_full_n: Tensor) -> Tensor:
+        """Scores (n, H, P), larger is better; pages from ``num_full`` on may score anything.
+        ``mass`` is the true softmax mass of each page, for who ``needs_mass``."""
+        ...
+
+
+class OracleRanker:
+    """The true mass of a page, summed over the query heads of a KV head."""
+
+    metadata_bytes = 0.0
+
+    def score(self, q_nHGD: Tensor, mass_nHGP: Tensor | None, *, num_full_n: Tensor) -> Tensor:
+        assert mass_nHGP is not None
+        return mass_nHGP.sum(2)
+
+
+class RandomRanker:
+    """Any page, anew for every position and KV head."""
+
+    metadata_bytes = 0.0
+
+    def __init__(self, *, num_pages: int, seed: int) -> None:
+        self._num_pages = num_pages
+        self._seed = seed
+
+    def score(self, q_nHGD: Tensor, mass_nHGP: Tensor | None, *, num_full_n: Tensor) -> Tensor:
+        generator = torch.Generator(q_nHGD.device).manual_seed(self._seed + int(num_full_n[0]))
+        shape = (*q_nHGD.shape[:2], self._num_pages)
+        return torch.rand(shape, generator=generator, device=q_nHGD.device)
+
+
+class SummaryRanker:
+    """Estimates from the summaries of units, agreed upon by a group, best unit for the page."""
+
+    def __init__(self, keys_HMD: Tensor, summary: Summary, choice: Choice, *, scale: float) -> None:
+        self._summary = summary
+        self._rule = choice.group_rule
+        self._scale = scale
+        self._unit_tokens = choice.grain or choice.page_size
+        self._page_units = choice.page_size // self._unit_tokens
+        self._units_HUE = self._build(keys_HMD, choice, tokens=self._unit_tokens)
+        width = self._units_HUE.shape[-1]
+        self.metadata_bytes = unit_bytes(width, choice.metadata) / self._unit_tokens
+
+    def score(self, q_nHGD: Tensor, mass_nHGP: Tensor | None, *, num_full_n: Tensor) -> Tensor:
+        scores_nHU = self._score(q_nHGD, self._units_HUE, num_full_n * self._page_units)
+        return torch.unflatten(scores_nHU, -1, (-1, self._page_units)).amax(-1)
+
+    def _build(self, keys_HMD: Tensor, choice: Choice, *, tokens: int) -> Tensor:
+        units_HUTD = torch.unflatten(keys_HMD, 1, (-1, tokens))
+        return round_trip(self._summary.build(units_HUTD), choice.metadata)
+
+    def _score(self, q_nHGD: Tensor, units_HUE: Tensor, num_full_n: Tensor) -> Tensor:
+        estimates_nHGU = self._summary.estimate(q_nHGD, units_HUE)
+        units_U = torch.arange(units_HUE.shape[1], device=q_nHGD.device)
+        absent_nU = units_U >= num_full_n[:, None]
+        estimates_nHGU.masked_fill_(absent_nU[:, None, None], float("-inf"))
+        return agree(estimates_nHGU, self._rule, scale=self._scale)
+
+
+class CoarseToFineRanker(SummaryRanker):
+    """The same, but only inside the runs of neighbouring pages whose own summaries rank best. The
+    first and the last run are always among them."""
+
+    def __init__(
+        self,
+        keys_HMD: Tensor,
+        summary: Summary,
+        choice: Choice,
+        *,
+        scale: float,
+        num_runs: int,
+    ) -> None:
+        super().__init__(keys_HMD, summary, choice, scale=scale)
+        self._run_pages = choice.super_pages
+        self._num_runs = num_runs
+        tokens = choice.super_pages * choice.page_size
+        missing = -keys_HMD.shape[1] % tokens
+        keys_HMD = torch.cat((keys_HMD, keys_HMD[:, -1:].expand(-1, missing, -1)), dim=1)
+        self._runs_HSE = self._build(keys_HMD, choice, tokens=tokens)
+        width = self._runs_HSE.shape[-1]
+        self.metadata_bytes += unit_bytes(width, choice.metadata) / tokens
+
+    def score(self, q_nHGD: Tensor, mass_nHGP: Tensor | None, *, num_full_n: Tensor) -> Tensor:
+        scores_nHP = super().score(q_nHGD, mass_nHGP, num_full_n=num_full_n)
+        last_n = (num_full_n - 1) // self._run_pages
+        scores_nHS = self._score(q_nHGD, self._runs_HSE, last_n + 1)
+        scores_nHS[..., 0] = float("inf")
+        scores_nHS.scatter_(-1, last_n[:, None, None].expand(-1, scores_nHS.shape[1], 1), torch.inf)
+        best_nHR = scores_nHS.topk(min(self._num_runs, scores_nHS.shape[-1])).indices
+        kept_nHS = torch.zeros_like(scores_nHS, dtype=torch.bool).scatter_(-1, best_nHR, True)
+        kept_nHP = kept_nHS.repeat_interleave(self._run_pages, dim=-1)[..., : scores_nHP.shape[-1]]
+        return scores_nHP.masked_fill(~kept_nHP, float("-inf"))

@@ -1,0 +1,166 @@
+"""What is kept of a page's keys, and how much attention it lets one expect of the page.
+
+A summary answers, for every query head, an estimate of the logarithm of the page's softmax mass,
+in logits not divided by the square root of the head dim, up to a constant of the query. How the
+query heads of a group agree on one ranking is the next step (``groups.py``).
+
+Shape legend: n positions, H KV heads, G query heads per KV head, U units (pages, or the sub-pages
+they are cut into), T tokens of a unit, D head dim, E values kept of a unit, R kept dims.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Summary(Protocol):
+    """Metadata of the units of one layer. Keys are rotated, float32."""
+
+    def build(self, keys_HUTD: Tensor) -> Tensor:
+        """What is kept: (H, U, E)."""
+        ...
+
+    def estimate(self, q_nHGD: Tensor, summary_HUE: Tensor) -> Tensor:
+        """Estimates (n, H, G, U), larger where more attention is expected."""
+        ...
+
+
+class Extremes:
+    """Element-wise largest and smallest key; the estimate bounds every q.k from above.
+
+    Source: Quest, arXiv 2406.10774.
+    """
+
+    def build(self, keys_HUTD: Tensor) -> Tensor:
+        return torch.cat((keys_HUTD.amax(2), keys_HUTD.amin(2)), dim=-1)
+
+    def estimate(self, q_nHGD: Tensor, summary_HUE: Tensor) -> Tensor:
+        return bound(q_nHGD, summary_HUE)
+
+
+class CuboidMean:
+    """The centre of the extremes plus and minus the mean distance to it.
+
+    Source: ArkVale, NeurIPS 2024.
+    """
+
+    def build(self, keys_HUTD: Tensor) -> Tensor:
+        centre_HU1D = (keys_HUTD.amax(2, keepdim=True) + keys_HUTD.amin(2, keepdim=True)) / 2
+        radius_HUD = (keys_HUTD - centre_HU1D).abs().mean(2)
+        centre_HUD = centre_HU1D[:, :, 0]
+        return torch.cat((centre_HUD + radius_HUD, centre_HUD - radius_HUD), dim=-1)
+
+    def estimate(self, q_nHGD: Tensor, summary_HUE: Tensor) -> Tensor:
+        return bound(q_nHGD, summary_HUE)
+
+
+class MeanAndSpread:
+    """The mean plus and minus ``spreads`` standard deviations of each dimension."""
+
+    def __init__(self, spreads: float = 1.0) -> None:
+        self._spreads = spreads
+
+    def build(self, keys_HUTD: Tensor) -> Tensor:
+        mean_HUD = keys_HUTD.mean(2)
+        spread_HUD = keys_HUTD.std(2, correction=0) * self._spreads
+        return torch.cat((mean_HUD + spread_HUD, mean_HUD - spread_HUD), dim=-1)
+
+    def estimate(self, q_nHGD: Tensor, summary_HUE: Tensor) -> Tensor:
+        return bound(q_nHGD, summary_HUE)
+
+
+class Mean:
+    """The mean key (ShadowKV, arXiv 2410.21465, keeps the same)."""
+
+    def build(self, keys_HUTD: Tensor) -> Tensor:
+        return keys_HUTD.mean(2)
+
+    def estimate(self, q_nHGD: Tensor, summary_HUE: Tensor) -> Tensor:
+        return dot(q_nHGD, summary_HUE)
+
+
+class MeanAndLength:
+    """The mean key, and the root mean square distance of the keys to it as one number: the
+    estimate adds what a key that lies that far off in the query's direction could gain."""
+
+    def __init__(self, spreads: float) -> None:
+        self._spreads = spreads
+
+    def build(self, keys_HUTD: Tensor) -> Tensor:
+        mean_HU1D = keys_HUTD.mean(2, keepdim=True)
+        length_HU1 = (keys_HUTD - mean_HU1D).square().mean((2, 3)).sqrt()[..., None]
+        return torch.cat((mean_HU1D[:, :, 0], length_HU1), dim=-1)
+
+    def estimate(self, q_nHGD: Tensor, summary_HUE: Tensor) -> Tensor:
+        mean_HUD, length_HU = summary_HUE[..., :-1], summary_HUE[..., -1]
+        gain_nHGU = q_nHGD.norm(dim=-1, keepdim=True) * length_HU[:, None]
+        estimates_nHGU: Tensor = dot(q_nHGD, mean_HUD) + self._spreads * gain_nHGU
+        return estimates_nHGU
+
+
+class Variance:
+    """The mean key and the variance of each dimension. The logarithm of the mean of exp(q.k) over
+    keys that are normal is q.mean + var(q.k) / 2; ``weight`` bounds what a few keys may claim."""
+
+    def __init__(self, weight: float, *, scale: float) -> None:
+        self._factor = weight * scale / 2
+
+    def build(self, keys_HUTD: Tensor) -> Tensor:
+        return torch.cat((keys_HUTD.mean(2), keys_HUTD.var(2, correction=0)), dim=-1)
+
+    def estimate(self, q_nHGD: Tensor, summary_HUE: Tensor) -> Tensor:
+        mean_HUD, variance_HUD = summary_HUE.chunk(2, dim=-1)
+        return dot(q_nHGD, mean_HUD) + self._factor * dot(q_nHGD.square(), variance_HUD)
+
+
+class Rotated:
+    """Another summary of keys in a basis of their own, of which only the first dims are kept.
+
+    ``keys_HDR`` and ``queries_HDR`` take keys and queries there; the products of what they give
+    approximate q.k. Source of the idea: Loki, arXiv 2406.02542; ShadowKV.
+    """
+
+    def __init__(self, inner: Summary, *, keys_HDR: Tensor, queries_HDR: Tensor) -> None:
+        self._inner = inner
+        self._keys_HDR = keys_HDR
+        self._queries_HDR = queries_HDR
+
+    def build(self, keys_HUTD: Tensor) -> Tensor:
+        return self._inner.build(keys_HUTD @ self._keys_HDR[:, None])
+
+    def estimate(self, q_nHGD: Tensor, summary_HUE: Tensor) -> Tensor:
+        return self._inner.estimate(q_nHGD @ self._queries_HDR, summary_HUE)
+
+
+class EveryKey:
+    """All keys of a unit, worth keeping in a basis of few dims (``Rotated``) alone."""
+
+    def __init__(self, *, scale: float) -> None:
+        self._scale = scale
+
+    def build(self, keys_HUTD: Tensor) -> Tensor:
+        return keys_HUTD.flatten(2)
+
+    def estimate(self, q_nHGD: Tensor, summary_HUE: Tensor) -> Tensor:
+        num_heads, num_units, _ = summary_HUE.shape
+        keys_HVD = summary_HUE.reshape(num_heads, -1, q_nHGD.shape[-1])
+        logits_nHGV = dot(q_nHGD, keys_HVD) * self._scale
+        logits_nHGUT = torch.unflatten(logits_nHGV, -1, (num_units, -1))
+        return logits_nHGUT.logsumexp(-1) / self._scale
+
+
+def dot(q_nHGD: Tensor, units_HUD: Tensor) -> Tensor:
+    """q.k of every query head with every unit of its KV head: (n, H, G, U)."""
+    num_positions, _, group, _ = q_nHGD.shape
+    q_HRD = q_nHGD.transpose(0, 1).flatten(1, 2)
+    products_HRU = q_HRD @ units_HUD.transpose(1, 2)
+    return torch.unflatten(products_HRU, 1, (num_positions, group)).transpose(0, 1)
+
+
+def bound(q_nHGD: Tensor, bounds_HUE: Tensor) -> Tensor:
+    """sum over d of max(q_d * upper_d, q_d * lower_d): (n, H, G, U)."""
+    parts_nHGE = torch.cat((q_nHGD.clamp(min=0), q_nHGD.clamp(max=0)), dim=-1)
+    return dot(parts_nHGE, bounds_HUE)
