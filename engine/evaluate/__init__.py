@@ -1,0 +1,1 @@
+"""Quality of sparse attention on known text, every position at once."""
