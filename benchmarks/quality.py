@@ -23,11 +23,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from parallel_decode import ORACLE, RANDOM, Choice, Context, Scores, score_text
-from report import environment, resolve_builtin
+from report import cache_directory, environment, resolve_builtin
 from serial_decode import Agreement, compare, make_runner
-from texts import TEXTS, cut_windows
+from tokenizers import Tokenizer
 
 from sparsed.core import PAGE_SIZES, SparseMethod
+from sparsed.engine.evaluate.texts import TEXTS, Window, cut_windows
 from sparsed.engine.models.decoder import Decoder
 from sparsed.engine.runner import Runner
 
@@ -103,17 +104,17 @@ def bootstrap_ratio(losses_N: Floats) -> tuple[float, float]:
 
 
 def score_windows(
-    decoder: Decoder, windows: list[list[int]], choices: Sequence[Choice]
+    decoder: Decoder, windows: list[Window], choices: Sequence[Choice]
 ) -> dict[Choice, list[Scores]]:
     """Every choice on every window; the context of a window is prefilled once."""
     scores: dict[Choice, list[Scores]] = {choice: [] for choice in choices}
-    for number, tokens in enumerate(windows, start=1):
+    for number, window in enumerate(windows, start=1):
         started = time.perf_counter()
-        context = Context(decoder, tokens[:CONTEXT_TOKENS], num_scored=SCORED_TOKENS)
+        context = Context(decoder, window.context, num_scored=SCORED_TOKENS)
         log(f"  window {number}: prefill", started)
         for choice in choices:
             started = time.perf_counter()
-            scored = score_text(decoder, context, tokens[CONTEXT_TOKENS:], choice=choice)
+            scored = score_text(decoder, context, window.scored, choice=choice)
             scores[choice].append(scored)
             log(f"  window {number}: {describe(choice)}", started)
     return scores
@@ -129,11 +130,11 @@ def log(what: str, started: float) -> None:
     print(f"{what}, {time.perf_counter() - started:.1f} s", file=sys.stderr, flush=True)
 
 
-def verify(runner: Runner, window: list[int], scores: Scores, choice: Choice) -> Agreement:
+def verify(runner: Runner, window: Window, scores: Scores, choice: Choice) -> Agreement:
     """Feed the first scored tokens of a window through the runner; print how they compare."""
-    context, tokens = window[:CONTEXT_TOKENS], window[CONTEXT_TOKENS:][: VERIFIED_TOKENS + 1]
+    tokens = window.scored[: VERIFIED_TOKENS + 1]
     expected_N = scores.logprobs_N[:VERIFIED_TOKENS]
-    agreement = compare(runner, context, tokens, choice=choice, expected_N=expected_N)
+    agreement = compare(runner, window.context, tokens, choice=choice, expected_N=expected_N)
     print(agreement, flush=True)
     return agreement
 
@@ -141,7 +142,9 @@ def verify(runner: Runner, window: list[int], scores: Scores, choice: Choice) ->
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, help="write the results as JSON")
-    parser.add_argument("--texts", nargs="+", default=list(TEXTS), choices=list(TEXTS))
+    parser.add_argument(
+        "--texts", nargs="+", default=["documentation", "prose"], choices=list(TEXTS)
+    )
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
     parser.add_argument("--budgets", nargs="+", type=int, default=[1024])
     parser.add_argument("--page-sizes", nargs="+", type=int, default=[16], choices=PAGE_SIZES)
@@ -164,6 +167,7 @@ def make_choices(options: argparse.Namespace) -> list[Choice]:
 def main() -> None:
     options = parse_options()
     directory = resolve_builtin()
+    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
     choices = make_choices(options)
     checked = replace(choices[0], method=SparseMethod.CUBOID_MEAN)
     runner = make_runner(directory, checked)
@@ -172,7 +176,12 @@ def main() -> None:
     print(HEADING, flush=True)
     for text in options.texts:
         windows = cut_windows(
-            TEXTS[text](directory), count=NUM_WINDOWS, num_tokens=CONTEXT_TOKENS + SCORED_TOKENS + 1
+            text,
+            tokenizer=tokenizer,
+            cache_dir=cache_directory(),
+            count=NUM_WINDOWS,
+            context_tokens=CONTEXT_TOKENS,
+            scored_tokens=SCORED_TOKENS,
         )
         scores = score_windows(runner.decoder, windows, [DENSE, *choices])
         for choice, scored in scores.items():

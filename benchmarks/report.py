@@ -8,12 +8,12 @@ import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from pydoc_data.topics import topics
 
 import psutil
 from tokenizers import Tokenizer
 
 from sparsed.core import GIB, MachineFacts
+from sparsed.engine.evaluate.texts import read_tokens
 from sparsed.engine.models.catalog import resolve_model
 
 PACKAGES = ("torch", "triton", "transformers", "numpy", "tokenizers")
@@ -35,8 +35,8 @@ def resolve_builtin() -> Path:
 
 def reference_tokens(directory: Path) -> list[int]:
     """Technical documentation: Python's own reference text, which every Python carries."""
-    text = "\n\n".join(topics[name] for name in sorted(topics))
-    return list(Tokenizer.from_file(str(directory / "tokenizer.json")).encode(text).ids)
+    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    return read_tokens("documentation", tokenizer=tokenizer, cache_dir=cache_directory())
 
 
 def this_machine() -> MachineFacts:

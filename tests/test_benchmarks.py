@@ -15,7 +15,6 @@ from acceptance_run import STEPS, command_of, environment_of
 from parallel_decode import ORACLE, RANDOM, Choice, Context, Scores, score_text
 from quality import bootstrap_ratio
 from serial_decode import decode_text, make_runner
-from texts import cut_windows
 
 from sparsed.engine.runner import Runner
 
@@ -76,13 +75,6 @@ def test_interval_holds_the_ratio() -> None:
     low, high = bootstrap_ratio(losses)
     assert low < np.exp(losses.mean()) < high
     assert high - low == pytest.approx(2 * 1.96 * 0.2 / 3000**0.5, rel=0.15)
-
-
-def test_windows_do_not_overlap() -> None:
-    windows = cut_windows(list(range(100)), count=3, num_tokens=33)
-    assert len({token for window in windows for token in window}) == 99
-    with pytest.raises(ValueError, match="overlap"):
-        cut_windows(list(range(100)), count=3, num_tokens=34)
 
 
 def test_only_the_tests_without_a_gpu_run_in_parallel() -> None:

