@@ -35,7 +35,8 @@ _MINIMA: Final[Mapping[str, int]] = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RecordingHeader:
-    """What was recorded. Errors: InputError naming a field that is wrong."""
+    """What was recorded. Lane l is KV head ``l % num_kv_heads`` of layer
+    ``dense_layers + l // num_kv_heads``. Errors: InputError naming a field that is wrong."""
 
     model: str
     text: str
@@ -47,9 +48,7 @@ class RecordingHeader:
     sink_pages: int  # first full pages, of any page size, that are always selected
     recent_pages: int  # last full ones
     num_kv_heads: int
-    dense_layers: (
-        int  # lane l is KV head l % num_kv_heads of layer dense_layers + l // num_kv_heads
-    )
+    dense_layers: int  # the first ones, which have no lanes
 
     def __post_init__(self) -> None:
         for item in fields(self):

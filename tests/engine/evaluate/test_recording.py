@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from sparsed.core import ExitCode, InputError
@@ -138,8 +138,7 @@ def test_coarser_pages_rank_by_their_best_part(
     )
     forced = sink_pages + recent_pages
     count = data.draw(st.integers(min(forced, ranks // factor), ranks // factor))
-    if count < forced:
-        return
+    assume(count >= forced)
     size = {"page_size": factor * GRAIN, "token_budget": (count + 1) * factor * GRAIN}
     pages = recording.selection(range(3, 24, 5), **size)
     expected = [
