@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
 
 from sparsed.engine.sparse.base import select_pages
@@ -148,6 +149,60 @@ def test_candidates_are_the_pages_of_the_best_super_pages(
             supers = set((pages_P // per_super).tolist())
             middle = sorted(range(1, last), key=lambda c: -scores_C[c])
             assert {0, last, *middle[: max(0, num_supers - 2)]} <= supers
+
+
+def test_nothing_is_read_on_the_host() -> None:
+    scene = make_scene([33, 9], frames_per_super=2)
+    mode = FakeTensorMode()  # refuses what needs to know a value
+
+    def fake(level: Level) -> Level:
+        return level._make(part if part is None else mode.from_tensor(part) for part in level)
+
+    with mode:
+        found = score_coarse_to_fine(
+            mode.from_tensor(scene.query_BHE),
+            fine=fake(scene.fine),
+            coarse=fake(scene.coarse),
+            num_full_B=mode.from_tensor(scene.num_full_B),
+            num_supers=3,
+        )
+    assert found.pages_BHP.shape == (2, HEADS, 24)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("int8", [False, True])
+def test_a_captured_graph_reads_new_lengths(int8: bool) -> None:
+    scene = make_scene([40, 33], frames_per_super=1, int8=int8)
+    fine, coarse = (
+        level._make(part if part is None else part.cuda() for part in level)
+        for level in (scene.fine, scene.coarse)
+    )
+    on_gpu = scene._replace(
+        query_BHE=scene.query_BHE.cuda(),
+        fine=fine,
+        coarse=coarse,
+        num_full_B=scene.num_full_B.cuda(),
+    )
+    on_gpu.candidates(4)  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = on_gpu.candidates(4)
+    for num_full in ([40, 33], [21, 30]):
+        lengths_B = torch.tensor(num_full)
+        on_gpu.num_full_B.copy_(lengths_B)
+        graph.replay()
+        expected = scene._replace(num_full_B=lengths_B).candidates(4)
+        order, wanted = found.pages_BHP.cpu().sort(-1), expected.pages_BHP.sort(-1)
+        assert torch.equal(order.values, wanted.values)
+        assert_close(
+            found.scores_BHP.cpu().gather(2, order.indices),
+            expected.scores_BHP.gather(2, wanted.indices),
+            equal_nan=True,
+            atol=1e-4,
+            rtol=1e-4,
+        )
 
 
 @few
