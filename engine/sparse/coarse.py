@@ -73,9 +73,10 @@ def score_coarse_to_fine(
     The rows of ``fine`` are frames, those of ``coarse`` hold one super-page or several, each of
     the same number of frames: F is a multiple of C * X of ``coarse`` (add rows of -1).
     ``num_full_B`` (B,) int64 are full pages of each request, at least one. Summaries of pages past
-    those may be anything, even NaN, and of the super-page that holds the last of them too: what
-    is scored is only ever complete. Of a lane with fewer super-pages the rest of the candidates
-    are pages that are not there. Waits for nothing on the host.
+    those may be anything, even NaN; so may that of the super-page with the last of them, which is
+    chosen anyway: a summary is needed only once all its pages are full. Of a lane with fewer
+    super-pages the rest of the candidates are pages that are not there. Waits for nothing on the
+    host.
 
     Shapes: query (B, H, E), split as ``kernels.score.score_pages`` takes it; returns P =
     ``num_supers`` * pages of a super-page, by super-page, these in no order.
