@@ -52,6 +52,7 @@ from sparsed.engine.runner import Runner
 DTYPES = {"cpu": "float32", "cuda": "bfloat16"}
 MAX_REQUESTS, MAX_TOKENS = 64, 33792
 SAVE_REPEATS = 3
+SIGNS = {operator.le: "<=", operator.lt: "<", operator.ge: ">="}
 Row = dict[str, Any]
 
 
@@ -239,7 +240,7 @@ def list_targets(result: Row) -> list[Target]:
 def print_targets(targets: Sequence[Target]) -> None:
     print()
     for words, value, meets, bound in targets:
-        sign = "<=" if meets is operator.le else ">="
+        sign = SIGNS[meets]
         word = "-   " if value is None else "ok  " if meets(value, bound) else "MISS"
         shown = "not measured" if value is None else f"{value:.4g}"
         print(f"{word} {words}: {shown} ({sign} {bound:g})")

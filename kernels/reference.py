@@ -76,15 +76,24 @@ def page_bounds(pages_MTCD: Tensor, *, minmax: bool) -> Tensor:
     return torch.stack((high_MD, low_MD), dim=1).to(pages_MTCD.dtype)
 
 
-def score_pages(query_BHE: Tensor, summaries_FXE: Tensor, *, rows_BHF: Tensor) -> Tensor:
-    """See ``kernels.score.score_pages``."""
+def score_pages(
+    query_BHE: Tensor,
+    summaries_FXE: Tensor,
+    *,
+    rows_BHF: Tensor,
+    scales_FX: Tensor | None = None,
+) -> Tensor:
+    """See ``kernels.score.score_pages``; multiplies in the summaries' dtype, int8 in float32."""
     num_requests, num_heads, num_frames = rows_BHF.shape
     pages_per_frame, width = summaries_FXE.shape[1:]
     rows = rows_BHF.clamp(min=0).flatten()
     bounds = summaries_FXE.view(len(summaries_FXE), -1).index_select(0, rows)
+    bounds = bounds if scales_FX is None else bounds.float()
     bounds_LPE = bounds.view(num_requests * num_heads, num_frames * pages_per_frame, width)
     query_LE1 = query_BHE.reshape(-1, width, 1).to(bounds_LPE.dtype)
     scores_BHFX = torch.bmm(bounds_LPE, query_LE1).float().view(*rows_BHF.shape, pages_per_frame)
+    if scales_FX is not None:
+        scores_BHFX *= scales_FX.index_select(0, rows).view_as(scores_BHFX)
     scores_BHFX.masked_fill_((rows_BHF < 0)[..., None], float("-inf"))
     return scores_BHFX.view(num_requests, num_heads, -1)
 

@@ -40,16 +40,19 @@ class Clock:
         self.synchronize()
         return statistics.median(once_s(work) for _ in range(repeats))
 
-    def each_s(self, works: Sequence[Work], *, capture: bool = True) -> float:
+    def each_s(
+        self, works: Sequence[Work], *, capture: bool = True, graph_below_s: float = GRAPH_BELOW_S
+    ) -> float:
         """Seconds of one of ``works`` on average: all of them run in turn, so that none finds its
-        inputs in a cache if together they are larger than it. Short ones run as one graph, unless
-        ``capture`` is false."""
+        inputs in a cache if together they are larger than it. Those below ``graph_below_s`` run
+        as one graph, unless ``capture`` is false; what is many short operations takes as long as
+        their launches otherwise."""
 
         def run_all() -> list[object]:
             return [work() for work in works]  # kept until the end: no two share memory
 
         total_s = self.median_s(run_all)
-        if capture and self.device.type == "cuda" and total_s / len(works) < GRAPH_BELOW_S:
+        if capture and self.device.type == "cuda" and total_s / len(works) < graph_below_s:
             total_s = self.median_s(_capture(run_all).replay)
         return total_s / len(works)
 

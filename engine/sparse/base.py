@@ -28,16 +28,22 @@ class Selector(Protocol):
         ...
 
 
-def select_pages(scores_BHP: Tensor, *, num_full_B: Tensor, count: int) -> Tensor:
+def select_pages(
+    scores_BHP: Tensor, *, num_full_B: Tensor, count: int, pages_BHP: Tensor | None = None
+) -> Tensor:
     """The ``count`` best full pages of each lane, the first and the last full one always among
     them: page ids (B, H, count), int64, in no order.
 
     ``num_full_B`` is the number of full pages of each request, larger than ``count`` >= 2.
+    ``pages_BHP`` are the ids of what was scored, None: all pages in order. With fewer than
+    ``count`` full pages among them others make up the number.
     """
-    pages_P = torch.arange(scores_BHP.shape[-1], device=scores_BHP.device)
-    last_B1 = num_full_B[:, None] - 1
-    forced_BP = (pages_P == 0) | (pages_P == last_B1)
-    absent_BP = pages_P > last_B1
-    scores = scores_BHP.masked_fill(forced_BP[:, None], float("inf"))
-    scores.masked_fill_(absent_BP[:, None], float("-inf"))
-    return scores.topk(count, dim=-1, sorted=False).indices
+    if pages_BHP is None:
+        ids = torch.arange(scores_BHP.shape[-1], device=scores_BHP.device)
+    else:
+        ids = pages_BHP
+    last_B11 = num_full_B[:, None, None] - 1
+    scores = scores_BHP.masked_fill((ids == 0) | (ids == last_B11), float("inf"))
+    scores.masked_fill_(ids > last_B11, float("-inf"))
+    chosen_BHK = scores.topk(count, dim=-1, sorted=False).indices
+    return chosen_BHK if pages_BHP is None else pages_BHP.gather(-1, chosen_BHK)

@@ -136,6 +136,16 @@ def naive_score(query_BHE: Tensor, summaries_FXE: Tensor, *, rows_BHF: Tensor) -
     return scores_BHFX.flatten(2)
 
 
+def int8_bounds(
+    rows: int, frame_pages: int, dim: int, *, dtype: torch.dtype, seed: int = 1
+) -> tuple[Tensor, Tensor]:
+    """Summaries in 8 bits, upper not below lower, and the scales of their pages in ``dtype``."""
+    generator = torch.Generator().manual_seed(seed)
+    corners = torch.randint(-127, 128, (2, rows, frame_pages, dim), generator=generator)
+    bounds = torch.cat((corners.amax(0), corners.amin(0)), dim=-1).to(torch.int8)
+    return bounds, torch.rand(rows, frame_pages, generator=generator).add(0.1).div(99).to(dtype)
+
+
 def resident_plan(
     rows: Sequence[int], lengths: Sequence[int], *, split_tokens: int = 256, max_items: int = 32
 ) -> ResidentPlan:
@@ -416,6 +426,7 @@ def cases() -> SimpleNamespace:
         naive_store=naive_store,
         naive_bounds=naive_bounds,
         naive_score=naive_score,
+        int8_bounds=int8_bounds,
         resident=resident_case,
         resident_plan=resident_plan,
         naive_resident=naive_resident,

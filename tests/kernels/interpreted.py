@@ -103,13 +103,26 @@ def test_score(cases, dim, frame_pages, dtype):
     query_BHE = cases.split_query(cases.random(2, 2, dim, dtype=dtype))
     summaries_FXE = cases.random(9, frame_pages, 2 * dim, dtype=dtype, seed=1)
     rows_BHF = torch.tensor([[[3, 0, 8], [-1, 7, 2]], [[5, 5, -1], [-1, -1, -1]]])
-    got = score._launch(query_BHE, summaries_FXE, rows_BHF=rows_BHF)
+    got = score._launch(query_BHE, summaries_FXE, rows_BHF=rows_BHF, scales_FX=None)
     assert_close(
         got,
         reference.score_pages(query_BHE, summaries_FXE, rows_BHF=rows_BHF),
         atol=20 * cases.tolerance[dtype],
         rtol=cases.tolerance[dtype],
     )
+
+
+@pytest.mark.parametrize("scale_dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("dim", "frame_pages"), [(16, 4), (40, 1), (12, 16), (20, 3)])
+def test_score_of_8_bits(cases, dim, frame_pages, dtype, scale_dtype):
+    query_BHE = cases.split_query(cases.random(2, 2, dim, dtype=dtype))
+    summaries_FXE, scales_FX = cases.int8_bounds(9, frame_pages, dim, dtype=scale_dtype)
+    rows_BHF = torch.tensor([[[3, 0, 8], [-1, 7, 2]], [[5, 5, -1], [-1, -1, -1]]])
+    stored = {"rows_BHF": rows_BHF, "scales_FX": scales_FX}
+    got = score._launch(query_BHE, summaries_FXE, **stored)
+    expected = reference.score_pages(query_BHE, summaries_FXE, **stored)
+    assert_close(got, expected, atol=1e-4, rtol=1e-5)
 
 
 @pytest.mark.parametrize(

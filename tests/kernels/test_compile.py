@@ -111,10 +111,15 @@ def launch_bounds(page_size: int, dim: int, dtype: torch.dtype) -> None:
     bounds._launch(torch.zeros(3, page_size, 2, dim, dtype=dtype), minmax=False)
 
 
-def launch_score(dim: int, dtype: torch.dtype) -> None:
-    query_BHE = torch.zeros(2, 4, 2 * dim, dtype=dtype)
-    summaries_FXE = torch.zeros(5, 4, 2 * dim, dtype=dtype)
-    score._launch(query_BHE, summaries_FXE, rows_BHF=torch.zeros(2, 4, 3, dtype=torch.int64))
+def launch_score(dim: int, dtype: torch.dtype, scale_dtype: torch.dtype | None = None) -> None:
+    """With a ``scale_dtype`` the summaries are int8, and ``dtype`` is the query's."""
+    int8 = scale_dtype is not None
+    score._launch(
+        torch.zeros(2, 4, 2 * dim, dtype=dtype),
+        torch.zeros(5, 4, 2 * dim, dtype=torch.int8 if int8 else dtype),
+        rows_BHF=torch.zeros(2, 4, 3, dtype=torch.int64),
+        scales_FX=torch.zeros(5, 4, dtype=scale_dtype) if int8 else None,
+    )
 
 
 def launch_attend(dim: int, dtype: torch.dtype, page_size: int, group: int) -> None:
@@ -177,6 +182,8 @@ LAUNCHES: dict[str, Callable[[], None]] = {
     "bounds 128x80 fp32": lambda: launch_bounds(128, 80, FP32),
     "score 128 bf16": lambda: launch_score(128, BF16),
     "score 256 fp32": lambda: launch_score(256, FP32),
+    "score 128 int8": lambda: launch_score(128, BF16, FP16),
+    "score 80 int8 fp32": lambda: launch_score(80, FP32, FP32),
     "attend 128 bf16": lambda: launch_attend(128, BF16, 32, 4),
     "attend 80 fp16": lambda: launch_attend(80, FP16, 8, 1),
     "attend 256 bf16": lambda: launch_attend(256, BF16, 128, 24),
@@ -278,6 +285,16 @@ def test_checksums_read_16_bytes_an_access(name: str, arch: int) -> None:
     narrow = [load for load in loads if not re.search(r"\.(v4\.b32|v2\.b64)", load)]
     assert len(narrow) < len(loads)
     assert all(".b64" in load for load in narrow), narrow  # row numbers alone are read singly
+
+
+@pytest.mark.parametrize("arch", SHARED_LIMIT_BYTES)
+@pytest.mark.parametrize(("name", "page_bytes"), [("score 128 bf16", 512), ("score 128 int8", 256)])
+def test_scores_read_16_bytes_an_access(name: str, page_bytes: int, arch: int) -> None:
+    with compiled_for(arch) as compiled:
+        LAUNCHES[name]()
+    wide = re.findall(r"ld\.global\S*\.(?:v4\.b32|v2\.b64)", compiled[0].asm["ptx"])
+    threads = 32 * compiled[0].metadata.num_warps
+    assert 16 * threads * len(wide) == score._TILE_PAGES * page_bytes  # all of the summaries
 
 
 def write_table(folder: Path) -> None:

@@ -253,6 +253,21 @@ def test_score(cases, dim, frame_pages, dtype, seed):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scale_dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize(("dim", "frame_pages"), [(64, 4), (80, 16), (128, 1), (128, 8)])
+def test_score_of_8_bits(cases, dim, frame_pages, scale_dtype, dtype, seed):
+    query_BHE = cases.split_query(cases.random(3, 4, dim, dtype=dtype, seed=seed))
+    bounds_FXE, scales_FX = cases.int8_bounds(99, frame_pages, dim, dtype=scale_dtype, seed=seed)
+    rows_BHF = cases.random_slots(99, 3, 4, 7, absent_frac=0.2, seed=seed).long()
+    real_FXE = bounds_FXE.double() * scales_FX.double()[..., None]
+    expected = cases.naive_score(query_BHE, real_FXE, rows_BHF=rows_BHF)
+    got = score_pages(
+        query_BHE.cuda(), bounds_FXE.cuda(), rows_BHF=rows_BHF.cuda(), scales_FX=scales_FX.cuda()
+    )
+    close(got, expected, 2e-4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("minmax", [True, False])
 @pytest.mark.parametrize(("page_size", "dim"), [(8, 64), (32, 80), (128, 256)])
 def test_bounds(cases, page_size, dim, minmax, dtype, seed):

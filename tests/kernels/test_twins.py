@@ -133,6 +133,42 @@ def test_score(cases, requests, heads, frames, frame_pages, dtype, seed):
     close(got, expected, 8 * cases.tolerance[dtype])
 
 
+@few
+@given(
+    requests=st.integers(1, 3),
+    heads=st.integers(1, 3),
+    frame_pages=st.sampled_from([1, 3, 16]),
+    dtype=st.sampled_from(DTYPES),
+    scale_dtype=st.sampled_from([torch.float16, torch.float32]),
+    seed=st.integers(0, 99),
+)
+def test_score_of_8_bits(cases, requests, heads, frame_pages, dtype, scale_dtype, seed):
+    query_BHE = cases.split_query(cases.random(requests, heads, 10, dtype=dtype, seed=seed))
+    summaries_FXE, scales_FX = cases.int8_bounds(36, frame_pages, 10, dtype=scale_dtype, seed=seed)
+    rows_BHF = cases.random_slots(36, requests, heads, 4, absent_frac=0.2, seed=seed).long()
+    got = score_pages(query_BHE, summaries_FXE, rows_BHF=rows_BHF, scales_FX=scales_FX)
+    real_FXE = summaries_FXE.double() * scales_FX.double()[..., None]
+    close(got, cases.naive_score(query_BHE, real_FXE, rows_BHF=rows_BHF), 1e-4)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda bounds, scales: (bounds, None),
+        lambda bounds, scales: (bounds.float(), scales),
+        lambda bounds, scales: (bounds, scales.bfloat16()),
+        lambda bounds, scales: (bounds, scales[:, :1]),
+        lambda bounds, scales: (bounds, scales.t().contiguous().t()),
+        lambda bounds, scales: (bounds.short(), scales),
+    ],
+)
+def test_score_refuses_other_scales(cases, change):
+    bounds, scales = change(*cases.int8_bounds(5, 4, 10, dtype=torch.float16))
+    rows_BHF = torch.zeros(1, 1, 2, dtype=torch.int64)
+    with pytest.raises(AssertionError):
+        score_pages(torch.zeros(1, 1, 20), bounds, rows_BHF=rows_BHF, scales_FX=scales)
+
+
 def to_bounds(summaries_FXE: torch.Tensor) -> torch.Tensor:
     """Upper not below lower, as page bounds are."""
     upper_FXD, lower_FXD = summaries_FXE.chunk(2, dim=-1)
