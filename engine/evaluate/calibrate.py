@@ -91,9 +91,7 @@ def _learn(lessons: Sequence[Lesson], *, gate_dims: int | None, scale: float) ->
         "curve": torch.stack([curve[:, :num_pages] for curve in curves]).mean(0),
     }
     if gate_dims is not None:
-        start = start_maps(
-            keys[..., :gate_dims], queries[..., :gate_dims], group=q_NHGD.shape[2]
-        )
+        start = start_maps(keys[..., :gate_dims], queries[..., :gate_dims], group=q_NHGD.shape[2])
         learned["gate.keys"], learned["gate.queries"] = distill_gate(
             lessons, start_keys_HER=start[0], start_queries_HGDR=start[1], scale=scale
         )

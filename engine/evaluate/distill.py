@@ -42,7 +42,7 @@ def distill_gate(
         optimizer, max_lr=LEARNING_RATE, total_steps=STEPS, pct_start=0.1
     )
     generator = torch.Generator().manual_seed(0)
-    pooled = [pool(torch.unflatten(x.keys_HMD, 1, (-1, UNIT_TOKENS))) for x in lessons]
+    pooled = [_pool(lesson) for lesson in lessons]
     with torch.enable_grad():
         for step in range(STEPS):
             which = step % len(lessons)
@@ -57,11 +57,19 @@ def distill_gate(
     return keys_HER, queries_HGDR
 
 
-def start_maps(basis_keys_HDR: Tensor, basis_queries_HDR: Tensor, *, group: int) -> tuple[Tensor, Tensor]:
+def start_maps(
+    basis_keys_HDR: Tensor, basis_queries_HDR: Tensor, *, group: int
+) -> tuple[Tensor, Tensor]:
     """Maps that make a gate of the mean key in a basis: where learning begins."""
     zeros = torch.zeros_like(basis_keys_HDR)
     keys_HER = torch.cat((basis_keys_HDR, zeros, zeros), dim=1)
     return keys_HER, basis_queries_HDR[:, None].repeat(1, group, 1, 1)
+
+
+def _pool(lesson: Lesson) -> Tensor:
+    """Pooled keys of every unit, less their mean over the text before ``first``."""
+    centred_HMD = lesson.keys_HMD - lesson.keys_HMD[:, : lesson.first].mean(1, keepdim=True)
+    return pool(torch.unflatten(centred_HMD, 1, (-1, UNIT_TOKENS)))
 
 
 def _loss(

@@ -7,7 +7,6 @@ Shape legend: S steps, H KV heads, K selected pages, L lanes, P pages, M residen
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, Final
 
@@ -16,7 +15,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-RESIDENCIES: Final = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)  # resident pages per selected page
+from sparsed.core import RESIDENCIES, Locality
+
 WORST_RESIDENCY: Final = 4.0
 WORST_FRAC: Final = 0.01
 WARMUP_STEPS: Final = 32  # not counted: an empty cache says nothing about the selections
@@ -36,18 +36,6 @@ class Column(IntEnum):
 
 
 _NUM_COLUMNS: Final = Column.MISSES + len(RESIDENCIES)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Locality:
-    """Shares are of all pages selected after the warm-up, in every lane."""
-
-    num_steps: int  # after the warm-up, of all texts
-    overlap_frac: float  # selected in the step before as well
-    window_ratio: float  # distinct pages of the newest 12 steps per page of the newest one
-    first_touch_frac: float  # never selected before: misses at any residency
-    miss_fracs: tuple[float, ...]  # of an exact LRU, at each of RESIDENCIES
-    worst_miss_frac: float  # at 4x: 1 % of the steps, all lanes together, miss more than this
 
 
 class LocalityMeter:

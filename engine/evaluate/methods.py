@@ -157,10 +157,17 @@ class Methods:
             return RandomRanker(num_pages=keys_HMD.shape[1] // choice.page_size, seed=layer)
         summary = self._summary(layer)
         if not choice.super_pages:
-            return SummaryRanker(keys_HMD, summary, choice, scale=self._scale)
+            return SummaryRanker(
+                keys_HMD, summary, choice, num_tokens=self._num_tokens, scale=self._scale
+            )
         most = float(counts_H.max()) * choice.coarse / choice.super_pages
         return CoarseToFineRanker(
-            keys_HMD, summary, choice, scale=self._scale, num_runs=round(most) + 2
+            keys_HMD,
+            summary,
+            choice,
+            num_tokens=self._num_tokens,
+            scale=self._scale,
+            num_runs=round(most) + 2,
         )
 
     def _summary(self, layer: int) -> Summary:

@@ -24,6 +24,7 @@ from sparsed.engine.evaluate.texts import Window
 from sparsed.engine.models.decoder import Decoder
 
 DENSE = Choice(method=RankMethod.DENSE)
+LOCALITY_STEPS = 512  # of the first window of a text
 
 Progress = Callable[[str, float], None]
 
@@ -38,7 +39,7 @@ class Race:
         self._decoder = decoder
         self._shape = decoder.config.shape
         self._calibration = calibration
-        self.seconds: Counter[str] = Counter()
+        self.seconds: dict[str, float] = defaultdict(float)
 
     def score_window(self, window: Window, choice: Choice, context: Context) -> Scores:
         """One choice on one window whose context is prefilled."""
@@ -81,9 +82,7 @@ class Race:
             for choice in self.choices
         ]
 
-    def run_needles(
-        self, needles: Sequence[Needle], *, on_progress: Progress
-    ) -> list[NeedleScore]:
+    def run_needles(self, needles: Sequence[Needle], *, on_progress: Progress) -> list[NeedleScore]:
         """Every choice on every needle. The question is decoded like the answer, with sparse
         attention; what counts is that every token of the answer is the likeliest."""
         found: Counter[tuple[Choice, int, float]] = Counter()
@@ -124,8 +123,9 @@ class Race:
 
 
 def _count_pages(meter: LocalityMeter, scores: Scores) -> None:
-    """Add the selections of all layers, side by side."""
-    pages = [layer.pages_NHK for layer in scores.layers if layer.pages_NHK.shape[-1]]
+    """Add the selections of all layers in the first steps, side by side."""
+    steps = (layer.pages_NHK[:LOCALITY_STEPS] for layer in scores.layers)
+    pages = [pages_SHK for pages_SHK in steps if pages_SHK.shape[-1]]
     if pages:
         most = max(x.shape[-1] for x in pages)
         padded = [torch.nn.functional.pad(x, (0, most - x.shape[-1]), value=-1) for x in pages]

@@ -54,25 +54,35 @@ class RandomRanker:
 
 
 class SummaryRanker:
-    """Estimates from the summaries of units, agreed upon by a group, best unit for the page."""
+    """Estimates from the summaries of units, agreed upon by a group, best unit for the page.
 
-    def __init__(self, keys_HMD: Tensor, summary: Summary, choice: Choice, *, scale: float) -> None:
+    Summaries are of keys less their mean over the text: that changes all estimates of a query
+    alike, and so no ranking, but leaves few bits less to hold.
+    """
+
+    def __init__(
+        self,
+        keys_HMD: Tensor,
+        summary: Summary,
+        choice: Choice,
+        *,
+        num_tokens: int,
+        scale: float,
+    ) -> None:
         self._summary = summary
         self._rule = choice.group_rule
         self._scale = scale
-        self._unit_tokens = choice.grain or choice.page_size
-        self._page_units = choice.page_size // self._unit_tokens
-        self._units_HUE = self._build(keys_HMD, choice, tokens=self._unit_tokens)
+        unit_tokens = choice.grain or choice.page_size
+        self._page_units = choice.page_size // unit_tokens
+        centred_HMD = keys_HMD - keys_HMD[:, :num_tokens].mean(1, keepdim=True)
+        units_HUTD = torch.unflatten(centred_HMD, 1, (-1, unit_tokens))
+        self._units_HUE = round_trip(summary.build(units_HUTD), choice.metadata)
         width = self._units_HUE.shape[-1]
-        self.metadata_bytes = unit_bytes(width, choice.metadata) / self._unit_tokens
+        self.metadata_bytes = unit_bytes(width, choice.metadata) / unit_tokens
 
     def score(self, q_nHGD: Tensor, mass_nHGP: Tensor | None, *, num_full_n: Tensor) -> Tensor:
         scores_nHU = self._score(q_nHGD, self._units_HUE, num_full_n * self._page_units)
         return torch.unflatten(scores_nHU, -1, (-1, self._page_units)).amax(-1)
-
-    def _build(self, keys_HMD: Tensor, choice: Choice, *, tokens: int) -> Tensor:
-        units_HUTD = torch.unflatten(keys_HMD, 1, (-1, tokens))
-        return round_trip(self._summary.build(units_HUTD), choice.metadata)
 
     def _score(self, q_nHGD: Tensor, units_HUE: Tensor, num_full_n: Tensor) -> Tensor:
         estimates_nHGU = self._summary.estimate(q_nHGD, units_HUE)
@@ -83,8 +93,8 @@ class SummaryRanker:
 
 
 class CoarseToFineRanker(SummaryRanker):
-    """The same, but only inside the runs of neighbouring pages whose own summaries rank best. The
-    first and the last run are always among them."""
+    """The same, but only inside the runs of neighbouring pages whose own summaries, the mean of
+    those of their units, rank best. The first and the last run are always among them."""
 
     def __init__(
         self,
@@ -92,24 +102,28 @@ class CoarseToFineRanker(SummaryRanker):
         summary: Summary,
         choice: Choice,
         *,
+        num_tokens: int,
         scale: float,
         num_runs: int,
     ) -> None:
-        super().__init__(keys_HMD, summary, choice, scale=scale)
+        super().__init__(keys_HMD, summary, choice, num_tokens=num_tokens, scale=scale)
         self._run_pages = choice.super_pages
         self._num_runs = num_runs
-        tokens = choice.super_pages * choice.page_size
-        missing = -keys_HMD.shape[1] % tokens
-        keys_HMD = torch.cat((keys_HMD, keys_HMD[:, -1:].expand(-1, missing, -1)), dim=1)
-        self._runs_HSE = self._build(keys_HMD, choice, tokens=tokens)
+        run_units = choice.super_pages * self._page_units
+        missing = -self._units_HUE.shape[1] % run_units
+        padded_HUE = torch.nn.functional.pad(self._units_HUE, (0, 0, 0, missing))
+        means_HSE = torch.unflatten(padded_HUE, 1, (-1, run_units)).mean(2)
+        self._runs_HSE = round_trip(means_HSE, choice.metadata)
         width = self._runs_HSE.shape[-1]
-        self.metadata_bytes += unit_bytes(width, choice.metadata) / tokens
+        run_tokens = choice.super_pages * choice.page_size
+        self.metadata_bytes += unit_bytes(width, choice.metadata) / run_tokens
 
     def score(self, q_nHGD: Tensor, mass_nHGP: Tensor | None, *, num_full_n: Tensor) -> Tensor:
         scores_nHP = super().score(q_nHGD, mass_nHGP, num_full_n=num_full_n)
+        num_full_runs_n = num_full_n // self._run_pages
         last_n = (num_full_n - 1) // self._run_pages
-        scores_nHS = self._score(q_nHGD, self._runs_HSE, last_n + 1)
-        scores_nHS[..., 0] = float("inf")
+        scores_nHS = self._score(q_nHGD, self._runs_HSE, num_full_runs_n)
+        scores_nHS[..., 0] = torch.inf
         scores_nHS.scatter_(-1, last_n[:, None, None].expand(-1, scores_nHS.shape[1], 1), torch.inf)
         best_nHR = scores_nHS.topk(min(self._num_runs, scores_nHS.shape[-1])).indices
         kept_nHS = torch.zeros_like(scores_nHS, dtype=torch.bool).scatter_(-1, best_nHR, True)

@@ -1079,7 +1079,7 @@ class Choice:
     of a unit that is ranked, where pages are cut finer for that; a page ranks by its best unit.
     ``kept_dims``: of keys in a basis of their own (None: as they are). ``super_pages``: only the
     pages inside the best runs of so many neighbours are ranked, as many runs as hold ``coarse``
-    times the budget (0: all pages are). ``estimated``: share of the context whose attention is
+    times what is read (0: all pages are). ``estimated``: share of the context whose attention is
     estimated from summaries instead of dropped.
     """
 
@@ -1093,7 +1093,7 @@ class Choice:
     budgets: BudgetRule = BudgetRule.EQUAL
     dense_layers: int = 0
     super_pages: int = 0
-    coarse: float = 2.0
+    coarse: float = 4.0
     estimated: float = 0.0
     sink_pages: int = 1
     recent_pages: int = 1
@@ -1108,6 +1108,21 @@ class Choice:
         ]
         head = f"{self.method} {self.share:.4g} T={self.page_size}"
         return " ".join([head, *changed])
+
+
+RESIDENCIES = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)  # resident pages per selected page
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Locality:
+    """Shares are of all pages selected after the warm-up, in every lane."""
+
+    num_steps: int  # after the warm-up, of all texts
+    overlap_frac: float  # selected in the step before as well
+    window_ratio: float  # distinct pages of the newest 12 steps per page of the newest one
+    first_touch_frac: float  # never selected before: misses at any residency
+    miss_fracs: tuple[float, ...]  # of an exact LRU, at each of RESIDENCIES
+    worst_miss_frac: float  # at 4x: 1 % of the steps, all lanes together, miss more than this
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
