@@ -125,7 +125,3 @@ def _check_length(wanted: Evaluate, decoder: Decoder) -> None:
 
 def _tokenizer(wanted: Evaluate) -> Tokenizer:
     return Tokenizer.from_file(str(Path(wanted.model) / "tokenizer.json"))
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.getdevice_name(device) if device.type == "cuda" else "cpu"
