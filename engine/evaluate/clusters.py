@@ -50,12 +50,12 @@ class ClusterMethod:
         sums_HUE = _sum_units(torch.cat((keys_HMD, ones_HM1), -1), self._units_HM, num_units)
         self._sizes_HU = sums_HUE[..., -1]
         centres_HUD = sums_HUE[..., :-1] / self._sizes_HU.clamp(min=1)[..., None]
-        self._centres_HUD = round_trip(centres_HUD, metadata)
+        self._centres_HUD = round_trip(centres_HUD, metadata, signs=(True,))
         values_HME = torch.cat((values_HMD, ones_HM1), -1)
         self._values_HUE = _sum_units(values_HME, self._units_HM, num_units)
         self._budget_tokens = budget_tokens - SINK_TOKENS - RECENT_TOKENS
         self._estimated_tokens = estimated_tokens
-        self.metadata_bytes = unit_bytes(keys_HMD.shape[-1], metadata) / UNIT_TOKENS
+        self.metadata_bytes = unit_bytes(keys_HMD.shape[-1], metadata, num_parts=1) / UNIT_TOKENS
 
     def choose(self, q_nHGD: Tensor, weights_nHGM: Tensor, *, first: int) -> Chosen:
         positions_n = torch.arange(first, first + len(q_nHGD), device=q_nHGD.device)

@@ -27,7 +27,6 @@ from sparsed.engine.sparse.summaries import (
     EveryKey,
     Extremes,
     Mean,
-    MeanAndLength,
     MeanAndSpread,
     Rotated,
     Summary,
@@ -174,7 +173,7 @@ class Methods:
         choice = self.choice
         if choice.method is RankMethod.GATE:
             return self._calibrated().gate(layer)
-        summary = _plain_summary(choice.method, scale=self._scale)
+        summary = _plain_summary(choice, scale=self._scale)
         if choice.kept_dims is None:
             return summary
         keys_HDR, queries_HDR = self._calibrated().basis(layer, choice.kept_dims)
@@ -189,21 +188,19 @@ class Methods:
         return self._calibration
 
 
-def _plain_summary(method: RankMethod, *, scale: float) -> Summary:
-    match method:
+def _plain_summary(choice: Choice, *, scale: float) -> Summary:
+    match choice.method:
         case RankMethod.QUEST:
             return Extremes()
         case RankMethod.MEAN:
             return Mean()
         case RankMethod.MEAN_SPREAD:
             return MeanAndSpread()
-        case RankMethod.MEAN_LENGTH:
-            return MeanAndLength(1.0)
         case RankMethod.VARIANCE:
-            return Variance(1.0, scale=scale)
+            return Variance(choice.variance_weight, scale=scale)
         case RankMethod.EVERY_KEY:
             return EveryKey(scale=scale)
-    assert method is RankMethod.CUBOID_MEAN
+    assert choice.method is RankMethod.CUBOID_MEAN
     return CuboidMean()
 
 

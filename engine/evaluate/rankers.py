@@ -76,13 +76,19 @@ class SummaryRanker:
         self._page_units = choice.page_size // unit_tokens
         centred_HMD = keys_HMD - keys_HMD[:, :num_tokens].mean(1, keepdim=True)
         units_HUTD = torch.unflatten(centred_HMD, 1, (-1, unit_tokens))
-        self._units_HUE = round_trip(summary.build(units_HUTD), choice.metadata)
-        width = self._units_HUE.shape[-1]
-        self.metadata_bytes = unit_bytes(width, choice.metadata) / unit_tokens
+        self._units_HUE = self._keep(summary.build(units_HUTD), choice)
+        self.metadata_bytes = self._unit_bytes(choice) / unit_tokens
 
     def score(self, q_nHGD: Tensor, mass_nHGP: Tensor | None, *, num_full_n: Tensor) -> Tensor:
         scores_nHU = self._score(q_nHGD, self._units_HUE, num_full_n * self._page_units)
         return torch.unflatten(scores_nHU, -1, (-1, self._page_units)).amax(-1)
+
+    def _keep(self, summary_HUE: Tensor, choice: Choice) -> Tensor:
+        return round_trip(summary_HUE, choice.metadata, signs=self._summary.signs)
+
+    def _unit_bytes(self, choice: Choice) -> float:
+        num_values = self._units_HUE.shape[-1]
+        return unit_bytes(num_values, choice.metadata, num_parts=len(self._summary.signs))
 
     def _score(self, q_nHGD: Tensor, units_HUE: Tensor, num_full_n: Tensor) -> Tensor:
         estimates_nHGU = self._summary.estimate(q_nHGD, units_HUE)
@@ -93,7 +99,7 @@ class SummaryRanker:
 
 
 class CoarseToFineRanker(SummaryRanker):
-    """The same, but only inside the runs of neighbouring pages whose own summaries, the mean of
+    """The same, but only inside the runs of neighbouring pages whose own summaries, merged from
     those of their units, rank best. The first and the last run are always among them."""
 
     def __init__(
@@ -112,11 +118,9 @@ class CoarseToFineRanker(SummaryRanker):
         run_units = choice.super_pages * self._page_units
         missing = -self._units_HUE.shape[1] % run_units
         padded_HUE = torch.nn.functional.pad(self._units_HUE, (0, 0, 0, missing))
-        means_HSE = torch.unflatten(padded_HUE, 1, (-1, run_units)).mean(2)
-        self._runs_HSE = round_trip(means_HSE, choice.metadata)
-        width = self._runs_HSE.shape[-1]
-        run_tokens = choice.super_pages * choice.page_size
-        self.metadata_bytes += unit_bytes(width, choice.metadata) / run_tokens
+        runs_HSE = summary.merge(torch.unflatten(padded_HUE, 1, (-1, run_units)))
+        self._runs_HSE = self._keep(runs_HSE, choice)
+        self.metadata_bytes += self._unit_bytes(choice) / (choice.super_pages * choice.page_size)
 
     def score(self, q_nHGD: Tensor, mass_nHGP: Tensor | None, *, num_full_n: Tensor) -> Tensor:
         scores_nHP = super().score(q_nHGD, mass_nHGP, num_full_n=num_full_n)

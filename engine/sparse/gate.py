@@ -19,12 +19,17 @@ class Gate:
     """``keys_HER`` maps the mean, largest and smallest key of a unit, ``queries_HGDR`` the
     query; what is kept of a unit are R values."""
 
+    signs: tuple[bool, ...] = (True,)
+
     def __init__(self, keys_HER: Tensor, queries_HGDR: Tensor) -> None:
         self._keys_HER = keys_HER
         self._queries_HGDR = queries_HGDR
 
     def build(self, keys_HUTD: Tensor) -> Tensor:
         return pool(keys_HUTD) @ self._keys_HER
+
+    def merge(self, summary_HSXE: Tensor) -> Tensor:
+        return summary_HSXE.mean(2)
 
     def estimate(self, q_nHGD: Tensor, summary_HUE: Tensor) -> Tensor:
         return dot(map_queries(q_nHGD, self._queries_HGDR), summary_HUE)

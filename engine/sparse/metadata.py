@@ -5,6 +5,7 @@ Shape legend: H KV heads, U units, E values kept of a unit.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from sparsed.core import MetadataFormat
 
 SCALE_BYTES: Final = 2
+MIN_SCALE: Final = 2.0**-24  # of float16
 FP8_MAX: Final = 448.0  # of e4m3
 LEVELS: Final = {MetadataFormat.INT8: 127, MetadataFormat.INT4: 7}
 VALUE_BYTES: Final = {
@@ -23,21 +25,33 @@ VALUE_BYTES: Final = {
 }
 
 
-def round_trip(summary_HUE: Tensor, kind: MetadataFormat) -> Tensor:
-    """The summary as it is read back, float32; each unit has a scale of its own."""
+def round_trip(summary_HUE: Tensor, kind: MetadataFormat, *, signs: Sequence[bool]) -> Tensor:
+    """The summary as it is read back, float32. Each of its equal parts has a scale a unit of its
+    own; a part without a sign holds no negative values and has twice the levels for it."""
     if kind is MetadataFormat.BF16:
         return summary_HUE.bfloat16().float()
-    largest_HU1 = summary_HUE.abs().amax(-1, keepdim=True).clamp(min=1e-12)
-    if kind is MetadataFormat.FP8:
-        scale_HU1 = (largest_HU1 / FP8_MAX).half().float().clamp(min=2**-24)
-        values_HUE = (summary_HUE / scale_HU1).clamp(-FP8_MAX, FP8_MAX)
-        return values_HUE.to(torch.float8_e4m3fn).float() * scale_HU1
-    levels = LEVELS[kind]
-    scale_HU1 = (largest_HU1 / levels).half().float().clamp(min=2**-24)
-    return (summary_HUE / scale_HU1).round().clamp(-levels, levels) * scale_HU1
+    parts = summary_HUE.chunk(len(signs), dim=-1)
+    read_back = [_read_back(part, kind, signed=s) for part, s in zip(parts, signs, strict=True)]
+    return torch.cat(read_back, dim=-1)
 
 
-def unit_bytes(num_values: int, kind: MetadataFormat) -> float:
+def unit_bytes(num_values: int, kind: MetadataFormat, *, num_parts: int) -> float:
     """Bytes of a unit's summary of ``num_values`` values."""
     scale_bytes = 0 if kind is MetadataFormat.BF16 else SCALE_BYTES
-    return num_values * VALUE_BYTES[kind] + scale_bytes
+    return num_values * VALUE_BYTES[kind] + scale_bytes * num_parts
+
+
+def _read_back(part_HUE: Tensor, kind: MetadataFormat, *, signed: bool) -> Tensor:
+    largest_HU1 = part_HUE.abs().amax(-1, keepdim=True)
+    if kind is MetadataFormat.FP8:
+        scale_HU1 = _as_kept(largest_HU1 / FP8_MAX)
+        values_HUE = (part_HUE / scale_HU1).clamp(-FP8_MAX, FP8_MAX)
+        return values_HUE.to(torch.float8_e4m3fn).float() * scale_HU1
+    levels = LEVELS[kind] if signed else 2 * LEVELS[kind] + 1
+    scale_HU1 = _as_kept(largest_HU1 / levels)
+    return (part_HUE / scale_HU1).round().clamp(-levels, levels) * scale_HU1
+
+
+def _as_kept(scale_HU1: Tensor) -> Tensor:
+    """A scale in float16, never 0."""
+    return scale_HU1.half().float().clamp(min=MIN_SCALE)

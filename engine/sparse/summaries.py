@@ -5,7 +5,7 @@ in logits not divided by the square root of the head dim, up to a constant of th
 query heads of a group agree on one ranking is the next step (``groups.py``).
 
 Shape legend: n positions, H KV heads, G query heads per KV head, U units (pages, or the sub-pages
-they are cut into), T tokens of a unit, D head dim, E values kept of a unit, R kept dims.
+they are cut into), S runs of X units, T tokens of a unit, D head dim, E values kept of a unit, R kept dims.
 """
 
 from __future__ import annotations
@@ -17,10 +17,18 @@ from torch import Tensor
 
 
 class Summary(Protocol):
-    """Metadata of the units of one layer. Keys are rotated, float32."""
+    """Metadata of the units of one layer. Keys are rotated, float32. ``signs``: the equal parts
+    of a summary, each with a scale of its own where bits are few; false: never negative."""
+
+    @property
+    def signs(self) -> tuple[bool, ...]: ...
 
     def build(self, keys_HUTD: Tensor) -> Tensor:
         """What is kept: (H, U, E)."""
+        ...
+
+    def merge(self, summary_HSXE: Tensor) -> Tensor:
+        """One summary (H, S, E) of every X neighbouring units."""
         ...
 
     def estimate(self, q_nHGD: Tensor, summary_HUE: Tensor) -> Tensor:
@@ -34,8 +42,14 @@ class Extremes:
     Source: Quest, arXiv 2406.10774.
     """
 
+    signs: tuple[bool, ...] = (True,)
+
     def build(self, keys_HUTD: Tensor) -> Tensor:
         return torch.cat((keys_HUTD.amax(2), keys_HUTD.amin(2)), dim=-1)
+
+    def merge(self, summary_HSXE: Tensor) -> Tensor:
+        upper_HSXD, lower_HSXD = summary_HSXE.chunk(2, dim=-1)
+        return torch.cat((upper_HSXD.amax(2), lower_HSXD.amin(2)), dim=-1)
 
     def estimate(self, q_nHGD: Tensor, summary_HUE: Tensor) -> Tensor:
         return bound(q_nHGD, summary_HUE)
@@ -47,11 +61,16 @@ class CuboidMean:
     Source: ArkVale, NeurIPS 2024.
     """
 
+    signs: tuple[bool, ...] = (True,)
+
     def build(self, keys_HUTD: Tensor) -> Tensor:
         centre_HU1D = (keys_HUTD.amax(2, keepdim=True) + keys_HUTD.amin(2, keepdim=True)) / 2
         radius_HUD = (keys_HUTD - centre_HU1D).abs().mean(2)
         centre_HUD = centre_HU1D[:, :, 0]
         return torch.cat((centre_HUD + radius_HUD, centre_HUD - radius_HUD), dim=-1)
+
+    def merge(self, summary_HSXE: Tensor) -> Tensor:
+        return summary_HSXE.mean(2)
 
     def estimate(self, q_nHGD: Tensor, summary_HUE: Tensor) -> Tensor:
         return bound(q_nHGD, summary_HUE)
@@ -59,6 +78,8 @@ class CuboidMean:
 
 class MeanAndSpread:
     """The mean plus and minus ``spreads`` standard deviations of each dimension."""
+
+    signs: tuple[bool, ...] = (True,)
 
     def __init__(self, spreads: float = 1.0) -> None:
         self._spreads = spreads
@@ -68,6 +89,9 @@ class MeanAndSpread:
         spread_HUD = keys_HUTD.std(2, correction=0) * self._spreads
         return torch.cat((mean_HUD + spread_HUD, mean_HUD - spread_HUD), dim=-1)
 
+    def merge(self, summary_HSXE: Tensor) -> Tensor:
+        return summary_HSXE.mean(2)
+
     def estimate(self, q_nHGD: Tensor, summary_HUE: Tensor) -> Tensor:
         return bound(q_nHGD, summary_HUE)
 
@@ -75,45 +99,40 @@ class MeanAndSpread:
 class Mean:
     """The mean key (ShadowKV, arXiv 2410.21465, keeps the same)."""
 
+    signs: tuple[bool, ...] = (True,)
+
     def build(self, keys_HUTD: Tensor) -> Tensor:
         return keys_HUTD.mean(2)
+
+    def merge(self, summary_HSXE: Tensor) -> Tensor:
+        return summary_HSXE.mean(2)
 
     def estimate(self, q_nHGD: Tensor, summary_HUE: Tensor) -> Tensor:
         return dot(q_nHGD, summary_HUE)
 
 
-class MeanAndLength:
-    """The mean key, and the root mean square distance of the keys to it as one number: the
-    estimate adds what a key that lies that far off in the query's direction could gain."""
-
-    def __init__(self, spreads: float) -> None:
-        self._spreads = spreads
-
-    def build(self, keys_HUTD: Tensor) -> Tensor:
-        mean_HU1D = keys_HUTD.mean(2, keepdim=True)
-        length_HU1 = (keys_HUTD - mean_HU1D).square().mean((2, 3)).sqrt()[..., None]
-        return torch.cat((mean_HU1D[:, :, 0], length_HU1), dim=-1)
-
-    def estimate(self, q_nHGD: Tensor, summary_HUE: Tensor) -> Tensor:
-        mean_HUD, length_HU = summary_HUE[..., :-1], summary_HUE[..., -1]
-        gain_nHGU = q_nHGD.norm(dim=-1, keepdim=True) * length_HU[:, None]
-        estimates_nHGU: Tensor = dot(q_nHGD, mean_HUD) + self._spreads * gain_nHGU
-        return estimates_nHGU
-
-
 class Variance:
-    """The mean key and the variance of each dimension. The logarithm of the mean of exp(q.k) over
-    keys that are normal is q.mean + var(q.k) / 2; ``weight`` bounds what a few keys may claim."""
+    """The mean key, and the standard deviation of each dimension. The logarithm of the mean of
+    exp(q.k) over keys that are normal is q.mean + var(q.k) / 2, taken here without covariances;
+    ``weight`` of the second term. Best in a basis where covariances are small (``Rotated``)."""
+
+    signs: tuple[bool, ...] = (True, False)
 
     def __init__(self, weight: float, *, scale: float) -> None:
         self._factor = weight * scale / 2
 
     def build(self, keys_HUTD: Tensor) -> Tensor:
-        return torch.cat((keys_HUTD.mean(2), keys_HUTD.var(2, correction=0)), dim=-1)
+        return torch.cat((keys_HUTD.mean(2), keys_HUTD.std(2, correction=0)), dim=-1)
+
+    def merge(self, summary_HSXE: Tensor) -> Tensor:
+        mean_HSXD, spread_HSXD = summary_HSXE.chunk(2, dim=-1)
+        variance_HSD = spread_HSXD.square().mean(2) + mean_HSXD.var(2, correction=0)
+        return torch.cat((mean_HSXD.mean(2), variance_HSD.sqrt()), dim=-1)
 
     def estimate(self, q_nHGD: Tensor, summary_HUE: Tensor) -> Tensor:
-        mean_HUD, variance_HUD = summary_HUE.chunk(2, dim=-1)
-        return dot(q_nHGD, mean_HUD) + self._factor * dot(q_nHGD.square(), variance_HUD)
+        mean_HUD, spread_HUD = summary_HUE.chunk(2, dim=-1)
+        gain_nHGU = dot(q_nHGD.square(), spread_HUD.square())
+        return dot(q_nHGD, mean_HUD) + self._factor * gain_nHGU
 
 
 class Rotated:
@@ -124,12 +143,16 @@ class Rotated:
     """
 
     def __init__(self, inner: Summary, *, keys_HDR: Tensor, queries_HDR: Tensor) -> None:
+        self.signs = inner.signs
         self._inner = inner
         self._keys_HDR = keys_HDR
         self._queries_HDR = queries_HDR
 
     def build(self, keys_HUTD: Tensor) -> Tensor:
         return self._inner.build(keys_HUTD @ self._keys_HDR[:, None])
+
+    def merge(self, summary_HSXE: Tensor) -> Tensor:
+        return self._inner.merge(summary_HSXE)
 
     def estimate(self, q_nHGD: Tensor, summary_HUE: Tensor) -> Tensor:
         return self._inner.estimate(q_nHGD @ self._queries_HDR, summary_HUE)
@@ -138,11 +161,16 @@ class Rotated:
 class EveryKey:
     """All keys of a unit, worth keeping in a basis of few dims (``Rotated``) alone."""
 
+    signs: tuple[bool, ...] = (True,)
+
     def __init__(self, *, scale: float) -> None:
         self._scale = scale
 
     def build(self, keys_HUTD: Tensor) -> Tensor:
         return keys_HUTD.flatten(2)
+
+    def merge(self, summary_HSXE: Tensor) -> Tensor:
+        return summary_HSXE.mean(2)
 
     def estimate(self, q_nHGD: Tensor, summary_HUE: Tensor) -> Tensor:
         num_heads, num_units, _ = summary_HUE.shape

@@ -1034,8 +1034,7 @@ class RankMethod(StrEnum):
     QUEST = "quest"
     MEAN = "mean"
     MEAN_SPREAD = "mean-spread"  # mean key +- standard deviation of each dimension
-    MEAN_LENGTH = "mean-length"  # mean key, and how far keys lie from it as one number
-    VARIANCE = "variance"  # mean key, and the variance of each dimension in the exponent
+    VARIANCE = "variance"  # mean key, and the variance of q.k that the spread of keys implies
     EVERY_KEY = "every-key"  # all keys, in few dimensions
     CLUSTERS = "clusters"  # of like keys, wherever they stand, by their centre
     GATE = "gate"  # a learned map of pooled keys and of the query
@@ -1077,6 +1076,7 @@ class Choice:
 
     ``share``: tokens read over tokens of the context, the mean over all layers. ``grain``: tokens
     of a unit that is ranked, where pages are cut finer for that; a page ranks by its best unit.
+    ``variance_weight``: of the second term of ``variance``; 1 is right for keys that are normal.
     ``kept_dims``: of keys in a basis of their own (None: as they are). ``super_pages``: only the
     pages inside the best runs of so many neighbours are ranked, as many runs as hold ``coarse``
     times what is read (0: all pages are). ``estimated``: share of the context whose attention is
@@ -1090,6 +1090,7 @@ class Choice:
     group_rule: GroupRule = GroupRule.MEAN
     metadata: MetadataFormat = MetadataFormat.BF16
     kept_dims: int | None = None
+    variance_weight: float = 0.5
     budgets: BudgetRule = BudgetRule.EQUAL
     dense_layers: int = 0
     super_pages: int = 0
