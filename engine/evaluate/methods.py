@@ -151,7 +151,7 @@ class Methods:
     def _ranker(self, layer: int, keys_HMD: Tensor, counts_H: Tensor) -> Ranker:
         choice = self.choice
         if choice.method is RankMethod.ORACLE:
-            return OracleRanker()
+            return OracleRanker(choice.group_rule, scale=self._scale)
         if choice.method is RankMethod.RANDOM:
             return RandomRanker(num_pages=keys_HMD.shape[1] // choice.page_size, seed=layer)
         summary = self._summary(layer)

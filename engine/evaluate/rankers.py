@@ -6,15 +6,17 @@ U units (pages, or what they are cut into), T tokens of a unit, S runs of pages.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Final, Protocol
 
 import torch
 from torch import Tensor
 
-from sparsed.core import Choice
+from sparsed.core import Choice, GroupRule
 from sparsed.engine.sparse.groups import agree
 from sparsed.engine.sparse.metadata import round_trip, unit_bytes
 from sparsed.engine.sparse.summaries import Summary
+
+LEAST_MASS: Final = 1e-30
 
 
 class Ranker(Protocol):
@@ -29,13 +31,18 @@ class Ranker(Protocol):
 
 
 class OracleRanker:
-    """The true mass of a page, summed over the query heads of a KV head."""
+    """The true mass of a page, agreed upon by a group."""
 
     metadata_bytes = 0.0
 
+    def __init__(self, rule: GroupRule, *, scale: float) -> None:
+        self._rule = rule
+        self._scale = scale
+
     def score(self, q_nHGD: Tensor, mass_nHGP: Tensor | None, *, num_full_n: Tensor) -> Tensor:
         assert mass_nHGP is not None
-        return mass_nHGP.sum(2)
+        logs_nHGP = mass_nHGP.clamp(min=LEAST_MASS).log() / self._scale
+        return agree(logs_nHGP, self._rule, scale=self._scale)
 
 
 class RandomRanker:
