@@ -10,7 +10,7 @@ lane. A *block* is 128 tokens of a lane. A *frame* is one block of every lane of
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from enum import IntEnum, StrEnum
 from math import isfinite
@@ -1069,6 +1069,28 @@ class MetadataFormat(StrEnum):
     INT4 = "int4"
 
 
+def _is_power_of_two(value: int) -> bool:
+    return value > 0 and not value & (value - 1)
+
+
+_CHOICE_RANGES: Mapping[str, tuple[Callable[[float], bool], str]] = {  # of values but None
+    "share": (lambda x: 0 < x <= 1, "more than 0, at most 1"),
+    "page_size": (lambda x: x in PAGE_SIZES, "one of " + ", ".join(map(str, PAGE_SIZES))),
+    "grain": (
+        lambda x: x >= 4 and _is_power_of_two(int(x)),
+        "powers of two from 4 to the page size",
+    ),
+    "kept_dims": (lambda x: x >= 1, "1 or more"),
+    "variance_weight": (lambda x: isfinite(x) and x >= 0, "0 or more"),
+    "dense_layers": (lambda x: x >= 0, "0 or more"),
+    "super_pages": (lambda x: x == 0 or _is_power_of_two(int(x)), "0 or a power of two"),
+    "coarse": (lambda x: isfinite(x) and x >= 1, "1 or more"),
+    "estimated": (lambda x: 0 <= x <= 1, "from 0 to 1"),
+    "sink_pages": (lambda x: x >= 0, "0 or more"),
+    "recent_pages": (lambda x: x >= 0, "0 or more"),
+}
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Choice:
     """Which tokens decode attends to: the pages ranked best, the first ``sink_pages``, the newest
@@ -1080,7 +1102,8 @@ class Choice:
     ``kept_dims``: of keys in a basis of their own (None: as they are). ``super_pages``: only the
     pages inside the best runs of so many neighbours are ranked, as many runs as hold ``coarse``
     times what is read (0: all pages are). ``estimated``: share of the context whose attention is
-    estimated from summaries instead of dropped.
+    estimated from summaries instead of dropped. Errors: InputError naming the field that is out of
+    its range.
     """
 
     method: RankMethod
@@ -1098,6 +1121,18 @@ class Choice:
     estimated: float = 0.0
     sink_pages: int = 1
     recent_pages: int = 1
+
+    def __post_init__(self) -> None:
+        for name, (is_allowed, words) in _CHOICE_RANGES.items():
+            value = getattr(self, name)
+            if value is not None and not is_allowed(value):
+                raise InputError(f"{name}={value}: allowed: {words}", field=name)
+        if self.grain is not None and self.grain > self.page_size:
+            raise InputError(
+                f"grain={self.grain} is more than page_size={self.page_size}; allowed: powers of "
+                "two from 4 to the page size",
+                field="grain",
+            )
 
     def __str__(self) -> str:
         changed = [
