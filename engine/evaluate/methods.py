@@ -114,7 +114,7 @@ class Methods:
     def open(self, layer: int, keys_HMD: Tensor, values_HMD: Tensor) -> LayerMethod:
         """The layer's method over its keys and values, float32, rows after the text zero."""
         choice = self.choice
-        if choice.method is RankMethod.DENSE or layer < choice.dense_layers:
+        if self._share >= 1 or layer < choice.dense_layers:
             return DenseMethod()
         if choice.method is RankMethod.CLUSTERS:
             return ClusterMethod(
