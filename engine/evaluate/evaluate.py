@@ -38,6 +38,7 @@ def evaluate(wanted: Evaluate, *, on_progress: Progress) -> EvaluationReport:
     seconds = {"load": time.perf_counter() - started_s}
     on_progress("reading texts", 0.0)
     texts, held_out = _cut(wanted)
+    needles = _needles(wanted)
     started_s = time.perf_counter()
     calibration = _calibration(wanted, decoder, held_out, on_progress=on_progress)
     seconds["calibrate"] = time.perf_counter() - started_s
@@ -47,7 +48,7 @@ def evaluate(wanted: Evaluate, *, on_progress: Progress) -> EvaluationReport:
         for name, windows in texts.items()
         for row in race.run_text(name, windows, on_progress=on_progress)
     ]
-    needles = race.run_needles(_needles(wanted), on_progress=on_progress)
+    scores = race.run_needles(needles, on_progress=on_progress)
     return EvaluationReport(
         model=wanted.model,
         device_name=device_name(device),
@@ -57,7 +58,7 @@ def evaluate(wanted: Evaluate, *, on_progress: Progress) -> EvaluationReport:
         scored_tokens=wanted.scored_tokens,
         num_windows=wanted.num_windows,
         quality=tuple(quality),
-        needles=tuple(needles),
+        needles=tuple(scores),
         seconds=seconds | dict(race.seconds),
     )
 
@@ -124,4 +125,7 @@ def _check_length(wanted: Evaluate, decoder: Decoder) -> None:
 
 
 def _tokenizer(wanted: Evaluate) -> Tokenizer:
-    return Tokenizer.from_file(str(Path(wanted.model) / "tokenizer.json"))
+    tokenizer = Tokenizer.from_file(str(Path(wanted.model) / "tokenizer.json"))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
