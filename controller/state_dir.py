@@ -132,7 +132,7 @@ def _refusal(owner: str, *, verb: str, root: Path) -> str:
     held = f"`sparsed {owner_verb or 'start'}` (pid {pid or 'unknown'}) owns {root}"
     if verb == "tune" and owner_verb != "tune":
         return f"{held}; stop it first, or search beside it with: sparsed tuner advise"
-    if owner_verb == "tune" or owner_verb.startswith("bench "):
+    if owner_verb in ("tune", "eval") or owner_verb.startswith("bench "):
         return f"{held}; wait for it to end, or choose another --state-dir"
     return f"{held}; stop it with: sparsed stop, or choose another --state-dir"
 

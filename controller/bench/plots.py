@@ -33,7 +33,8 @@ def write_plots(report: BenchReport, directory: Path) -> tuple[Path, ...]:
     return paths
 
 
-def _new_figure(title: str, *, width: float, height: float) -> Figure:
+def new_figure(title: str, *, width: float, height: float) -> Figure:
+    """An empty one of so many inches."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -53,7 +54,7 @@ def _title(report: BenchReport) -> str:
 
 def _latencies(report: BenchReport) -> Figure:
     """The share of values that are no longer than x, for each of three latencies."""
-    figure = _new_figure(_title(report), width=12, height=4)
+    figure = new_figure(_title(report), width=12, height=4)
     complete = [record for record in report.result.records if record.is_complete]
     values_s = {
         "TTFT": [item.ttft_s for item in complete if item.ttft_s is not None],
@@ -91,7 +92,7 @@ def _distribution(
 
 
 def _series(report: BenchReport) -> Figure:
-    figure = _new_figure(_title(report), width=10, height=8)
+    figure = new_figure(_title(report), width=10, height=8)
     axes: Sequence[Axes] = figure.subplots(3, 1, sharex=True)
     seconds = report.seconds
     edges_s = [*(second.start_s for second in seconds), float(len(seconds))]

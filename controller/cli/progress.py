@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import sys
+from typing import Final
+
+_LINE_START: Final = "\r\x1b[K"  # and erases what a longer phase left behind
 
 
 class ProgressLine:
@@ -20,6 +23,6 @@ class ProgressLine:
         if now == self._shown or (self._only_terminal and not is_terminal):
             return
         self._shown = now
-        start, end = ("\r", "" if frac < 1 else "\n") if is_terminal else ("", "\n")
+        start, end = (_LINE_START, "" if frac < 1 else "\n") if is_terminal else ("", "\n")
         part = f" {now[1]} %" if now[1] else ""
         print(f"{start}{phase}{part}", end=end, file=sys.stderr, flush=True)

@@ -1,0 +1,1 @@
+"""``sparsed eval``: what is asked for, and what a report says."""
