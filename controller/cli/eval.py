@@ -31,7 +31,7 @@ CHOICES: Final = ("cuboid-mean", "oracle", "mean:page_size=16,group_rule=softmax
 SHARES: Final = ("1/8", "1/4")
 CONTEXT_TOKENS: Final = 2048
 SCORED_TOKENS: Final = 128
-NUM_WINDOWS: Final = 1
+NUM_WINDOWS: Final = 2
 
 TextOption = Annotated[
     list[str] | None,
