@@ -51,8 +51,7 @@ class ClusterMethod:
         self._sizes_HU = sums_HUE[..., -1]
         centres_HUD = sums_HUE[..., :-1] / self._sizes_HU.clamp(min=1)[..., None]
         self._centres_HUD = round_trip(centres_HUD, metadata, signs=(True,))
-        values_HME = torch.cat((values_HMD, ones_HM1), -1)
-        self._values_HUE = _sum_units(values_HME, self._units_HM, num_units)
+        self._values_HME = torch.cat((values_HMD, ones_HM1), -1)
         self._budget_tokens = budget_tokens - SINK_TOKENS - RECENT_TOKENS
         self._estimated_tokens = estimated_tokens
         self.metadata_bytes = unit_bytes(keys_HMD.shape[-1], metadata, num_parts=1) / UNIT_TOKENS
@@ -66,7 +65,8 @@ class ClusterMethod:
         logits_nHGU.masked_fill_(absent_nU[:, None, None], float("-inf"))
         scores_nHU = torch.softmax(logits_nHGU, dim=-1).sum(2)
         read_nHU, estimated_nHU = self._take(scores_nHU)
-        attended_nHM = read_nHU.gather(-1, self._units_HM.expand(len(q_nHGD), -1, -1))
+        units_nHM = self._units_HM.expand(len(q_nHGD), -1, -1)
+        attended_nHM = read_nHU.gather(-1, units_nHM)
         attended_nHM |= self._always(positions_n)[:, None]
         past_nM = torch.arange(attended_nHM.shape[-1], device=q_nHGD.device) <= positions_n[:, None]
         reads_nH = (attended_nHM & past_nM[:, None]).sum(-1) + estimated_nHU.sum(-1)
@@ -74,8 +74,12 @@ class ClusterMethod:
         if not self._estimated_tokens:
             return chosen
         mass_nHG = log_mass(q_nHGD, weights_nHGM, self._keys_HMD, scale=self._scale)
-        estimate_nHGE = estimate_units(
-            logits_nHGU, mass_nHG, values_HUE=self._values_HUE, wanted_nHU=estimated_nHU
+        units_nHGM = units_nHM[:, :, None].expand(-1, -1, q_nHGD.shape[2], -1)
+        estimate_nHGE = estimate_units(  # of single tokens: some of a unit may be read anyway
+            logits_nHGU.gather(-1, units_nHGM),
+            mass_nHG,
+            values_HUE=self._values_HME,
+            wanted_nHU=estimated_nHU.gather(-1, units_nHM) & ~attended_nHM,
         )
         return chosen._replace(estimate_nHGE=estimate_nHGE)
 
