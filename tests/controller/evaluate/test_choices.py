@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -23,7 +26,7 @@ from sparsed.core import (
     RankMethod,
 )
 
-PLAIN = Choice(method=RankMethod.MEAN)
+GUIDE = Path(__file__).resolve().parents[3] / "docs" / "benchmarking.md"
 
 
 @pytest.mark.parametrize(
@@ -157,3 +160,10 @@ def test_a_share_of_its_own_is_not_crossed() -> None:
         Choice(method=RankMethod.MEAN, share=1 / 4),
         Choice(method=RankMethod.QUEST, share=1 / 2),
     )
+
+
+def test_the_guide_names_every_method_and_key() -> None:
+    text = GUIDE.read_text()
+    keys = [item.name for item in fields(Choice) if item.name != "method"]
+    missing = [name for name in (*RankMethod, *keys) if f"`{name}`" not in text]
+    assert missing == []
