@@ -135,7 +135,7 @@ def test_what_the_process_is_asked_for(
         ("--share 2", "--share '2'"),
         ("--text /no/such/text", "--text /no/such/text: there is no such file"),
         ("--text poetry", "or one of prose, documentation, code, questions"),
-        ("--context 8192", "the model has 8192 positions for both; give at most 8064"),
+        ("--context 8192", "the model has 8192 positions for both; give at most 7936"),
         ("--calibration /no/such/file", "there is no such file; make it with --calibrate"),
         ("--calibration /no/such/file --calibrate", "there is no such directory"),
         ("--calibrate", "name its file with --calibration"),
