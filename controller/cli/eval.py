@@ -30,7 +30,7 @@ TEXTS: Final = ("documentation", "prose")
 CHOICES: Final = ("cuboid-mean", "oracle", "mean:page_size=16,group_rule=softmax-sum")
 SHARES: Final = ("1/8", "1/4")
 CONTEXT_TOKENS: Final = 2048
-SCORED_TOKENS: Final = 256
+SCORED_TOKENS: Final = 128
 NUM_WINDOWS: Final = 2
 
 TextOption = Annotated[

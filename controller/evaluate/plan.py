@@ -80,7 +80,7 @@ def plan_evaluation(
     Tokenizer.load(resolved.path)  # refuses a broken one
     _check_context(options, most=model.max_position)
     for choice in options.choices:
-        _check_layers(choice, model.shape)
+        _check_choice(choice, model.shape)
     return Evaluate(
         model=str(resolved.path),
         cache_dir=str(config.cache_dir),
@@ -150,7 +150,12 @@ def _check_context(options: EvaluateOptions, *, most: int) -> None:
         )
 
 
-def _check_layers(choice: Choice, shape: ModelShape) -> None:
+def _check_choice(choice: Choice, shape: ModelShape) -> None:
+    if choice.kept_dims is not None and choice.kept_dims > shape.head_dim:
+        raise InputError(
+            f"--choice: kept_dims={choice.kept_dims}: keys of this model have {shape.head_dim} dims",
+            field="kept_dims",
+        )
     if choice.dense_layers >= choice.share * shape.num_layers and choice.dense_layers:
         raise InputError(
             f"--choice: dense_layers={choice.dense_layers} of {shape.num_layers} layers alone read "

@@ -1135,6 +1135,8 @@ class Choice:
             )
 
     def __str__(self) -> str:
+        if self.method is RankMethod.DENSE:
+            return str(self.method)
         changed = [
             f"{f.name}={getattr(self, f.name):g}"
             if isinstance(getattr(self, f.name), float)

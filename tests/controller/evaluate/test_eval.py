@@ -103,7 +103,8 @@ def test_a_calibration_is_made_and_used(
     )
     monkeypatch.setattr(plan, "COMMAND", (sys.executable, "-P", "-c", code))
     file = tmp_path / "calibration.safetensors"
-    choice = f"--choice mean:budgets=head,kept_dims=16 --share 1/4 --calibration {file}"
+    choice = "--choice mean:budgets=head,kept_dims=16 --choice gate --share 1/4"
+    choice += f" --calibration {file}"
     assert evaluate(f"{QUICK} {choice} --calibrate") == 0
     assert file.stat().st_size > 0
     assert evaluate(f"{QUICK} {choice}") == 0
@@ -135,7 +136,7 @@ def test_what_the_process_is_asked_for(
         ("--share 2", "--share '2'"),
         ("--text /no/such/text", "--text /no/such/text: there is no such file"),
         ("--text poetry", "or one of prose, documentation, code, questions"),
-        ("--context 8192", "the model has 8192 positions for both; give at most 7936"),
+        ("--context 8192", "the model has 8192 positions for both; give at most 8064"),
         ("--calibration /no/such/file", "there is no such file; make it with --calibrate"),
         ("--calibration /no/such/file --calibrate", "there is no such directory"),
         ("--calibrate", "name its file with --calibration"),
@@ -143,6 +144,10 @@ def test_what_the_process_is_asked_for(
         ("--choice mean:kept_dims=16", "needs a calibration of this model"),
         ("--choice quest:budgets=layer", "needs a calibration of this model"),
         ("--choice mean:dense_layers=4,share=1/8", "dense_layers=4 of 30 layers alone read"),
+        (
+            f"--choice quest:kept_dims=65 --calibration {__file__}",
+            "kept_dims=65: keys of this model have 64 dims",
+        ),
         ("--device cuda:7", "this machine has"),
         ("--dtype int4", "--dtype: 'int4' is not one of"),
         ("--output /no/such/place/file.json", "no such directory"),
