@@ -53,8 +53,13 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
-def _as_list(value: object) -> object:
-    return [value] if isinstance(value, str) else [] if value is None else value
+def _as_list(value: object) -> list[object]:
+    """Stop strings, which may be one string or none, as a list."""
+    if value is None or isinstance(value, str):
+        return [] if value is None else [value]
+    if not isinstance(value, list):
+        raise ValueError("must be a string or a list of strings")
+    return value
 
 
 def _is_token_list(value: object) -> bool:
@@ -75,10 +80,12 @@ def _parse_prompts(value: object) -> list[str | list[int]]:
     return prompts
 
 
-def _join_parts(content: object) -> object:
-    """The text of a message whose content is a list of text parts."""
-    if not isinstance(content, list):
+def _join_parts(content: object) -> str:
+    """The text of a message; its content is that text, or a list of text parts."""
+    if isinstance(content, str):
         return content
+    if not isinstance(content, list):
+        raise ValueError('must be a string or a list of {"type": "text", "text": "..."}')
     texts = []
     for part in content:
         if not isinstance(part, dict) or part.keys() != {"type", "text"} or part["type"] != "text":
