@@ -55,11 +55,11 @@ def _is_unicode(text: str) -> bool:
 
 def _as_list(value: object) -> list[object]:
     """Stop strings, which may be one string or none, as a list."""
+    if isinstance(value, list):
+        return value
     if value is None or isinstance(value, str):
         return [] if value is None else [value]
-    if not isinstance(value, list):
-        raise ValueError("must be a string or a list of strings")
-    return value
+    raise ValueError("must be a string or a list of strings")
 
 
 def _is_token_list(value: object) -> bool:
@@ -82,10 +82,14 @@ def _parse_prompts(value: object) -> list[str | list[int]]:
 
 def _join_parts(content: object) -> str:
     """The text of a message; its content is that text, or a list of text parts."""
+    if isinstance(content, list):
+        return "\n".join(_text_parts(content))
     if isinstance(content, str):
         return content
-    if not isinstance(content, list):
-        raise ValueError('must be a string or a list of {"type": "text", "text": "..."}')
+    raise ValueError('must be a string or a list of {"type": "text", "text": "..."}')
+
+
+def _text_parts(content: list[object]) -> list[str]:
     texts = []
     for part in content:
         if not isinstance(part, dict) or part.keys() != {"type", "text"} or part["type"] != "text":
@@ -93,7 +97,7 @@ def _join_parts(content: object) -> str:
         texts.append(part["text"])
     if not all(isinstance(text, str) for text in texts):
         raise ValueError("the text of a part must be a string")
-    return "\n".join(texts)
+    return texts
 
 
 Prompts = Annotated[list[str | list[int]], PlainValidator(_parse_prompts)]

@@ -116,7 +116,7 @@ def test_a_damaged_value_is_a_failure_of_the_store(tmp_path: Path, damage: str) 
     path = restore(ASSETS[-1], tmp_path / "sparsed.db")
     query(path, damage)
     store = open_store(path)
-    with pytest.raises(StoreError, match="sparsed.db is not a readable database; move it away"):
+    with pytest.raises(StoreError, match=r"sparsed\.db is not a readable database"):
         store.list_profiles()
     with pytest.raises(StoreError, match="not a readable database"):
         store.pin(1)
