@@ -3,8 +3,9 @@
 Requests of every kind come in waves, are aborted at any moment and in part sent again with the
 tokens they had, as after a crash; hot knobs change while they run; both tiers are much too small.
 Every copy of a page is verified; between steps the page tables, and the hot tier against the DRAM
-tier, are checked. At the end the text of some greedy requests is compared with that of the same
-request alone on an engine with room for everything. Exit status 1 if anything is not as it must be.
+tier, are checked. Requests that are too long for the engine, and no others, must end with an error.
+At the end the text of some greedy requests is compared with that of the same request alone on an
+engine with room for everything. Exit status 1 if anything is not as it must be.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ from pathlib import Path
 import torch
 from report import environment, resolve_builtin
 from soak_answers import Answer, Difference, Ledger, compare_texts
-from soak_load import MAX_MODEL_LEN, MAX_NUM_SEQS, Load, SoakOptions
+from soak_load import MAX_MODEL_LEN, MAX_NUM_SEQS, Load, SoakOptions, is_too_long
 from soak_tiers import TierCheck
 
-from sparsed.core import EngineSpec, EngineStats, VerifyMode
+from sparsed.core import EngineSpec, EngineStats, FinishReason, VerifyMode
 from sparsed.engine.engine import Engine
 from sparsed.engine.models.config import load_config
 from sparsed.engine.models.dummy import DUMMY_PREFIX, dummy_config
@@ -107,7 +108,10 @@ class Soak:
         except AssertionError as error:
             error.add_note(f"at step {self.result.steps} of {self._options}")
             raise
-        assert all(answer.reason is not None for answer in self.ledger.answers)
+        for answer in self.ledger.answers:
+            assert answer.reason is not None, answer
+            failed = answer.reason is FinishReason.ERROR
+            assert failed is is_too_long(answer.request), answer
         self.result.seconds = time.perf_counter() - started_s
         self._engine.stats()  # a busy device may answer the next call only
         self.check.idle()

@@ -40,6 +40,11 @@ class SoakOptions:
     check_steps: int = 50
 
 
+def is_too_long(request: AddRequest) -> bool:
+    """Whether no engine of this size can serve it."""
+    return len(request.prompt_tokens) + request.sampling.max_tokens > MAX_MODEL_LEN
+
+
 class Load:
     """Random requests and knobs from one seed."""
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import signal
 import socket
 import time
 from collections.abc import Iterable, Mapping
@@ -25,6 +24,7 @@ from sparsed.controller.http_server import HttpServer, bind_port
 from sparsed.controller.ledger import SHUTTING_DOWN
 from sparsed.controller.links import keep_calibration
 from sparsed.controller.logs import ProgressLog, log_plan, log_to_stderr
+from sparsed.controller.signals import handle_signals, ignore_stops
 from sparsed.controller.startup import StartPlan, check_next_start, load_tokenizer, prepare
 from sparsed.controller.state_dir import StateLock
 from sparsed.controller.telemetry import Senses
@@ -61,6 +61,7 @@ async def run(config: DaemonConfig) -> int:
             daemon = Daemon(config, plan, store=store, store_fault=fault, started_s=started_s)
             await daemon.serve(bound)
         finally:
+            ignore_stops()
             store.close()
     return ExitCode.OK
 
@@ -101,7 +102,7 @@ class Daemon:
 
         Errors: StartError when the engine cannot be loaded or kept alive.
         """
-        self._handle_signals()
+        handle_signals(stop=self.request_stop, log_status=self._log_status)
         async with AsyncExitStack() as stack:  # closed from the last line to the first
             stack.callback(self._writer.close)
             stack.push_async_callback(self._tuner.close)
@@ -166,12 +167,6 @@ class Daemon:
             self, read_socket=paths.read_socket, admin_socket=paths.admin_socket
         )
         stack.push_async_callback(servers.stop)
-
-    def _handle_signals(self) -> None:
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self.request_stop)
-        loop.add_signal_handler(signal.SIGUSR1, self._log_status)
 
     def _log_status(self) -> None:
         logger.info("status: %s", msgspec.json.encode(self.status()).decode())

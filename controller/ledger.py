@@ -95,6 +95,11 @@ class Ledger:
         return len(self._entries)
 
     @property
+    def max_unfinished(self) -> int:
+        """The most requests that are taken, of all clients together; it changes with a knob."""
+        return self._limits.num_active() + self._limits.max_waiting
+
+    @property
     def draining(self) -> bool:
         return self._draining
 
@@ -193,7 +198,7 @@ class Ledger:
                 f"{request.sampling.max_tokens}; together at most {limit} fit",
                 field="prompt" if num_prompt >= limit else "max_tokens",
             )
-        if len(self._entries) >= self._limits.num_active() + self._limits.max_waiting:
+        if len(self._entries) >= self.max_unfinished:
             raise Unavailable(
                 f"{len(self._entries)} requests are running or waiting", retry_after_s=5.0
             )

@@ -10,11 +10,11 @@ from typing import Final
 
 from sqlalchemy import Connection, Engine, create_engine, event
 from sqlalchemy.engine.interfaces import DBAPIConnection
-from sqlalchemy.exc import DatabaseError, SQLAlchemyError
+from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import ConnectionPoolEntry
 
-from sparsed.core import ExitCode, StartError
+from sparsed.core import ExitCode, InputError, StartError
 from sparsed.db.migrate import upgrade
 from sparsed.db.store import StoreError
 
@@ -24,6 +24,9 @@ PRAGMAS: Final = (
     "PRAGMA foreign_keys = ON",
     "PRAGMA synchronous = NORMAL",
 )
+# A ValueError: what stands in the file is no text, no JSON, or no value that was ever written.
+# Even the messages of SQLite quote the file, and then cannot be decoded.
+FAILURES: Final = (SQLAlchemyError, sqlite3.Error, ValueError)
 
 
 def open_engine(path: Path) -> Engine:
@@ -38,7 +41,7 @@ def open_engine(path: Path) -> Engine:
     try:
         with engine.begin() as connection:
             upgrade(connection, path=path)
-    except (SQLAlchemyError, sqlite3.Error) as error:
+    except FAILURES as error:
         engine.dispose()
         raise _start_error(error, path=path) from error
     except StartError:
@@ -50,21 +53,27 @@ def open_engine(path: Path) -> Engine:
 @contextmanager
 def writing(engine: Engine) -> Iterator[Session]:
     """One transaction that holds the write lock; StoreError if it fails."""
-    try:
-        with Session(engine) as session, session.begin():
-            yield session
-    except SQLAlchemyError as error:
-        raise StoreError(_first_line(error)) from error
+    with _store_errors(engine), Session(engine) as session, session.begin():
+        yield session
 
 
 @contextmanager
 def reading(engine: Engine) -> Iterator[Session]:
     """One transaction that waits for no writer; StoreError if it fails."""
+    read_only = engine.execution_options(read_only=True)
+    with _store_errors(engine), Session(read_only) as session, session.begin():
+        yield session
+
+
+@contextmanager
+def _store_errors(engine: Engine) -> Iterator[None]:
     try:
-        with Session(engine.execution_options(read_only=True)) as session, session.begin():
-            yield session
-    except SQLAlchemyError as error:
-        raise StoreError(_first_line(error)) from error
+        yield
+    except InputError:  # a ValueError too, but the caller's
+        raise
+    except FAILURES as error:
+        damage = _damage(error, path=engine.url.database)
+        raise StoreError(damage or _first_line(error)) from error
 
 
 def _configure(connection: DBAPIConnection, _record: ConnectionPoolEntry) -> None:
@@ -80,16 +89,20 @@ def _begin(connection: Connection) -> None:
 
 
 def _start_error(error: Exception, *, path: Path) -> StartError:
-    damaged = isinstance(error, DatabaseError) and "not a database" in str(error)
-    if damaged or "malformed" in str(error):
-        return StartError(
-            f"{path} is not a readable database; move it away to begin with an empty one",
-            code=ExitCode.DATA,
-        )
+    if damage := _damage(error, path=path):
+        return StartError(damage, code=ExitCode.DATA)
     return StartError(
         f"{path} cannot be opened ({_first_line(error)}); check the state directory",
         code=ExitCode.NO_PERMISSION,
     )
+
+
+def _damage(error: Exception, *, path: Path | str | None) -> str | None:
+    """What to do about a damaged file; None if the error says nothing of the kind."""
+    signs = ("not a database", "malformed", "Could not decode")
+    if isinstance(error, ValueError) or any(sign in str(error) for sign in signs):
+        return f"{path} is not a readable database; move it away to begin with an empty one"
+    return None
 
 
 def _first_line(error: Exception) -> str:

@@ -71,11 +71,6 @@ class CudaDriver:
         self._check("cuDeviceGetPCIBusId", code)
         return text.value.decode().lower()
 
-    @property
-    def has_batches(self) -> bool:
-        """Whether ``copy_batch`` is one call (driver 12.8 and later)."""
-        return self._batch is not None
-
     def copy_each(
         self, targets: Sequence[int], sources: Sequence[int], sizes: Sequence[int], *, stream: int
     ) -> None:
@@ -90,7 +85,7 @@ class CudaDriver:
     def copy_batch(
         self, targets: Sequence[int], sources: Sequence[int], sizes: Sequence[int], *, stream: int
     ) -> None:
-        """As ``copy_each``, in one call where the driver has it; ``stream`` not the default one.
+        """As ``copy_each``, in one call from driver 12.8 on; ``stream`` not the default one.
 
         The order among the copies is open; each reads its source in the order of the stream.
         """

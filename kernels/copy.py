@@ -8,7 +8,8 @@ from torch import Tensor
 
 from sparsed.kernels import reference
 
-DEFAULT_PROGRAMS = 32  # for tests; the engine passes what calibration found for its link
+# For tests, and for an engine until a calibration says what its link wants.
+DEFAULT_PROGRAMS = 32
 DEFAULT_TILE_BYTES = 32 << 10
 MIN_TILE_BYTES, MAX_TILE_BYTES = 8 << 10, 64 << 10
 _WORD_BYTES = 4

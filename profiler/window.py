@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable
 
 from sparsed.core import EngineStats, HostGauges, Snapshot
@@ -12,7 +11,6 @@ from sparsed.profiler.span import Span
 INTERVAL_S = 1.0
 STALE_INTERVALS = 3
 MIN_WINDOW_S = 0.02  # the shortest any source can fill; shorter windows have no rates
-RING_SNAPSHOTS = 600
 
 
 class Window:
@@ -27,17 +25,12 @@ class Window:
         self._last = EngineStats()
         self._totals = EngineStats()
         self._span = Span(self._totals, started_s=clock())
-        self._ring: deque[Snapshot] = deque(maxlen=RING_SNAPSHOTS)
+        self._latest: Snapshot | None = None
 
     @property
     def totals(self) -> EngineStats:
         """Counters since the window began, over every engine; they never go back."""
         return self._totals
-
-    @property
-    def ring(self) -> tuple[Snapshot, ...]:
-        """The closed windows still in memory, oldest first."""
-        return tuple(self._ring)
 
     def observe_request(self, *, ttft_s: float, tpot_s: float | None) -> None:
         """A request ended; ``tpot_s`` None: it had fewer than two tokens."""
@@ -60,12 +53,10 @@ class Window:
             self._totals, now_s=now_s, ended_at=ended_at, host=host or HostGauges()
         )
         self._span = Span(self._totals, started_s=now_s)
-        self._ring.append(snapshot)
+        self._latest = snapshot
         return snapshot
 
     def latest(self) -> Snapshot | None:
         """The last window; None once three intervals have passed without a new report."""
         age_s = self._clock() - self._span.started_s
-        if not self._ring or age_s > STALE_INTERVALS * INTERVAL_S:
-            return None
-        return self._ring[-1]
+        return self._latest if age_s <= STALE_INTERVALS * INTERVAL_S else None

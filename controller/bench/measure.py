@@ -10,6 +10,7 @@ from typing import Final, TypeVar
 
 import msgspec
 
+from sparsed import __version__
 from sparsed.controller.bench.process import Progress, run_measurement
 from sparsed.controller.config import DaemonConfig
 from sparsed.controller.control import KnobSource
@@ -172,4 +173,5 @@ def _run(
     wanted: MeasureDecode | MeasureKernels, *, answer: type[Report], on_progress: Progress
 ) -> Report:
     request = msgspec.json.encode({type(wanted).__name__: wanted})
-    return run_measurement(COMMAND, request, answer=answer, on_progress=on_progress)
+    report = run_measurement(COMMAND, request, answer=answer, on_progress=on_progress)
+    return replace(report, versions={"sparsed": __version__, **report.versions})

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from sparsed import __version__
 from sparsed.controller.cli.output import (
     FormatOption,
     Output,
@@ -62,7 +64,7 @@ def link(
         on_progress=ProgressLine(only_terminal=format is Output.JSON),
     )
     if format is Output.JSON:
-        print_json(calibration)
+        print_json({"sparsed": __version__, **asdict(calibration)})
     else:
         whole = LARGE_COPY[is_kept or fault is not None]
         headers = [header.format(whole=whole) for header in HEADERS]

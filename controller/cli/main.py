@@ -13,6 +13,7 @@ from sparsed.controller.cli import bench, daemon, eval, knobs, model, profile, s
 from sparsed.controller.cli.output import complain
 from sparsed.controller.cli.session import ERROR
 from sparsed.core import ExitCode, InputError, StartError
+from sparsed.db.store import StoreError
 
 # They work alone and exit with sysexits numbers.
 LOCAL_VERBS = ("start", "tune", "model", "bench", "eval")
@@ -77,6 +78,9 @@ def run(arguments: list[str]) -> int:
     except (StartError, InputError) as error:
         complain(str(error))
         return error.code if is_local else ERROR
+    except StoreError as error:
+        complain(str(error))
+        return ExitCode.DATA if is_local else ERROR
     except Exception:  # noqa: BLE001  # the outermost frame: a bug has an exit status too
         traceback.print_exc()
         return ExitCode.SOFTWARE if is_local else ERROR

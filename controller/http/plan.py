@@ -35,6 +35,7 @@ def plan_choices(
     context: HttpContext,
 ) -> list[ChoicePlan]:
     """``n`` choices for each prompt, in order; InputError naming the field that does not fit."""
+    _check_count(body, len(prompts), context=context)
     rules = TextRules(
         stops=tuple(body.stop),
         include_stop=body.include_stop_str_in_output,
@@ -57,6 +58,20 @@ def plan_choices(
             )
             plans.append(ChoicePlan(index=index, request=request, rules=rules, echo=prompt.echo))
     return plans
+
+
+def _check_count(body: GenerationBody, num_prompts: int, *, context: HttpContext) -> None:
+    """InputError for more choices than an idle daemon takes: trying again would not help."""
+    most, num_choices = context.ledger.max_unfinished, num_prompts * body.n
+    if num_choices <= most:
+        return
+    field = "n" if num_prompts == 1 else "prompt"
+    asked = f"{num_prompts} prompts with n={body.n}" if num_prompts > 1 else f"n={body.n}"
+    raise InputError(
+        f"{field}: {asked} would be {num_choices} requests at once; at most {most} can run or "
+        "wait, send fewer at a time",
+        field=field,
+    )
 
 
 def encode_text(

@@ -53,8 +53,13 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
-def _as_list(value: object) -> object:
-    return [value] if isinstance(value, str) else [] if value is None else value
+def _as_list(value: object) -> list[object]:
+    """Stop strings, which may be one string or none, as a list."""
+    if isinstance(value, list):
+        return value
+    if value is None or isinstance(value, str):
+        return [] if value is None else [value]
+    raise ValueError("must be a string or a list of strings")
 
 
 def _is_token_list(value: object) -> bool:
@@ -75,10 +80,16 @@ def _parse_prompts(value: object) -> list[str | list[int]]:
     return prompts
 
 
-def _join_parts(content: object) -> object:
-    """The text of a message whose content is a list of text parts."""
-    if not isinstance(content, list):
+def _join_parts(content: object) -> str:
+    """The text of a message; its content is that text, or a list of text parts."""
+    if isinstance(content, list):
+        return "\n".join(_text_parts(content))
+    if isinstance(content, str):
         return content
+    raise ValueError('must be a string or a list of {"type": "text", "text": "..."}')
+
+
+def _text_parts(content: list[object]) -> list[str]:
     texts = []
     for part in content:
         if not isinstance(part, dict) or part.keys() != {"type", "text"} or part["type"] != "text":
@@ -86,7 +97,7 @@ def _join_parts(content: object) -> object:
         texts.append(part["text"])
     if not all(isinstance(text, str) for text in texts):
         raise ValueError("the text of a part must be a string")
-    return "\n".join(texts)
+    return texts
 
 
 Prompts = Annotated[list[str | list[int]], PlainValidator(_parse_prompts)]

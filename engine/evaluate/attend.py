@@ -1,15 +1,17 @@
 """Attention of many positions of a layer to what a method chooses, beside the dense one.
 
 Shape legend: n positions, H KV heads, G query heads per KV head, D head dim, M tokens, K selected
-pages, E = D + 1 (values, and their weight), R = n * G.
+pages, E = D + 1 (values, and their weight), X = D + PADDING, R = n * G.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import Final, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+PADDING: Final = 8  # columns beside the values, of which one is used: rows stay aligned
 
 
 class Chosen(NamedTuple):
@@ -50,9 +52,10 @@ class LayerAttention:
     def __init__(
         self, keys_HMD: Tensor, values_HMD: Tensor, method: LayerMethod, *, scale: float
     ) -> None:
-        ones_HM1 = torch.ones_like(values_HMD[..., :1])
+        sums_HMX = torch.zeros_like(values_HMD[..., :PADDING])
+        sums_HMX[..., 0].fill_(1.0)
         self._keys_HDM = keys_HMD.transpose(1, 2) * scale
-        self._values_HME = torch.cat((values_HMD, ones_HM1), dim=-1)  # the last sums the weights
+        self._values_HMX = torch.cat((values_HMD, sums_HMX), dim=-1)
         self._method = method
 
     def __call__(
@@ -89,7 +92,8 @@ class LayerAttention:
         return torch.softmax(logits_HnGM, dim=-1).transpose(0, 1)
 
     def _mix(self, weights_nHGM: Tensor) -> Tensor:
-        """Weighted values and, last, the sum of the weights: (n, H, G, D + 1)."""
+        """Weighted values and, last, the sum of the weights: (n, H, G, E)."""
         num_positions, _, group, _ = weights_nHGM.shape
-        mixed_HRE = weights_nHGM.transpose(0, 1).flatten(1, 2) @ self._values_HME
+        mixed_HRX = weights_nHGM.transpose(0, 1).flatten(1, 2) @ self._values_HMX
+        mixed_HRE = mixed_HRX[..., : 1 - PADDING]
         return torch.unflatten(mixed_HRE, 1, (num_positions, group)).transpose(0, 1)

@@ -37,7 +37,7 @@ MIN_PAGES = 3  # the first, the newest, and one that is chosen
 
 
 class PageMethod:
-    """The pages that a ranker puts first."""
+    """The pages that a ranker puts first; ``ranks`` times as many are listed, best first."""
 
     def __init__(
         self,
@@ -46,12 +46,14 @@ class PageMethod:
         *,
         counts_H: Tensor,
         estimate: PageEstimate | None,
+        ranks: int,
     ) -> None:
         self.metadata_bytes = ranker.metadata_bytes
         self._ranker = ranker
         self._choice = choice
         self._counts_H = counts_H
         self._estimate = estimate
+        self._ranks = ranks
 
     def choose(self, q_nHGD: Tensor, weights_nHGM: Tensor, *, first: int) -> Chosen:
         page_size = self._choice.page_size
@@ -61,10 +63,14 @@ class PageMethod:
         if isinstance(self._ranker, OracleRanker):
             mass_nHGP = torch.unflatten(weights_nHGM, -1, (-1, page_size)).sum(-1)
         scores_nHP = self._ranker.score(q_nHGD, mass_nHGP, num_full_n=tail_n)
+        most = scores_nHP.shape[-1] - 1  # ranks beyond the full pages hold none
+        listed_H = (self._counts_H * self._ranks).clamp(max=most)
         pages_nHK = select_pages(
-            scores_nHP, num_full_n=tail_n, counts_H=self._counts_H, choice=self._choice
+            scores_nHP, num_full_n=tail_n, counts_H=listed_H, choice=self._choice
         )
-        attended_nHP = attended_pages(pages_nHK, num_pages=scores_nHP.shape[-1])
+        listed_K = torch.arange(pages_nHK.shape[-1], device=pages_nHK.device)
+        read_nHK = pages_nHK.masked_fill(listed_K >= self._counts_H[:, None], -1)
+        attended_nHP = attended_pages(read_nHK, num_pages=scores_nHP.shape[-1])
         attended_nHP.scatter_(-1, tail_n[:, None, None].expand(-1, scores_nHP.shape[1], 1), True)
         reads_nH = self._counts_H * page_size + (positions_n % page_size + 1)[:, None]
         chosen = Chosen(attended_nHP.repeat_interleave(page_size, -1), reads_nH.float(), pages_nHK)
@@ -93,7 +99,8 @@ class PageMethod:
 
 
 class Methods:
-    """One choice for a context of ``num_tokens`` of a model of ``num_layers``. Errors: InputError
+    """One choice for a context of ``num_tokens`` of a model of ``num_layers``; ``ranks`` times the
+    pages that are read are listed, for recordings. Errors: InputError
     where the share is too small for the dense layers or for the pages that are always read."""
 
     def __init__(
@@ -104,11 +111,13 @@ class Methods:
         num_tokens: int,
         scale: float,
         calibration: Calibration | None = None,
+        ranks: int = 1,
     ) -> None:
         self.choice = choice
         self._num_tokens = num_tokens
         self._scale = scale
         self._calibration = calibration
+        self._ranks = ranks
         self._share = _share_of_sparse_layers(choice, num_layers=num_layers)
 
     def open(self, layer: int, keys_HMD: Tensor, values_HMD: Tensor) -> LayerMethod:
@@ -137,7 +146,7 @@ class Methods:
                 num_pages=round(choice.estimated * self._num_tokens / choice.page_size),
                 scale=self._scale,
             )
-        return PageMethod(ranker, choice, counts_H=counts_H, estimate=estimate)
+        return PageMethod(ranker, choice, counts_H=counts_H, estimate=estimate, ranks=self._ranks)
 
     def _counts(self, layer: int, keys_HMD: Tensor) -> Tensor:
         """Full pages that each KV head selects; the partial page comes on top."""

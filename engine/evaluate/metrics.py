@@ -95,7 +95,8 @@ def measure_quality(
 def bootstrap_ratio(losses_N: Floats) -> tuple[float, float]:
     """Interval of exp(mean) of what each token loses against dense (nats)."""
     generator = np.random.default_rng(0)
-    means = [generator.choice(losses_N, size=len(losses_N)).mean() for _ in range(NUM_RESAMPLES)]
+    count = len(losses_N)
+    means = [losses_N[generator.integers(count, size=count)].mean() for _ in range(NUM_RESAMPLES)]
     tail = (1 - CONFIDENCE) / 2
     low, high = np.exp(np.quantile(means, (tail, 1 - tail))).tolist()
     return low, high

@@ -24,7 +24,7 @@ from sparsed.engine.evaluate.texts import Window
 from sparsed.engine.models.decoder import Decoder
 
 DENSE = Choice(method=RankMethod.DENSE)
-LOCALITY_STEPS = 512  # of the first window of a text
+LOCALITY_STEPS = 256  # of the first window of a text
 
 Progress = Callable[[str, float], None]
 

@@ -165,6 +165,43 @@ def test_a_state_directory_that_cannot_be_used(
     assert says in line and str(state_dir) in line
 
 
+@pytest.fixture
+def damaged(tmp_path: Path) -> Path:
+    """A state directory whose database has a wrong byte every 97."""
+    sparsed("profile", "list", state_dir=tmp_path)
+    database = tmp_path / "sparsed.db"
+    content = bytearray(database.read_bytes())
+    content[4096::97] = bytes(byte ^ 255 for byte in content[4096::97])
+    database.write_bytes(content)
+    return tmp_path
+
+
+def test_a_damaged_database_is_named(damaged: Path, free_port: Callable[[], int]) -> None:
+    says = f"{damaged / 'sparsed.db'} is not a readable database; move it away"
+    listed = sparsed("profile", "list", state_dir=damaged)
+    assert listed.returncode == 1
+    assert says in listed.stderr.splitlines()[-1] and "Traceback" not in listed.stderr
+    flags = ("--device", "cpu", "--port", str(free_port()))
+    started = sparsed("start", "--model", "dummy:tiny", *flags, state_dir=damaged)
+    assert started.returncode == 65
+    assert says in refusal(started)
+
+
+def test_a_database_that_cannot_be_asked_is_no_bug(
+    tmp_path: Path, free_port: Callable[[], int]
+) -> None:
+    """The file opens, but lacks what the start looks up."""
+    sparsed("profile", "list", state_dir=tmp_path)
+    with sqlite3.connect(tmp_path / "sparsed.db") as database:
+        database.execute("DROP TABLE profile")
+        database.execute("CREATE TABLE profile (id INTEGER PRIMARY KEY)")
+    database.close()
+    flags = ("--device", "cpu", "--port", str(free_port()))
+    started = sparsed("start", "--model", "dummy:tiny", *flags, state_dir=tmp_path)
+    assert started.returncode == 65
+    assert "no such column" in refusal(started)
+
+
 def test_a_search_beside_a_daemon_points_to_the_live_one(served: Any) -> None:
     done = sparsed("tune", "--model", "dummy:tiny", state_dir=served.state_dir)
     assert done.returncode == 75

@@ -115,6 +115,24 @@ def test_a_second_signal_does_not_wait(daemon: StartDaemon) -> None:
     assert "Traceback" not in running.log.read_text()
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("ready", [True, False], ids=["serving", "loading"])
+def test_signals_without_end_change_nothing(
+    daemon: StartDaemon, number: signal.Signals, ready: bool
+) -> None:
+    running = daemon(*SMALL, wait=ready)
+    deadline = time.monotonic() + 60
+    while "loading torch" not in running.log.read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    while running.process.poll() is None:
+        assert time.monotonic() < deadline
+        running.process.send_signal(number)
+        time.sleep(0.002)
+    assert running.process.returncode == 0
+    assert "Traceback" not in running.log.read_text()
+
+
 def test_knobs_change_now_or_at_the_next_start(daemon: StartDaemon) -> None:
     running = daemon(*SMALL)
     with AdminClient(running.state_dir / "run" / "admin.sock") as admin:

@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from sparsed import __version__
 from sparsed.controller.bench import measure as bench
 from sparsed.controller.bench.measure import (
     KERNELS_MODEL,
@@ -171,6 +172,7 @@ def test_decode_through_the_real_process(
     assert json.loads(captured.out) == json.loads(file.read_text())
     report = msgspec.convert(json.loads(captured.out), type=DecodeReport)
     assert [(s.requests, s.graph_ms) for s in report.steps] == [(1, None), (3, None)]
+    assert report.versions["sparsed"] == __version__ and "torch" in report.versions
     assert captured.err == ""
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from sparsed import __version__
 from sparsed.controller.bench import link as bench
 from sparsed.controller.bench.link import (
     Calibrated,
@@ -199,6 +200,7 @@ def test_a_cpu_is_measured_and_forgotten(
     assert run([*arguments, "--format", "json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert len(found["entries"]) == 2 and found["measured_at"] > 0
+    assert found["sparsed"] == __version__
     assert not (tmp_path / "sparsed.db").exists()
 
 

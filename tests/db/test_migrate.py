@@ -14,6 +14,7 @@ from sparsed.core import ExitCode, LinkKey, ProfileKey, StartError
 from sparsed.db import open_store
 from sparsed.db.models import Base
 from sparsed.db.session import PRAGMAS, open_engine
+from sparsed.db.store import StoreError
 
 ASSETS = sorted((Path(__file__).parent / "assets").glob("*.sql"))
 LINK = LinkKey(gpu_name="asset", driver="1", link="gen5x16", torch="2", triton="3")
@@ -87,6 +88,39 @@ def test_a_file_that_is_no_database_is_refused(tmp_path: Path) -> None:
     with pytest.raises(StartError, match="not a readable database") as caught:
         open_store(path)
     assert caught.value.code is ExitCode.DATA
+
+
+@pytest.mark.parametrize(("begin", "stride"), [(0, 7), (4096, 97), (4096, 7), (8192, 31)])
+def test_a_damaged_file_is_refused(tmp_path: Path, begin: int, stride: int) -> None:
+    """Damage may reach the messages of SQLite, which then are no UTF-8."""
+    path = tmp_path / "sparsed.db"
+    open_store(path).close()
+    content = bytearray(path.read_bytes())
+    content[begin::stride] = bytes(byte ^ 255 for byte in content[begin::stride])
+    path.write_bytes(content)
+    with pytest.raises(StartError, match="not a readable database; move it away") as caught:
+        open_store(path)
+    assert caught.value.code is ExitCode.DATA
+    assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "UPDATE config SET \"values\" = CAST(x'ff7b' AS TEXT)",
+        "UPDATE config SET \"values\" = '{'",
+        "UPDATE profile SET status = 'verifiec'",
+    ],
+)
+def test_a_damaged_value_is_a_failure_of_the_store(tmp_path: Path, damage: str) -> None:
+    path = restore(ASSETS[-1], tmp_path / "sparsed.db")
+    query(path, damage)
+    store = open_store(path)
+    with pytest.raises(StoreError, match=r"sparsed\.db is not a readable database"):
+        store.list_profiles()
+    with pytest.raises(StoreError, match="not a readable database"):
+        store.pin(1)
+    store.close()
 
 
 def test_a_missing_folder_is_refused(tmp_path: Path) -> None:

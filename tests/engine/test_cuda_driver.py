@@ -73,7 +73,6 @@ def test_a_device_is_called_as_the_kernel_calls_it() -> None:
 def test_a_batch_is_one_call_in_the_order_of_its_stream() -> None:
     library = FakeLibrary(has_batch=True)
     driver = CudaDriver(library)
-    assert driver.has_batches
     driver.copy_batch([1 << 40, 2], [3, 4], [16, 32], stream=7)
     in_stream_order = [1, 0, 0, 0, 0, 0]
     assert library.calls == [("batch", [[1 << 40, 2], [3, 4], [16, 32], in_stream_order, 1, 7])]
@@ -84,6 +83,5 @@ def test_a_batch_is_one_call_in_the_order_of_its_stream() -> None:
 def test_an_old_driver_copies_one_by_one() -> None:
     library = FakeLibrary()
     driver = CudaDriver(library)
-    assert not driver.has_batches
     driver.copy_batch([1, 2], [3, 4], [16, 32], stream=7)
     assert library.calls == [("cuMemcpyAsync", [1, 3, 16, 7]), ("cuMemcpyAsync", [2, 4, 32, 7])]

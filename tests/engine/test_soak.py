@@ -64,6 +64,14 @@ def test_nothing_is_lost_or_wrong(make_runner: MakeRunner, options: dict[str, An
 
 
 @pytest.mark.slow
+def test_only_what_is_too_long_may_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert soak(seed=2).reasons["error"] == 1
+    monkeypatch.setattr("soak.is_too_long", lambda request: False)
+    with pytest.raises(AssertionError, match=r"reason=<FinishReason\.ERROR"):
+        soak(seed=2)
+
+
+@pytest.mark.slow
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("enforce_eager", [False, True])

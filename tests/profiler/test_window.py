@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from sparsed.core import EngineStats, Snapshot
 from sparsed.profiler.counters import COUNTERS, advance
 from sparsed.profiler.span import percentile
-from sparsed.profiler.window import RING_SNAPSHOTS, Window
+from sparsed.profiler.window import Window
 
 
 class Clock:
@@ -112,13 +112,6 @@ def test_requests_count_in_the_window_they_finish_in(window: Window, clock: Cloc
     assert snapshot.ttft_p50_s == pytest.approx(0.2)
     assert snapshot.tpot_p50_s == pytest.approx(0.02)
     assert close(window, clock, EngineStats(requests_finished=3)).ttft_p50_s is None
-
-
-def test_the_ring_is_bounded_and_oldest_first(window: Window, clock: Clock) -> None:
-    for steps in range(RING_SNAPSHOTS + 5):
-        close(window, clock, EngineStats(steps=steps))
-    assert len(window.ring) == RING_SNAPSHOTS
-    assert window.ring[0].ended_at < window.ring[-1].ended_at == clock.now_s
 
 
 def test_every_counter_of_the_engine_is_carried() -> None:

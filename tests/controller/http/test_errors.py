@@ -1,3 +1,4 @@
+import asyncio
 from typing import Any
 
 import pytest
@@ -49,6 +50,7 @@ PATH = "/v1/completions"
         ({"stop": ""}, "stop"),
         ({"stop": ["a"] * 17}, "stop"),
         ({"stop": [1]}, "stop[0]"),
+        ({"stop": 5}, "stop"),
         ({"stop_token_ids": [512]}, "stop_token_ids"),
         ({"stream": "yes"}, "stream"),
         ({"stream_options": {"usage": True}}, "stream_options.usage"),
@@ -105,6 +107,25 @@ async def test_a_body_of_another_type_is_refused(open_edge: Any) -> None:
     assert "application/json" in response.json()["error"]["message"]
 
 
+@pytest.mark.parametrize(
+    ("path", "body", "says"),
+    [
+        (PATH, {"prompt": "x", "stop": 5}, "stop: must be a string or a list of strings"),
+        (
+            "/v1/chat/completions",
+            {"messages": [{"role": "user", "content": 5}]},
+            'messages[0].content: must be a string or a list of {"type": "text", "text": "..."}',
+        ),
+    ],
+)
+async def test_every_form_of_a_field_is_named(
+    path: str, body: Any, says: str, open_edge: Any
+) -> None:
+    async with open_edge() as edge:
+        error = await edge.refused(path, 400, **body)
+    assert error["message"] == says
+
+
 async def test_long_prompt_names_the_limit(open_edge: Any) -> None:
     async with open_edge() as edge:
         error = await edge.refused(PATH, 400, prompt="x" * 1234)
@@ -132,15 +153,39 @@ async def test_unknown_model_and_path(open_edge: Any) -> None:
 async def test_draining_and_a_full_queue_say_when_to_come_back(open_edge: Any, engine: Any) -> None:
     async with open_edge(max_waiting=0) as edge:
         engine.blocked = True
-        full = await edge.client.post(PATH, json={"prompt": ["x"] * 5})
+        others = asyncio.create_task(edge.client.post(PATH, json={"prompt": ["x"] * 2}))
+        while edge.ledger.num_unfinished < 2:
+            await asyncio.sleep(0)
+        full = await edge.client.post(PATH, json={"prompt": ["x"] * 3})
         engine.blocked = False
+        assert (await others).status_code == 200
         await edge.ledger.drain(timeout_s=1.0)
         drained = await edge.client.post(PATH, json={"prompt": "x"})
     for response in (full, drained):
         assert response.status_code == 503
         assert int(response.headers["retry-after"]) >= 1
         assert response.json()["error"]["type"] == "ServiceUnavailableError"
-    assert len(engine.aborted) == 4  # the choices that had been taken
+    assert len(engine.aborted) == 2  # the choices that had been taken
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "asked"),
+    [
+        ({"prompt": ["x"] * 9}, "prompt", "9 prompts with n=1 would be 9 requests"),
+        ({"prompt": ["x"] * 3, "n": 3}, "prompt", "3 prompts with n=3 would be 9 requests"),
+        ({"prompt": "x", "n": 9}, "n", "n=9 would be 9 requests"),
+    ],
+)
+async def test_more_choices_than_an_idle_daemon_takes(
+    body: Any, param: str, asked: str, open_edge: Any, engine: Any
+) -> None:
+    async with open_edge(max_waiting=4) as edge:
+        error = await edge.refused(PATH, 400, **body)
+        assert error["param"] == param
+        assert error["message"].startswith(f"{param}: {asked} at once; at most 8 can run or wait")
+        assert engine.received == []
+        answer = await edge.post(PATH, prompt=["x"] * 4, n=2)
+    assert len(answer["choices"]) == 8
 
 
 @pytest.mark.parametrize("n", [1, 3])
