@@ -244,6 +244,7 @@ def test_all_pages_are_dense() -> None:
         Choice(method=RankMethod.ORACLE, page_size=16),
         counts_H=torch.full((H,), 512 // 16),
         estimate=None,
+        ranks=1,
     )
     attention = LayerAttention(keys_HMD, values_HMD, method, scale=SCALE)
     o_nHGD, recall_nHG, error_nHG, *_ = attention(q_MHGD[384:], first=384)
