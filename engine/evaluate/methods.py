@@ -100,8 +100,11 @@ class PageMethod:
 
 class Methods:
     """One choice for a context of ``num_tokens`` of a model of ``num_layers``; ``ranks`` times the
-    pages that are read are listed, for recordings. Errors: InputError
-    where the share is too small for the dense layers or for the pages that are always read."""
+    pages that are read are listed, for recordings.
+
+    Every sparse layer reads at least ``MIN_PAGES`` full pages, whatever the share: what is
+    measured as reads tells. Errors: InputError where the dense layers alone read more than it.
+    """
 
     def __init__(
         self,
@@ -162,7 +165,8 @@ class Methods:
         if choice.method is RankMethod.ORACLE:
             return OracleRanker(choice.group_rule, scale=self._scale)
         if choice.method is RankMethod.RANDOM:
-            return RandomRanker(num_pages=keys_HMD.shape[1] // choice.page_size, seed=layer)
+            num_pages = keys_HMD.shape[1] // choice.page_size
+            return RandomRanker(num_pages=num_pages, seed=layer, device=keys_HMD.device)
         summary = self._summary(layer)
         if not choice.super_pages:
             return SummaryRanker(

@@ -50,14 +50,13 @@ class RandomRanker:
 
     metadata_bytes = 0.0
 
-    def __init__(self, *, num_pages: int, seed: int) -> None:
+    def __init__(self, *, num_pages: int, seed: int, device: torch.device) -> None:
         self._num_pages = num_pages
-        self._seed = seed
+        self._generator = torch.Generator(device).manual_seed(seed)
 
     def score(self, q_nHGD: Tensor, mass_nHGP: Tensor | None, *, num_full_n: Tensor) -> Tensor:
-        generator = torch.Generator(q_nHGD.device).manual_seed(self._seed + int(num_full_n[0]))
         shape = (*q_nHGD.shape[:2], self._num_pages)
-        return torch.rand(shape, generator=generator, device=q_nHGD.device)
+        return torch.rand(shape, generator=self._generator, device=q_nHGD.device)
 
 
 class SummaryRanker:

@@ -17,7 +17,7 @@ def select_pages(
     """The ``counts`` best full pages of each lane, best first and padded with -1: (n, H, K).
 
     The first ``sink_pages`` and the newest ``recent_pages`` of the ``num_full`` come before all
-    others. ``num_full_n`` is at least as many as any lane selects.
+    others. A position with fewer full pages than ``counts`` gets them all.
     """
     pages_P = torch.arange(scores_nHP.shape[-1], device=scores_nHP.device)
     full_n1 = num_full_n[:, None]
@@ -27,7 +27,8 @@ def select_pages(
     scores.masked_fill_(absent_nP[:, None], float("-inf"))
     best_nHK = scores.topk(int(counts_H.max()), dim=-1).indices
     ranks_K = torch.arange(best_nHK.shape[-1], device=scores.device)
-    return best_nHK.masked_fill(ranks_K >= counts_H[:, None], -1)
+    best_nHK.masked_fill_(ranks_K >= counts_H[:, None], -1)
+    return best_nHK.masked_fill_(best_nHK >= full_n1[:, None], -1)
 
 
 def attended_pages(pages_nHK: Tensor, *, num_pages: int) -> Tensor:

@@ -17,7 +17,13 @@ from sparsed.core import (
     SparseMethod,
 )
 from sparsed.engine.evaluate import rankers
-from sparsed.engine.evaluate.rankers import CoarseToFineRanker, OracleRanker, SummaryRanker
+from sparsed.engine.evaluate.rankers import (
+    CoarseToFineRanker,
+    OracleRanker,
+    RandomRanker,
+    SummaryRanker,
+)
+from sparsed.engine.evaluate.select import select_pages
 from sparsed.engine.sparse.bounds import make_selector
 from sparsed.engine.sparse.groups import agree
 from sparsed.engine.sparse.metadata import MIN_SCALE, round_trip, unit_bytes
@@ -256,3 +262,28 @@ def test_bytes_of_a_unit() -> None:
     assert unit_bytes(32, MetadataFormat.INT8, num_parts=2) == 32 + 4
     assert unit_bytes(32, MetadataFormat.FP8, num_parts=1) == 32 + 2
     assert unit_bytes(32, MetadataFormat.INT4, num_parts=1) == 16 + 2
+
+
+def test_more_ranks_than_full_pages_are_padded() -> None:
+    """A position with few full pages lists them all, and none that is not full."""
+    scores_nHP = torch.rand((3, 2, 20))
+    num_full_n = torch.tensor([5, 12, 19])
+    pages_nHK = select_pages(
+        scores_nHP,
+        num_full_n=num_full_n,
+        counts_H=torch.tensor([12, 7]),
+        choice=Choice(method=RankMethod.ORACLE),
+    )
+    for position, num_full in enumerate(num_full_n.tolist()):
+        for head, count in enumerate((12, 7)):
+            listed = [page for page in pages_nHK[position, head].tolist() if page >= 0]
+            assert len(listed) == len(set(listed)) == min(count, num_full)
+            assert max(listed) < num_full
+
+
+def test_random_pages_are_drawn_anew() -> None:
+    ranker = RandomRanker(num_pages=50, seed=3, device=torch.device("cpu"))
+    q_nHGD, num_full_n = torch.zeros((4, 2, 3, 8)), torch.tensor([40, 40, 40, 40])
+    first, second = (ranker.score(q_nHGD, None, num_full_n=num_full_n) for _ in range(2))
+    assert first.shape == (4, 2, 50)
+    assert not torch.equal(first, second) and not torch.equal(first[0], first[1])
