@@ -50,6 +50,7 @@ FLAT = replace(FINE, kept_dims=None, metadata=MetadataFormat.BF16)
 CLUSTERS = Choice(method=RankMethod.CLUSTERS)
 GATE = Choice(method=RankMethod.GATE, page_size=16, group_rule=GroupRule.SOFTMAX_SUM)
 MEAN = Choice(method=RankMethod.MEAN, page_size=16)
+FORMATS: Final = (MetadataFormat.BF16, MetadataFormat.FP8, MetadataFormat.INT8)  # besides FINE's
 ESTIMATED: Final = 0.232  # share of the context, as RetroInfer has it
 FEW = (CUBOID, FINE, replace(ORACLE, page_size=8), CLUSTERS)
 
@@ -70,7 +71,7 @@ STAGES: Final[dict[str, tuple[Choice, ...]]] = {
     ),
     "shares": tuple(replace(choice, share=share) for share in (1 / 32, 1 / 8) for choice in FEW),
     "formats": (
-        *(replace(FINE, metadata=kind) for kind in MetadataFormat if kind != FINE.metadata),
+        *(replace(FINE, metadata=kind) for kind in FORMATS),
         *(replace(FINE, kept_dims=dims) for dims in (8, 12, 20, 32, 64)),
         replace(FLAT, kept_dims=32),
         replace(EVERY_KEY, metadata=MetadataFormat.INT4),

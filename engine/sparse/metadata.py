@@ -16,8 +16,10 @@ from sparsed.core import MetadataFormat
 SCALE_BYTES: Final = 2
 MIN_SCALE: Final = 2.0**-24  # of float16
 FP8_MAX: Final = 448.0  # of e4m3
+UNSCALED: Final = (MetadataFormat.FP32, MetadataFormat.BF16)
 LEVELS: Final = {MetadataFormat.INT8: 127, MetadataFormat.INT4: 7}
 VALUE_BYTES: Final = {
+    MetadataFormat.FP32: 4.0,
     MetadataFormat.BF16: 2.0,
     MetadataFormat.FP8: 1.0,
     MetadataFormat.INT8: 1.0,
@@ -28,6 +30,8 @@ VALUE_BYTES: Final = {
 def round_trip(summary_HUE: Tensor, kind: MetadataFormat, *, signs: Sequence[bool]) -> Tensor:
     """The summary as it is read back, float32. Each of its equal parts has a scale a unit of its
     own; a part without a sign holds no negative values and has twice the levels for it."""
+    if kind is MetadataFormat.FP32:
+        return summary_HUE
     if kind is MetadataFormat.BF16:
         return summary_HUE.bfloat16().float()
     parts = summary_HUE.chunk(len(signs), dim=-1)
@@ -37,7 +41,7 @@ def round_trip(summary_HUE: Tensor, kind: MetadataFormat, *, signs: Sequence[boo
 
 def unit_bytes(num_values: int, kind: MetadataFormat, *, num_parts: int) -> float:
     """Bytes of a unit's summary of ``num_values`` values."""
-    scale_bytes = 0 if kind is MetadataFormat.BF16 else SCALE_BYTES
+    scale_bytes = 0 if kind in UNSCALED else SCALE_BYTES
     return num_values * VALUE_BYTES[kind] + scale_bytes * num_parts
 
 

@@ -1061,8 +1061,10 @@ class BudgetRule(StrEnum):
 
 
 class MetadataFormat(StrEnum):
-    """What the numbers of a summary are kept in; all but bf16 with a float16 scale a unit."""
+    """What the numbers of a summary are kept in; integers and fp8 with a float16 scale a
+    unit."""
 
+    FP32 = "fp32"
     BF16 = "bf16"
     FP8 = "fp8"
     INT8 = "int8"

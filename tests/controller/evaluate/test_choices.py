@@ -96,7 +96,7 @@ def test_what_is_read(text: str, choice: Choice) -> None:
         ("mean:grain=12", "grain", "grain=12: allowed"),
         ("mean:grain=64", "grain", "grain=64 is more than page_size=32"),
         ("mean:group_rule=vote", "group_rule", "allowed: one of mean, max, softmax-sum"),
-        ("mean:metadata=int2", "metadata", "metadata=int2: allowed: one of bf16, fp8"),
+        ("mean:metadata=int2", "metadata", "metadata=int2: allowed: one of fp32, bf16"),
         ("mean:kept_dims=0", "kept_dims", "kept_dims=0: allowed: 1 or more"),
         ("mean:budgets=lane", "budgets", "allowed: one of equal, layer, head"),
         ("mean:super_pages=6", "super_pages", "allowed: 0 or a power of two"),

@@ -22,7 +22,6 @@ from sparsed.core import (
     SparseMethod,
 )
 from sparsed.engine.batch import DecodeRow, PromptChunk, StepPlan
-from sparsed.engine.evaluate import rankers
 from sparsed.engine.evaluate.attend import LayerAttention
 from sparsed.engine.evaluate.calibration import Calibration
 from sparsed.engine.evaluate.context import Context
@@ -97,10 +96,8 @@ def test_equals_the_runner_step_by_step(
     checkpoint: Path,
     tokens: list[int],
     make_runner: Callable[..., Runner],
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The runner keeps summaries in float32 here, so the evaluation must too."""
-    monkeypatch.setattr(rankers, "round_trip", lambda summary, kind, *, signs: summary)
     knobs = {"token_budget": BUDGET_TOKENS, "hbm_budget": 2 * BUDGET_TOKENS}
     knobs |= {"page_size": page_size, "dense_layers": dense_layers, "max_model_len": 1024}
     runner = make_runner(checkpoint, sparse_method=method, max_num_seqs=1, **knobs)
@@ -109,6 +106,7 @@ def test_equals_the_runner_step_by_step(
         method=RankMethod(method),
         share=(SHARE * (NUM_LAYERS - dense_layers) + dense_layers) / NUM_LAYERS,
         page_size=page_size,
+        metadata=MetadataFormat.FP32,
         dense_layers=dense_layers,
     )
     parallel = score(runner, tokens, choice)

@@ -16,7 +16,6 @@ from sparsed.core import (
     RankMethod,
     SparseMethod,
 )
-from sparsed.engine.evaluate import rankers
 from sparsed.engine.evaluate.rankers import (
     CoarseToFineRanker,
     OracleRanker,
@@ -75,14 +74,9 @@ def full(num_pages: int) -> Tensor:
 @pytest.mark.parametrize("method", ["cuboid-mean", "quest"])
 @pytest.mark.parametrize("page_size", [8, 32])
 def test_ranks_as_the_selector_of_the_engine(
-    method: str,
-    page_size: int,
-    q_nHGD: Tensor,
-    keys_HMD: Tensor,
-    monkeypatch: pytest.MonkeyPatch,
+    method: str, page_size: int, q_nHGD: Tensor, keys_HMD: Tensor
 ) -> None:
     """Scores differ by a constant of the query and KV head: the mean key is taken off here."""
-    monkeypatch.setattr(rankers, "round_trip", lambda summary, kind, *, signs: summary)
     selector = make_selector(SparseMethod(method))
     assert selector is not None
     pages_MTCD = keys_HMD.reshape(-1, page_size, 1, D).expand(-1, -1, 2, -1).contiguous()
@@ -91,7 +85,7 @@ def test_ranks_as_the_selector_of_the_engine(
     rows_BHF = torch.arange(H * num_frames).view(H, num_frames).expand(N, -1, -1).contiguous()
     engine_nHP = selector.score(q_nHGD, summaries_RPE, rows_BHF=rows_BHF)
     summary = Extremes() if method == "quest" else CuboidMean()
-    ours = ranker(keys_HMD, summary, page_size=page_size)
+    ours = ranker(keys_HMD, summary, page_size=page_size, metadata=MetadataFormat.FP32)
     scores_nHP = ours.score(q_nHGD, None, num_full_n=full(M // page_size))
     difference_nHP = engine_nHP - scores_nHP
     spread_nH = difference_nHP.amax(-1) - difference_nHP.amin(-1)
@@ -230,6 +224,7 @@ def test_heads_take_turns() -> None:
 # -- few bits --------------------------------------------------------------------------------
 
 STEPS = {  # largest error, as a part of the largest value of the unit
+    MetadataFormat.FP32: 0.0,
     MetadataFormat.BF16: 2.0**-8,
     MetadataFormat.FP8: 2.0**-4,
     MetadataFormat.INT8: 0.5 / 127 + 1e-3,
@@ -247,6 +242,11 @@ def test_a_round_trip_is_close(kind: MetadataFormat, size: float) -> None:
     assert torch.equal(round_trip(0 * summary_HUE, kind, signs=(True,)), 0 * summary_HUE)
 
 
+def test_fp32_changes_nothing() -> None:
+    summary_HUE = torch.randn((H, 50, 2 * D), generator=torch.Generator().manual_seed(3))
+    assert torch.equal(round_trip(summary_HUE, MetadataFormat.FP32, signs=(True,)), summary_HUE)
+
+
 def test_a_part_without_a_sign_has_twice_the_levels() -> None:
     parts = torch.rand((H, 50, 2 * D), generator=torch.Generator().manual_seed(4))
     parts[..., :D] *= 100  # a scale of its own: the second part does not suffer
@@ -258,6 +258,7 @@ def test_a_part_without_a_sign_has_twice_the_levels() -> None:
 
 
 def test_bytes_of_a_unit() -> None:
+    assert unit_bytes(32, MetadataFormat.FP32, num_parts=2) == 128
     assert unit_bytes(32, MetadataFormat.BF16, num_parts=2) == 64
     assert unit_bytes(32, MetadataFormat.INT8, num_parts=2) == 32 + 4
     assert unit_bytes(32, MetadataFormat.FP8, num_parts=1) == 32 + 2
