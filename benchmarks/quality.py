@@ -1,145 +1,52 @@
 """What sparse attention costs in quality: perplexity against dense on real text, and recall.
 
 A window is 6,000 tokens of context, prefilled densely, and 1,024 scored tokens, each attended to
-as a decode step would, all at once (``parallel_decode``). The first window is also fed through
-the real runner token by token, over two bounded tiers, and the two must agree (``--verify``).
+as a decode step would, all at once (``sparsed.engine.evaluate``). The first window is also fed
+through the real runner with cuboid-mean, token by token, over two bounded tiers, and the two must
+agree (``--verify``).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import sys
-import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import numpy as np
-import numpy.typing as npt
 import torch
-from parallel_decode import ORACLE, RANDOM, Choice, Context, Scores, score_text
 from report import cache_directory, environment, resolve_builtin
 from serial_decode import Agreement, compare, make_runner
 from tokenizers import Tokenizer
 
-from sparsed.core import PAGE_SIZES, SparseMethod
+from sparsed.core import (
+    PAGE_SIZES,
+    Choice,
+    GroupRule,
+    MetadataFormat,
+    Quality,
+    RankMethod,
+    SparseMethod,
+)
+from sparsed.engine.assembly import load_decoder
+from sparsed.engine.evaluate.context import Context
+from sparsed.engine.evaluate.race import Race
 from sparsed.engine.evaluate.texts import TEXTS, Window, cut_windows
-from sparsed.engine.models.decoder import Decoder
-from sparsed.engine.runner import Runner
+from sparsed.engine.models.config import load_config
 
 CONTEXT_TOKENS = 6000
 SCORED_TOKENS = 1024
 NUM_WINDOWS = 3
 VERIFIED_TOKENS = 200
-METHODS = (SparseMethod.CUBOID_MEAN, SparseMethod.QUEST, ORACLE, RANDOM)
-DENSE = Choice(method=SparseMethod.DENSE, token_budget=CONTEXT_TOKENS)
-NUM_RESAMPLES = 2_000
-HEADING = (
-    "text, method, token budget, page size, dense layers, perplexity, ratio to dense [95 %], "
-    "recall mean / p10 / p01"
-)
-
-Floats = npt.NDArray[np.float32]
+METHODS = (RankMethod.CUBOID_MEAN, RankMethod.QUEST, RankMethod.ORACLE, RankMethod.RANDOM)
+HEADING = "text, choice, perplexity, ratio to dense [95 %], recall mean / p10 / p01"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Quality:
-    """One text under one choice. ``ratio`` is perplexity over that of dense; the interval of 95 %
-    is a bootstrap over tokens, each paired with itself under dense. Recall is over layers, query
-    heads and positions; None for dense."""
-
-    text: str
-    choice: Choice
-    num_tokens: int
-    perplexity: float
-    ratio: float
-    ratio_low: float
-    ratio_high: float
-    recall_mean: float | None = None
-    recall_p10: float | None = None
-    recall_p01: float | None = None
-
-    def __str__(self) -> str:
-        recall = (self.recall_mean, self.recall_p10, self.recall_p01)
-        shares = " / ".join("-" if share is None else f"{share:.3f}" for share in recall)
-        return (
-            f"{self.text:14} {describe(self.choice)} {self.perplexity:8.3f}   "
-            f"{self.ratio:.4f} [{self.ratio_low:.4f}, {self.ratio_high:.4f}]   {shares}"
-        )
-
-
-def measure_quality(
-    text: str, choice: Choice, scores: list[Scores], dense: list[Scores]
-) -> Quality:
-    """Pool the windows of one text."""
-    logprobs, base = (torch.cat([s.logprobs_N for s in each]).numpy() for each in (scores, dense))
-    low, high = bootstrap_ratio(base - logprobs)
-    recall = torch.cat([s.recall_LNH.flatten() for s in scores]).numpy()
-    p10, p01 = np.quantile(recall, (0.10, 0.01)).tolist() if recall.size else (None, None)
-    return Quality(
-        text=text,
-        choice=choice,
-        num_tokens=len(logprobs),
-        perplexity=math.exp(-logprobs.mean()),
-        ratio=math.exp((base - logprobs).mean()),
-        ratio_low=low,
-        ratio_high=high,
-        recall_mean=float(recall.mean()) if recall.size else None,
-        recall_p10=p10,
-        recall_p01=p01,
-    )
-
-
-def bootstrap_ratio(losses_N: Floats) -> tuple[float, float]:
-    """95 % interval of exp(mean) of what each token loses against dense (nats)."""
-    generator = np.random.default_rng(0)
-    means = [generator.choice(losses_N, size=len(losses_N)).mean() for _ in range(NUM_RESAMPLES)]
-    low, high = np.exp(np.quantile(means, (0.025, 0.975))).tolist()
-    return low, high
-
-
-def score_windows(
-    decoder: Decoder, windows: list[Window], choices: Sequence[Choice]
-) -> dict[Choice, list[Scores]]:
-    """Every choice on every window; the context of a window is prefilled once."""
-    scores: dict[Choice, list[Scores]] = {choice: [] for choice in choices}
-    for number, window in enumerate(windows, start=1):
-        started = time.perf_counter()
-        context = Context(decoder, window.context, num_scored=SCORED_TOKENS)
-        log(f"  window {number}: prefill", started)
-        for choice in choices:
-            started = time.perf_counter()
-            scored = score_text(decoder, context, window.scored, choice=choice)
-            scores[choice].append(scored)
-            log(f"  window {number}: {describe(choice)}", started)
-    return scores
-
-
-def describe(choice: Choice) -> str:
-    return (
-        f"{choice.method:11} {choice.token_budget:4} {choice.page_size:3} {choice.dense_layers:2}"
-    )
-
-
-def log(what: str, started: float) -> None:
-    print(f"{what}, {time.perf_counter() - started:.1f} s", file=sys.stderr, flush=True)
-
-
-def verify(runner: Runner, window: Window, scores: Scores, choice: Choice) -> Agreement:
-    """Feed the first scored tokens of a window through the runner; print how they compare."""
-    tokens = window.scored[: VERIFIED_TOKENS + 1]
-    expected_N = scores.logprobs_N[:VERIFIED_TOKENS]
-    agreement = compare(runner, window.context, tokens, choice=choice, expected_N=expected_N)
-    print(agreement, flush=True)
-    return agreement
-
-
-def parse_options() -> argparse.Namespace:
+def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, help="write the results as JSON")
     parser.add_argument(
@@ -150,55 +57,110 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--page-sizes", nargs="+", type=int, default=[16], choices=PAGE_SIZES)
     parser.add_argument("--dense-layers", nargs="+", type=int, default=[0])
     parser.add_argument("--verify", action=argparse.BooleanOptionalAction, default=True)
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
-def make_choices(options: argparse.Namespace) -> list[Choice]:
-    """Every combination of what was asked for."""
+def make_choices(options: argparse.Namespace, *, num_layers: int) -> list[Choice]:
+    """Every combination of what was asked for. Summaries are in float32, as the runner's are."""
     return [
-        Choice(method=method, token_budget=budget, page_size=page_size, dense_layers=dense_layers)
+        Choice(
+            method=RankMethod(method),
+            share=mean_share(token_budget // page_size * page_size, dense_layers / num_layers),
+            page_size=page_size,
+            group_rule=GroupRule.SOFTMAX_SUM if method == RankMethod.ORACLE else GroupRule.MEAN,
+            metadata=MetadataFormat.FP32,
+            dense_layers=dense_layers,
+        )
         for dense_layers in options.dense_layers
         for page_size in options.page_sizes
-        for budget in options.budgets
+        for token_budget in options.budgets
         for method in options.methods
     ]
+
+
+def mean_share(token_budget: int, dense_frac: float) -> float:
+    """Share of the context read in the mean over layers, if the sparse ones read the budget."""
+    return dense_frac + (1 - dense_frac) * token_budget / CONTEXT_TOKENS
+
+
+def cut(text: str, tokenizer: Tokenizer) -> list[Window]:
+    return cut_windows(
+        text,
+        tokenizer=tokenizer,
+        cache_dir=cache_directory(),
+        count=NUM_WINDOWS,
+        context_tokens=CONTEXT_TOKENS,
+        scored_tokens=SCORED_TOKENS,
+    )
+
+
+def verify(directory: Path, window: Window, choice: Choice, *, token_budget: int) -> Agreement:
+    """Score the first tokens of a window all at once, and feed them through the runner."""
+    runner = make_runner(directory, choice, token_budget=token_budget)
+    begun = replace(window, scored=window.scored[: VERIFIED_TOKENS + 1])
+    race = Race(runner.decoder, [choice], calibration=None)
+    context = Context(runner.decoder, begun.context, num_scored=len(begun.scored))
+    expected_N = race.score_window(begun, choice, context).logprobs_N
+    return compare(runner, begun, method=SparseMethod(choice.method), expected_N=expected_N)
+
+
+def run(race: Race, text: str, windows: list[Window]) -> list[Quality]:
+    """Every choice on one text; prints how they did."""
+    rows = race.run_text(text, windows, on_progress=log)
+    print(*map(describe, rows), sep="\n", flush=True)
+    return rows
+
+
+def describe(row: Quality) -> str:
+    """One line of the table."""
+    recall = (row.recall_mean, row.recall_p10, row.recall_p01)
+    shares = " / ".join("-" if share is None else f"{share:.3f}" for share in recall)
+    return (
+        f"{row.text:14} {row.choice!s:64} {row.perplexity:8.3f}   "
+        f"{row.ratio:.4f} [{row.ratio_low:.4f}, {row.ratio_high:.4f}]   {shares}"
+    )
+
+
+def log(phase: str, frac: float) -> None:
+    print(f"  {phase}", file=sys.stderr, flush=True)
+
+
+def write(path: Path, rows: list[Quality], agreement: Agreement | None) -> None:
+    """Keep the rows with where they come from."""
+    result = {
+        "model": "smollm2-135m",
+        "dtype": "float32",
+        "context_tokens": CONTEXT_TOKENS,
+        "windows": NUM_WINDOWS,
+        "agreement": asdict(agreement) if agreement else None,
+        "rows": [asdict(row) for row in rows],
+    }
+    path.write_text(json.dumps(environment() | result, indent=2) + "\n")
 
 
 def main() -> None:
     options = parse_options()
     directory = resolve_builtin()
     tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
-    choices = make_choices(options)
-    checked = replace(choices[0], method=SparseMethod.CUBOID_MEAN)
-    runner = make_runner(directory, checked)
-    rows: list[Quality] = []
+    texts = {name: cut(name, tokenizer) for name in options.texts}
+    choices = make_choices(options, num_layers=load_config(directory).shape.num_layers)
+    checked = next((x for x in choices if x.method is RankMethod.CUBOID_MEAN), None)
     agreement = None
+    if options.verify and checked:
+        window = texts[options.texts[0]][0]
+        agreement = verify(directory, window, checked, token_budget=options.budgets[0])
+        print(agreement, flush=True)
+    decoder = load_decoder(
+        str(directory),
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        on_progress=lambda phase, frac: None,
+    )
+    race = Race(decoder, choices, calibration=None)
     print(HEADING, flush=True)
-    for text in options.texts:
-        windows = cut_windows(
-            text,
-            tokenizer=tokenizer,
-            cache_dir=cache_directory(),
-            count=NUM_WINDOWS,
-            context_tokens=CONTEXT_TOKENS,
-            scored_tokens=SCORED_TOKENS,
-        )
-        scores = score_windows(runner.decoder, windows, [DENSE, *choices])
-        for choice, scored in scores.items():
-            rows.append(measure_quality(text, choice, scored, scores[DENSE]))
-            print(rows[-1], flush=True)
-        if options.verify and agreement is None and checked in scores:
-            agreement = verify(runner, windows[0], scores[checked][0], checked)
+    rows = [row for name, windows in texts.items() for row in run(race, name, windows)]
     if options.output:
-        result = {
-            "model": "smollm2-135m",
-            "dtype": "float32",
-            "context_tokens": CONTEXT_TOKENS,
-            "windows": NUM_WINDOWS,
-            "agreement": asdict(agreement) if agreement else None,
-            "rows": [asdict(row) for row in rows],
-        }
-        options.output.write_text(json.dumps(environment() | result, indent=2) + "\n")
+        write(options.output, rows, agreement)
 
 
 if __name__ == "__main__":

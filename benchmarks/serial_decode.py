@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from parallel_decode import Choice, token_logprobs
 from report import this_machine
 from torch import Tensor
 
-from sparsed.core import EngineSpec, SparseMethod
+from sparsed.core import Choice, EngineSpec, SparseMethod
 from sparsed.engine.batch import DecodeRow, PromptChunk, StepPlan
+from sparsed.engine.evaluate.parallel import token_logprobs
+from sparsed.engine.evaluate.texts import Window
 from sparsed.engine.models.config import load_config
 from sparsed.engine.planner import plan_memory, resolve_knobs
 from sparsed.engine.runner import Runner
@@ -40,12 +41,12 @@ class Agreement:
         )
 
 
-def make_runner(directory: Path, choice: Choice) -> Runner:
-    """A runner for one request whose hot tier holds twice the budget of it."""
+def make_runner(directory: Path, choice: Choice, *, token_budget: int) -> Runner:
+    """A runner for one request whose hot tier holds twice what a lane of it reads."""
     asked = {
         "sparse_method": choice.method,
-        "token_budget": choice.token_budget,
-        "hbm_budget": 2 * choice.token_budget,
+        "token_budget": token_budget,
+        "hbm_budget": 2 * token_budget,
         "page_size": choice.page_size,
         "dense_layers": choice.dense_layers,
         "prefill_chunk": PREFILL_CHUNK,
@@ -60,15 +61,10 @@ def make_runner(directory: Path, choice: Choice) -> Runner:
     return Runner(spec, on_progress=lambda phase, frac: None)
 
 
-def decode_text(
-    runner: Runner, context: Sequence[int], tokens: Sequence[int], *, choice: Choice
-) -> Tensor:
-    """Log-probabilities (N) of all ``tokens`` but the first, each given those before it."""
-    row = runner.kv.add(
-        len(context) + len(tokens),
-        method=SparseMethod(choice.method),
-        token_budget=choice.token_budget,
-    )
+def decode_text(runner: Runner, window: Window, *, method: SparseMethod) -> Tensor:
+    """Log-probabilities (N) of all scored tokens but the first, each given those before it."""
+    context, tokens = window.context, window.scored
+    row = runner.kv.add(len(context) + len(tokens), method=method, token_budget=None)
     for chunk in _chunks(context, row=row):
         runner.run(StepPlan(chunks=(chunk,), decodes=()))
     logits = []
@@ -80,15 +76,10 @@ def decode_text(
 
 
 def compare(
-    runner: Runner,
-    context: Sequence[int],
-    tokens: Sequence[int],
-    *,
-    choice: Choice,
-    expected_N: Tensor,
+    runner: Runner, window: Window, *, method: SparseMethod, expected_N: Tensor
 ) -> Agreement:
-    """Decode ``tokens`` and hold the result against ``expected_N``, as many as they are."""
-    difference_N = (decode_text(runner, context, tokens, choice=choice) - expected_N).abs()
+    """Decode the scored tokens and hold the result against ``expected_N``."""
+    difference_N = (decode_text(runner, window, method=method) - expected_N).abs()
     stats = runner.stats()
     return Agreement(
         num_tokens=len(difference_N),

@@ -1,4 +1,4 @@
-"""The quality benchmark says what the engine does: its shortcut equals real decode steps."""
+"""Benchmarks can be run, and the quality benchmark measures what the engine does."""
 
 from __future__ import annotations
 
@@ -8,19 +8,16 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
+import quality
 from acceptance_run import STEPS, command_of, environment_of
-from parallel_decode import ORACLE, RANDOM, Choice, Context, Scores, score_text
-from quality import bootstrap_ratio
-from serial_decode import decode_text, make_runner
 
-from sparsed.engine.runner import Runner
+from sparsed.engine.evaluate.texts import Window
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 NUM_CONTEXT = 700
 NUM_SCORED = 40
+NUM_LAYERS = 2
 
 
 @pytest.fixture(scope="module")
@@ -33,48 +30,27 @@ def tokens() -> list[int]:
     return random.Random(0).choices(range(3, 320), k=NUM_CONTEXT + NUM_SCORED + 1)
 
 
-def score(runner: Runner, tokens: list[int], choice: Choice) -> Scores:
-    context = Context(runner.decoder, tokens[:NUM_CONTEXT], num_scored=NUM_SCORED)
-    return score_text(runner.decoder, context, tokens[NUM_CONTEXT:], choice=choice)
-
-
 @pytest.mark.parametrize(
-    "choice",
-    [
-        Choice(method="cuboid-mean", token_budget=256, page_size=8),
-        Choice(method="quest", token_budget=256, page_size=32),
-        Choice(method="cuboid-mean", token_budget=256, page_size=16, dense_layers=1),
-    ],
-    ids=str,
+    ("page_size", "dense_layers", "token_budget"), [(8, 0, 256), (16, 1, 256), (32, 0, 280)]
 )
-def test_equals_the_runner_step_by_step(
-    choice: Choice, checkpoint: Path, tokens: list[int]
+def test_scores_are_those_of_the_runner(
+    page_size: int,
+    dense_layers: int,
+    token_budget: int,
+    checkpoint: Path,
+    tokens: list[int],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    runner = make_runner(checkpoint, choice)
-    context, scored = tokens[:NUM_CONTEXT], tokens[NUM_CONTEXT:]
-    serial_N = decode_text(runner, context, scored, choice=choice)
-    parallel = score(runner, tokens, choice)
-    torch.testing.assert_close(parallel.logprobs_N, serial_N, rtol=0, atol=1e-4)
-    dense = score(runner, tokens, Choice(method="dense", token_budget=256))
-    assert (dense.logprobs_N - serial_N).abs().max() > 1e-2  # sparsity does matter here
-    assert runner.stats().hot_misses > 0
-
-
-def test_oracle_covers_most_and_random_least(checkpoint: Path, tokens: list[int]) -> None:
-    """On the first layer, where every choice sees the same queries and keys."""
-    methods = (ORACLE, "cuboid-mean", RANDOM)
-    choices = [Choice(method=method, token_budget=256, page_size=8) for method in methods]
-    runner = make_runner(checkpoint, choices[1])
-    best_N, ranked_N, any_N = (score(runner, tokens, c).recall_LNH[0].mean(-1) for c in choices)
-    assert (best_N >= ranked_N - 1e-5).all()
-    assert best_N.mean() > ranked_N.mean() > any_N.mean()
-
-
-def test_interval_holds_the_ratio() -> None:
-    losses = np.random.default_rng(1).normal(0.03, 0.2, size=3000).astype(np.float32)
-    low, high = bootstrap_ratio(losses)
-    assert low < np.exp(losses.mean()) < high
-    assert high - low == pytest.approx(2 * 1.96 * 0.2 / 3000**0.5, rel=0.15)
+    """Shares of the context and budgets of a lane are the same pages, fully read layers or not."""
+    monkeypatch.setattr(quality, "CONTEXT_TOKENS", NUM_CONTEXT)
+    arguments = f"--methods cuboid-mean --budgets {token_budget} --page-sizes {page_size}"
+    options = quality.parse_options([*arguments.split(), "--dense-layers", str(dense_layers)])
+    (choice,) = quality.make_choices(options, num_layers=NUM_LAYERS)
+    window = Window(context=tuple(tokens[:NUM_CONTEXT]), scored=tuple(tokens[NUM_CONTEXT:]))
+    agreement = quality.verify(checkpoint, window, choice, token_budget=token_budget)
+    assert agreement.num_tokens == NUM_SCORED
+    assert agreement.max_difference < 1e-4
+    assert agreement.hot_misses > 0
 
 
 def test_only_the_tests_without_a_gpu_run_in_parallel() -> None:
