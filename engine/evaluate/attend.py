@@ -62,13 +62,12 @@ class LayerAttention:
         self, q_nHGD: Tensor, *, first: int
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Output (n, H, G, D), recall and error (n, H, G), reads (n, H), pages (n, H, K)."""
-        num_tokens = first + len(q_nHGD)
         weights_nHGM = self._weights(q_nHGD, first=first)
         dense_nHGD = self._mix(weights_nHGM)[..., :-1]
         choice = self._method.choose(q_nHGD, weights_nHGM, first=first)
         if choice is None:
             ones_nHG = torch.ones_like(dense_nHGD[..., 0])
-            reads_nH = ones_nHG[..., 0] * num_tokens
+            reads_nH = ones_nHG[..., 0] * self._lengths(q_nHGD, first)
             none_nHK = reads_nH[..., None][..., :0].long()
             return dense_nHGD, ones_nHG, torch.zeros_like(ones_nHG), reads_nH, none_nHK
         weights_nHGM *= choice.attended_nHM[:, :, None]
@@ -79,6 +78,10 @@ class LayerAttention:
         o_nHGD = mixed_nHGE[..., :-1] / mixed_nHGE[..., -1:]
         error_nHG = (o_nHGD - dense_nHGD).norm(dim=-1) / dense_nHGD.norm(dim=-1)
         return o_nHGD, recall_nHG, error_nHG, choice.reads_nH, choice.pages_nHK
+
+    def _lengths(self, q_nHGD: Tensor, first: int) -> Tensor:
+        """Tokens that each position sees, (n, 1)."""
+        return torch.arange(first + 1, first + 1 + len(q_nHGD), device=q_nHGD.device)[:, None]
 
     def _weights(self, q_nHGD: Tensor, *, first: int) -> Tensor:
         """Dense softmax weights (n, H, G, M), 0 for tokens after the position."""

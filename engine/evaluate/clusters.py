@@ -16,7 +16,7 @@ from torch import Tensor
 from sparsed.core import MetadataFormat
 from sparsed.engine.evaluate.attend import Chosen
 from sparsed.engine.evaluate.estimates import estimate_units, log_mass
-from sparsed.engine.sparse.metadata import round_trip, unit_bytes
+from sparsed.engine.sparse.metadata import VALUE_BYTES, round_trip, unit_bytes
 from sparsed.engine.sparse.summaries import dot
 
 SEGMENT_TOKENS: Final = 8192
@@ -54,7 +54,10 @@ class ClusterMethod:
         self._values_HME = torch.cat((values_HMD, ones_HM1), -1)
         self._budget_tokens = budget_tokens - SINK_TOKENS - RECENT_TOKENS
         self._estimated_tokens = estimated_tokens
-        self.metadata_bytes = unit_bytes(keys_HMD.shape[-1], metadata, num_parts=1) / UNIT_TOKENS
+        head_dim = keys_HMD.shape[-1]
+        self.metadata_bytes = unit_bytes(head_dim, metadata, num_parts=1) / UNIT_TOKENS
+        if estimated_tokens:  # sums of values as well
+            self.metadata_bytes += head_dim * VALUE_BYTES[MetadataFormat.BF16] / UNIT_TOKENS
 
     def choose(self, q_nHGD: Tensor, weights_nHGM: Tensor, *, first: int) -> Chosen:
         positions_n = torch.arange(first, first + len(q_nHGD), device=q_nHGD.device)
@@ -93,7 +96,10 @@ class ClusterMethod:
         most = self._budget_tokens + self._estimated_tokens
         estimated_nHU = exist_nHU & (tokens_nHU <= most) & ~read_nHU
         empty_nHU = torch.zeros_like(read_nHU)
-        return tuple(empty_nHU.scatter(-1, order_nHU, x) for x in (read_nHU, estimated_nHU))  # type: ignore[return-value]
+        return (
+            empty_nHU.scatter(-1, order_nHU, read_nHU),
+            empty_nHU.scatter(-1, order_nHU, estimated_nHU),
+        )
 
     def _always(self, positions_n: Tensor) -> Tensor:
         """Sinks, the newest tokens and what is in no full unit yet: (n, M)."""

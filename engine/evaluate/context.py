@@ -33,9 +33,7 @@ class Context:
         positions_N = torch.arange(len(tokens), device=device)
         lengths_N = torch.full_like(positions_N, len(tokens))
         tokens_N = torch.tensor(tokens, device=device)
-        self.hidden_ND = decoder.forward(tokens_N, positions_N, self._attend, lengths_N=lengths_N)[
-            -1:
-        ]
+        decoder.forward(tokens_N, positions_N, self._attend, lengths_N=lengths_N)
 
     def store(self, layer: int, k_NHD: Tensor, v_NHD: Tensor, *, first: int) -> None:
         """Write positions ``first`` and on of a layer."""

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sparsed.core import MetadataFormat
+from sparsed.engine.sparse.metadata import VALUE_BYTES
 from sparsed.engine.sparse.summaries import dot
 
 
@@ -32,13 +34,15 @@ def estimate_units(
 
 
 class PageEstimate:
-    """The ``num_pages`` full pages ranked next after those that are read."""
+    """The ``num_pages`` full pages ranked next after those that are read. ``metadata_bytes``: of
+    a mean key and a value sum of each page in bfloat16, per token."""
 
     def __init__(
         self, keys_HMD: Tensor, values_HMD: Tensor, *, page_size: int, num_pages: int, scale: float
     ) -> None:
         values_HPD = torch.unflatten(values_HMD, 1, (-1, page_size)).sum(2)
         sizes_HP1 = torch.full_like(values_HPD[..., :1], page_size)
+        self.metadata_bytes = 2 * keys_HMD.shape[-1] * VALUE_BYTES[MetadataFormat.BF16] / page_size
         self._keys_HMD = keys_HMD
         self._means_HPD = torch.unflatten(keys_HMD, 1, (-1, page_size)).mean(2)
         self._values_HPE = torch.cat((values_HPD, sizes_HP1), dim=-1)

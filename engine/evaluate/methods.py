@@ -33,7 +33,7 @@ from sparsed.engine.sparse.summaries import (
     Variance,
 )
 
-MIN_PAGES = 3  # the first, the newest, and one that is chosen
+MIN_PAGES = 3
 
 
 class PageMethod:
@@ -49,6 +49,8 @@ class PageMethod:
         ranks: int,
     ) -> None:
         self.metadata_bytes = ranker.metadata_bytes
+        if estimate is not None:
+            self.metadata_bytes += estimate.metadata_bytes
         self._ranker = ranker
         self._choice = choice
         self._counts_H = counts_H
@@ -102,8 +104,8 @@ class Methods:
     """One choice for a context of ``num_tokens`` of a model of ``num_layers``; ``ranks`` times the
     pages that are read are listed, for recordings.
 
-    Every sparse layer reads at least ``MIN_PAGES`` full pages, whatever the share: what is
-    measured as reads tells. Errors: InputError where the dense layers alone read more than it.
+    Every sparse layer reads ``MIN_PAGES`` full pages and those that are always read, whatever the
+    share: what is measured as reads tells. Errors: InputError where the dense layers alone read more than it.
     """
 
     def __init__(
@@ -152,13 +154,15 @@ class Methods:
         return PageMethod(ranker, choice, counts_H=counts_H, estimate=estimate, ranks=self._ranks)
 
     def _counts(self, layer: int, keys_HMD: Tensor) -> Tensor:
-        """Full pages that each KV head selects; the partial page comes on top."""
+        """Full pages that each KV head selects; the partial page comes on top. Those that are
+        always read are among them, however many."""
+        always = self.choice.sink_pages + self.choice.recent_pages
         page_size, most = self.choice.page_size, self._num_tokens // self.choice.page_size
         pages = self._share * self._num_tokens / page_size - 1
         factors_H = torch.ones(len(keys_HMD), device=keys_HMD.device)
         if self.choice.budgets is not BudgetRule.EQUAL:
             factors_H = self._calibrated().budget_factors(self.choice.budgets, layer)
-        return (factors_H * pages).round().long().clamp(MIN_PAGES, most)
+        return (factors_H * pages).round().long().clamp(min(max(always, MIN_PAGES), most), most)
 
     def _ranker(self, layer: int, keys_HMD: Tensor, counts_H: Tensor) -> Ranker:
         choice = self.choice

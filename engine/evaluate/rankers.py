@@ -26,7 +26,7 @@ class Ranker(Protocol):
 
     def score(self, q_nHGD: Tensor, mass_nHGP: Tensor | None, *, num_full_n: Tensor) -> Tensor:
         """Scores (n, H, P), larger is better; pages from ``num_full`` on may score anything.
-        ``mass`` is the true softmax mass of each page, for who ``needs_mass``."""
+        ``mass`` is the true softmax mass of each page, given to an ``OracleRanker`` alone."""
         ...
 
 
@@ -131,7 +131,7 @@ class CoarseToFineRanker(SummaryRanker):
     def score(self, q_nHGD: Tensor, mass_nHGP: Tensor | None, *, num_full_n: Tensor) -> Tensor:
         scores_nHP = super().score(q_nHGD, mass_nHGP, num_full_n=num_full_n)
         num_full_runs_n = num_full_n // self._run_pages
-        last_n = (num_full_n - 1) // self._run_pages
+        last_n = (num_full_n - 1).clamp(min=0) // self._run_pages
         scores_nHS = self._score(q_nHGD, self._runs_HSE, num_full_runs_n)
         scores_nHS[..., 0] = torch.inf
         scores_nHS.scatter_(-1, last_n[:, None, None].expand(-1, scores_nHS.shape[1], 1), torch.inf)

@@ -5,7 +5,8 @@ in logits not divided by the square root of the head dim, up to a constant of th
 query heads of a group agree on one ranking is the next step (``groups.py``).
 
 Shape legend: n positions, H KV heads, G query heads per KV head, U units (pages, or the sub-pages
-they are cut into), S runs of X units, T tokens of a unit, D head dim, E values kept of a unit, R kept dims.
+they are cut into), S runs of X units, T tokens of a unit, D head dim, E values kept of a unit,
+R kept dims.
 """
 
 from __future__ import annotations

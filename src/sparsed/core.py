@@ -1085,7 +1085,10 @@ _CHOICE_RANGES: Mapping[str, tuple[Callable[[float], bool], str]] = {  # of valu
     "kept_dims": (lambda x: x >= 1, "1 or more"),
     "variance_weight": (lambda x: isfinite(x) and x >= 0, "0 or more"),
     "dense_layers": (lambda x: x >= 0, "0 or more"),
-    "super_pages": (lambda x: x == 0 or _is_power_of_two(int(x)), "0 or a power of two"),
+    "super_pages": (
+        lambda x: x == 0 or (_is_power_of_two(int(x)) and x <= 1024),
+        "0 or a power of two up to 1024",
+    ),
     "coarse": (lambda x: isfinite(x) and x >= 1, "1 or more"),
     "estimated": (lambda x: 0 <= x <= 1, "from 0 to 1"),
     "sink_pages": (lambda x: x >= 0, "0 or more"),

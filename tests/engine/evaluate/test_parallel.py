@@ -25,7 +25,7 @@ from sparsed.engine.batch import DecodeRow, PromptChunk, StepPlan
 from sparsed.engine.evaluate.attend import LayerAttention
 from sparsed.engine.evaluate.calibration import Calibration
 from sparsed.engine.evaluate.context import Context
-from sparsed.engine.evaluate.methods import MIN_PAGES, Methods, PageMethod
+from sparsed.engine.evaluate.methods import Methods, PageMethod
 from sparsed.engine.evaluate.metrics import bootstrap_ratio
 from sparsed.engine.evaluate.parallel import Scores, score_text, token_logprobs
 from sparsed.engine.evaluate.race import Race
@@ -278,7 +278,9 @@ def test_a_calibration_moves_reads_between_heads() -> None:
     assert selected(replace(choice, budgets=BudgetRule.EQUAL)) == [equal, equal]
     assert sum(selected(choice, calibration=calibration)) == 2 * equal
     few = Calibration({"budget.head": torch.tensor([[1.99, 0.01]])})
-    assert selected(choice, calibration=few)[1] == MIN_PAGES
+    assert (
+        selected(choice, calibration=few)[1] == 3
+    )  # the first, the newest, and one that is chosen
     for missing in (None, Calibration({})):
         with pytest.raises(InputError, match="calibration") as caught:
             selected(choice, calibration=missing)
@@ -290,3 +292,16 @@ def test_dense_layers_must_leave_something_to_read() -> None:
     with pytest.raises(InputError, match="2 dense layers of 16 alone"):
         Methods(choice, num_layers=16, num_tokens=384, scale=SCALE)
     Methods(choice, num_layers=17, num_tokens=384, scale=SCALE)
+
+
+def test_pages_always_read_are_read_whatever_the_share() -> None:
+    choice = Choice(
+        method=RankMethod.MEAN, share=1 / 16, page_size=16, sink_pages=3, recent_pages=4
+    )
+    methods = Methods(choice, num_layers=1, num_tokens=512, scale=1.0)
+    keys_HMD = torch.randn((2, 640, 8))
+    method = methods.open(0, keys_HMD, keys_HMD)
+    chosen = method.choose(torch.randn((1, 2, 3, 8)), torch.zeros((1, 2, 3, 640)), first=515)
+    assert chosen is not None
+    for pages in chosen.pages_nHK[0].tolist():
+        assert {0, 1, 2, 28, 29, 30, 31} < set(pages) and len(pages) == 8
