@@ -25,7 +25,7 @@ from sparsed.engine.batch import DecodeRow, PromptChunk, StepPlan
 from sparsed.engine.evaluate.attend import LayerAttention
 from sparsed.engine.evaluate.calibration import Calibration
 from sparsed.engine.evaluate.context import Context
-from sparsed.engine.evaluate.methods import Methods, PageMethod
+from sparsed.engine.evaluate.methods import MIN_PAGES, Methods, PageMethod
 from sparsed.engine.evaluate.metrics import bootstrap_ratio
 from sparsed.engine.evaluate.parallel import Scores, score_text, token_logprobs
 from sparsed.engine.evaluate.race import Race
@@ -279,7 +279,7 @@ def test_a_calibration_moves_reads_between_heads() -> None:
     assert sum(selected(choice, calibration=calibration)) == 2 * equal
     few = Calibration({"budget.head": torch.tensor([[1.99, 0.01]])})
     assert (
-        selected(choice, calibration=few)[1] == 3
+        selected(choice, calibration=few)[1] == MIN_PAGES
     )  # the first, the newest, and one that is chosen
     for missing in (None, Calibration({})):
         with pytest.raises(InputError, match="calibration") as caught:
@@ -304,4 +304,4 @@ def test_pages_always_read_are_read_whatever_the_share() -> None:
     chosen = method.choose(torch.randn((1, 2, 3, 8)), torch.zeros((1, 2, 3, 640)), first=515)
     assert chosen is not None
     for pages in chosen.pages_nHK[0].tolist():
-        assert {0, 1, 2, 28, 29, 30, 31} < set(pages) and len(pages) == 8
+        assert {0, 1, 2, 28, 29, 30, 31} == set(pages)
