@@ -9,9 +9,7 @@ of its own, a Heartbeat every second. An error in a step ends the process with a
 from __future__ import annotations
 
 import argparse
-import ctypes
 import math
-import os
 import signal
 import sys
 import threading
@@ -38,6 +36,7 @@ from sparsed.core import (
     Shutdown,
     StartError,
 )
+from sparsed.engine.process import die_with_parent
 from sparsed.engine.wire import Message, decode, encode
 
 if TYPE_CHECKING:
@@ -48,7 +47,6 @@ STATS_S = 1.0
 SPEC_TIMEOUT_S = 60.0
 SIGNAL_CHECK_S = 0.2
 LINGER_S = 10.0  # for the last messages of a worker that ends; a busy reader takes seconds
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _STOP = b""  # between the threads: no more messages
 
 
@@ -200,7 +198,7 @@ def main(argv: Sequence[str] | None = None) -> ExitCode:
     parser.add_argument("--endpoint", required=True, help="ZeroMQ address the controller binds")
     parser.add_argument("--pool-fd", type=int, help="open file that backs the DRAM tier")
     arguments = parser.parse_args(argv)
-    _die_with_parent()
+    die_with_parent()
     stopped = threading.Event()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the controller to handle
     signal.signal(signal.SIGTERM, lambda _signal, _frame: stopped.set())
@@ -264,16 +262,6 @@ def _build(
 
     runner = Runner(spec, on_progress=on_progress, pool_fd=pool_fd)
     return Engine(runner, knobs=spec.knobs, seed=spec.seed), runner.facts
-
-
-def _die_with_parent() -> None:
-    """The kernel kills this process when its parent ends; without one it ends right away."""
-    parent = os.getppid()
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
-    if os.getppid() != parent:
-        sys.exit(ExitCode.UNAVAILABLE)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -24,21 +25,38 @@ def run_measurement(
     ``engine.process``. StartError with its words, or with its exit status."""
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, env=worker_environment()) as process:
-        assert process.stdin is not None and process.stdout is not None
-        with suppress(BrokenPipeError):  # it has ended already; its status says how
-            process.stdin.write(request)
-            process.stdin.close()
-        for value in _values(process.stdout, (answer, EngineFailed, LoadProgress)):
-            if isinstance(value, answer):
-                return value
-            if isinstance(value, EngineFailed):
-                raise StartError(value.message, code=ExitCode(value.exit_code))
-            if isinstance(value, LoadProgress):
-                on_progress(value.phase, value.frac)
-    raise StartError(
-        f"the measuring process ended with status {process.returncode}; its words are above",
-        code=ExitCode.SOFTWARE,
-    )
+        try:
+            return _listen(process, request, answer=answer, on_progress=on_progress)
+        finally:
+            process.terminate()  # nothing if it has ended
+
+
+def _listen(
+    process: subprocess.Popen[bytes],
+    request: bytes,
+    *,
+    answer: type[Answer],
+    on_progress: Progress,
+) -> Answer:
+    assert process.stdin is not None and process.stdout is not None
+    with suppress(BrokenPipeError):  # it has ended already; its status says how
+        process.stdin.write(request)
+        process.stdin.close()
+    for value in _values(process.stdout, (answer, EngineFailed, LoadProgress)):
+        if isinstance(value, answer):
+            return value
+        if isinstance(value, EngineFailed):
+            raise StartError(value.message, code=ExitCode(value.exit_code))
+        if isinstance(value, LoadProgress):
+            on_progress(value.phase, value.frac)
+    raise StartError(f"the measuring process {_ending(process.wait())}", code=ExitCode.SOFTWARE)
+
+
+def _ending(status: int) -> str:
+    """How a process ended that did not say why, in words."""
+    if status < 0:
+        return f"was killed by signal {-status} ({signal.strsignal(-status)})"
+    return f"ended with status {status}; its words are above"
 
 
 def _values(lines: IO[bytes], kinds: Sequence[type]) -> Iterator[object]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import psutil
 import pytest
 
 from sparsed import __version__
@@ -20,6 +22,7 @@ from sparsed.controller.bench.measure import (
     plan_decode,
     plan_kernels,
 )
+from sparsed.controller.bench.process import run_measurement
 from sparsed.controller.cli.bench_engine import parse_counts
 from sparsed.controller.cli.main import run
 from sparsed.controller.config import DaemonConfig, load_config, write_pending
@@ -282,6 +285,31 @@ def test_a_failure_is_told_in_the_words_of_the_process(
     measured(status=3)
     assert run(verb) == ExitCode.SOFTWARE
     assert "ended with status 3" in capsys.readouterr().err
+
+
+def test_a_process_that_was_killed_has_no_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
+    monkeypatch.setattr(bench, "COMMAND", (sys.executable, "-c", code))
+    verb = ["bench", "kernels", "--device", "cpu", "--state-dir", str(tmp_path)]
+    assert run(verb) == ExitCode.SOFTWARE
+    shown = capsys.readouterr().err
+    assert "was killed by signal 9 (Killed)" in shown and "above" not in shown
+
+
+def test_a_process_ends_when_nobody_waits_for_it() -> None:
+    progress = json.dumps({"LoadProgress": {"phase": "measuring", "frac": 0.0}})
+    code = f"import time; print({progress!r}, flush=True); time.sleep(600)"
+    started_s = time.monotonic()
+
+    def leave(_phase: str, _frac: float) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_measurement((sys.executable, "-c", code), b"", answer=KernelReport, on_progress=leave)
+    assert [x for x in psutil.Process().children() if progress in " ".join(x.cmdline())] == []
+    assert time.monotonic() - started_s < 60
 
 
 def test_a_context_beyond_the_model_is_refused(
