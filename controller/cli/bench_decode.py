@@ -13,7 +13,6 @@ from sparsed.controller.cli.bench_engine import (
     BatchesOption,
     ContextsOption,
     FileOption,
-    check_file,
     parse_counts,
     write_file,
 )
@@ -28,6 +27,7 @@ from sparsed.controller.cli.output import (
 )
 from sparsed.controller.cli.progress import ProgressLine
 from sparsed.controller.config import load_config
+from sparsed.controller.writable import check_file
 
 if TYPE_CHECKING:
     from sparsed.core import DecodeReport
@@ -62,7 +62,7 @@ def decode(
     """
     from sparsed.controller.bench.measure import bench_decode
 
-    check_file(output)
+    check_file(output, option="output")
     report = bench_decode(
         load_config(flags=flags, environment=os.environ),
         batches=parse_counts(batches, name="batches", maximum=MAX_BATCH),

@@ -77,14 +77,6 @@ def parse_counts(text: str, *, name: str, maximum: int) -> tuple[int, ...]:
     return tuple(dict.fromkeys(counts))
 
 
-def check_file(file: Path | None) -> None:
-    """Before anything is measured, so that nothing is measured in vain; InputError."""
-    if file is not None and not file.absolute().parent.is_dir():
-        raise InputError(f"--output {file}: there is no such directory", field="output")
-    if file is not None and file.is_dir():
-        raise InputError(f"--output {file}: is a directory; give a file", field="output")
-
-
 def write_file(file: Path | None, report: Any) -> None:
     if file is None:
         return

@@ -13,7 +13,6 @@ from sparsed.controller.cli.bench_engine import (
     BatchesOption,
     ContextsOption,
     FileOption,
-    check_file,
     parse_counts,
     write_file,
 )
@@ -21,6 +20,7 @@ from sparsed.controller.cli.flags import takes
 from sparsed.controller.cli.output import FormatOption, Output, complain, print_json, print_table
 from sparsed.controller.cli.progress import ProgressLine
 from sparsed.controller.config import load_config
+from sparsed.controller.writable import check_file
 from sparsed.core import Ceiling
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def kernels(
     """
     from sparsed.controller.bench.measure import bench_kernels
 
-    check_file(output)
+    check_file(output, option="output")
     report = bench_kernels(
         load_config(flags=flags, environment=os.environ),
         batches=parse_counts(batches, name="batches", maximum=MAX_BATCH),

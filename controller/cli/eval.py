@@ -12,7 +12,6 @@ import typer
 from sparsed.controller.cli.bench_engine import (
     PLACE_FLAGS,
     FileOption,
-    check_file,
     choose_flags,
     write_file,
 )
@@ -20,6 +19,7 @@ from sparsed.controller.cli.flags import takes
 from sparsed.controller.cli.output import FormatOption, Output, print_json, print_table
 from sparsed.controller.cli.progress import ProgressLine
 from sparsed.controller.config import load_config
+from sparsed.controller.writable import check_directory, check_file
 from sparsed.core import InputError
 
 if TYPE_CHECKING:
@@ -136,8 +136,8 @@ def evaluate(
         calibration=calibration,
         calibrate=calibrate,
     )
-    check_file(output)
-    _make_directory(plots)
+    check_file(output, option="output")
+    check_directory(plots, option="plots")
     report = _run(options, flags, quiet=format is Output.JSON)
     _finish(report, output=output, plots=plots, format=format)
 
@@ -187,15 +187,6 @@ def _print(report: EvaluationReport) -> None:
     words = in_plain_words(report)
     if words is not None:
         print(words)
-
-
-def _make_directory(directory: Path | None) -> None:
-    """Before anything is measured, so that nothing is measured in vain; InputError."""
-    try:
-        if directory is not None:
-            directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--plots {directory}: {error.strerror}", field="plots") from None
 
 
 def _plot(report: EvaluationReport, directory: Path | None) -> tuple[Path, ...]:

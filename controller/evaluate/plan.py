@@ -15,6 +15,7 @@ from sparsed.controller.config import DaemonConfig
 from sparsed.controller.startup import choose_dtype, find_device, find_model
 from sparsed.controller.state_dir import StateLock
 from sparsed.controller.tokenizer import Tokenizer
+from sparsed.controller.writable import check_replaceable
 from sparsed.core import (
     BudgetRule,
     Choice,
@@ -69,7 +70,7 @@ def plan_evaluation(
 ) -> Evaluate:
     """Find model and device; InputError for all that can be told before a model is loaded."""
     check_texts(options.texts)
-    check_calibration(options)
+    check_place(options)
     device, _ = find_device(config.device)
     resolved, model = find_model(config, progress=on_progress)
     if resolved.path is None:
@@ -81,6 +82,7 @@ def plan_evaluation(
     _check_context(options, most=model.max_position)
     for choice in options.choices:
         _check_choice(choice, model.shape)
+    check_calibration(options)
     return Evaluate(
         model=str(resolved.path),
         cache_dir=str(config.cache_dir),
@@ -108,26 +110,30 @@ def check_texts(texts: Sequence[str]) -> None:
             )
 
 
-def check_calibration(options: EvaluateOptions) -> None:
-    """InputError for a calibration that is missing, or cannot be written."""
+def check_place(options: EvaluateOptions) -> None:
+    """InputError for a calibration that is not named, not there, or cannot be written."""
     path = options.calibration
     if path is None:
         if options.calibrate:
             raise InputError("--calibrate: name its file with --calibration", field="calibration")
-        for choice in options.choices:
-            if needs_calibration(choice):
-                raise InputError(
-                    f"--choice {choice.method}: needs a calibration of this model; make one with "
-                    "--calibration FILE --calibrate",
-                    field="calibration",
-                )
-    elif options.calibrate and not path.absolute().parent.is_dir():
-        raise InputError(f"--calibration {path}: there is no such directory", field="calibration")
-    elif not options.calibrate and not path.is_file():
+    elif options.calibrate:
+        check_replaceable(path, option="calibration")
+    elif not path.is_file():
         raise InputError(
             f"--calibration {path}: there is no such file; make it with --calibrate",
             field="calibration",
         )
+
+
+def check_calibration(options: EvaluateOptions) -> None:
+    """InputError for a choice that needs a calibration where none is named."""
+    for choice in options.choices:
+        if options.calibration is None and needs_calibration(choice):
+            raise InputError(
+                f"--choice {choice.method}: needs a calibration of this model; make one with "
+                "--calibration FILE --calibrate",
+                field="calibration",
+            )
 
 
 def needs_calibration(choice: Choice) -> bool:

@@ -263,6 +263,7 @@ def test_they_do_not_run_beside_a_daemon(
         ("--dtype int4", "--dtype: 'int4' is not one of"),
         ("--output /no/such/place/file.json", "no such directory"),
         ("--output /", "is a directory"),
+        ("--output /proc/file.json", "cannot be written"),
         ("--page-size 7", "page_size='7'"),
         ("--no-such-flag", "--no-such-flag"),
     ],

@@ -144,6 +144,9 @@ def test_what_the_process_is_asked_for(
         ("--choice mean:kept_dims=16", "needs a calibration of this model"),
         ("--choice quest:budgets=layer", "needs a calibration of this model"),
         ("--choice mean:dense_layers=4,share=1/8", "dense_layers=4 of 30 layers alone read"),
+        ("--calibration / --calibrate", "--calibration /: is a directory"),
+        ("--calibration /proc/made --calibrate", "--calibration /proc/made: cannot be written"),
+        ("--choice quest:kept_dims=65", "kept_dims=65: keys of this model have 64 dims"),
         (
             f"--choice quest:kept_dims=65 --calibration {__file__}",
             "kept_dims=65: keys of this model have 64 dims",
@@ -151,6 +154,8 @@ def test_what_the_process_is_asked_for(
         ("--device cuda:7", "this machine has"),
         ("--dtype int4", "--dtype: 'int4' is not one of"),
         ("--output /no/such/place/file.json", "no such directory"),
+        ("--output /proc/file.json", "--output /proc/file.json: cannot be written"),
+        ("--plots /proc", "--plots /proc: cannot be written to"),
         ("--plots /dev/null/plots", "--plots /dev/null/plots"),
         ("--windows 0", "--windows"),
         ("--no-such-flag", "--no-such-flag"),
