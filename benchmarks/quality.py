@@ -34,6 +34,7 @@ from sparsed.core import (
 )
 from sparsed.engine.assembly import load_decoder
 from sparsed.engine.evaluate.context import Context
+from sparsed.engine.evaluate.evaluate import load_tokenizer
 from sparsed.engine.evaluate.race import Race
 from sparsed.engine.evaluate.texts import TEXTS, Window, cut_windows
 from sparsed.engine.models.config import load_config
@@ -141,7 +142,7 @@ def write(path: Path, rows: list[Quality], agreement: Agreement | None) -> None:
 def main() -> None:
     options = parse_options()
     directory = resolve_builtin()
-    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    tokenizer = load_tokenizer(directory)
     texts = {name: cut(name, tokenizer) for name in options.texts}
     choices = make_choices(options, num_layers=load_config(directory).shape.num_layers)
     checked = next((x for x in choices if x.method is RankMethod.CUBOID_MEAN), None)

@@ -19,12 +19,12 @@ from typing import Final
 
 import torch
 from report import cache_directory, environment
-from tokenizers import Tokenizer
 
 from sparsed.core import BudgetRule, Choice, GroupRule, MetadataFormat, Quality, RankMethod
 from sparsed.engine.assembly import load_decoder
 from sparsed.engine.evaluate.calibrate import calibrate
 from sparsed.engine.evaluate.calibration import Calibration, load_calibration, save_calibration
+from sparsed.engine.evaluate.evaluate import load_tokenizer
 from sparsed.engine.evaluate.needles import make_needles
 from sparsed.engine.evaluate.race import Race
 from sparsed.engine.evaluate.texts import Window, cut_windows, read_tokens
@@ -114,7 +114,7 @@ class Bench:
         torch.set_float32_matmul_precision("high")
         self._options = options
         self._device = torch.device(options.device)
-        self._tokenizer = Tokenizer.from_file(str(options.model / "tokenizer.json"))
+        self._tokenizer = load_tokenizer(options.model)
         self._decoder = load_decoder(
             str(options.model),
             device=self._device,
@@ -178,7 +178,7 @@ class Bench:
     def _calibrate(self) -> Calibration:
         path = self._options.output / "calibration.safetensors"
         if path.exists():
-            return load_calibration(path, device=self._device)
+            return load_calibration(path, device=self._device, shape=self._decoder.config.shape)
         made = calibrate(
             self._decoder,
             self._held_out,

@@ -17,12 +17,12 @@ import numpy as np
 import torch
 from ranker_race import FINE
 from report import cache_directory, environment, resolve_builtin
-from tokenizers import Tokenizer
 
 from sparsed.core import Choice
 from sparsed.engine.assembly import load_decoder
 from sparsed.engine.evaluate.calibrate import calibrate
 from sparsed.engine.evaluate.context import Context
+from sparsed.engine.evaluate.evaluate import load_tokenizer
 from sparsed.engine.evaluate.methods import Methods
 from sparsed.engine.evaluate.parallel import Scores, score_text
 from sparsed.engine.evaluate.recording import Recording, RecordingHeader, write_recording
@@ -84,7 +84,7 @@ def main() -> None:
     for text in options.texts:
         window, held_out = cut_windows(
             text,
-            tokenizer=Tokenizer.from_file(str(model / "tokenizer.json")),
+            tokenizer=load_tokenizer(model),
             cache_dir=options.cache,
             count=2,
             context_tokens=options.context,

@@ -10,9 +10,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import psutil
-from tokenizers import Tokenizer
 
 from sparsed.core import GIB, MachineFacts
+from sparsed.engine.evaluate.evaluate import load_tokenizer
 from sparsed.engine.evaluate.texts import read_tokens
 from sparsed.engine.models.catalog import resolve_model
 
@@ -35,7 +35,7 @@ def resolve_builtin() -> Path:
 
 def reference_tokens(directory: Path) -> list[int]:
     """Technical documentation: Python's own reference text, which every Python carries."""
-    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    tokenizer = load_tokenizer(directory)
     return read_tokens("documentation", tokenizer=tokenizer, cache_dir=cache_directory())
 
 

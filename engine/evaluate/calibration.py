@@ -6,7 +6,9 @@ M tokens, P pages, C covariance dims (D).
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -14,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sparsed.core import BudgetRule, InputError
+from sparsed.core import BudgetRule, ExitCode, InputError, ModelShape
 from sparsed.engine.sparse.gate import Gate
 
 RIDGE = 1e-4  # of the mean variance, so that rare directions can be divided by
@@ -54,19 +56,70 @@ class Calibration:
 
 
 def save_calibration(calibration: Calibration, path: Path) -> None:
-    """Write the tensors as safetensors."""
-    save_file({k: v.cpu().contiguous() for k, v in calibration.tensors.items()}, path)
-
-
-def load_calibration(path: Path, *, device: torch.device) -> Calibration:
-    """Read a calibration. Errors: InputError if there is no such file, or it is none."""
+    """Write the tensors as safetensors: all of them, or what was there stays. Errors: InputError
+    if the file cannot be written."""
+    target = path.resolve()  # where a link leads
+    beside = target.with_name(f".{target.name}.{os.getpid()}")
     try:
-        return Calibration(load_file(path, device=str(device)))
+        save_file({k: v.cpu().contiguous() for k, v in calibration.tensors.items()}, beside)
+        beside.replace(target)
     except (OSError, SafetensorError) as error:
+        with suppress(OSError):
+            beside.unlink()
+        raise InputError(
+            f"calibration {path} cannot be written ({error}): give another place",
+            field="calibration",
+        ) from error
+
+
+def load_calibration(path: Path, *, device: torch.device, shape: ModelShape) -> Calibration:
+    """Read a calibration of a model with this shape. Errors: InputError if there is no such file,
+    DATA if it is none or one of another model."""
+    try:
+        calibration = Calibration(load_file(path, device=str(device)))
+    except (OSError, SafetensorError) as error:
+        is_there = isinstance(error, SafetensorError)
         raise InputError(
             f"calibration {path} cannot be read ({error}): give a file that was written by one",
             field="calibration",
+            code=ExitCode.DATA if is_there else ExitCode.USAGE,
         ) from error
+    _check_shapes(calibration, shape, path=path)
+    return calibration
+
+
+def _check_shapes(calibration: Calibration, shape: ModelShape, *, path: Path) -> None:
+    expected, tensors = _shapes(calibration, shape), calibration.tensors
+    if not expected.keys() & tensors.keys():
+        raise InputError(
+            f"calibration {path} has nothing that one has: give a file that was written by one",
+            field="calibration",
+            code=ExitCode.DATA,
+        )
+    for name, sizes in expected.items():
+        if name in tensors and tuple(tensors[name].shape) != sizes:
+            raise InputError(
+                f"calibration {path} is one of another model: {name} has the shape "
+                f"{tuple(tensors[name].shape)}, and of this model it has {sizes}",
+                field="calibration",
+                code=ExitCode.DATA,
+            )
+
+
+def _shapes(calibration: Calibration, shape: ModelShape) -> dict[str, tuple[int, ...]]:
+    """Of every tensor that a calibration may have; R of both maps is that of the gate's keys."""
+    lanes = shape.num_layers, shape.num_kv_heads
+    dims, group = shape.head_dim, shape.num_heads // shape.num_kv_heads
+    gate = calibration.tensors.get("gate.keys")
+    kept = gate.shape[-1] if gate is not None and gate.dim() else 0
+    return {
+        "basis.keys": (*lanes, dims, dims),
+        "basis.queries": (*lanes, dims, dims),
+        "budget.layer": lanes,
+        "budget.head": lanes,
+        "gate.keys": (*lanes, 3 * dims, kept),
+        "gate.queries": (*lanes, group, dims, kept),
+    }
 
 
 def product_basis(q_NHGD: Tensor, keys_HMD: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
 
-from sparsed.core import Evaluate, EvaluationReport, InputError
+from sparsed.core import Evaluate, EvaluationReport, InputError, RankMethod
 from sparsed.engine.assembly import device_name, library_versions, load_decoder
 from sparsed.engine.evaluate.calibrate import calibrate
 from sparsed.engine.evaluate.calibration import Calibration, load_calibration, save_calibration
 from sparsed.engine.evaluate.needles import Needle, make_needles
 from sparsed.engine.evaluate.race import Race
 from sparsed.engine.evaluate.texts import QUESTIONS, Window, cut_windows, read_tokens
+from sparsed.engine.models.config import ModelConfig, load_config
 from sparsed.engine.models.decoder import Decoder
 
 HAYSTACK = "documentation"
@@ -30,18 +31,22 @@ def evaluate(wanted: Evaluate, *, on_progress: Progress) -> EvaluationReport:
     """Run the race. Errors: InputError for a model, text, choice or calibration that is wrong."""
     device = torch.device(wanted.device)
     torch.set_float32_matmul_precision("high")
+    config = load_config(Path(wanted.model))
+    _check_length(wanted, config)
+    on_progress("reading texts", 0.0)
+    texts, held_out = _cut(wanted)
+    needles = _needles(wanted)
+    calibration = _read_calibration(wanted, config, held_out)
     started_s = time.perf_counter()
     decoder = load_decoder(
         wanted.model, device=device, dtype=getattr(torch, wanted.dtype), on_progress=on_progress
     )
-    _check_length(wanted, decoder)
     seconds = {"load": time.perf_counter() - started_s}
-    on_progress("reading texts", 0.0)
-    texts, held_out = _cut(wanted)
-    needles = _needles(wanted)
-    started_s = time.perf_counter()
-    calibration = _calibration(wanted, decoder, held_out, on_progress=on_progress)
-    seconds["calibrate"] = time.perf_counter() - started_s
+    if wanted.calibration is not None and wanted.calibrate:
+        started_s = time.perf_counter()
+        calibration = learn(wanted, decoder, held_out, on_progress=on_progress)
+        save_calibration(calibration, Path(wanted.calibration))
+        seconds["calibrate"] = time.perf_counter() - started_s
     race = Race(decoder, wanted.choices, calibration=calibration)
     quality = [
         row
@@ -82,21 +87,29 @@ def _cut(wanted: Evaluate) -> tuple[dict[str, list[Window]], list[Window]]:
     return texts, held_out
 
 
-def _calibration(
-    wanted: Evaluate, decoder: Decoder, windows: list[Window], *, on_progress: Progress
+def _read_calibration(
+    wanted: Evaluate, config: ModelConfig, held_out: Sequence[Window]
 ) -> Calibration | None:
+    """The one that is named, unless it is yet to be made; InputError if it never can be."""
     if wanted.calibration is None:
         return None
-    path = Path(wanted.calibration)
     if not wanted.calibrate:
-        return load_calibration(path, device=torch.device(wanted.device))
-    if not windows:
+        device = torch.device(wanted.device)
+        return load_calibration(Path(wanted.calibration), device=device, shape=config.shape)
+    if not held_out:
         raise InputError(
             "nothing to calibrate on: name a text besides the questions", field="texts"
         )
-    made = calibrate(decoder, windows, gate_dims=GATE_DIMS, on_progress=on_progress)
-    save_calibration(made, path)
-    return made
+    return None
+
+
+def learn(
+    wanted: Evaluate, decoder: Decoder, windows: Sequence[Window], *, on_progress: Progress
+) -> Calibration:
+    """A calibration; with gates, which take most of the time, where a choice needs one."""
+    has_gate = any(choice.method is RankMethod.GATE for choice in wanted.choices)
+    gate_dims = GATE_DIMS if has_gate else None
+    return calibrate(decoder, windows, gate_dims=gate_dims, on_progress=on_progress)
 
 
 def _needles(wanted: Evaluate) -> list[Needle]:
@@ -114,8 +127,8 @@ def _needles(wanted: Evaluate) -> list[Needle]:
     )
 
 
-def _check_length(wanted: Evaluate, decoder: Decoder) -> None:
-    needed, most = wanted.context_tokens + wanted.scored_tokens, decoder.config.max_position
+def _check_length(wanted: Evaluate, config: ModelConfig) -> None:
+    needed, most = wanted.context_tokens + wanted.scored_tokens, config.max_position
     if needed > most:
         raise InputError(
             f"{wanted.context_tokens} + {wanted.scored_tokens} tokens are more than the "
@@ -125,7 +138,12 @@ def _check_length(wanted: Evaluate, decoder: Decoder) -> None:
 
 
 def _tokenizer(wanted: Evaluate) -> Tokenizer:
-    tokenizer = Tokenizer.from_file(str(Path(wanted.model) / "tokenizer.json"))
+    return load_tokenizer(Path(wanted.model))
+
+
+def load_tokenizer(directory: Path) -> Tokenizer:
+    """A model's tokenizer for whole texts: it neither cuts nor fills them up."""
+    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer

@@ -187,12 +187,16 @@ def test_what_only_the_process_can_tell(
     short.write_text("too short")
     binary.write_bytes(b"\xff\xfe")
     assert evaluate(f"--text {short} --device cpu") == ExitCode.USAGE
-    assert "take fewer or shorter ones, or a longer text" in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert "take fewer or shorter ones, or a longer text" in shown
+    assert "loading weights" not in shown
     assert evaluate(f"--text {binary} --device cpu") == ExitCode.DATA
     assert "is not UTF-8" in capsys.readouterr().err
     broken = f"{QUICK} --choice gate --calibration {short}"
-    assert evaluate(broken) == ExitCode.USAGE
-    assert "cannot be read" in capsys.readouterr().err
+    capsys.readouterr()
+    assert evaluate(broken) == ExitCode.DATA
+    shown = capsys.readouterr().err
+    assert "cannot be read" in shown and "loading weights" not in shown
 
 
 def test_it_does_not_run_beside_a_daemon(

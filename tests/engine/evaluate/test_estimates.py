@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 from torch import Tensor
 
-from sparsed.core import BudgetRule, Choice, InputError, MetadataFormat, RankMethod
+from sparsed.core import (
+    BudgetRule,
+    Choice,
+    Evaluate,
+    ExitCode,
+    InputError,
+    MetadataFormat,
+    ModelShape,
+    RankMethod,
+)
+from sparsed.engine.evaluate import evaluate
 from sparsed.engine.evaluate.attend import LayerAttention
 from sparsed.engine.evaluate.calibration import (
     Calibration,
@@ -220,18 +232,105 @@ def test_a_calibration_is_read_back(tmp_path: Path) -> None:
     made = Calibration({"basis.keys": torch.eye(4)[None, None], "budget.head": torch.ones(1, 1)})
     file = tmp_path / "made.safetensors"
     save_calibration(made, file)
-    found = load_calibration(file, device=torch.device("cpu"))
+    found = read(file)
     assert found.tensors.keys() == made.tensors.keys()
     assert torch.equal(found.budget_factors(BudgetRule.HEAD, 0), torch.ones(1))
-    read: tuple[Callable[[], object], ...] = (
+    uses: tuple[Callable[[], object], ...] = (
         lambda: found.gate(0),
         lambda: found.basis(0, 2),
         lambda: found.budget_factors(BudgetRule.LAYER, 0),
     )
-    for what in read:
+    for what in uses:
         with pytest.raises(InputError, match="the calibration has no") as caught:
             what()
         assert caught.value.field == "calibration"
     for wrong in (tmp_path / "missing", tmp_path):
         with pytest.raises(InputError, match="cannot be read"):
-            load_calibration(wrong, device=torch.device("cpu"))
+            read(wrong)
+
+
+def read(
+    file: Path, *, num_heads: int = 2, num_kv_heads: int = 1, head_dim: int = 4
+) -> Calibration:
+    """As one of a model of one layer."""
+    shape = ModelShape(
+        num_layers=1,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        hidden_size=8,
+        intermediate_size=8,
+        vocab_size=8,
+        max_position=8,
+        num_parameters=8,
+    )
+    return load_calibration(file, device=torch.device("cpu"), shape=shape)
+
+
+def test_a_calibration_of_another_model_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "made.safetensors"
+    gate = {"gate.keys": torch.ones(1, 1, 12, 3), "gate.queries": torch.ones(1, 1, 2, 4, 3)}
+    save_calibration(Calibration(gate | {"budget.head": torch.ones(1, 1)}), file)
+    assert read(file).gate(0)
+    refused = {
+        "budget.head has the shape (1, 1), and of this model it has (1, 2)": {"num_kv_heads": 2},
+        "gate.keys has the shape (1, 1, 12, 3), and of this model it has (1, 1, 24, 3)": {
+            "head_dim": 8
+        },
+        "gate.queries has the shape (1, 1, 2, 4, 3), and": {"num_heads": 4},
+    }
+    for words, sizes in refused.items():
+        with pytest.raises(InputError, match=re.escape(words)) as caught:
+            read(file, **sizes)
+        assert (caught.value.field, caught.value.code) == ("calibration", ExitCode.DATA)
+
+
+def test_what_is_no_calibration_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "made.safetensors"
+    save_calibration(Calibration({"weights": torch.ones(1)}), file)
+    with pytest.raises(InputError, match="nothing that one has") as caught:
+        read(file)
+    assert caught.value.code == ExitCode.DATA
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(InputError, match="cannot be read") as caught:
+        read(file)
+    assert caught.value.code == ExitCode.DATA
+
+
+def test_a_calibration_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    made = Calibration({"budget.head": torch.ones(1, 1)})
+    file, link = tmp_path / "made", tmp_path / "link"
+    link.symlink_to(file)
+    save_calibration(made, link)
+    assert link.is_symlink() and sorted(tmp_path.iterdir()) == [link, file]
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "kept").touch()
+    for wrong in (tmp_path / "full", tmp_path / "missing" / "made"):
+        with pytest.raises(InputError, match="cannot be written"):
+            save_calibration(made, wrong)
+    assert sorted(tmp_path.iterdir()) == [tmp_path / "full", link, file]
+
+
+@pytest.mark.parametrize(("method", "dims"), [(RankMethod.GATE, 64), (RankMethod.MEAN, None)])
+def test_gates_are_learned_where_one_is_used(
+    method: RankMethod, dims: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int | None] = []
+
+    def calibrate(*_: object, gate_dims: int | None, **__: object) -> None:
+        asked.append(gate_dims)
+
+    monkeypatch.setattr(evaluate, "calibrate", calibrate)
+    wanted = Evaluate(
+        model="",
+        cache_dir="",
+        device="cpu",
+        dtype="float32",
+        choices=(Choice(method=RankMethod.ORACLE), Choice(method=method)),
+        texts=(),
+        context_tokens=0,
+        scored_tokens=0,
+        num_windows=0,
+    )
+    evaluate.learn(wanted, Mock(), [], on_progress=lambda _phase, _frac: None)
+    assert asked == [dims]
