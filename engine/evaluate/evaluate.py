@@ -95,7 +95,10 @@ def _read_calibration(
         return None
     if not wanted.calibrate:
         device = torch.device(wanted.device)
-        return load_calibration(Path(wanted.calibration), device=device, shape=config.shape)
+        found = load_calibration(Path(wanted.calibration), device=device, shape=config.shape)
+        if _has_gate(wanted):
+            found.gate(0)  # says so where none was learned
+        return found
     if not held_out:
         raise InputError(
             "nothing to calibrate on: name a text besides the questions", field="texts"
@@ -107,9 +110,12 @@ def learn(
     wanted: Evaluate, decoder: Decoder, windows: Sequence[Window], *, on_progress: Progress
 ) -> Calibration:
     """A calibration; with gates, which take most of the time, where a choice needs one."""
-    has_gate = any(choice.method is RankMethod.GATE for choice in wanted.choices)
-    gate_dims = GATE_DIMS if has_gate else None
+    gate_dims = GATE_DIMS if _has_gate(wanted) else None
     return calibrate(decoder, windows, gate_dims=gate_dims, on_progress=on_progress)
+
+
+def _has_gate(wanted: Evaluate) -> bool:
+    return any(choice.method is RankMethod.GATE for choice in wanted.choices)
 
 
 def _needles(wanted: Evaluate) -> list[Needle]:
