@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -28,10 +28,16 @@ class Calibration:
     ``basis.keys`` and ``basis.queries`` (L, H, D, D): maps to dims in which products of queries
     and keys are large first; ``budget.layer`` and ``budget.head`` (L, H): a lane's reads over the
     mean; ``gate.keys`` (L, H, 3 D, R) and ``gate.queries`` (L, H, G, D, R).
+
+    ``learned_from``: of each text, how it was cut into the windows that were judged and the one
+    that was learned from.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self, tensors: Mapping[str, Tensor], *, learned_from: Mapping[str, str] | None = None
+    ) -> None:
         self.tensors = dict(tensors)
+        self.learned_from = dict(learned_from or {})
 
     def basis(self, layer: int, num_dims: int) -> tuple[Tensor, Tensor]:
         """Maps of keys and of queries to the first dims of the layer's basis: (H, D, R) each."""
@@ -61,7 +67,8 @@ def save_calibration(calibration: Calibration, path: Path) -> None:
     target = path.resolve()  # where a link leads
     beside = target.with_name(f".{target.name}.{os.getpid()}")
     try:
-        save_file({k: v.cpu().contiguous() for k, v in calibration.tensors.items()}, beside)
+        tensors = {k: v.cpu().contiguous() for k, v in calibration.tensors.items()}
+        save_file(tensors, beside, metadata=calibration.learned_from)
         beside.replace(target)
     except (OSError, SafetensorError) as error:
         with suppress(OSError):
@@ -76,7 +83,9 @@ def load_calibration(path: Path, *, device: torch.device, shape: ModelShape) -> 
     """Read a calibration of a model with this shape. Errors: InputError if there is no such file,
     DATA if it is none or one of another model."""
     try:
-        calibration = Calibration(load_file(path, device=str(device)))
+        with safe_open(path, framework="pt") as file:
+            learned_from = file.metadata()
+        calibration = Calibration(load_file(path, device=str(device)), learned_from=learned_from)
     except (OSError, SafetensorError) as error:
         is_there = isinstance(error, SafetensorError)
         raise InputError(

@@ -69,11 +69,11 @@ def evaluate(wanted: Evaluate, *, on_progress: Progress) -> EvaluationReport:
 
 
 def _cut(wanted: Evaluate) -> tuple[dict[str, list[Window]], list[Window]]:
-    """Windows of each text that is judged, and those that a calibration may learn from: where one
-    is made, the last window of every text but the questions, which no text is judged on."""
+    """Windows of each text that is judged, and those that a calibration learns from, or learned
+    from when it was made: the last window of every text but the questions."""
     texts, held_out = {}, []
     for name in wanted.texts:
-        spare = int(wanted.calibrate and name != QUESTIONS)
+        spare = int(wanted.calibration is not None and name != QUESTIONS)
         windows = cut_windows(
             name,
             tokenizer=_tokenizer(wanted),
@@ -98,6 +98,7 @@ def _read_calibration(
         found = load_calibration(Path(wanted.calibration), device=device, shape=config.shape)
         if _has_gate(wanted):
             found.gate(0)  # says so where none was learned
+        _check_held_out(wanted, found)
         return found
     if not held_out:
         raise InputError(
@@ -106,12 +107,31 @@ def _read_calibration(
     return None
 
 
+def _check_held_out(wanted: Evaluate, calibration: Calibration) -> None:
+    """InputError if what the calibration was learned from might be judged."""
+    cut = _describe_cut(wanted)
+    for text in wanted.texts:
+        learned = calibration.learned_from.get(text, cut)
+        if learned != cut:
+            raise InputError(
+                f"the calibration was learned from a part of {text} beside {learned}; {cut} might "
+                "judge that part: give the same numbers, other texts, or calibrate again",
+                field="calibration",
+            )
+
+
+def _describe_cut(wanted: Evaluate) -> str:
+    return f"{wanted.num_windows} windows of {wanted.context_tokens} + {wanted.scored_tokens}"
+
+
 def learn(
     wanted: Evaluate, decoder: Decoder, windows: Sequence[Window], *, on_progress: Progress
 ) -> Calibration:
     """A calibration; with gates, which take most of the time, where a choice needs one."""
     gate_dims = GATE_DIMS if _has_gate(wanted) else None
-    return calibrate(decoder, windows, gate_dims=gate_dims, on_progress=on_progress)
+    made = calibrate(decoder, windows, gate_dims=gate_dims, on_progress=on_progress)
+    learned_from = {name: _describe_cut(wanted) for name in wanted.texts if name != QUESTIONS}
+    return Calibration(made.tensors, learned_from=learned_from)
 
 
 def _has_gate(wanted: Evaluate) -> bool:

@@ -94,7 +94,10 @@ def test_a_table_and_plain_words(evaluate: Eval, capsys: pytest.CaptureFixture[s
 
 @pytest.mark.slow
 def test_a_calibration_is_made_and_used(
-    evaluate: Eval, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    evaluate: Eval,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """With a gate that hardly learns: that takes longer than a test may."""
     code = (
@@ -108,6 +111,9 @@ def test_a_calibration_is_made_and_used(
     assert evaluate(f"{QUICK} {choice} --calibrate") == 0
     assert file.stat().st_size > 0
     assert evaluate(f"{QUICK} {choice}") == 0
+    capsys.readouterr()
+    assert evaluate(f"{QUICK} {choice} --windows 2") == ExitCode.USAGE
+    assert "might judge that part" in capsys.readouterr().err
 
 
 def test_what_the_process_is_asked_for(

@@ -317,8 +317,9 @@ def test_gates_are_learned_where_one_is_used(
 ) -> None:
     asked: list[int | None] = []
 
-    def calibrate(*_: object, gate_dims: int | None, **__: object) -> None:
+    def calibrate(*_: object, gate_dims: int | None, **__: object) -> Calibration:
         asked.append(gate_dims)
+        return Calibration({})
 
     monkeypatch.setattr(evaluate, "calibrate", calibrate)
     wanted = Evaluate(
@@ -327,10 +328,11 @@ def test_gates_are_learned_where_one_is_used(
         device="cpu",
         dtype="float32",
         choices=(Choice(method=RankMethod.ORACLE), Choice(method=method)),
-        texts=(),
-        context_tokens=0,
-        scored_tokens=0,
-        num_windows=0,
+        texts=("code", "questions"),
+        context_tokens=100,
+        scored_tokens=10,
+        num_windows=2,
     )
-    evaluate.learn(wanted, Mock(), [], on_progress=lambda _phase, _frac: None)
+    made = evaluate.learn(wanted, Mock(), [], on_progress=lambda _phase, _frac: None)
     assert asked == [dims]
+    assert made.learned_from == {"code": "2 windows of 100 + 10"}
