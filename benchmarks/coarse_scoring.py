@@ -11,7 +11,6 @@ move: summaries, scales, row numbers, scores. Prints the targets at the end.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import operator
 from collections.abc import Callable, Iterator, Sequence
@@ -21,8 +20,8 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import torch
-from gpu_dense import Target, print_targets
 from report import environment
+from targets import Target, print_targets, write_result
 from torch import Tensor
 
 from sparsed.core import BLOCK_TOKENS
@@ -300,11 +299,7 @@ def main() -> None:
     targets = list_targets(result["rows"])
     print_targets(targets)
     if options.output:
-        result["targets"] = [
-            {"words": t.words, "value": t.value, "bound": t.bound} for t in targets
-        ]
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(result, indent=2) + "\n")
+        write_result(options.output, result, targets)
 
 
 if __name__ == "__main__":

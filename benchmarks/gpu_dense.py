@@ -12,18 +12,18 @@ same run. Prints the targets at the end.
 from __future__ import annotations
 
 import argparse
-import json
 import operator
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from report import environment
+from targets import Target, print_targets, write_result
 
 from sparsed.controller.startup import find_device
 from sparsed.core import (
@@ -52,7 +52,6 @@ from sparsed.engine.runner import Runner
 DTYPES = {"cpu": "float32", "cuda": "bfloat16"}
 MAX_REQUESTS, MAX_TOKENS = 64, 33792
 SAVE_REPEATS = 3
-SIGNS = {operator.le: "<=", operator.lt: "<", operator.ge: ">="}
 Row = dict[str, Any]
 
 
@@ -64,15 +63,6 @@ class Load:
     prompt_tokens: int
     output_tokens: int
     count: int
-
-
-class Target(NamedTuple):
-    """A bound on a figure. ``value`` None: it was not measured."""
-
-    words: str
-    value: float | None
-    meets: Callable[[float, float], bool]
-    bound: float
 
 
 WARM_UP = Load(name="warm-up", prompt_tokens=2048, output_tokens=16, count=2)
@@ -237,15 +227,6 @@ def list_targets(result: Row) -> list[Target]:
     ]
 
 
-def print_targets(targets: Sequence[Target]) -> None:
-    print()
-    for words, value, meets, bound in targets:
-        sign = SIGNS[meets]
-        word = "-   " if value is None else "ok  " if meets(value, bound) else "MISS"
-        shown = "not measured" if value is None else f"{value:.4g}"
-        print(f"{word} {words}: {shown} ({sign} {bound:g})")
-
-
 def measure(options: argparse.Namespace) -> Row:
     """Every part that was asked for, each with the seconds it took."""
     parts = Parts()
@@ -312,11 +293,7 @@ def main() -> None:
     targets = list_targets(result)
     print_targets(targets)
     if options.output:
-        result["targets"] = [
-            {"words": t.words, "value": t.value, "bound": t.bound} for t in targets
-        ]
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(result, indent=2) + "\n")
+        write_result(options.output, result, targets)
 
 
 if __name__ == "__main__":

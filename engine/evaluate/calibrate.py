@@ -12,11 +12,12 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from sparsed.engine.evaluate.attend import DenseMethod, LayerAttention
+from sparsed.core import Choice, RankMethod
 from sparsed.engine.evaluate.calibration import Calibration, budget_factors, product_basis
 from sparsed.engine.evaluate.context import Context
 from sparsed.engine.evaluate.distill import UNIT_TOKENS, Lesson, distill_gate, start_maps
-from sparsed.engine.evaluate.parallel import GPU_POSITIONS, blocks
+from sparsed.engine.evaluate.methods import Methods
+from sparsed.engine.evaluate.parallel import ParallelDecode
 from sparsed.engine.evaluate.texts import Window
 from sparsed.engine.models.decoder import Decoder
 
@@ -32,6 +33,13 @@ class _Recorded:
 
     def __init__(self, decoder: Decoder, window: Window) -> None:
         self.context = Context(decoder, window.context, num_scored=len(window.scored))
+        dense = Methods(
+            Choice(method=RankMethod.DENSE),
+            num_layers=decoder.config.shape.num_layers,
+            num_tokens=len(window.context),
+            scale=self.context.scale,
+        )
+        self._attend_dense = ParallelDecode(self.context, dense)
         self.queries: list[Tensor] = []  # (N, H, G, D) of each layer, in the model's dtype
         device = self.context.keys_LHMD.device
         tokens_N = torch.tensor(window.scored, device=device)
@@ -39,17 +47,8 @@ class _Recorded:
         decoder.forward(tokens_N, positions_N, self._attend)
 
     def _attend(self, layer: int, q_NHD: Tensor, k_NHD: Tensor, v_NHD: Tensor) -> Tensor:
-        context, first = self.context, self.context.num_tokens
-        context.store(layer, k_NHD, v_NHD, first=first)
-        q_NHGD = torch.unflatten(q_NHD, 1, (k_NHD.shape[1], -1))
-        self.queries.append(q_NHGD)
-        keys_HMD, values_HMD = context.keys_LHMD[layer].float(), context.values_LHMD[layer].float()
-        attention = LayerAttention(keys_HMD, values_HMD, DenseMethod(), scale=context.scale)
-        outputs = [
-            attention(q_nHGD.float(), first=first + i)[0]
-            for i, q_nHGD in blocks(q_NHGD, GPU_POSITIONS)
-        ]
-        return torch.cat(outputs).flatten(1, 2).to(q_NHD.dtype)
+        self.queries.append(torch.unflatten(q_NHD, 1, (k_NHD.shape[1], -1)))
+        return self._attend_dense(layer, q_NHD, k_NHD, v_NHD)
 
     def lesson(self, layer: int) -> Lesson:
         """One layer of the text."""

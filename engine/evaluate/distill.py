@@ -50,7 +50,7 @@ def distill_gate(
             picked_n = torch.randint(len(lesson.q_NHGD), (BATCH_POSITIONS,), generator=generator)
             loss = _loss(lesson, pooled[which], maps, picked_n.to(lesson.q_NHGD.device), scale)
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()  # type: ignore[no-untyped-call]  # torch's own
             optimizer.step()
             schedule.step()
     keys_HER, queries_HGDR = (x.detach() for x in maps)

@@ -63,7 +63,8 @@ def keys_HMD() -> Tensor:
 
 
 def ranker(keys_HMD: Tensor, summary: Summary, **values: object) -> SummaryRanker:
-    choice = replace(Choice(method=RankMethod.MEAN, page_size=16), **values)  # type: ignore[arg-type]
+    base = Choice(method=RankMethod.MEAN, page_size=16)
+    choice = replace(base, **values)  # type: ignore[arg-type]  # fields by name
     return SummaryRanker(keys_HMD, summary, choice, num_tokens=M, scale=SCALE)
 
 
