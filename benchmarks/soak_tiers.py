@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sparsed.engine.kvcache.cache import KVCache, Row
-from sparsed.engine.kvcache.hbm import LOCKED_STEP
+from sparsed.engine.kvcache.hbm import FREE_STEP, LOCKED_STEP, slots_of_blocks
 
 
 class TierCheck:
@@ -43,16 +43,23 @@ class TierCheck:
         assert not kv.rows
         assert len(kv.pool.frames) == kv.pool.frames.size
         assert len(kv.arena.blocks) == kv.arena.blocks.size
-        assert (kv.tables.page_slot[..., :-1] == -1).all() and (kv.tables.lane_slots == -1).all()
+        tables = kv.tables
+        assert (tables.page_slot_MLHP[:-1] == -1).all() and (tables.lane_blocks_RLHN == -1).all()
+        assert (tables.frames_RF == tables.spare_frame).all() and not tables.num_blocks_RLH.any()
 
     def _owned(self, row: Row) -> Tensor:
-        num_slots = row.num_blocks * self._kv.geometry.pages_per_block
-        slots_LHP = self._kv.tables.lane_slots[row.index]
-        assert (slots_LHP[..., :num_slots] > 0).all() and (slots_LHP[..., num_slots:] == -1).all()
-        return slots_LHP[..., :num_slots].long()
+        tables, count = self._kv.tables, row.num_blocks
+        blocks_LHN = tables.lane_blocks_RLHN[row.index]
+        assert (tables.num_blocks_RLH[row.index] == count).all()
+        assert (blocks_LHN[..., :count] > 0).all() and (blocks_LHN[..., count:] == -1).all()
+        per_block = self._kv.geometry.pages_per_block
+        return slots_of_blocks(blocks_LHN[..., :count].long(), pages_per_block=per_block)
 
     def _check_lanes(self, row: Row, owned_LHS: Tensor) -> None:
-        arena, table_LHP = self._kv.arena, self._kv.tables.page_slot[row.index, ..., :-1]
+        kv, arena = self._kv, self._kv.arena
+        assert kv.tables.frames_RF[row.index, : len(row.frames)].tolist() == row.frames.tolist()
+        num_pages = len(row.frames) * kv.geometry.pages_per_block
+        table_LHP = kv.tables.slots_of(row.index, 0, num_pages)
         pages_LHS = arena.slot_page_N[owned_LHS].long()
         placed_LHS = pages_LHS >= 0
         assert torch.equal((table_LHP >= 0).sum(-1), placed_LHS.sum(-1)), "pages without a slot"
@@ -60,10 +67,11 @@ class TierCheck:
         assert torch.equal(found_LHS[placed_LHS].long(), owned_LHS[placed_LHS])
         locked_LHS = arena.slot_step_N[owned_LHS] == LOCKED_STEP
         assert (locked_LHS.sum(-1) <= 1).all() and (placed_LHS | ~locked_LHS).all()
-        self._compare(row, owned_LHS, pages_LHS, placed_LHS & ~locked_LHS)
+        begun_LHS = arena.slot_step_N[owned_LHS] != FREE_STEP
+        self._compare(row, owned_LHS, pages_LHS, placed_LHS & begun_LHS & ~locked_LHS)
 
     def _compare(self, row: Row, owned_LHS: Tensor, pages_LHS: Tensor, sealed_LHS: Tensor) -> None:
-        """Every page with a slot that is not open has been sealed."""
+        """Every page with a slot that is begun and not open has been sealed."""
         kv, per_block = self._kv, self._kv.geometry.pages_per_block
         lanes_LH1 = torch.arange(kv.geometry.num_lanes).view(*owned_LHS.shape[:2], 1)
         pages_LHS, sealed_LHS = pages_LHS.cpu(), sealed_LHS.cpu()

@@ -73,6 +73,7 @@ def make_cache(
             geometry,
             num_rows=knobs.max_num_seqs,
             max_model_len=knobs.max_model_len,
+            pool_frames=plan.num_frames,
             device=device,
         ),
         summaries_RE=torch.empty(

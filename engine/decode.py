@@ -129,7 +129,7 @@ class InPlaceGroup:
     def run(self, layer: int, q_BHGD: Tensor) -> Tensor:
         batch, tables = self.batch, self._tiers.cache.tables
         columns = max(batch.num_full) + 1
-        slots_BHK = tables.page_slot[batch.rows_B, layer, :, :columns]
+        slots_BHK = tables.slots_in_order(batch.rows_B, layer, columns)
         if self._ragged:
             columns_K = torch.arange(columns, device=slots_BHK.device)
             full_BK = columns_K < batch.num_full_B[:, None]
@@ -159,9 +159,7 @@ class SparseGroup:
         self._tiers = tiers
         self._count = count
         self._step = step
-        self._num_slots = max(row.num_blocks for row in batch.rows) * (
-            cache.geometry.pages_per_block
-        )
+        self._max_blocks = max(row.num_blocks for row in batch.rows)
         self._fits = all(
             row.num_blocks * cache.geometry.pages_per_block > count for row in batch.rows
         )
@@ -202,19 +200,18 @@ class SparseGroup:
             layer=layer,
             rows_B=self.batch.rows_B,
             pages_BHK=pages_BHK,
-            num_slots=self._num_slots,
+            max_blocks=self._max_blocks,
             step=self._step,
         )
         counts.selected += pages_BHK.numel()
         if resolved.fetch is not None:
             counts.missed += resolved.fetch.missed
             counts.evicted += resolved.fetch.evicted
-            rows_BHK = cache.tables.selected_page_rows(self.batch.rows_B, layer, pages_BHK)
             cache.transfer.load(
                 cache.arena.pages_NX,
                 cache.pool.pages_RX,
                 dst_rows=resolved.fetch.target_BHK,
-                src_rows=torch.where(resolved.fetch.placed_BHK, rows_BHK, -1),
+                src_rows=torch.where(resolved.fetch.placed_BHK, resolved.fetch.page_rows_BHK, -1),
             )
         return resolved.slots_BHK
 
@@ -243,7 +240,7 @@ def attend_all(tiers: Tiers, batch: Batch, layer: int, q_1HGD: Tensor) -> tuple[
     tables, device = tiers.cache.tables, q_1HGD.device
     (num_full,) = batch.num_full
     pages_1HK = torch.arange(num_full, device=device).expand(1, q_1HGD.shape[1], -1)
-    slots_1HK = tables.page_slot[batch.rows_B, layer, :, :num_full]
+    slots_1HK = tables.slots_in_order(batch.rows_B, layer, num_full)
     return tiers.attend_in_passes(batch, layer, q_1HGD, pages_1HK, slots_1HK)
 
 

@@ -53,7 +53,6 @@ def make_batch(cache: KVCache, decodes: Sequence[DecodeRow], index: Sequence[int
     rows_B = upload([decode.row for decode in chosen], device=device)
     num_full_B = upload(num_full, device=device)
     tail = [decode.position % page_size + 1 for decode in chosen]
-    tail_slots_BLH = cache.tables.page_slot[rows_B, :, :, num_full_B]
     return Batch(
         rows=tuple(cache.rows[decode.row] for decode in chosen),
         index_B=upload(index, device=device),
@@ -61,7 +60,7 @@ def make_batch(cache: KVCache, decodes: Sequence[DecodeRow], index: Sequence[int
         num_full=num_full,
         num_full_B=num_full_B,
         tail_tokens_B=upload(tail, device=device).int(),
-        tail_slots_LBH=tail_slots_BLH.transpose(0, 1).contiguous(),
+        tail_slots_LBH=cache.tables.slots_at(rows_B, num_full_B),
     )
 
 

@@ -31,8 +31,8 @@ HBM_USE_FRAC = 0.92  # of what is free after the weights and the workspace
 HBM_WORKSPACE_BYTES = 3 * GIB // 2  # the CUDA context, graphs, library workspaces
 DRAM_USE_FRAC = 0.8  # of what is free (after the weights, on a CPU)
 CPU_HOT_FRAC = 0.4  # of the memory both tiers share on a CPU
-TABLES_FRAC = 0.25  # most of the hot tier that page tables may take
-SUMMARIES_FRAC = 0.5  # most of the hot tier that summaries may take
+TABLES_FRAC = 0.25  # most of the hot tier that rows may take with their tables
+FRAMES_FRAC = 0.5  # most of the hot tier that frames may take with their summaries and tables
 FINE_SUMMARY_BYTES = 96 << 20  # most that the longest request may take for pages of 16 tokens
 MIN_LANE_BLOCKS = 2  # an open page and one more, for every lane of one request
 
@@ -80,7 +80,7 @@ def resolve_knobs(
 
 def plan_memory(knobs: Knobs, *, shape: ModelShape, dtype: str) -> MemoryPlan:
     """Bytes of every part. Pages get what summaries, tables and buffers leave of ``kv_hbm_gib``;
-    the DRAM pool never holds more frames than there is room for summaries.
+    the DRAM pool never holds more frames than there is room for their summaries and tables.
 
     Errors: InputError naming kv_hbm_gib or kv_dram_gib when a single request does not fit.
     """
@@ -89,8 +89,8 @@ def plan_memory(knobs: Knobs, *, shape: ModelShape, dtype: str) -> MemoryPlan:
     row_bytes = 2 * shape.num_kv_heads * shape.head_dim * geometry.element_bytes  # of one layer
     staging_bytes = STAGING_TOKENS * row_bytes
     buffer_bytes = (num_frames(knobs.prefill_chunk) + 1) * BLOCK_TOKENS * row_bytes
-    tables_bytes = geometry.table_bytes(knobs.max_num_seqs, knobs.max_model_len)
     frames = _num_frames(knobs, geometry)
+    tables_bytes = geometry.table_bytes(knobs.max_num_seqs, knobs.max_model_len, pool_frames=frames)
     summaries_bytes = frames * geometry.summary_bytes_per_frame(knobs.sparse_method)
     used = staging_bytes + buffer_bytes + tables_bytes + summaries_bytes
     block_bytes = geometry.block_bytes + geometry.pages_per_block * SLOT_BYTES
@@ -126,7 +126,7 @@ def workspace_bytes(shape: ModelShape, *, dtype: str, chunk: int, num_seqs: int)
 
 
 def _num_frames(knobs: Knobs, geometry: Geometry) -> int:
-    """Frames the DRAM pool holds, at most as many as the hot tier can summarise."""
+    """Frames the DRAM pool holds, at most as many as the hot tier has summaries and tables for."""
     frames = int(knobs.kv_dram_gib * GIB) // geometry.frame_bytes
     if frames < 1:
         raise InputError(
@@ -134,11 +134,10 @@ def _num_frames(knobs: Knobs, geometry: Geometry) -> int:
             f"model take {geometry.frame_bytes / GIB:.3g} GiB",
             field="kv_dram_gib",
         )
-    summary_bytes = geometry.summary_bytes_per_frame(knobs.sparse_method)
-    if summary_bytes == 0:
-        return frames
-    summarised = int(knobs.kv_hbm_gib * GIB * SUMMARIES_FRAC) // summary_bytes
-    return min(frames, max(1, summarised))  # no room for one: plan_memory says what there must be
+    hot_bytes = geometry.summary_bytes_per_frame(knobs.sparse_method)
+    hot_bytes += geometry.table_bytes_per_frame
+    known = int(knobs.kv_hbm_gib * GIB * FRAMES_FRAC) // hot_bytes
+    return min(frames, max(1, known))  # no room for one: plan_memory says what there must be
 
 
 def _free_bytes(

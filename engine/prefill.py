@@ -140,13 +140,12 @@ class PrefillAttention:
     def _resident_context(self, plan: ChunkPlan, layer: int) -> Iterator[Tensor]:
         """Block by block, the last one perhaps in part."""
         cache, geometry = self._cache, self._cache.geometry
-        per_block, heads = geometry.pages_per_block, geometry.num_kv_heads
+        heads = geometry.num_kv_heads
         arena_BX = cache.arena.pages_NX.view(-1, geometry.block_elements)
         staging_BX = self._staging_NX.view(-1, geometry.block_elements)
         piece = len(staging_BX) // heads
         last = num_frames(plan.start)
-        slots_Hb = cache.tables.page_slot[plan.row.index, layer, :, : last * per_block : per_block]
-        blocks_Hb = slots_Hb // per_block
+        blocks_Hb = cache.tables.lane_blocks_RLHN[plan.row.index, layer, :, :last]
         for begin in range(0, last, piece):
             end = min(begin + piece, last)
             kv_BX = staging_BX[: heads * (end - begin)]

@@ -221,8 +221,7 @@ class ResidentDecoder:
         rows_B = plan.rows_B.long()
         positions_B = (plan.lengths_B.long() - 1).clamp_(min=0)
         tokens_B = torch.where(known_B < 0, self._last_token_R[rows_B], known_B.long())
-        slots_BLH = cache.tables.page_slot[rows_B, :, :, positions_B // page_size]
-        slots_LBH = slots_BLH.transpose(0, 1).contiguous()
+        slots_LBH = cache.tables.slots_at(rows_B, positions_B // page_size)
         offsets_B = (positions_B % page_size).int()
 
         def attend(layer: int, q_BHD: Tensor, k_BHD: Tensor, v_BHD: Tensor) -> Tensor:
@@ -233,7 +232,8 @@ class ResidentDecoder:
             return attend_resident(
                 q_BHD,
                 arena_NTCD,
-                page_slot_RLHP=cache.tables.page_slot,
+                frames_RF=cache.tables.frames_RF,
+                page_slot_MLHP=cache.tables.page_slot_MLHP,
                 layer=layer,
                 plan=plan,
                 scale=self._scale,

@@ -95,7 +95,7 @@ class Runner:
         until the next call."""
         self._step += 1
         for decode in plan.decodes:
-            self.kv.open_token(decode.row, decode.position, step=self._step)
+            self.kv.open_token(decode.row, decode.position)
         resident, others = self._split(plan.decodes)
         eager = StepPlan(chunks=plan.chunks, decodes=others)
         parts = [] if eager.is_empty else [self._run_eagerly(eager)]

@@ -1,7 +1,8 @@
 """Every operation of this folder in plain torch: the CPU path, and the oracle of the kernels.
 
 Shape legend: B requests in the batch, H KV heads, G query heads per KV head, D head dim, T tokens
-of a page, N slots of the arena, R page rows, K page columns, M pages to move, L = B * H lanes,
+of a page, N slots of the arena, R page rows, K page columns, M pages to move (or frames with their
+slots), L = B * H lanes,
 W tokens gathered, F frames, P pages, C = 2 (key, value), E = 2 * D (upper and lower page bound, or
 the query split to meet them).
 """
@@ -116,9 +117,14 @@ def attend_pages(
 
 
 def attend_resident(
-    q_NHD: Tensor, arena_NTCD: Tensor, pages_RHP: Tensor, plan: ResidentPlan, scale: float
+    q_NHD: Tensor,
+    arena_NTCD: Tensor,
+    frames_RF: Tensor,
+    slots_MHP: Tensor,
+    plan: ResidentPlan,
+    scale: float,
 ) -> Tensor:
-    """See ``kernels.resident.attend_resident``; ``pages_RHP`` are the slots of its layer."""
+    """See ``kernels.resident.attend_resident``; ``slots_MHP`` are the slots of its layer."""
     o_NHD = torch.zeros_like(q_NHD, memory_format=torch.contiguous_format)
     num_queries, page_size = len(q_NHD) // len(plan.rows_B), arena_NTCD.shape[1]
     requests = zip(plan.rows_B.tolist(), plan.lengths_B.tolist(), strict=True)
@@ -126,7 +132,10 @@ def attend_resident(
         if length == 0:
             continue
         assert length >= num_queries
-        slots_HK = pages_RHP[row, :, : -(-length // page_size)].long()
+        slots_FHP = slots_MHP[
+            frames_RF[row, : -(-length // (page_size * slots_MHP.shape[2]))].long()
+        ]
+        slots_HK = slots_FHP.transpose(0, 1).flatten(1)[:, : -(-length // page_size)].long()
         k_HWD, v_HWD = arena_NTCD[slots_HK].flatten(1, 2)[:, :length].unbind(2)
         here = slice(b * num_queries, (b + 1) * num_queries)
         q_QHGD = q_NHD[here].view(num_queries, len(slots_HK), -1, q_NHD.shape[2])

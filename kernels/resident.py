@@ -2,7 +2,8 @@
 
 Shape legend: B requests, Q tokens of each (N = B * Q), H KV heads, G query heads per KV head,
 X = Q * G lines of a KV head (in a kernel: a tile of them), D head dim, W tokens of a tile,
-I items, S items merged at a time, R rows of the page tables, L layers, P page columns.
+I items, S items merged at a time, R rows of the page tables, F frames of a row, M frames of all
+rows and the spare one, L layers, P pages of a block.
 """
 
 from typing import NamedTuple
@@ -45,7 +46,8 @@ def attend_resident(
     q_NHD: Tensor,
     arena_NTCD: Tensor,
     *,
-    page_slot_RLHP: Tensor,
+    frames_RF: Tensor,
+    page_slot_MLHP: Tensor,
     layer: int,
     plan: ResidentPlan,
     scale: float,
@@ -55,8 +57,9 @@ def attend_resident(
 
     Shapes: q (B * Q, H * G, D), the tokens of a request one after the other, Q at most 8, heads
     and dims contiguous; arena (slots, T, 2, D) contiguous, T a power of two up to 128, keys first;
-    page_slot (R, L, H, P) int32: the pages of a block lie in consecutive slots, of which the
-    first is read. Returns o like q, contiguous; 0 for padding. At most ``programs`` programs a
+    frames (R, F) int32: the frame of each 128 tokens of a row; page_slot (M, L, H, P) int32,
+    P * T = 128: the slots of the pages of a frame; those of a block lie in consecutive slots, of
+    which the first is read; both contiguous. Returns o like q, contiguous; 0 for padding. At most ``programs`` programs a
     KV head for every tile of its Q * G lines.
     Units: logits are q.k * scale.
     Precision: dot products in the arena's dtype (float32 is never rounded), sums in float32.
@@ -64,29 +67,32 @@ def attend_resident(
     Errors: AssertionError on other shapes or dtypes.
     Source: split-K flash decoding, arXiv 2205.14135 and its follow-up on decoding; ours.
     """
-    num_requests, num_heads = len(plan.rows_B), page_slot_RLHP.shape[2]
+    num_requests, num_heads = len(plan.rows_B), page_slot_MLHP.shape[2]
     assert q_NHD.shape[0] % num_requests == 0 and q_NHD.shape[0] <= MAX_QUERIES * num_requests
     assert q_NHD.shape[1] % num_heads == 0 and q_NHD.shape[2] == arena_NTCD.shape[3]
     assert q_NHD.stride(2) == 1 and q_NHD.stride(1) == q_NHD.shape[2]
-    assert arena_NTCD.is_contiguous() and page_slot_RLHP.is_contiguous()
-    assert BLOCK_TOKENS % arena_NTCD.shape[1] == 0 and arena_NTCD.shape[2] == 2
-    assert page_slot_RLHP.dtype == torch.int32 and all(x.dtype == torch.int32 for x in plan)
+    assert arena_NTCD.is_contiguous() and frames_RF.is_contiguous()
+    assert page_slot_MLHP.is_contiguous() and arena_NTCD.shape[2] == 2
+    assert arena_NTCD.shape[1] * page_slot_MLHP.shape[3] == BLOCK_TOKENS
+    assert frames_RF.dtype == page_slot_MLHP.dtype == torch.int32
+    assert all(x.dtype == torch.int32 for x in plan)
     if not arena_NTCD.is_cuda:
-        pages_RHP = page_slot_RLHP[:, layer]
-        return reference.attend_resident(q_NHD, arena_NTCD, pages_RHP, plan, scale)
-    return _launch(q_NHD, arena_NTCD, page_slot_RLHP, layer, plan, scale, programs)
+        slots_MHP = page_slot_MLHP[:, layer]
+        return reference.attend_resident(q_NHD, arena_NTCD, frames_RF, slots_MHP, plan, scale)
+    return _launch(q_NHD, arena_NTCD, frames_RF, page_slot_MLHP, layer, plan, scale, programs)
 
 
 def _launch(
     q_NHD: Tensor,
     arena_NTCD: Tensor,
-    page_slot_RLHP: Tensor,
+    frames_RF: Tensor,
+    page_slot_MLHP: Tensor,
     layer: int,
     plan: ResidentPlan,
     scale: float,
     programs: int,
 ) -> Tensor:
-    _, num_layers, num_heads, num_pages = page_slot_RLHP.shape
+    _, num_layers, num_heads, _ = page_slot_MLHP.shape
     head_dim, num_items = q_NHD.shape[2], len(plan.items_I3)
     num_lines = len(q_NHD) // len(plan.rows_B) * q_NHD.shape[1] // num_heads
     tile = _tile(num_lines, triton.next_power_of_2(head_dim), arena_NTCD.element_size())
@@ -96,7 +102,8 @@ def _launch(
     _attend_kernel[(min(programs, num_items), num_heads, num_tiles)](
         q_NHD,
         arena_NTCD,
-        page_slot_RLHP,
+        frames_RF,
+        page_slot_MLHP,
         plan.rows_B,
         plan.lengths_B,
         plan.items_I3,
@@ -106,7 +113,7 @@ def _launch(
         scale * _LOG2_E,
         layer,
         num_layers,
-        num_pages,
+        frames_RF.shape[1],
         q_NHD.stride(0),
         NUM_HEADS=num_heads,
         GROUP=q_NHD.shape[1] // num_heads,
@@ -157,11 +164,12 @@ def _merge_items(
     return o_NHD
 
 
-@triton.jit(do_not_specialize=["layer", "num_pages"])
+@triton.jit(do_not_specialize=["layer", "num_columns"])
 def _attend_kernel(
     q_NHD: tl.tensor,
     arena_NTCD: tl.tensor,
-    page_slot_RLHP: tl.tensor,
+    frames_RF: tl.tensor,
+    page_slot_MLHP: tl.tensor,
     rows_B: tl.tensor,
     lengths_B: tl.tensor,
     items_I3: tl.tensor,
@@ -171,7 +179,7 @@ def _attend_kernel(
     scale_log2: tl.float32,
     layer: tl.int32,
     num_layers: tl.int32,
-    num_pages: tl.int32,
+    num_columns: tl.int32,
     q_stride: tl.int32,
     NUM_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -187,6 +195,8 @@ def _attend_kernel(
     lines = tl.program_id(2) * TILE_LINES + tl.arange(0, TILE_LINES)
     dims = tl.arange(0, PADDED_DIM)
     mask_XD = (lines < NUM_LINES)[:, None] & (dims < HEAD_DIM)[None, :]
+    frame_pages = num_layers * NUM_HEADS * (BLOCK_TOKENS // PAGE_SIZE)
+    pages = page_slot_MLHP + (layer * NUM_HEADS + head) * (BLOCK_TOKENS // PAGE_SIZE)
     for item in range(tl.program_id(0), tl.load(num_items_1), tl.num_programs(0)):
         b = tl.load(items_I3 + item * 3)
         first, last = tl.load(items_I3 + item * 3 + 1), tl.load(items_I3 + item * 3 + 2)
@@ -196,13 +206,17 @@ def _attend_kernel(
         q_XD = tl.load(q, mask=mask_XD, other=0.0).to(arena_NTCD.dtype.element_ty)
         num_after_X = NUM_LINES // GROUP - 1 - lines // GROUP
         seen_X = tl.minimum(tl.load(lengths_B + b) - num_after_X, last)
-        row = tl.load(rows_B + b).to(tl.int64)
-        pages = page_slot_RLHP + ((row * num_layers + layer) * NUM_HEADS + head) * num_pages
+        frames = frames_RF + tl.load(rows_B + b).to(tl.int64) * num_columns
+        first_frame = tl.load(frames + first // BLOCK_TOKENS).to(tl.int64)
+        slot = tl.load(pages + first_frame * frame_pages)
         peak_X = tl.full([TILE_LINES], float("-inf"), tl.float32)  # logits in powers of two
         sum_X = tl.zeros([TILE_LINES], tl.float32)
         o_XD = tl.zeros([TILE_LINES, PADDED_DIM], tl.float32)
         for start in range(first, last, TILE_TOKENS):
-            slot = tl.load(pages + start // BLOCK_TOKENS * (BLOCK_TOKENS // PAGE_SIZE))
+            # The slot of the next tile, two loads away, is on its way while this tile is read.
+            next_block = tl.minimum(start + TILE_TOKENS, last - 1) // BLOCK_TOKENS
+            next_frame = tl.load(frames + next_block).to(tl.int64)
+            next_slot = tl.load(pages + next_frame * frame_pages)
             tokens = start + tl.arange(0, TILE_TOKENS)
             token_W = slot.to(tl.int64) * PAGE_SIZE + tokens % BLOCK_TOKENS
             kv_WD = arena_NTCD + token_W[:, None] * (2 * HEAD_DIM) + dims[None, :]
@@ -213,6 +227,7 @@ def _attend_kernel(
             seen_XW = tokens[None, :] < seen_X[:, None]
             logits_XW = tl.where(seen_XW, logits_XW, float("-inf"))
             peak_X, sum_X, o_XD = absorb(logits_XW, v_WD, peak_X, sum_X, o_XD)
+            slot = next_slot
         out_X = (item * NUM_HEADS + head) * NUM_LINES + lines.to(tl.int64)
         divisor_X = tl.where(sum_X > 0.0, sum_X, 1.0)
         o = o_IHXD + out_X[:, None] * HEAD_DIM + dims[None, :]

@@ -12,13 +12,12 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor
 
 from sparsed.core import BLOCK_TOKENS, CapacityError, Knobs, SparseDetails, SparseMethod
 from sparsed.engine.kvcache.dram import DramPool
 from sparsed.engine.kvcache.geometry import Geometry, num_frames
-from sparsed.engine.kvcache.hbm import LOCKED_STEP, HotArena, slots_of_blocks
+from sparsed.engine.kvcache.hbm import LOCKED_STEP, HotArena
 from sparsed.engine.kvcache.tables import PageTables
 from sparsed.engine.kvcache.transfer import Transfer
 from sparsed.engine.kvcache.upload import upload
@@ -38,8 +37,8 @@ class Reads(NamedTuple):
 class Row:
     """One request's place in both tiers. Filled by KVCache; attention reads it and counts in it.
 
-    ``complete`` means that page i sits in slot i of every lane; once a page has no slot it is
-    false for good. ``blocks`` (lanes, n) are the arena blocks the lanes own. ``own_budget`` None:
+    ``complete`` means that page i sits in slot i of every lane, for all pages of every block that
+    the request has reached; once a page has no slot it is false for good. ``blocks`` (lanes, n) are the arena blocks the lanes own. ``own_budget`` None:
     ``token_budget`` follows the knob.
     """
 
@@ -51,7 +50,7 @@ class Row:
     frames: npt.NDArray[np.int64]
     blocks: npt.NDArray[np.int64]
     complete: bool = True
-    num_placed: int = 0  # pages placed in order while complete
+    num_placed: int = 0  # pages placed in order while complete: whole blocks
     reads: Reads = field(default_factory=Reads)
     reads_before: Reads = field(default_factory=Reads)  # without the newest step
     recalls: list[float] = field(default_factory=list)
@@ -138,7 +137,7 @@ class KVCache:
             blocks=np.empty((self.geometry.num_lanes, 0), dtype=np.int64),
         )
         self.rows[row.index] = row
-        self.tables.frames[row.index, : len(frames)] = upload(frames, device=self._device)
+        self.tables.open(row.index, upload(frames, device=self._device))
         mandatory = self._mandatory_of(row)
         self._reclaim(mandatory * self.geometry.num_lanes)
         self._take_blocks(row, mandatory)
@@ -150,7 +149,7 @@ class KVCache:
         self.transfer.wait_for_saves()  # or a late one lands in the next owner's frames
         self._release_blocks(row, keep=0)
         self.pool.frames.give(row.frames)
-        self.tables.clear(index)
+        self.tables.clear(index, upload(row.frames, device=self._device))
         self._free_rows.append(index)
 
     def apply(self, knobs: Knobs) -> None:
@@ -178,37 +177,40 @@ class KVCache:
         """Give slots to the pages of positions start .. end - 1, as far as the quota reaches.
         A page that stays partial always gets one, and is locked."""
         row, page_size = self.rows[index], self.geometry.page_size
-        last_page = -(-end // page_size)
+        first_page, last_page = -(-start // page_size), -(-end // page_size)  # begun here
         open_page = start // page_size if start % page_size else None
         if row.complete:
-            self._place_in_order(row, last_page, step=step)
+            self._place_in_order(row, last_page)
+            slots = self.tables.slots_of(index, first_page, min(last_page, row.num_placed))
+            self.arena.slot_step_N.index_fill_(0, slots.flatten().long(), step)
         if end % page_size:
-            if row.num_placed < last_page and open_page != last_page - 1:
+            if not row.complete and open_page != last_page - 1:
                 self._place_page(row, last_page - 1)
-            self._lock(row, last_page - 1)
+            self._set_step(row, last_page - 1, LOCKED_STEP)
         if open_page is not None and open_page < end // page_size:
             self._set_step(row, open_page, step)  # this chunk fills it: no longer locked
 
-    def open_token(self, index: int, position: int, *, step: int) -> None:
+    def open_token(self, index: int, position: int) -> None:
         """Give a locked slot to the page of ``position`` if the token is its first."""
         row, page_size = self.rows[index], self.geometry.page_size
         if position % page_size:
             return
         page = position // page_size
         if row.complete:
-            self._place_in_order(row, page + 1, step=step)
+            self._place_in_order(row, page + 1)
         elif position % BLOCK_TOKENS == 0:
             self._grow(row, row.num_blocks + 1)
-        if row.num_placed <= page:
+        if not row.complete:
             self._place_page(row, page)
-        self._lock(row, page)
+        self._set_step(row, page, LOCKED_STEP)
 
     def seal(self, pages: Sequence[tuple[int, int]], *, step: int) -> None:
         """Write full (row, page) pairs through to the DRAM tier and summarise them."""
         if not pages:
             return
-        slots = torch.cat([self.tables.slots_of(r, p, p + 1).flatten() for r, p in pages]).long()
-        rows = torch.cat([self.tables.page_rows(r, p, p + 1).flatten() for r, p in pages])
+        rows_M, pages_M = upload(np.array(pages).T, device=self._device)
+        rows = self.tables.page_rows_at(rows_M, pages_M).flatten()
+        slots = self.tables.page_slot_X[rows].long()
         self.transfer.save(self.pool.pages_RX, self.arena.pages_NX, dst_rows=rows, src_rows=slots)
         if self.selector is not None:
             self.summarise(self.arena.pages_NTCD[slots], rows)
@@ -284,43 +286,40 @@ class KVCache:
     def _take_blocks(self, row: Row, count: int) -> None:
         geometry = self.geometry
         blocks = self.arena.blocks.take(count * geometry.num_lanes).reshape(-1, count)
-        first = row.num_blocks * geometry.pages_per_block
+        blocks_LHn = upload(blocks, device=self._device).view(-1, geometry.num_kv_heads, count)
+        self.tables.give_blocks(row.index, row.num_blocks, blocks_LHn)
         row.blocks = np.concatenate((row.blocks, blocks), axis=1)
-        slots = slots_of_blocks(
-            upload(blocks, device=self._device), pages_per_block=geometry.pages_per_block
-        )
-        slots_LHn = slots.view(geometry.num_layers, geometry.num_kv_heads, -1).int()
-        self.tables.lane_slots[row.index, :, :, first : first + slots_LHn.shape[-1]] = slots_LHn
 
     def _release_blocks(self, row: Row, *, keep: int) -> None:
-        per_block = self.geometry.pages_per_block
-        self.tables.release(self.arena, row.index, keep * per_block, row.num_blocks * per_block)
+        """Pages of the last block placed may be yet to begin; it leaves first, and they with it."""
+        self.tables.release(self.arena, row.index, keep, row.num_blocks)
         self.arena.blocks.give(row.blocks[:, keep:].reshape(-1))
         row.blocks = row.blocks[:, :keep]
-        if row.num_placed > keep * per_block:
+        if row.num_placed > keep * self.geometry.pages_per_block:
             row.complete = False
 
     # -- slots -------------------------------------------------------------------------------
 
-    def _num_slots(self, row: Row) -> int:
-        return row.num_blocks * self.geometry.pages_per_block
-
-    def _place_in_order(self, row: Row, last_page: int, *, step: int) -> None:
-        """Place pages up to ``last_page`` in their slots; incomplete when they do not fit."""
-        self._grow(row, -(-last_page // self.geometry.pages_per_block))
-        fitting = min(last_page, self._num_slots(row))
-        if fitting > row.num_placed:
-            self.tables.place_in_order(self.arena, row.index, row.num_placed, fitting, step=step)
-            row.num_placed = fitting
-        row.complete = fitting == last_page
+    def _place_in_order(self, row: Row, last_page: int) -> None:
+        """Place all pages of the blocks up to that of page ``last_page - 1`` in their slots;
+        incomplete when they do not fit."""
+        if last_page > row.num_placed:
+            per_block = self.geometry.pages_per_block
+            self._grow(row, -(-last_page // per_block))
+            first, last = (
+                row.num_placed // per_block,
+                min(-(-last_page // per_block), row.num_blocks),
+            )
+            if last > first:
+                self.tables.place_in_order(self.arena, row.index, first, last)
+                row.num_placed = last * per_block
+        row.complete = last_page <= row.num_placed
 
     def _place_page(self, row: Row, page: int) -> None:
         row.complete = False
-        self.tables.place_page(self.arena, row.index, page, num_slots=self._num_slots(row))
-
-    def _lock(self, row: Row, page: int) -> None:
-        self._set_step(row, page, LOCKED_STEP)
+        self.tables.place_page(self.arena, row.index, page, max_blocks=row.num_blocks)
 
     def _set_step(self, row: Row, page: int, step: int) -> None:
-        slots = self.tables.slots_of(row.index, page, page + 1).long()
-        self.arena.slot_step_N.index_fill_(0, slots.flatten(), step)
+        frame = int(row.frames[page // self.geometry.pages_per_block])
+        slots_LH = self.tables.page_slots(frame, page)
+        self.arena.slot_step_N.index_fill_(0, slots_LH.flatten().long(), step)

@@ -74,15 +74,21 @@ class Geometry:
         """Pages that ``num_tokens`` tokens touch, rounded up to whole frames."""
         return num_frames(num_tokens) * self.pages_per_block
 
-    def table_bytes(self, num_rows: int, max_model_len: int) -> int:
-        """All page tables, with the spare row of the slots."""
-        spare_bytes = self.num_lanes * (self.max_pages(max_model_len) + 1) * 4
-        return num_rows * self.table_bytes_per_row(max_model_len) + spare_bytes
+    def table_bytes(self, num_rows: int, max_model_len: int, *, pool_frames: int) -> int:
+        """All page tables, with the spare row and the spare frame."""
+        rows_bytes = (num_rows + 1) * self.table_bytes_per_row(max_model_len)
+        return rows_bytes + (pool_frames + 1) * self.table_bytes_per_frame
 
     def table_bytes_per_row(self, max_model_len: int) -> int:
-        """Page table and slot list of one request (int32 each), and its frame ids (int64)."""
-        pages = self.max_pages(max_model_len)
-        return self.num_lanes * (2 * pages + 1) * 4 + num_frames(max_model_len) * 8
+        """Of one request, all int32: its frame ids, and of every lane the blocks and their
+        number."""
+        frames = num_frames(max_model_len)
+        return (frames + self.num_lanes * (frames + 1)) * 4
+
+    @property
+    def table_bytes_per_frame(self) -> int:
+        """The slots of its pages, int32."""
+        return self.page_rows_per_frame * 4
 
 
 def num_frames(num_tokens: int) -> int:

@@ -19,7 +19,7 @@ class HotArena:
     Block 0 belongs to nobody: its first slot takes the writes of lanes that have nothing to
     write, so that device code needs no branches. Room that was never written holds anything, and
     readers mask it. ``slot_page`` is the page in a slot (-1: none), ``slot_step`` the last step
-    that used it, ``FREE_STEP`` or ``LOCKED_STEP``.
+    that used it, ``FREE_STEP`` (also where the page is yet to begin) or ``LOCKED_STEP``.
     """
 
     def __init__(

@@ -2,8 +2,9 @@
 
 Scalars are written by ``index_fill_``: assigned through an index they would wait for the device.
 
-Shape legend: R rows (requests), L layers, H KV heads, P pages of the longest request, F frames,
-N slots of the arena, B rows of a batch, K selected pages, S slots of a lane.
+Shape legend: R rows (requests), L layers, H KV heads, F frames of a row, M frames of the pool and
+the spare one, X page rows, N slots of the arena or blocks of a lane, P pages of a block, B rows of
+a batch, K selected pages, n some of the pages or blocks, S slots of a lane.
 """
 
 from __future__ import annotations
@@ -14,13 +15,15 @@ import torch
 from torch import Tensor
 
 from sparsed.engine.kvcache.geometry import Geometry, num_frames
-from sparsed.engine.kvcache.hbm import FREE_STEP, LOCKED_STEP, HotArena
+from sparsed.engine.kvcache.hbm import FREE_STEP, LOCKED_STEP, HotArena, slots_of_blocks
 
 
 class Fetch(NamedTuple):
-    """What to load: ``target`` is the slot of each placed page (the spare slot elsewhere)."""
+    """What to load: ``target`` is the slot of each placed page (the spare slot elsewhere),
+    ``page_rows`` where every selected page lies in the DRAM tier."""
 
     target_BHK: Tensor
+    page_rows_BHK: Tensor
     placed_BHK: Tensor
     missed: Tensor  # pages that were not resident, placed or not; scalar
     evicted: Tensor  # pages that lost their slot; scalar
@@ -35,90 +38,159 @@ class Resolved(NamedTuple):
 
 
 class PageTables:
-    """``page_slot`` (R + 1, L, H, P + 1): slot of each page, -1 if absent; the last column takes
-    the writes of lanes that have nothing to write, the last row belongs to nobody and stays -1.
-    ``lane_slots`` (R, L, H, P): slots a lane owns, -1 after the last. ``frames`` (R, F): DRAM frame
-    of each 128 tokens. ``displaced``: pages that lost their slot to a shrinking row or to a page
-    that had to be open; selections count theirs in ``Fetch``, and a request that ends evicts
-    nothing."""
+    """A page table in two levels, and the blocks of every lane; all int32.
+
+    ``frames_RF`` (R + 1, F) is the directory: the frame of each 128 tokens of a row, the spare
+    frame (id: frames of the pool) where it has none; the last row belongs to nobody.
+    ``page_slot_X``: the slot of each page row, -1 if absent. The page rows of a frame are the
+    segment that comes and goes with it, so that tables grow with the tokens there are, not with
+    rows times the longest request; ``page_slot_MLHP`` is the same, segment by segment. The first
+    entry of the spare segment takes the writes of lanes that have nothing to write: readers mask.
+    ``lane_blocks_RLHN`` (R + 1, L, H, F): arena blocks a lane owns, in order, -1 after the last of
+    its ``num_blocks_RLH``. Slot s of a lane is ``lane_blocks[s // P] * P + s % P``.
+    ``displaced``: pages that lost their slot to a shrinking row or to a page that had to be open;
+    selections count theirs in ``Fetch``, and a request that ends evicts nothing.
+    """
 
     def __init__(
-        self, geometry: Geometry, *, num_rows: int, max_model_len: int, device: torch.device
+        self,
+        geometry: Geometry,
+        *,
+        num_rows: int,
+        max_model_len: int,
+        pool_frames: int,
+        device: torch.device,
     ) -> None:
-        pages = geometry.max_pages(max_model_len)
-        lanes = (num_rows, geometry.num_layers, geometry.num_kv_heads)
+        lanes = (geometry.num_layers, geometry.num_kv_heads)
+        columns, per_block = num_frames(max_model_len), geometry.pages_per_block
         self._geometry = geometry
-        self._device = device
+        self._spare_entry = pool_frames * geometry.page_rows_per_frame
         self.spare_row = num_rows
-        self.page_slot = torch.full(
-            (num_rows + 1, *lanes[1:], pages + 1), -1, dtype=torch.int32, device=device
-        )
-        self.lane_slots = torch.full((*lanes, pages), -1, dtype=torch.int32, device=device)
-        frames = num_frames(max_model_len)
-        self.frames = torch.zeros((num_rows, frames), dtype=torch.int64, device=device)
+        self.spare_frame = pool_frames
+        self.frames_RF = _filled((num_rows + 1, columns), pool_frames, device=device)
+        self.page_slot_MLHP = _filled((pool_frames + 1, *lanes, per_block), -1, device=device)
+        self.page_slot_X = self.page_slot_MLHP.view(-1)
+        self.lane_blocks_RLHN = _filled((num_rows + 1, *lanes, columns), -1, device=device)
+        self.num_blocks_RLH = _filled((num_rows + 1, *lanes), 0, device=device)
         self.displaced = torch.zeros((), dtype=torch.int64, device=device)
         self._head_H = torch.arange(geometry.num_kv_heads, device=device)
-        self._lane_LH = torch.arange(geometry.num_lanes, device=device).view(lanes[1:])
+        self._lane_LH = torch.arange(geometry.num_lanes, device=device).view(lanes)
 
-    def clear(self, row: int) -> None:
-        """Forget everything about ``row``; its slots must have been released."""
-        self.page_slot[row] = -1
-        self.lane_slots[row] = -1
+    # -- rows --------------------------------------------------------------------------------
 
-    def lane_base(self, rows_B: Tensor, layer: int) -> Tensor:
-        """Flat index (B, H) of the first entry of each lane in ``page_slot``."""
-        geometry = self._geometry
-        lanes_B1 = (rows_B * geometry.num_layers + layer)[:, None] * geometry.num_kv_heads
-        return (lanes_B1 + self._head_H) * self.page_slot.shape[-1]
+    def open(self, row: int, frames_F: Tensor) -> None:
+        """Note the frames of a new request."""
+        self.frames_RF[row, : len(frames_F)] = frames_F
 
-    def slots_of(self, row: int, first_page: int, last_page: int) -> Tensor:
-        """Slots (L, H, n) of pages first_page .. last_page - 1, all lanes of ``row``."""
-        return self.page_slot[row, :, :, first_page:last_page]
+    def clear(self, row: int, frames_F: Tensor) -> None:
+        """Forget everything about ``row``, whose frames these are; its slots must have been
+        released."""
+        self.page_slot_MLHP.index_fill_(0, frames_F, -1)
+        self.frames_RF[row].fill_(self.spare_frame)
+
+    def give_blocks(self, row: int, first_block: int, blocks_LHn: Tensor) -> None:
+        """Add arena blocks to every lane of ``row``, each of which has ``first_block`` so far."""
+        last_block = first_block + blocks_LHn.shape[-1]
+        self.lane_blocks_RLHN[row, :, :, first_block:last_block] = blocks_LHn
+        self.num_blocks_RLH[row].fill_(last_block)
+
+    # -- page rows and slots -----------------------------------------------------------------
 
     def page_rows(self, row: int, first_page: int, last_page: int) -> Tensor:
-        """Page rows (L, H, n) of those pages in the DRAM tier and among the summaries."""
-        per_block = self._geometry.pages_per_block
-        pages = torch.arange(first_page, last_page, device=self._device)
-        frames_n = self.frames[row, pages // per_block]
-        lanes_LHn = frames_n * self._geometry.num_lanes + self._lane_LH[..., None]
-        return lanes_LHn * per_block + pages % per_block
+        """Page rows (L, H, n), int64, of pages first_page .. last_page - 1, in the DRAM tier and
+        among the summaries."""
+        pages_n = torch.arange(first_page, last_page, device=self.frames_RF.device)
+        return self._page_rows(row, self._lane_LH[..., None], pages_n)
 
-    def frame_rows(self, rows_B: Tensor, num_frames: int) -> Tensor:
-        """Summary rows (B, H, F) of layer 0; add ``layer * H`` for another layer."""
-        frames_B1F = self.frames[rows_B, None, :num_frames]
-        return frames_B1F * self._geometry.num_lanes + self._head_H[:, None]
+    def page_rows_at(self, rows_B: Tensor, pages_B: Tensor) -> Tensor:
+        """Page rows (B, L, H) of one page of each row."""
+        return self._page_rows(rows_B[:, None, None], self._lane_LH[None], pages_B[:, None, None])
 
     def selected_page_rows(self, rows_B: Tensor, layer: int, pages_BHK: Tensor) -> Tensor:
         """Page rows (B, H, K) of selected pages."""
-        per_block = self._geometry.pages_per_block
-        frames_BHK = self.frames[rows_B[:, None, None], pages_BHK // per_block]
         lanes_H1 = (layer * self._geometry.num_kv_heads + self._head_H)[:, None]
-        lanes_BHK = frames_BHK * self._geometry.num_lanes + lanes_H1
-        return lanes_BHK * per_block + pages_BHK % per_block
+        return self._page_rows(rows_B[:, None, None], lanes_H1, pages_BHK)
 
-    def place_in_order(
-        self, arena: HotArena, row: int, first_page: int, last_page: int, *, step: int
-    ) -> None:
-        """Give page i the lane's i-th slot (a lane that holds every page)."""
-        slots_LHn = self.lane_slots[row, :, :, first_page:last_page]
-        self.page_slot[row, :, :, first_page:last_page] = slots_LHn
-        pages_n = torch.arange(first_page, last_page, dtype=torch.int32, device=self._device)
-        slots = slots_LHn.long()
-        arena.slot_page_N[slots] = pages_n.expand(slots.shape)
-        arena.slot_step_N.index_fill_(0, slots.flatten(), step)
+    def frame_rows(self, rows_B: Tensor, num_frames: int) -> Tensor:
+        """Summary rows (B, H, F) of layer 0; add ``layer * H`` for another layer. A frame that a
+        row does not have gives one that exists; what is there means nothing."""
+        frames_BF = self.frames_RF[rows_B, :num_frames].long().clamp_(max=self.spare_frame - 1)
+        return frames_BF[:, None] * self._geometry.num_lanes + self._head_H[:, None]
 
-    def place_page(self, arena: HotArena, row: int, page: int, *, num_slots: int) -> None:
-        """Lock a slot for ``page`` in every lane of ``row``: a free one, else the oldest."""
-        owned_LHS = self.lane_slots[row, :, :, :num_slots].long()
-        oldest_LH1 = arena.slot_step_N[owned_LHS].argmin(dim=-1, keepdim=True)
-        victim_LH1 = owned_LHS.gather(-1, oldest_LH1)
+    def slots_of(self, row: int, first_page: int, last_page: int) -> Tensor:
+        """Slots (L, H, n) of pages first_page .. last_page - 1, all lanes of ``row``."""
+        return self.page_slot_X[self.page_rows(row, first_page, last_page)]
+
+    def slots_at(self, rows_B: Tensor, pages_B: Tensor) -> Tensor:
+        """Slots (L, B, H), contiguous, of one page of each row; -1 for the spare row."""
+        slots_BLH = self.page_slot_X[self.page_rows_at(rows_B, pages_B)]
+        slots_BLH.masked_fill_((rows_B == self.spare_row)[:, None, None], -1)
+        return slots_BLH.transpose(0, 1).contiguous()
+
+    def slots_in_order(self, rows_B: Tensor, layer: int, num_pages: int) -> Tensor:
+        """Slots (B, H, num_pages) of the first pages; anything where a row has no frame."""
+        frames_BF = self.frames_RF[rows_B, : -(-num_pages // self._geometry.pages_per_block)]
+        slots_BFHP = self.page_slot_MLHP[frames_BF.long(), layer]
+        return slots_BFHP.transpose(1, 2).flatten(2)[..., :num_pages].contiguous()
+
+    def page_slots(self, frame: int, page: int) -> Tensor:
+        """Slots (L, H) of a page whose frame is known: a view."""
+        return self.page_slot_MLHP[frame, :, :, page % self._geometry.pages_per_block]
+
+    def _page_rows(self, rows: Tensor | int, lanes: Tensor, pages: Tensor) -> Tensor:
+        """Page rows, int64: rows, lanes (``layer * H + head``) and pages broadcast."""
+        per_block = self._geometry.pages_per_block
+        frames = self.frames_RF[rows, pages // per_block].long()
+        return (frames * self._geometry.num_lanes + lanes) * per_block + pages % per_block
+
+    def _owned_slots(self, blocks: Tensor, num_blocks: Tensor) -> Tensor:
+        """Slots (..., S), int64, of lanes with ``blocks`` (..., n); negative beyond their
+        ``num_blocks`` (...)."""
+        places_n = torch.arange(blocks.shape[-1], device=blocks.device)
+        owned = torch.where(places_n < num_blocks[..., None], blocks, -1).long()
+        return slots_of_blocks(owned, pages_per_block=self._geometry.pages_per_block)
+
+    # -- placing -----------------------------------------------------------------------------
+
+    def place_in_order(self, arena: HotArena, row: int, first_block: int, last_block: int) -> None:
+        """Give every page of blocks first_block .. last_block - 1 its slot, page i the lane's i-th
+        (a lane that holds every page). Until it is begun a page is as old as a free slot."""
+        per_block = self._geometry.pages_per_block
+        blocks_LHn = self.lane_blocks_RLHN[row, :, :, first_block:last_block]
+        slots_LHS = slots_of_blocks(blocks_LHn, pages_per_block=per_block)
+        frames_n = self.frames_RF[row, first_block:last_block].long()
+        slots_LHnP = slots_LHS.view(*blocks_LHn.shape, per_block)
+        self.page_slot_MLHP.index_copy_(0, frames_n, slots_LHnP.permute(2, 0, 1, 3))
+        pages_S = torch.arange(
+            first_block * per_block,
+            last_block * per_block,
+            dtype=torch.int32,
+            device=blocks_LHn.device,
+        )
+        arena.slot_page_N[slots_LHS.long()] = pages_S.expand(slots_LHS.shape)
+
+    def place_page(self, arena: HotArena, row: int, page: int, *, max_blocks: int) -> None:
+        """Lock a slot for ``page`` in every lane of ``row``, none of which owns more than
+        ``max_blocks``: a free one, else the oldest."""
+        owned_LHS = self._owned_slots(
+            self.lane_blocks_RLHN[row, :, :, :max_blocks], self.num_blocks_RLH[row]
+        )
+        victim_LH1 = _oldest(arena, owned_LHS)
         evicted_LH1 = arena.slot_page_N[victim_LH1].long()
-        table_LHP = self.page_slot[row]
-        table_LHP.scatter_(-1, evicted_LH1 % table_LHP.shape[-1], -1)  # -1: the spare column
-        table_LHP[:, :, page] = victim_LH1[..., 0].int()
+        self._forget(row, self._lane_LH[..., None], evicted_LH1)
+        page_rows_LH1 = self.page_rows(row, page, page + 1)
+        self.page_slot_X[page_rows_LH1] = victim_LH1.int()
         self.displaced += (evicted_LH1 >= 0).sum()
         arena.slot_page_N.index_fill_(0, victim_LH1.flatten(), page)
         arena.slot_step_N.index_fill_(0, victim_LH1.flatten(), LOCKED_STEP)
+
+    def _forget(self, rows: Tensor | int, lanes: Tensor, pages: Tensor) -> None:
+        """These pages have no slot any longer; negative: nothing to forget."""
+        entries = self._page_rows(rows, lanes, pages.clamp(min=0))
+        entries = torch.where(pages >= 0, entries, self._spare_entry)
+        self.page_slot_X.index_fill_(0, entries.flatten(), -1)
+
+    # -- selections --------------------------------------------------------------------------
 
     def resolve(
         self,
@@ -127,93 +199,112 @@ class PageTables:
         layer: int,
         rows_B: Tensor,
         pages_BHK: Tensor,
-        num_slots: int,
+        max_blocks: int,
         step: int,
     ) -> Resolved:
         """Touch the selected pages that are in the hot tier, and give each missing one the slot
-        of its lane's least recently used page; pages used in this step are never victims.
+        of its lane's least recently used page; pages used in this step are never victims. No lane
+        owns more than ``max_blocks``.
 
         Source: bucketed LRU of SPIN (arXiv 2604.26837) with a period of one step, that is exact.
         """
-        base_BH1 = self.lane_base(rows_B, layer)[..., None]
-        table = self.page_slot.view(-1)
-        slots_BHK = table[base_BH1 + pages_BHK]
+        page_rows_BHK = self.selected_page_rows(rows_B, layer, pages_BHK)
+        slots_BHK = self.page_slot_X[page_rows_BHK]
         arena.slot_step_N.index_fill_(0, slots_BHK.clamp(min=0).flatten().long(), step)
         miss_BHK = slots_BHK < 0
         if not slots_BHK.is_cuda and not miss_BHK.any():  # reading a value is free on a CPU
             return Resolved(slots_BHK, None)
-        victims_BHK, placed_BHK = self._victims(
-            arena, layer=layer, rows_B=rows_B, miss_BHK=miss_BHK, num_slots=num_slots, step=step
+        owned_BHS = self._owned_slots(
+            self.lane_blocks_RLHN[rows_B, layer, :, :max_blocks], self.num_blocks_RLH[rows_B, layer]
         )
-        spare = self.page_slot.shape[-1] - 1
+        victims_BHK, placed_BHK = _victims(arena, owned_BHS, miss_BHK=miss_BHK, step=step)
         old_BHK = torch.where(placed_BHK, arena.slot_page_N[victims_BHK].long(), -1)
         evicted = (old_BHK >= 0).sum()
-        gone_BHK = base_BH1 + torch.where(old_BHK >= 0, old_BHK, spare)
-        table.index_fill_(0, gone_BHK.flatten(), -1)
-        table[base_BH1 + torch.where(placed_BHK, pages_BHK, spare)] = victims_BHK.int()
+        lanes_H1 = (layer * self._geometry.num_kv_heads + self._head_H)[:, None]
+        self._forget(rows_B[:, None, None], lanes_H1, old_BHK)
+        entries_BHK = torch.where(placed_BHK, page_rows_BHK, self._spare_entry)
+        self.page_slot_X[entries_BHK] = victims_BHK.int()
         written_BHK = torch.where(placed_BHK, victims_BHK, 0)
         arena.slot_page_N[written_BHK] = pages_BHK.int()
         arena.slot_step_N.index_fill_(0, written_BHK.flatten(), step)
         slots_BHK = torch.where(placed_BHK, victims_BHK.int(), slots_BHK)
-        return Resolved(slots_BHK, Fetch(written_BHK, placed_BHK, miss_BHK.sum(), evicted))
+        fetch = Fetch(written_BHK, page_rows_BHK, placed_BHK, miss_BHK.sum(), evicted)
+        return Resolved(slots_BHK, fetch)
 
-    def _victims(
-        self,
-        arena: HotArena,
-        *,
-        layer: int,
-        rows_B: Tensor,
-        miss_BHK: Tensor,
-        num_slots: int,
-        step: int,
-    ) -> tuple[Tensor, Tensor]:
-        """For the i-th miss of a lane its i-th oldest slot; ``placed`` is false without one."""
-        owned_BHS = self.lane_slots[rows_B, layer, :, :num_slots].long()
-        age_BHS = arena.slot_step_N[owned_BHS.clamp(min=0)]
-        age_BHS = torch.where(owned_BHS >= 0, age_BHS, LOCKED_STEP)
-        wanted = min(num_slots, miss_BHK.shape[-1])
-        if not miss_BHK.is_cuda:
-            wanted = min(wanted, int(miss_BHK.sum(-1).max()))
-        ages_BHV, order_BHV = age_BHS.topk(wanted, largest=False, sorted=True)
-        rank_BHK = miss_BHK.cumsum(-1) - 1
-        slot_of_rank = rank_BHK.clamp(0, wanted - 1)
-        victims_BHK = owned_BHS.gather(-1, order_BHV).gather(-1, slot_of_rank)
-        free_BHK = ages_BHV.gather(-1, slot_of_rank) < step
-        placed_BHK = miss_BHK & free_BHK & (rank_BHK < wanted)
-        return victims_BHK.clamp(min=0), placed_BHK
+    # -- release -----------------------------------------------------------------------------
 
-    def release(self, arena: HotArena, row: int, first_slot: int, last_slot: int) -> None:
-        """Drop the pages in slots first_slot .. last_slot - 1 of every lane of ``row``, and the
-        slots. Pages that are locked there move to the oldest slot that stays; with none that
+    def release(self, arena: HotArena, row: int, first_block: int, last_block: int) -> None:
+        """Drop the pages in blocks first_block .. last_block - 1 of every lane of ``row``, and the
+        blocks. Pages that are locked there move to the oldest slot that stays; with none that
         stays the request is over."""
-        leaving_LHn = self.lane_slots[row, :, :, first_slot:last_slot].long()
-        locked_LHn = arena.slot_step_N[leaving_LHn] == LOCKED_STEP
-        if first_slot and bool(locked_LHn.any()):
-            self._move_locked(arena, row, leaving_LHn, locked_LHn, first_slot)
-        pages_LHn = arena.slot_page_N[leaving_LHn].long()
-        if first_slot:
-            self.displaced += (pages_LHn >= 0).sum()
-        table_LHP = self.page_slot[row]
-        table_LHP.scatter_(-1, pages_LHn % table_LHP.shape[-1], -1)
-        arena.slot_page_N.index_fill_(0, leaving_LHn.flatten(), -1)
-        arena.slot_step_N.index_fill_(0, leaving_LHn.flatten(), FREE_STEP)
-        self.lane_slots[row, :, :, first_slot:last_slot] = -1
+        per_block = self._geometry.pages_per_block
+        blocks_LHn = self.lane_blocks_RLHN[row, :, :, first_block:last_block]
+        leaving_LHS = slots_of_blocks(blocks_LHn, pages_per_block=per_block).long()
+        blocks_LHn.fill_(-1)
+        self.num_blocks_RLH[row].fill_(first_block)
+        locked_LHS = arena.slot_step_N[leaving_LHS] == LOCKED_STEP
+        if first_block and bool(locked_LHS.any()):
+            self._move_locked(arena, row, leaving_LHS, locked_LHS, first_block)
+        pages_LHS = arena.slot_page_N[leaving_LHS].long()
+        if first_block:
+            begun_LHS = (pages_LHS >= 0) & (arena.slot_step_N[leaving_LHS] != FREE_STEP)
+            self.displaced += begun_LHS.sum()
+        self._forget(row, self._lane_LH[..., None], pages_LHS)
+        arena.slot_page_N.index_fill_(0, leaving_LHS.flatten(), -1)
+        arena.slot_step_N.index_fill_(0, leaving_LHS.flatten(), FREE_STEP)
 
     def _move_locked(
-        self, arena: HotArena, row: int, leaving_LHn: Tensor, locked_LHn: Tensor, num_kept: int
+        self, arena: HotArena, row: int, leaving_LHS: Tensor, locked_LHS: Tensor, num_kept: int
     ) -> None:
-        layers, heads, index = locked_LHn.nonzero(as_tuple=True)
-        source_M = leaving_LHn[layers, heads, index]
+        """Lanes with a locked page among the leaving ones give it the oldest of the slots in their
+        first ``num_kept`` blocks."""
+        layers, heads, index = locked_LHS.nonzero(as_tuple=True)
+        source_M = leaving_LHS[layers, heads, index]
         page_M = arena.slot_page_N[source_M].long()
-        kept_MS = self.lane_slots[row, layers, heads, :num_kept].long()
-        target_M = kept_MS.gather(1, arena.slot_step_N[kept_MS].argmin(1, keepdim=True))[:, 0]
+        kept_MS = self._owned_slots(
+            self.lane_blocks_RLHN[row, layers, heads, :num_kept],
+            self.num_blocks_RLH[row, layers, heads],
+        )
+        target_M = _oldest(arena, kept_MS)[:, 0]
         evicted_M = arena.slot_page_N[target_M].long()
         self.displaced += (evicted_M >= 0).sum()
-        spare = self.page_slot.shape[-1] - 1
-        self.page_slot[row, layers, heads, torch.where(evicted_M >= 0, evicted_M, spare)] = -1
-        self.page_slot[row, layers, heads, page_M] = target_M.int()
+        lanes_M = layers * self._geometry.num_kv_heads + heads
+        self._forget(row, lanes_M, evicted_M)
+        self.page_slot_X[self._page_rows(row, lanes_M, page_M)] = target_M.int()
         arena.pages_NX[target_M] = arena.pages_NX[source_M]
         arena.slot_page_N[target_M] = page_M.int()
         arena.slot_step_N[target_M] = LOCKED_STEP
         arena.slot_page_N[source_M] = -1
         arena.slot_step_N[source_M] = FREE_STEP
+
+
+def _filled(shape: tuple[int, ...], value: int, *, device: torch.device) -> Tensor:
+    return torch.full(shape, value, dtype=torch.int32, device=device)
+
+
+def _ages(arena: HotArena, owned: Tensor) -> Tensor:
+    """Last use of slots; those that no lane owns (negative) are not to be taken."""
+    steps = arena.slot_step_N[owned.clamp(min=0)]
+    return torch.where(owned >= 0, steps, LOCKED_STEP)
+
+
+def _oldest(arena: HotArena, owned: Tensor) -> Tensor:
+    """The slot (..., 1) of each lane that is free, else the one used longest ago. ``owned``
+    (..., S)."""
+    return owned.gather(-1, _ages(arena, owned).argmin(dim=-1, keepdim=True))
+
+
+def _victims(
+    arena: HotArena, owned_BHS: Tensor, *, miss_BHK: Tensor, step: int
+) -> tuple[Tensor, Tensor]:
+    """For the i-th miss of a lane its i-th oldest slot; ``placed`` is false without one."""
+    wanted = min(owned_BHS.shape[-1], miss_BHK.shape[-1])
+    if not miss_BHK.is_cuda:
+        wanted = min(wanted, int(miss_BHK.sum(-1).max()))
+    ages_BHV, order_BHV = _ages(arena, owned_BHS).topk(wanted, largest=False, sorted=True)
+    rank_BHK = miss_BHK.cumsum(-1) - 1
+    slot_of_rank = rank_BHK.clamp(0, wanted - 1)
+    victims_BHK = owned_BHS.gather(-1, order_BHV).gather(-1, slot_of_rank)
+    free_BHK = ages_BHV.gather(-1, slot_of_rank) < step
+    placed_BHK = miss_BHK & free_BHK & (rank_BHK < wanted)
+    return victims_BHK.clamp(min=0), placed_BHK

@@ -51,10 +51,11 @@ def resident_case(setting: Setting, *, batch: int, context: int) -> Case:
 
     def make() -> Sequence[Work]:
         layers, per_block = setting.rotations(amount), BLOCK_TOKENS // setting.page_size
-        shape = (batch, layers, heads, -(-context // BLOCK_TOKENS))
+        frames_RF = permutation(setting, batch * -(-context // BLOCK_TOKENS)).view(batch, -1).int()
+        shape = (frames_RF.numel(), layers, heads)
         blocks = permutation(setting, int(np.prod(shape))).view(shape)
         pages = torch.arange(per_block, device=setting.device)
-        page_slot_RLHP = (blocks[..., None] * per_block + pages).flatten(3).int()
+        page_slot_MLHP = (blocks[..., None] * per_block + pages).int()
         arena_NTCD = setting.random(blocks.numel() * per_block, setting.page_size, 2, dim)
         q_NHD = setting.random(batch, heads * setting.group, dim)
         plan = resident_plan([context] * batch, device=setting.device)
@@ -64,7 +65,8 @@ def resident_case(setting: Setting, *, batch: int, context: int) -> Case:
                 attend_resident,
                 q_NHD,
                 arena_NTCD,
-                page_slot_RLHP=page_slot_RLHP,
+                frames_RF=frames_RF,
+                page_slot_MLHP=page_slot_MLHP,
                 layer=layer,
                 plan=plan,
                 scale=dim**-0.5,

@@ -76,6 +76,7 @@ def make_cache() -> MakeCache:
                 geometry,
                 num_rows=knobs.max_num_seqs,
                 max_model_len=knobs.max_model_len,
+                pool_frames=num_frames,
                 device=parts["device"],
             ),
             summaries_RE=torch.empty(num_frames * geometry.page_rows_per_frame, 2 * shape.head_dim),

@@ -130,7 +130,7 @@ class World:
             ),
         )
         for decode in plan.decodes:
-            self.cache.open_token(decode.row, decode.position, step=self.step)
+            self.cache.open_token(decode.row, decode.position)
         attention = self.attention.plan(plan, step=self.step)
         num_tokens = [*sizes, *[1] * len(decodes)]
         for layer in range(NUM_LAYERS):

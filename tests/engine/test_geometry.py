@@ -64,16 +64,17 @@ def test_slots_of_blocks_are_disjoint_and_whole(
     assert torch.equal(grid, slots.view(1, -1)), "leading dimensions stay"
 
 
-def _tables(geometry: Geometry, frames_of_row: list[list[int]]) -> PageTables:
+def _tables(geometry: Geometry, frames_of_row: list[list[int]], *, pool_frames: int) -> PageTables:
     num_tokens = max(map(len, frames_of_row)) * BLOCK_TOKENS
     tables = PageTables(
         geometry,
         num_rows=len(frames_of_row),
         max_model_len=num_tokens,
+        pool_frames=pool_frames,
         device=torch.device("cpu"),
     )
     for row, frames in enumerate(frames_of_row):
-        tables.frames[row, : len(frames)] = torch.tensor(frames)
+        tables.open(row, torch.tensor(frames))
     return tables
 
 
@@ -86,7 +87,7 @@ def test_page_rows_never_overlap_and_stay_in_the_pool(
     total = sum(lengths) + spare
     ids = data.draw(st.permutations(range(total)))
     frames = [[ids.pop() for _ in range(length)] for length in lengths]
-    tables = _tables(geometry, frames)
+    tables = _tables(geometry, frames, pool_frames=total)
     pages = [length * geometry.pages_per_block for length in lengths]
     rows = torch.cat([tables.page_rows(i, 0, count).flatten() for i, count in enumerate(pages)])
     assert len(rows.unique()) == len(rows) == sum(lengths) * geometry.page_rows_per_frame
@@ -99,7 +100,7 @@ def test_page_rows_never_overlap_and_stay_in_the_pool(
 def test_every_way_to_a_page_row_is_the_layout(
     geometry: Geometry, frames: list[int], data: st.DataObject
 ) -> None:
-    tables = _tables(geometry, [frames[:3], frames[3:]])
+    tables = _tables(geometry, [frames[:3], frames[3:]], pool_frames=6)
     layer = data.draw(st.integers(0, geometry.num_layers - 1))
     head = data.draw(st.integers(0, geometry.num_kv_heads - 1))
     page = data.draw(st.integers(0, 3 * geometry.pages_per_block - 1))
@@ -112,6 +113,7 @@ def test_every_way_to_a_page_row_is_the_layout(
     rows_B = torch.tensor([row])
     pages_BHK = torch.full((1, geometry.num_kv_heads, 1), page)
     assert tables.selected_page_rows(rows_B, layer, pages_BHK)[0, head, 0] == expected
+    assert tables.page_rows_at(rows_B, torch.tensor([page]))[0, layer, head] == expected
     frame_row = tables.frame_rows(rows_B, 3)[0, head, page // geometry.pages_per_block]
     assert frame_row + layer * geometry.num_kv_heads == block
 
@@ -123,7 +125,7 @@ def test_offsets_beyond_32_bits(page_size: int) -> None:
         num_layers=32, num_kv_heads=8, head_dim=128, page_size=page_size, element_bytes=2
     )
     last = 2**39 // geometry.frame_bytes - 1
-    tables = _tables(geometry, [[0, last]])
+    tables = _tables(geometry, [[0, last]], pool_frames=1)  # addresses alone, no room for slots
     first_page, last_page = geometry.pages_per_block, 2 * geometry.pages_per_block
     rows = tables.page_rows(0, first_page, last_page)
     assert rows.dtype == torch.int64
@@ -131,12 +133,41 @@ def test_offsets_beyond_32_bits(page_size: int) -> None:
 
 
 @settings(max_examples=20, deadline=None)
-@given(geometry=geometries, num_rows=st.integers(1, 3), num_tokens=st.integers(1, 1000))
+@given(
+    geometry=geometries,
+    num_rows=st.integers(1, 3),
+    num_tokens=st.integers(1, 1000),
+    pool_frames=st.integers(1, 20),
+)
 def test_tables_take_the_bytes_that_are_planned(
-    geometry: Geometry, num_rows: int, num_tokens: int
+    geometry: Geometry, num_rows: int, num_tokens: int, pool_frames: int
 ) -> None:
     tables = PageTables(
-        geometry, num_rows=num_rows, max_model_len=num_tokens, device=torch.device("cpu")
+        geometry,
+        num_rows=num_rows,
+        max_model_len=num_tokens,
+        pool_frames=pool_frames,
+        device=torch.device("cpu"),
     )
-    made = tables.page_slot.nbytes + tables.lane_slots.nbytes + tables.frames.nbytes
-    assert made == geometry.table_bytes(num_rows, num_tokens)
+    parts = (
+        tables.frames_RF, tables.page_slot_X, tables.lane_blocks_RLHN, tables.num_blocks_RLH
+    )  # fmt: skip
+    assert all(part.dtype == torch.int32 for part in parts)
+    made = sum(part.nbytes for part in parts)
+    assert made == geometry.table_bytes(num_rows, num_tokens, pool_frames=pool_frames)
+
+
+@pytest.mark.parametrize(("page_size", "least"), [(8, 15), (16, 10), (32, 6)])
+def test_tables_grow_with_the_tokens_there_are(page_size: int, least: int) -> None:
+    """Room for 32 requests of 128k, a pool for a mean of 8k: against tables of every request's
+    pages and slots as they might at most be, four bytes each."""
+    geometry = Geometry(
+        num_layers=32, num_kv_heads=8, head_dim=128, page_size=page_size, element_bytes=2
+    )
+    rows, longest = 32, 128 << 10
+    pool_frames = num_frames(rows * (8 << 10))
+    flat_pages = rows * geometry.num_lanes * geometry.max_pages(longest) * 4
+    flat_bytes = 2 * flat_pages + rows * num_frames(longest) * 8
+    assert geometry.table_bytes(rows, longest, pool_frames=pool_frames) < flat_bytes / least
+    segments = pool_frames * geometry.table_bytes_per_frame + rows * num_frames(longest) * 4
+    assert segments < flat_pages / 15, "the page table alone, with its directory"

@@ -89,12 +89,12 @@ class CacheMachine(RuleBasedStateMachine):
         lives = [(i, life) for i, life in self.lives.items() if life.length < life.total]
         decodes = [(i, life) for i, life in lives if life.length >= life.prompt]
         for index, life in decodes:
-            with self.losses_counted():
-                self.cache.open_token(index, life.length, step=self.step)
+            with self.losses_counted(index, life.length + 1):
+                self.cache.open_token(index, life.length)
         for index, life in lives:
             if life.length < life.prompt:
                 size = int(rng.integers(1, life.prompt - life.length + 1))
-                with self.losses_counted():
+                with self.losses_counted(index, life.length + size):
                     self.cache.open_chunk(index, life.length, life.length + size, step=self.step)
                 life.length += size
         for layer in range(2):
@@ -115,20 +115,24 @@ class CacheMachine(RuleBasedStateMachine):
         pages = [[rng.permutation(num_full[i])[:count] for _ in range(2)] for i in rows]
         pages_BHK, rows_B = torch.tensor(np.array(pages)), torch.tensor(rows)
         tables, per_block = self.cache.tables, self.cache.geometry.pages_per_block
-        num_slots = [self.cache.rows[index].num_blocks * per_block for index in rows]
-        was_hot = tables.page_slot[rows_B, layer].gather(-1, pages_BHK) >= 0
+        num_blocks = [self.cache.rows[index].num_blocks for index in rows]
+        num_pages = max(num_full.values())
+        was_hot = tables.slots_in_order(rows_B, layer, num_pages).gather(-1, pages_BHK) >= 0
         slots_BHK, fetch = tables.resolve(
             self.cache.arena,
             layer=layer,
             rows_B=rows_B,
             pages_BHK=pages_BHK,
-            num_slots=max(num_slots),
+            max_blocks=max(num_blocks),
             step=self.step,
         )
-        assert torch.equal(tables.page_slot[rows_B, layer].gather(-1, pages_BHK), slots_BHK)
+        now_BHP = tables.slots_in_order(rows_B, layer, num_pages)
+        assert torch.equal(now_BHP.gather(-1, pages_BHK), slots_BHK)
         assert bool((slots_BHK[was_hot] >= 0).all())
         assert (fetch is None) == bool(was_hot.all())
-        room_B1 = torch.tensor(num_slots)[:, None] - 1  # the page of the token is locked
+        room_B1 = (
+            torch.tensor(num_blocks)[:, None] * per_block - 1
+        )  # the page of the token is locked
         assert torch.equal((slots_BHK >= 0).sum(-1), room_B1.clamp(max=count).expand(-1, 2))
 
     @precondition(lambda self: self.lives)
@@ -144,25 +148,39 @@ class CacheMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def free(self, data: st.DataObject) -> None:
         index = data.draw(st.sampled_from(sorted(self.lives)))
-        displaced = int(self.cache.tables.displaced)
+        tables, frames = self.cache.tables, self.cache.rows[index].frames
+        displaced = int(tables.displaced)
         self.cache.free(index)
-        assert int(self.cache.tables.displaced) == displaced, "a request that ends evicts nothing"
+        assert int(tables.displaced) == displaced, "a request that ends evicts nothing"
         del self.lives[index]
-        assert bool((self.cache.tables.page_slot[index] == -1).all())
-        assert bool((self.cache.tables.lane_slots[index] == -1).all())
+        assert bool((tables.page_slot_MLHP[frames] == -1).all())
+        assert bool((tables.lane_blocks_RLHN[index] == -1).all())
+        assert bool((tables.frames_RF[index] == tables.spare_frame).all())
 
     @contextmanager
-    def losses_counted(self) -> Iterator[None]:
-        """Every page that has a slot before the block, or gets one in it, and has none after it
-        is counted."""
-        tables, rows = self.cache.tables, self.cache.rows
-        had, displaced = tables.page_slot[..., :-1] >= 0, int(tables.displaced)
-        num_placed = {index: row.num_placed for index, row in rows.items()}
+    def losses_counted(self, opened: int | None = None, end: int = 0) -> Iterator[None]:
+        """Every begun page that has a slot before the block, or gets one in it, and has none after
+        it is counted. The block may open pages of row ``opened`` up to position ``end``."""
+        rows, displaced = dict(self.cache.rows), int(self.cache.tables.displaced)
+        had = {index: self.begun(row) for index, row in rows.items()}
+        was_complete = opened is not None and rows[opened].complete
         yield
-        for index, row in rows.items():
-            had[index, :, :, num_placed.get(index, 0) : row.num_placed] = True
-        lost = had & (tables.page_slot[..., :-1] < 0)
-        assert int(tables.displaced) - displaced == int(lost.sum())
+        if opened is not None and was_complete:
+            num_begun = -(-end // self.page_size)
+            had[opened][..., : min(num_begun, rows[opened].num_placed)] = True
+        lost = sum(int((had[i] & (self.table(row) < 0)).sum()) for i, row in rows.items())
+        assert int(self.cache.tables.displaced) - displaced == lost
+
+    def table(self, row: Row) -> torch.Tensor:
+        """Slots (L, H, P) of all pages there may be."""
+        num_pages = len(row.frames) * self.cache.geometry.pages_per_block
+        return self.cache.tables.slots_of(row.index, 0, num_pages)
+
+    def begun(self, row: Row) -> torch.Tensor:
+        """Whether pages (L, H, P) have a slot and some tokens."""
+        table_LHP = self.table(row)
+        steps_LHP = self.cache.arena.slot_step_N[table_LHP.clamp(min=0)]
+        return (table_LHP >= 0) & (steps_LHP != FREE_STEP)
 
     @invariant()
     def nothing_leaks(self) -> None:
@@ -170,6 +188,18 @@ class CacheMachine(RuleBasedStateMachine):
         frames = [row.frames for row in self.cache.rows.values()]
         assert len(np.unique(np.concatenate([*frames, [-1]]))) == 1 + sum(map(len, frames))
         assert set(self.cache.rows) == set(self.lives)
+
+    @invariant()
+    def every_frame_has_one_segment(self) -> None:
+        tables, free = self.cache.tables, torch.ones(len(self.cache.tables.page_slot_MLHP)).bool()
+        free[-1] = False  # the spare frame takes the writes of lanes without any
+        for row in self.cache.rows.values():
+            frames_F = tables.frames_RF[row.index]
+            assert frames_F[: len(row.frames)].tolist() == row.frames.tolist()
+            assert bool((frames_F[len(row.frames) :] == tables.spare_frame).all())
+            free[row.frames] = False
+        assert bool((tables.page_slot_MLHP[free] == -1).all())
+        assert bool((tables.frames_RF[tables.spare_row] == tables.spare_frame).all())
 
     @invariant()
     def every_slot_has_one_owner_and_one_page(self) -> None:
@@ -188,10 +218,13 @@ class CacheMachine(RuleBasedStateMachine):
 
     def check_lanes(self, row: Row, slots_LHS: torch.Tensor) -> None:
         tables, arena = self.cache.tables, self.cache.arena
-        num_slots, life = slots_LHS.shape[-1], self.lives[row.index]
-        assert torch.equal(tables.lane_slots[row.index, :, :, :num_slots].long(), slots_LHS)
-        assert bool((tables.lane_slots[row.index, :, :, num_slots:] == -1).all())
-        table_LHP = tables.page_slot[row.index, :, :, :-1]
+        per_block, life = self.cache.geometry.pages_per_block, self.lives[row.index]
+        blocks_LHN = tables.lane_blocks_RLHN[row.index]
+        owned_LHn = blocks_LHN[..., : row.num_blocks]
+        assert torch.equal(slots_of_blocks(owned_LHn, pages_per_block=per_block), slots_LHS)
+        assert bool((blocks_LHN[..., row.num_blocks :] == -1).all())
+        assert bool((tables.num_blocks_RLH[row.index] == row.num_blocks).all())
+        table_LHP = self.table(row)
         page_of_slot = arena.slot_page_N[slots_LHS].long()
         hot_LHP = table_LHP >= 0
         held = page_of_slot >= 0
@@ -199,12 +232,13 @@ class CacheMachine(RuleBasedStateMachine):
         found = table_LHP.gather(-1, page_of_slot.clamp(min=0)).long()
         assert torch.equal(found[held], slots_LHS[held])
         num_pages = -(-life.length // self.page_size)
-        assert not bool(hot_LHP[..., num_pages:].any())
+        assert not bool(self.begun(row)[..., num_pages:].any())
         locked = arena.slot_step_N[slots_LHS] == LOCKED_STEP
         assert bool((locked.sum(-1) == bool(life.length % self.page_size)).all())
         assert bool((page_of_slot[locked] == life.length // self.page_size).all())
-        if row.complete:
-            assert torch.equal(table_LHP[..., :num_pages].long(), slots_LHS[..., :num_pages])
+        num_placed = -(-num_pages // per_block) * per_block if row.complete else 0
+        assert not bool(hot_LHP[..., max(num_placed, num_pages) :].any())
+        assert torch.equal(table_LHP[..., :num_placed].long(), slots_LHS[..., :num_placed])
 
 
 @pytest.mark.slow
@@ -220,7 +254,7 @@ def test_summaries_and_copies_of_sealed_pages(make_cache: MakeCache) -> None:
     cache = make_cache(lane_blocks=2, num_frames=2, page_size=8)
     row = cache.add(200, method=SparseMethod.CUBOID_MEAN, token_budget=None)
     for position in range(16):
-        cache.open_token(row, position, step=position)
+        cache.open_token(row, position)
     slots = cache.tables.slots_of(row, 0, 2).long()
     cache.arena.pages_NTCD[slots] = torch.randn(2, 2, 2, 8, 2, 4)
     cache.seal([(row, 1), (row, 0)], step=20)
@@ -272,12 +306,14 @@ def test_an_open_page_moves_when_its_slot_is_taken(make_cache: MakeCache) -> Non
     cache.arena.pages_NTCD[before] = pages
     cache.apply(replace(cache._knobs, hbm_budget=256))
     assert cache.rows[index].num_blocks == 3
+    blocks_LHn = cache.tables.lane_blocks_RLHN[index, :, :, :3].long()
+    kept = slots_of_blocks(blocks_LHn, pages_per_block=4)
     after = cache.tables.slots_of(index, 31, 32).long()
-    assert bool(torch.isin(after, cache.tables.lane_slots[index, :, :, :12].long()).all())
+    assert bool(torch.isin(after, kept).all())
     assert torch.equal(cache.arena.pages_NTCD[after], pages)
     assert bool((cache.arena.slot_step_N[after] == LOCKED_STEP).all())
     assert bool((cache.arena.slot_page_N[before] == -1).all())
-    assert (cache.tables.page_slot[index, :, :, :-1] >= 0).sum(-1).unique().tolist() == [12]
+    assert (cache.tables.slots_of(index, 0, 32) >= 0).sum(-1).unique().tolist() == [12]
     assert int(cache.tables.displaced) == 4 * (32 - 12)
 
 

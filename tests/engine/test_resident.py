@@ -148,7 +148,7 @@ def test_a_resident_step_draws_what_the_runner_draws(
             for row, token, prompt, asked in zip(rows, known, prompts, asked_now, strict=True)
         ]
         for decode in decodes:
-            other.kv.open_token(decode.row, decode.position, step=step + 100)
+            other.kv.open_token(decode.row, decode.position)
         given_ = [
             DecodeRow(row=d.row, token=int(t), position=d.position)
             for d, t in zip(decodes, drawn, strict=True)

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from sparsed.core import SparseMethod
 from sparsed.engine.kvcache.cache import KVCache
+from sparsed.engine.kvcache.hbm import slots_of_blocks
 from sparsed.engine.kvcache.tables import Resolved
 
 MakeCache = Callable[..., KVCache]
@@ -49,6 +50,9 @@ def new_lanes(make_cache: MakeCache, blocks_of_row: Sequence[int]) -> Lanes:
     rows = []
     for blocks in blocks_of_row:
         rows.append(cache.add(blocks * 128, method=SparseMethod.CUBOID_MEAN, token_budget=None))
+        row = cache.rows[rows[-1]]  # that has the frames of NUM_PAGES pages, but no more blocks
+        row.frames = np.concatenate((row.frames, cache.pool.frames.take(8 - blocks)))
+        cache.tables.open(row.index, torch.from_numpy(row.frames))
     oracles = [[LaneLru(4 * blocks) for _ in range(NUM_HEADS)] for blocks in blocks_of_row]
     return Lanes(cache, rows, oracles)
 
@@ -61,13 +65,14 @@ def resolve(lanes: Lanes, order: Sequence[int], pages_BHK: torch.Tensor, step: i
         layer=1,
         rows_B=torch.tensor([lanes.rows[i] for i in order]),
         pages_BHK=pages_BHK[list(order)],
-        num_slots=4 * blocks,
+        max_blocks=blocks,
         step=step,
     )
 
 
 def resident(lanes: Lanes, row: int, head: int) -> set[int]:
-    table_P = lanes.cache.tables.page_slot[lanes.rows[row], 1, head, :-1]
+    cache, index = lanes.cache, lanes.rows[row]
+    table_P = cache.tables.slots_of(index, 0, NUM_PAGES)[1, head]
     return set((table_P >= 0).nonzero()[:, 0].tolist())
 
 
@@ -136,8 +141,8 @@ def test_the_order_of_the_batch_does_not_matter(
         expected = resolve(first, range(len(blocks)), pages_BHK, step)
         found = resolve(second, order, pages_BHK, step)
         assert torch.equal(found.slots_BHK, expected.slots_BHK[order])
-        assert torch.equal(first.cache.tables.page_slot[..., :-1],
-                           second.cache.tables.page_slot[..., :-1])  # fmt: skip
+        tables = [lanes.cache.tables.page_slot_MLHP[:-1] for lanes in (first, second)]
+        assert torch.equal(*tables)
 
 
 @pytest.mark.parametrize("num_blocks", [2, 4])
@@ -177,7 +182,8 @@ def test_a_fetch_names_a_target_for_each_missing_page(make_cache: MakeCache) -> 
     fetch = resolve(lanes, [0], pages_BHK, 1).fetch
     assert fetch is not None
     assert bool(fetch.placed_BHK.all())
-    owned_HS = lanes.cache.tables.lane_slots[lanes.rows[0], 1, :, :4].long()
+    blocks_H1 = lanes.cache.tables.lane_blocks_RLHN[lanes.rows[0], 1, :, :1].long()
+    owned_HS = slots_of_blocks(blocks_H1, pages_per_block=4)
     assert bool((fetch.target_BHK[0, :, :, None] == owned_HS[:, None]).any(-1).all())
     assert resolve(lanes, [0], pages_BHK, 2).fetch is None
     fetch = resolve(lanes, [0], torch.tensor([[[3, 7], [4, 0]]]), 3).fetch
@@ -190,7 +196,7 @@ def test_a_fetch_names_a_target_for_each_missing_page(make_cache: MakeCache) -> 
 def test_a_lane_without_room_keeps_its_locked_page(make_cache: MakeCache) -> None:
     """Four slots, one locked: of four selected pages one is left to a pass through staging."""
     lanes = new_lanes(make_cache, [1])
-    lanes.cache.open_token(lanes.rows[0], 0, step=1)
+    lanes.cache.open_token(lanes.rows[0], 0)
     pages_BHK = torch.tensor([[[1, 2, 3, 4]] * NUM_HEADS])
     resolved = resolve(lanes, [0], pages_BHK, 2)
     assert (resolved.slots_BHK >= 0).sum(-1).tolist() == [[3, 3]]

@@ -175,30 +175,33 @@ def resident_case(
     seed: int = 0,
 ) -> dict[str, object]:
     """Arguments of ``attend_resident``; room that must not be read, and every layer but the one
-    asked for, holds NaN. Length 0 is padding; rows and blocks lie in no order."""
+    asked for, holds NaN. Length 0 is padding; rows, frames and blocks lie in no order."""
     generator = torch.Generator().manual_seed(seed)
     num_blocks = [-(-length // BLOCK_TOKENS) for length in lengths]
     pages_per_block, layer = BLOCK_TOKENS // page_size, 1
     blocks = torch.randperm(heads * sum(num_blocks) + 1, generator=generator).tolist()
     rows = torch.randperm(len(lengths) + 2, generator=generator).tolist()[: len(lengths)]
     arena_NTCD = torch.full((len(blocks) * pages_per_block, page_size, 2, dim), math.nan)
-    page_slot_RLHP = torch.full(
-        (len(lengths) + 2, 3, heads, max(num_blocks) * pages_per_block + 1), -1
-    )
+    spare = sum(num_blocks) + 2
+    frames = torch.randperm(spare, generator=generator).tolist()
+    frames_RF = torch.full((len(lengths) + 2, max(num_blocks) + 1), spare, dtype=torch.int32)
+    page_slot_MLHP = torch.full((spare + 1, 3, heads, pages_per_block), -1, dtype=torch.int32)
     for row, length in zip(rows, lengths, strict=True):
-        for head in range(heads):
-            for start in range(0, length, BLOCK_TOKENS):
+        for start in range(0, length, BLOCK_TOKENS):
+            frame = frames_RF[row, start // BLOCK_TOKENS] = frames.pop()
+            for head in range(heads):
                 first, count = blocks.pop() * pages_per_block, min(BLOCK_TOKENS, length - start)
                 arena_NTCD[first : first + pages_per_block].view(-1, 2, dim)[:count] = torch.randn(
                     count, 2, dim, generator=generator
                 )
                 for page in range(-(-count // page_size)):
-                    page_slot_RLHP[row, layer, head, start // page_size + page] = first + page
+                    page_slot_MLHP[frame, layer, head, page] = first + page
     q_NXD = random(len(lengths) * queries, heads * group + 2, dim, dtype=dtype, seed=seed + 1)
     return {
         "q_NHD": q_NXD[:, : heads * group],
         "arena_NTCD": arena_NTCD.to(dtype),
-        "page_slot_RLHP": page_slot_RLHP.int(),
+        "frames_RF": frames_RF,
+        "page_slot_MLHP": page_slot_MLHP,
         "layer": layer,
         "plan": resident_plan(rows, lengths, split_tokens=split_tokens),
         "scale": dim**-0.5,
@@ -210,21 +213,22 @@ def naive_resident(
     q_NHD: Tensor,
     arena_NTCD: Tensor,
     *,
-    page_slot_RLHP: Tensor,
+    frames_RF: Tensor,
+    page_slot_MLHP: Tensor,
     layer: int,
     plan: ResidentPlan,
     scale: float,
     programs: int,
 ) -> Tensor:
-    num_heads, page_size = page_slot_RLHP.shape[2], arena_NTCD.shape[1]
+    num_heads, page_size = page_slot_MLHP.shape[2], arena_NTCD.shape[1]
     num_queries, group = len(q_NHD) // len(plan.rows_B), q_NHD.shape[1] // num_heads
     q_NHD, tokens_nCD = q_NHD.cpu().double(), arena_NTCD.cpu().double().flatten(0, 1)
     o_NHD = torch.zeros_like(q_NHD)
     for b, row in enumerate(plan.rows_B.tolist()):
         length = int(plan.lengths_B[b])
         for head in range(num_heads if length else 0):
-            slots = page_slot_RLHP[row, layer, head, :: BLOCK_TOKENS // page_size].tolist()
-            starts = [slot * page_size for slot in slots[: -(-length // BLOCK_TOKENS)]]
+            frames = frames_RF[row, : -(-length // BLOCK_TOKENS)].tolist()
+            starts = [int(page_slot_MLHP[i, layer, head, 0]) * page_size for i in frames]
             kv_WCD = torch.cat([tokens_nCD[start : start + BLOCK_TOKENS] for start in starts])
             for query in range(num_queries):
                 k_WD, v_WD = kv_WCD[: length - num_queries + 1 + query].unbind(1)

@@ -172,7 +172,7 @@ def test_resident(cases, shape):
     tolerance = cases.tolerance[case["arena_NTCD"].dtype]
     got = resident._launch(**case)
     del case["programs"]
-    case["pages_RHP"] = case.pop("page_slot_RLHP")[:, case.pop("layer")]
+    case["slots_MHP"] = case.pop("page_slot_MLHP")[:, case.pop("layer")]
     assert_close(got, reference.attend_resident(**case), atol=tolerance, rtol=tolerance)
 
 

@@ -139,7 +139,8 @@ def launch_resident(dim: int, dtype: torch.dtype, group: int, num_queries: int =
     resident._launch(
         torch.zeros(2 * num_queries, 4 * group, dim, dtype=dtype),
         torch.zeros(8, 32, 2, dim, dtype=dtype),
-        page_slot_RLHP=torch.zeros(3, 2, 4, 8, dtype=torch.int32),
+        frames_RF=torch.zeros(3, 8, dtype=torch.int32),
+        page_slot_MLHP=torch.zeros(9, 2, 4, 4, dtype=torch.int32),
         layer=1,
         plan=resident.ResidentPlan(zeros_B, zeros_B, items_I3, zeros_B, num_items_1),
         scale=1.0,

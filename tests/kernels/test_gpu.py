@@ -479,7 +479,8 @@ def test_attend_speed(requests, tokens):
 @pytest.mark.parametrize(("requests", "tokens"), [(32, 8192), (1, 32768)])
 def test_resident_speed(cases, requests, tokens):
     heads, group, dim, page_size = 8, 4, 128, 32
-    blocks = torch.randperm(requests * heads * tokens // BLOCK_TOKENS, device="cuda")
+    frames = torch.randperm(requests * tokens // BLOCK_TOKENS, device="cuda").int()
+    blocks = torch.randperm(len(frames) * heads, device="cuda")
     pages = torch.arange(BLOCK_TOKENS // page_size, device="cuda")
     slots = (blocks[:, None] * len(pages) + pages).int()
     processors = torch.cuda.get_device_properties("cuda").multi_processor_count
@@ -491,7 +492,8 @@ def test_resident_speed(cases, requests, tokens):
         "arena_NTCD": torch.zeros(
             slots.numel(), page_size, 2, dim, device="cuda", dtype=torch.bfloat16
         ),
-        "page_slot_RLHP": slots.view(requests, 1, heads, -1),
+        "frames_RF": frames.view(requests, -1),
+        "page_slot_MLHP": slots.view(len(frames), 1, heads, -1),
         "layer": 0,
         "plan": plan._make(part.cuda() for part in plan),
         "scale": dim**-0.5,

@@ -250,7 +250,8 @@ def test_resident(cases, shape):
 
 def test_the_only_token_of_a_request_is_its_value(cases):
     case = cases.resident(lengths=(1,), heads=1, group=1)
-    first_slot = case["page_slot_RLHP"][case["plan"].rows_B[0], case["layer"], 0, 0]
+    first_frame = case["frames_RF"][case["plan"].rows_B[0], 0]
+    first_slot = case["page_slot_MLHP"][first_frame, case["layer"], 0, 0]
     assert_close(attend_resident(**case)[0, 0], case["arena_NTCD"][first_slot, 0, 1])
 
 
@@ -417,8 +418,12 @@ def test_wrappers_refuse_what_kernels_cannot_read(cases):
         ("q_NHD", lambda q_NHD: q_NHD[:-1]),
         ("arena_NTCD", lambda arena_NTCD: arena_NTCD[:, ::2]),
         ("arena_NTCD", lambda arena_NTCD: arena_NTCD.repeat(1, 3, 1, 1)),  # pages of 96 tokens
-        ("page_slot_RLHP", lambda page_slot_RLHP: page_slot_RLHP.long()),
-        ("page_slot_RLHP", lambda page_slot_RLHP: page_slot_RLHP[..., ::2]),
+        ("frames_RF", lambda frames_RF: frames_RF.long()),
+        ("frames_RF", lambda frames_RF: frames_RF[:, ::2]),
+        ("page_slot_MLHP", lambda page_slot_MLHP: page_slot_MLHP.long()),
+        ("page_slot_MLHP", lambda page_slot_MLHP: page_slot_MLHP[:, :, ::2]),
+        ("page_slot_MLHP", lambda page_slot_MLHP: page_slot_MLHP.flatten(2)),
+        ("page_slot_MLHP", lambda page_slot_MLHP: page_slot_MLHP.repeat(1, 1, 1, 2)),  # of 64
         ("plan", lambda plan: plan._replace(lengths_B=plan.lengths_B.long())),
     ],
 )
