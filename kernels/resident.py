@@ -129,15 +129,18 @@ def _launch(
     return _merge_items(o_IHXD, lse_IHX, plan, like_NHD=q_NHD)
 
 
-def _tile(num_lines: int, padded_dim: int, element_bytes: int) -> dict[str, int]:
-    """The largest tile that fits the registers and shared memory of sm_80 to sm_100."""
+def _tile(num_lines: int, padded_dim: int, element_bytes: int) -> dict[str, int | None]:
+    """The largest tile that fits the registers and shared memory of sm_80 to sm_100, two programs
+    on a multiprocessor."""
     tile_tokens = _TILE_BYTES // (element_bytes // 2) // (padded_dim * element_bytes)
     max_lines = min(triton.next_power_of_2(num_lines), tile_tokens // 2, _MAX_LINES)
     tile_lines = max(_MIN_DOT, max_lines)
+    num_warps = 4 if tile_lines == _MIN_DOT else 8
     return {
         "TILE_LINES": tile_lines,
         "TILE_TOKENS": min(max(_MIN_DOT, tile_tokens), BLOCK_TOKENS),
-        "num_warps": 4 if tile_lines == _MIN_DOT else 8,
+        "num_warps": num_warps,
+        "maxnreg": 128 if num_warps == 8 else None,  # fewer warps stay below 256 anyway
     }
 
 
@@ -213,16 +216,16 @@ def _attend_kernel(
         sum_X = tl.zeros([TILE_LINES], tl.float32)
         o_XD = tl.zeros([TILE_LINES, PADDED_DIM], tl.float32)
         for start in range(first, last, TILE_TOKENS):
-            # The slot of the next tile, two loads away, is on its way while this tile is read.
-            next_block = tl.minimum(start + TILE_TOKENS, last - 1) // BLOCK_TOKENS
-            next_frame = tl.load(frames + next_block).to(tl.int64)
-            next_slot = tl.load(pages + next_frame * frame_pages)
             tokens = start + tl.arange(0, TILE_TOKENS)
             token_W = slot.to(tl.int64) * PAGE_SIZE + tokens % BLOCK_TOKENS
             kv_WD = arena_NTCD + token_W[:, None] * (2 * HEAD_DIM) + dims[None, :]
             mask_WD = (tokens < last)[:, None] & (dims < HEAD_DIM)[None, :]
             k_WD = tl.load(kv_WD, mask=mask_WD, other=0.0)
             v_WD = tl.load(kv_WD + HEAD_DIM, mask=mask_WD, other=0.0)
+            # The next tile's slot is two loads away: they are under way while this tile is read.
+            next_block = tl.minimum(start + TILE_TOKENS, last - 1) // BLOCK_TOKENS
+            next_frame = tl.load(frames + next_block).to(tl.int64)
+            next_slot = tl.load(pages + next_frame * frame_pages)
             logits_XW = tl.dot(q_XD, tl.trans(k_WD), input_precision="ieee") * scale_log2
             seen_XW = tokens[None, :] < seen_X[:, None]
             logits_XW = tl.where(seen_XW, logits_XW, float("-inf"))
