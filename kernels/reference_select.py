@@ -11,6 +11,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
+COLUMN_ALIGN: Final = 4  # of columns where a request may begin: 16 bytes are read at once
 SMALLEST_SCORE: Final = 2.0**-40  # of the whole mass: what is less is no reason to prefer a page
 
 
@@ -26,7 +27,8 @@ def select_pages(
     out_BHK: Tensor,
 ) -> None:
     """See ``kernels.select.select_pages``; sorts."""
-    assert not len(num_full_B) or int(num_full_B.max()) <= max_pages
+    assert not (first_B % COLUMN_ALIGN).any() and (num_full_B <= max_pages).all()
+    assert (first_B + num_full_B <= logits_HGX.shape[2]).all()
     plan = zip(first_B.tolist(), num_full_B.tolist(), count_B.tolist(), out_BHK, strict=True)
     out_BHK.fill_(-1)
     for first, num_full, count, out_HK in plan:
@@ -40,7 +42,10 @@ def select_pages(
 
 
 def page_scores(logits_HGP: Tensor) -> Tensor:
-    """Sums (H, P) of the softmax weights of the query heads, 0 below the smallest score."""
-    weights_HGP = torch.softmax(logits_HGP, dim=-1).nan_to_num(nan=0.0)
-    scores_HP = weights_HGP.sum(dim=1)
+    """Sums (H, P) of the softmax weights of the query heads, 0 below the smallest score.
+
+    From float64, so that columns of the same logits have the same score wherever they lie.
+    """
+    weights_HGP = torch.softmax(logits_HGP.double(), dim=-1).nan_to_num(nan=0.0)
+    scores_HP = weights_HGP.sum(dim=1).float()
     return scores_HP.masked_fill(scores_HP < SMALLEST_SCORE, 0.0)

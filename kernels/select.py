@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparsed.kernels import reference_select
+from sparsed.kernels.reference_select import COLUMN_ALIGN
 from sparsed.kernels.threshold import bisect, page_keys, write_ids
 
 _MAX_TILE = 8192  # pages that a program keeps in registers; of more, it reads the keys anew
@@ -45,18 +46,20 @@ def select_pages(
     request may hold anything.
 
     Shapes: logits (H, G, X) float32, contiguous; first, num_full, count (B,) int32, on the logits'
-    device, num_full at most ``max_pages``, count at most K; out (B, H, K) int32, contiguous.
+    device; ``first`` and X multiples of 4, num_full at most ``max_pages``, count at most K; out
+    (B, H, K) int32, contiguous.
     Units: logits are natural logs, scaled.
     Changes: out, all of it, on the current stream.
     Precision: float32 throughout: pages whose scores differ by less than rounding may change
     places. A request's pages depend on its own logits and on ``max_pages`` alone.
-    Errors: AssertionError on other shapes or dtypes, and on negative page counts.
-    Source: the rule of groups is that of Quest-like page selection, arXiv 2406.10774, over softmax
-    weights; the bisection is ours.
+    Errors: AssertionError on other shapes or dtypes, on a negative number of forced pages, and on
+    the CPU on a ``first`` or ``num_full`` out of bounds, which the device does not look at.
+    Source: ours; pages by the best scores are Quest's, arXiv 2406.10774.
     """
     num_requests, num_heads, num_selected = out_BHK.shape
     assert logits_HGX.dtype == torch.float32 and logits_HGX.is_contiguous()
     assert logits_HGX.ndim == 3 and logits_HGX.shape[0] == num_heads
+    assert logits_HGX.shape[2] % COLUMN_ALIGN == 0 and logits_HGX.data_ptr() % 16 == 0
     assert out_BHK.dtype == torch.int32 and out_BHK.is_contiguous() and num_selected > 0
     for part_B in (first_B, num_full_B, count_B):
         assert part_B.shape == (num_requests,) and part_B.dtype == torch.int32
@@ -90,8 +93,9 @@ def _launch(
     num_requests, num_heads, num_selected = out_BHK.shape
     _, group, num_columns = logits_HGX.shape
     tile = min(max(_MIN_TILE, triton.next_power_of_2(max_pages)), max_tile)
-    one_tile, padded_group = max_pages <= tile, triton.next_power_of_2(group)
-    keys_HX = out_BHK if one_tile else out_BHK.new_empty((num_heads, num_columns))
+    one_tile = max_pages <= tile
+    # Room for keys that registers cannot hold; where they can, any tensor stands for it.
+    keys_HX = logits_HGX if one_tile else out_BHK.new_empty((num_heads, num_columns))
     if num_requests:
         _select_kernel[(num_requests * num_heads,)](
             logits_HGX,
@@ -106,21 +110,22 @@ def _launch(
             recent_pages,
             NUM_HEADS=num_heads,
             GROUP=group,
-            PADDED_GROUP=padded_group,
+            PADDED_GROUP=triton.next_power_of_2(group),
             TILE=tile,
-            TILE_COLUMNS=max(1, tile // padded_group),
             ONE_TILE=one_tile,
             FILL=_FILL,
+            ALIGN=COLUMN_ALIGN,
             num_warps=min(max(_MIN_WARPS, tile // _WARP_PAGES), _MAX_WARPS),
             enable_fp_fusion=True,
         )
 
 
 # No variant is to be compiled while requests wait, whatever the batch and its addresses.
-_CHANGING = ["first_B", "num_full_B", "count_B", "num_columns", "num_selected", "sink_pages"]
+_TABLES = ["first_B", "num_full_B", "count_B", "out_BHK"]
+_COUNTS = ["num_columns", "num_selected", "sink_pages", "recent_pages"]
 
 
-@triton.jit(do_not_specialize=[*_CHANGING, "recent_pages"])
+@triton.jit(do_not_specialize=[*_TABLES, *_COUNTS])
 def _select_kernel(
     logits_HGX: tl.tensor,
     keys_HX: tl.tensor,
@@ -136,9 +141,9 @@ def _select_kernel(
     GROUP: tl.constexpr,
     PADDED_GROUP: tl.constexpr,
     TILE: tl.constexpr,
-    TILE_COLUMNS: tl.constexpr,
     ONE_TILE: tl.constexpr,
     FILL: tl.constexpr,
+    ALIGN: tl.constexpr,
 ) -> None:
     lane = tl.program_id(0).to(tl.int64)
     b, head = lane // NUM_HEADS, lane % NUM_HEADS
@@ -147,28 +152,33 @@ def _select_kernel(
     out_K = out_BHK + lane * num_selected
     choose = (count > 0) & (num_full > count)
     if choose:
-        first = tl.load(first_B + b)
-        logits_GP = logits_HGX + head * GROUP * num_columns + first
+        # They are multiples already; now the compiler knows, and reads 16 bytes at once.
+        first = tl.load(first_B + b) // ALIGN * ALIGN
+        stride = num_columns // ALIGN * ALIGN
+        logits_GP = logits_HGX + head * GROUP * stride + first
+        num_keys = tl.cdiv(num_full, ALIGN) * ALIGN
         first_recent = num_full - recent_pages
-        num_forced = tl.minimum(sink_pages + recent_pages, num_full)
         if ONE_TILE:
             id_W = tl.arange(0, TILE)
-            score_W = _scores(logits_GP, id_W, num_full, num_columns, GROUP)
+            score_W = _scores(logits_GP, id_W, num_full, num_keys, stride, GROUP)
             keys = page_keys(score_W, id_W, num_full, sink_pages, first_recent)
         else:
-            keys = keys_HX + head * num_columns + first
-            peak_G, share_G = _softmax(
-                logits_GP, num_full, num_columns, GROUP, PADDED_GROUP, TILE_COLUMNS
+            keys = keys_HX + head * stride + first
+            _store_keys(
+                logits_GP,
+                keys,
+                num_full,
+                num_keys,
+                stride,
+                sink_pages,
+                first_recent,
+                GROUP,
+                PADDED_GROUP,
+                max(1, TILE // PADDED_GROUP),
             )
-            for start in range(0, num_full, TILE_COLUMNS):
-                id_W = start + tl.arange(0, TILE_COLUMNS)
-                logit_GW = _load(logits_GP, id_W, num_full, num_columns, GROUP, PADDED_GROUP)
-                score_W = _add_weights(logit_GW, peak_G, share_G)
-                key_W = page_keys(score_W, id_W, num_full, sink_pages, first_recent)
-                tl.store(keys + id_W, key_W, mask=id_W < num_full)
-            tl.debug_barrier()  # other threads read them
-        last_key, num_last = bisect(keys, num_full, count, num_forced, GROUP, TILE, ONE_TILE)
-        write_ids(keys, num_full, last_key, num_last, out_K, TILE, ONE_TILE)
+        num_forced = tl.minimum(sink_pages + recent_pages, num_full)
+        last_key, num_last = bisect(keys, num_keys, count, num_forced, GROUP, TILE, ONE_TILE)
+        write_ids(keys, num_keys, last_key, num_last, out_K, TILE, ONE_TILE)
     num_chosen = tl.where(choose, count, 0)
     for start in range(0, num_selected, FILL):
         place_W = start + tl.arange(0, FILL)
@@ -177,26 +187,13 @@ def _select_kernel(
 
 
 @triton.jit
-def _scores(
-    logits_GP: tl.tensor,
-    id_W: tl.tensor,
-    num_full: tl.tensor,
-    num_columns: tl.int32,
-    GROUP: tl.constexpr,
+def _load(
+    logits: tl.tensor, id_W: tl.tensor, wanted: tl.tensor, num_full: tl.tensor, num_keys: tl.tensor
 ) -> tl.tensor:
-    """Sums of softmax weights, where one tile holds all pages: every logit is read once."""
-    score_W = tl.zeros([id_W.shape[0]], tl.float32)
-    ahead_W = tl.load(logits_GP + id_W, mask=id_W < num_full, other=float("-inf"))
-    for g in range(GROUP):
-        logit_W = ahead_W
-        # The next head's logits travel while this one's are summed.
-        logits_GP += num_columns
-        wanted_W = (id_W < num_full) & (g + 1 < GROUP)
-        ahead_W = tl.load(logits_GP + id_W, mask=wanted_W, other=float("-inf"))
-        weight_W = tl.exp2((logit_W - tl.max(logit_W, axis=0)) * _LOG2_E)
-        share = _share(tl.sum(weight_W, axis=0))
-        score_W += tl.where(share > 0.0, weight_W * share, 0.0)
-    return score_W
+    """Logits, -inf for what is no page. What lies beyond the last page is read and not used, since
+    only a mask of whole groups leaves the reads wide."""
+    logits_W = tl.load(logits + id_W, mask=wanted & (id_W < num_keys), other=float("-inf"))
+    return tl.where(id_W < num_full, logits_W, float("-inf"))
 
 
 @triton.jit
@@ -206,26 +203,63 @@ def _share(sum_X: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def _load(
+def _scores(
     logits_GP: tl.tensor,
     id_W: tl.tensor,
     num_full: tl.tensor,
-    num_columns: tl.int32,
+    num_keys: tl.tensor,
+    stride: tl.tensor,
+    GROUP: tl.constexpr,
+) -> tl.tensor:
+    """Sums of softmax weights, where one tile holds all pages: every logit is read once."""
+    score_W = tl.zeros([id_W.shape[0]], tl.float32)
+    ahead_W = _load(logits_GP, id_W, GROUP > 0, num_full, num_keys)
+    for g in range(GROUP):
+        logit_W = ahead_W
+        # The next head's logits travel while this one's are summed.
+        logits_GP += stride
+        ahead_W = _load(logits_GP, id_W, g + 1 < GROUP, num_full, num_keys)
+        weight_W = tl.exp2((logit_W - tl.max(logit_W, axis=0)) * _LOG2_E)
+        share = _share(tl.sum(weight_W, axis=0))
+        score_W += tl.where(share > 0.0, weight_W * share, 0.0)
+    return score_W
+
+
+@triton.jit
+def _store_keys(
+    logits_GP: tl.tensor,
+    keys_P: tl.tensor,
+    num_full: tl.tensor,
+    num_keys: tl.tensor,
+    stride: tl.tensor,
+    sink_pages: tl.int32,
+    first_recent: tl.tensor,
     GROUP: tl.constexpr,
     PADDED_GROUP: tl.constexpr,
-) -> tl.tensor:
-    head_G = tl.arange(0, PADDED_GROUP)
-    mask_GW = (head_G < GROUP)[:, None] & (id_W < num_full)[None, :]
-    logit = logits_GP + (head_G * num_columns)[:, None] + id_W[None, :]
-    return tl.load(logit, mask=mask_GW, other=float("-inf"))
+    TILE_COLUMNS: tl.constexpr,
+) -> None:
+    """Keys of any number of pages, where every logit is read twice."""
+    head_G1 = tl.arange(0, PADDED_GROUP)[:, None]
+    logits_G1 = logits_GP + head_G1 * stride
+    peak_G1, share_G1 = _softmax(
+        logits_G1, head_G1 < GROUP, num_full, num_keys, PADDED_GROUP, TILE_COLUMNS
+    )
+    for start in range(0, num_keys, TILE_COLUMNS):
+        id_W = start + tl.arange(0, TILE_COLUMNS)
+        logit_GW = _load(logits_G1, id_W[None, :], head_G1 < GROUP, num_full, num_keys)
+        weight_GW = tl.exp2((logit_GW - peak_G1) * _LOG2_E) * share_G1
+        score_W = tl.sum(tl.where(share_G1 > 0.0, weight_GW, 0.0), axis=0)
+        key_W = page_keys(score_W, id_W, num_full, sink_pages, first_recent)
+        tl.store(keys_P + id_W, key_W, mask=id_W < num_keys)
+    tl.debug_barrier()  # other threads read them
 
 
 @triton.jit
 def _softmax(
-    logits_GP: tl.tensor,
+    logits_G1: tl.tensor,
+    real_G1: tl.tensor,
     num_full: tl.tensor,
-    num_columns: tl.int32,
-    GROUP: tl.constexpr,
+    num_keys: tl.tensor,
     PADDED_GROUP: tl.constexpr,
     TILE_COLUMNS: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
@@ -235,20 +269,14 @@ def _softmax(
     """
     peak_GW = tl.full([PADDED_GROUP, TILE_COLUMNS], _LOWEST, tl.float32)
     sum_GW = tl.zeros([PADDED_GROUP, TILE_COLUMNS], tl.float32)
-    for start in range(0, num_full, TILE_COLUMNS):
-        id_W = start + tl.arange(0, TILE_COLUMNS)
-        logit_GW = _load(logits_GP, id_W, num_full, num_columns, GROUP, PADDED_GROUP)
+    for start in range(0, num_keys, TILE_COLUMNS):
+        id_1W = start + tl.arange(0, TILE_COLUMNS)[None, :]
+        logit_GW = _load(logits_G1, id_1W, real_G1, num_full, num_keys)
         rise_GW = logit_GW - peak_GW
         # Of the two weights one is 1: it is the peak's.
         weight_GW = tl.exp2(-tl.abs(rise_GW) * _LOG2_E)
         sum_GW = tl.where(rise_GW > 0.0, sum_GW * weight_GW + 1.0, sum_GW + weight_GW)
         peak_GW = tl.maximum(peak_GW, logit_GW)
-    peak_G = tl.max(peak_GW, axis=1)
-    sum_G = tl.sum(sum_GW * tl.exp2((peak_GW - peak_G[:, None]) * _LOG2_E), axis=1)
-    return peak_G, _share(sum_G)
-
-
-@triton.jit
-def _add_weights(logit_GW: tl.tensor, peak_G: tl.tensor, share_G: tl.tensor) -> tl.tensor:
-    weight_GW = tl.exp2((logit_GW - peak_G[:, None]) * _LOG2_E) * share_G[:, None]
-    return tl.sum(tl.where(share_G[:, None] > 0.0, weight_GW, 0.0), axis=0)
+    peak_G1 = tl.max(peak_GW, axis=1)[:, None]
+    sum_G = tl.sum(sum_GW * tl.exp2((peak_GW - peak_G1) * _LOG2_E), axis=1)
+    return peak_G1, _share(sum_G)[:, None]

@@ -40,7 +40,7 @@ def page_keys(
 @triton.jit
 def bisect(
     keys: tl.tensor,
-    num_full: tl.tensor,
+    num_keys: tl.tensor,
     count: tl.tensor,
     num_forced: tl.tensor,
     GROUP: tl.constexpr,
@@ -59,7 +59,7 @@ def bisect(
     above = count * 0  # pages above ``high``, once it has fallen: before, no page is on it
     while low < high:
         middle = low + ((high - low + 1) >> 1)
-        found = _count_from(keys, middle, num_full, TILE, ONE_TILE)
+        found = _count_from(keys, middle, num_keys, TILE, ONE_TILE)
         above = tl.where(found < count, found, above)
         low = tl.where(found < count, low, middle)
         # Exactly as many as are wanted: done, there is nothing to cut.
@@ -69,17 +69,17 @@ def bisect(
 
 @triton.jit
 def _load_keys(
-    keys_P: tl.tensor, start: tl.int32, num_full: tl.tensor, TILE: tl.constexpr
+    keys_P: tl.tensor, start: tl.int32, num_keys: tl.tensor, TILE: tl.constexpr
 ) -> tl.tensor:
     id_W = start + tl.arange(0, TILE)
-    return tl.load(keys_P + id_W, mask=id_W < num_full, other=-1)
+    return tl.load(keys_P + id_W, mask=id_W < num_keys, other=-1)
 
 
 @triton.jit
 def _count_from(
     keys: tl.tensor,
     least: tl.tensor,
-    num_full: tl.tensor,
+    num_keys: tl.tensor,
     TILE: tl.constexpr,
     ONE_TILE: tl.constexpr,
 ) -> tl.tensor:
@@ -88,15 +88,15 @@ def _count_from(
         found_W = (keys >= least).to(tl.int32)
     else:
         found_W = tl.zeros([TILE], tl.int32)
-        for start in range(0, num_full, TILE):
-            found_W += (_load_keys(keys, start, num_full, TILE) >= least).to(tl.int32)
+        for start in range(0, num_keys, TILE):
+            found_W += (_load_keys(keys, start, num_keys, TILE) >= least).to(tl.int32)
     return tl.sum(found_W, axis=0)
 
 
 @triton.jit
 def write_ids(
     keys: tl.tensor,
-    num_full: tl.tensor,
+    num_keys: tl.tensor,
     last_key: tl.tensor,
     num_last: tl.tensor,
     out_K: tl.tensor,
@@ -104,12 +104,12 @@ def write_ids(
     ONE_TILE: tl.constexpr,
 ) -> None:
     if ONE_TILE:
-        _write_tile(keys, 0, last_key, num_last, num_full * 0, num_full * 0, out_K, TILE)
+        _write_tile(keys, 0, last_key, num_last, num_keys * 0, num_keys * 0, out_K, TILE)
     else:
-        above = num_full * 0
-        equal = num_full * 0
-        for start in range(0, num_full, TILE):
-            key_W = _load_keys(keys, start, num_full, TILE)
+        above = num_keys * 0
+        equal = num_keys * 0
+        for start in range(0, num_keys, TILE):
+            key_W = _load_keys(keys, start, num_keys, TILE)
             above, equal = _write_tile(key_W, start, last_key, num_last, above, equal, out_K, TILE)
 
 
