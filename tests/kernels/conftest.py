@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 
 import numpy as np
@@ -412,6 +412,88 @@ def numpy_uniforms(plan: DrawPlan) -> list[float]:
     ]
 
 
+def select_case(
+    *,
+    pages: Sequence[int] = (300, 53, 4, 0, 129, 200),
+    heads: int = 2,
+    group: int = 3,
+    columns: int = 40,
+    spread: float = 3.0,
+    ties: bool = False,
+    seed: int = 0,
+) -> dict[str, object]:
+    """Logits of requests in any order, NaN in the columns of none. With ``ties`` few columns
+    repeat, and between those that differ there is room for rounding."""
+    numbers = np.random.default_rng(seed)
+    room = [-(-num // 4) * 4 + 4 * int(numbers.integers(0, 2)) for num in pages]
+    order = numbers.permutation(len(pages))
+    first = np.zeros(len(pages), dtype=np.int32)
+    first[order] = np.cumsum([4, *(room[b] for b in order[:-1])])
+    logits_HGX = torch.full((heads, group, sum(room) + 8), math.nan)
+    for b, num in enumerate(pages):
+        logits_HGP = random(heads, group, num, seed=seed + b) * spread
+        if ties and num:
+            chosen = torch.from_numpy(numbers.integers(0, min(num, 6), num))
+            logits_HGP = logits_HGP[..., chosen]
+        logits_HGX[..., first[b] : first[b] + num] = logits_HGP
+    sink, recent = int(numbers.integers(0, 3)), int(numbers.integers(0, 4))
+    counts = numbers.choice([0, 1, 3, sink + recent, sink + recent + 1, 9, columns], len(pages))
+    return {
+        "logits_HGX": logits_HGX,
+        "first_B": torch.from_numpy(first),
+        "num_full_B": torch.tensor(pages, dtype=torch.int32),
+        "count_B": torch.from_numpy(counts.astype(np.int32)).clamp(max=columns),
+        "sink_pages": sink,
+        "recent_pages": recent,
+        "max_pages": max(pages),
+        "out_BHK": torch.full((len(pages), heads, columns), 77, dtype=torch.int32),
+    }
+
+
+def selected_by(select: Callable[..., None], case: dict[str, object]) -> Tensor:
+    """What ``select`` writes into an output of its own."""
+    out_BHK = torch.full_like(case["out_BHK"], 77)
+    select(**{**case, "out_BHK": out_BHK})
+    return out_BHK
+
+
+def _ranked_pages(case: dict[str, object]) -> Iterator[tuple[int, int, int, np.ndarray]]:
+    """Request, head, how many are wanted, and the scores with the forced pages above all."""
+    for b, first in enumerate(case["first_B"].tolist()):
+        num_full, count = int(case["num_full_B"][b]), int(case["count_B"][b])
+        for head, logits_GX in enumerate(case["logits_HGX"].double().cpu().numpy()):
+            scores_P = np.zeros(num_full)
+            for logits_P in logits_GX[:, first : first + num_full]:
+                weights_P = np.exp(logits_P - logits_P.max(initial=-math.inf))
+                scores_P += weights_P / weights_P.sum()
+            scores_P[scores_P < 2.0**-40] = 0.0
+            page_P = np.arange(num_full)
+            forced_P = page_P < case["sink_pages"]
+            forced_P |= page_P >= num_full - case["recent_pages"]
+            yield b, head, min(count, num_full), np.where(forced_P, math.inf, scores_P)
+
+
+def naive_select(**case: object) -> Tensor:
+    """By a sort in float64. Rounded, so that columns that repeat tie wherever they lie."""
+    out_BHK = torch.full_like(case["out_BHK"], -1, device="cpu")
+    for b, head, count, scores_P in _ranked_pages(case):
+        best = np.argsort(-scores_P.astype(np.float32), kind="stable")[:count]
+        out_BHK[b, head, :count] = torch.from_numpy(np.sort(best))
+    return out_BHK
+
+
+def fair_selections(out_BHK: Tensor, case: dict[str, object], *, slack: float) -> list[bool]:
+    """Whether each lane has as many as it wants, rising, and no other is better by ``slack``."""
+    fair = []
+    for b, head, count, scores_P in _ranked_pages(case):
+        ids = out_BHK[b, head, :count].tolist()
+        rest = np.delete(scores_P, ids)
+        whole = ids == sorted(set(ids)) and (out_BHK[b, head, count:] == -1).all()
+        enough = not ids or scores_P[ids].min() >= rest.max(initial=0.0) * (1 - slack)
+        fair.append(bool(whole and enough))
+    return fair
+
+
 def split_query(q_BHD: Tensor) -> Tensor:
     return torch.cat((q_BHD.clamp(min=0), q_BHD.clamp(max=0)), dim=-1)
 
@@ -443,6 +525,10 @@ def cases() -> SimpleNamespace:
         draw_plan=draw_plan,
         fair_draws=fair_draws,
         uniforms=uniforms,
+        select=select_case,
+        selected_by=selected_by,
+        naive_select=naive_select,
+        fair_selections=fair_selections,
         numpy_uniforms=numpy_uniforms,
     )
 

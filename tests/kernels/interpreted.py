@@ -14,10 +14,12 @@ from sparsed.kernels import (
     merge,
     norm,
     reference,
+    reference_select,
     resident,
     rotate,
     sample,
     score,
+    select,
     store,
 )
 
@@ -266,3 +268,45 @@ def test_draws_of_no_number(cases, temperature):
 
 def plan_of(plan: sample.DrawPlan, rows: int) -> sample.DrawPlan:
     return plan._make(part[..., :rows].contiguous() for part in plan)
+
+
+SELECT_SHAPES = [
+    {},
+    {"group": 1, "heads": 1, "pages": (1000, 999, 998), "columns": 300},
+    {"group": 4, "pages": (128, 127, 65, 64, 63)},
+    {"group": 6, "pages": (129, 3, 150), "columns": 1},
+    {"group": 24, "heads": 1, "pages": (90,), "spread": 30.0},  # most pages count as 0
+    {"pages": (0, 1), "columns": 3},
+]
+
+
+@pytest.mark.parametrize("max_tile", [64, 8192])
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("shape", SELECT_SHAPES, ids=str)
+def test_select(cases, shape, seed, max_tile):
+    def launch(**case):
+        select._launch(**case, max_tile=max_tile)
+
+    repeated = cases.select(**shape, ties=True, seed=seed)
+    expected_BHK = cases.selected_by(reference_select.select_pages, repeated)
+    assert torch.equal(cases.selected_by(launch, repeated), expected_BHK)
+    case = cases.select(**shape, seed=seed)
+    assert all(cases.fair_selections(cases.selected_by(launch, case), case, slack=1e-5))
+
+
+# -inf - -inf is not a number, and that is what is tested.
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+@pytest.mark.parametrize("max_tile", [64, 8192])
+@pytest.mark.parametrize("broken", [float("nan"), float("inf"), float("-inf")])
+def test_select_without_broken_heads(cases, broken, max_tile):
+    case = cases.select(pages=(200,), ties=True)
+    case["count_B"][:], first = 30, int(case["first_B"])
+    head_X = case["logits_HGX"][0, 1, first : first + 200]
+    head_X[slice(None) if broken == float("-inf") else slice(70, 71)] = broken
+    case["logits_HGX"][1, :, first : first + 200] = broken
+    expected_BHK = cases.selected_by(reference_select.select_pages, case)
+    got_BHK = cases.selected_by(lambda **case: select._launch(**case, max_tile=max_tile), case)
+    assert torch.equal(got_BHK, expected_BHK)
+    num_first = 30 - case["recent_pages"]
+    assert got_BHK[0, 1, :num_first].tolist() == list(range(num_first))  # no reason to choose
+    assert got_BHK[0, 0, :num_first].tolist() != list(range(num_first))

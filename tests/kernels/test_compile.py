@@ -9,6 +9,7 @@ import re
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +31,7 @@ from sparsed.kernels import (
     rotate,
     sample,
     score,
+    select,
     store,
 )
 
@@ -167,6 +169,20 @@ def launch_draw(vocab: int) -> None:
     sample._launch(torch.zeros(2, vocab), plan)
 
 
+def launch_select(group: int, max_pages: int) -> None:
+    ints_B = torch.zeros(2, dtype=torch.int32)
+    select._launch(
+        torch.zeros(2, group, 64),
+        first_B=ints_B,
+        num_full_B=ints_B,
+        count_B=ints_B,
+        sink_pages=1,
+        recent_pages=2,
+        max_pages=max_pages,
+        out_BHK=torch.zeros(2, 2, 255, dtype=torch.int32),
+    )
+
+
 LAUNCHES: dict[str, Callable[[], None]] = {
     "copy 2 KiB": lambda: launch_copy(2048),
     "copy 2560 B": lambda: launch_copy(2560),
@@ -207,6 +223,11 @@ LAUNCHES: dict[str, Callable[[], None]] = {
     "draw of 49,152": lambda: launch_draw(49_152),
     "draw of 151,936": lambda: launch_draw(151_936),
     "draw of 32,001": lambda: launch_draw(32_001),
+    **{
+        f"select of {max_pages:,}, group {group}": partial(launch_select, group, max_pages)
+        for max_pages in (4096, 8192, 65_536)
+        for group in (3, 4, 6)
+    },
 }
 
 
@@ -296,6 +317,35 @@ def test_scores_read_16_bytes_an_access(name: str, page_bytes: int, arch: int) -
     wide = re.findall(r"ld\.global\S*\.(?:v4\.b32|v2\.b64)", compiled[0].asm["ptx"])
     threads = 32 * compiled[0].metadata.num_warps
     assert 16 * threads * len(wide) == score._TILE_PAGES * page_bytes  # all of the summaries
+
+
+@pytest.mark.parametrize("arch", SHARED_LIMIT_BYTES)
+@pytest.mark.parametrize("name", [name for name in LAUNCHES if name.startswith("select")])
+def test_selections_read_16_bytes_an_access(name: str, arch: int) -> None:
+    with compiled_for(arch) as compiled:
+        LAUNCHES[name]()
+    loads = re.findall(r"ld\.global.*", compiled[0].asm["ptx"])
+    narrow = [load for load in loads if not re.search(r"\.v4\.b32", load)]
+    assert len(narrow) == 3 < len(loads)  # first, number of pages, and count of the request
+
+
+@pytest.mark.parametrize("max_pages", [4096, 65_536])
+def test_selections_of_any_batch_share_one_variant(max_pages: int) -> None:
+    with compiled_for(90) as compiled:
+        for num_requests, num_columns, skip in ((1, 4, 0), (16, 64, 1), (3, 400, 3)):
+            ints_B = torch.zeros(99, dtype=torch.int32)[skip : skip + num_requests]
+            out_X = torch.zeros(9999, dtype=torch.int32)[skip:]
+            select._launch(
+                torch.zeros(2, 4, num_columns),
+                first_B=ints_B,
+                num_full_B=ints_B,
+                count_B=ints_B,
+                sink_pages=skip,
+                recent_pages=num_requests,
+                max_pages=max_pages,
+                out_BHK=out_X[: num_requests * 2 * (1 + skip)].view(num_requests, 2, -1),
+            )
+    assert len({kernel.hash for kernel in compiled}) == 1
 
 
 def write_table(folder: Path) -> None:

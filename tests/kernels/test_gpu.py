@@ -20,6 +20,7 @@ from sparsed.kernels.resident import BLOCK_TOKENS, attend_resident
 from sparsed.kernels.rotate import rotate_heads
 from sparsed.kernels.sample import DrawPlan, draw_tokens
 from sparsed.kernels.score import score_pages
+from sparsed.kernels.select import select_pages
 from sparsed.kernels.store import store_tokens
 
 pytestmark = [
@@ -362,6 +363,60 @@ def test_frequencies_of_draws_are_the_probabilities(cases):
     assert float(((counts[[1, 2, 4]] - expected) ** 2 / expected).sum()) < 14  # 0.1 %
 
 
+@pytest.mark.parametrize("spread", [0.0, 3.0, 30.0])
+@pytest.mark.parametrize("group", [1, 3, 4, 6, 8, 16])
+@pytest.mark.parametrize("longest", [100, 128, 1000, 4096, 8192, 8193, 70_000])
+def test_select(cases, longest, group, spread, seed):
+    pages = (longest, 0, longest // 2, 5, longest - 1)
+    shape = {"pages": pages, "group": group, "spread": spread, "columns": 255, "seed": seed}
+    repeated = cases.select(**shape, ties=True)
+    got_BHK = cases.selected_by(select_pages, to_gpu(repeated)).cpu()
+    assert torch.equal(got_BHK, cases.naive_select(**repeated))
+    case = cases.select(**shape)
+    got_BHK = cases.selected_by(select_pages, to_gpu(case)).cpu()
+    assert all(cases.fair_selections(got_BHK, case, slack=1e-4))
+
+
+@pytest.mark.parametrize("longest", [4096, 20_000])
+@pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])
+def test_select_without_broken_heads(cases, broken, longest, seed):
+    case = cases.select(pages=(longest, 7), ties=True, columns=30, seed=seed)
+    case["count_B"][:], first = 30, int(case["first_B"][0])
+    head_X = case["logits_HGX"][0, 1, first : first + longest]
+    head_X[slice(None) if broken == -math.inf else slice(70, 71)] = broken
+    expected_BHK = cases.selected_by(select_pages, case)
+    assert torch.equal(cases.selected_by(select_pages, to_gpu(case)).cpu(), expected_BHK)
+
+
+@pytest.mark.parametrize("longest", [2000, 9000])
+def test_select_does_not_depend_on_the_batch(cases, longest, seed):
+    case = to_gpu(cases.select(pages=(longest, 700, 9, 1500), columns=99, seed=seed))
+    together_BHK = cases.selected_by(select_pages, case)
+    for b in range(4):
+        parts = {name: case[name][b : b + 1] for name in ("first_B", "num_full_B", "count_B")}
+        one = case | parts | {"out_BHK": case["out_BHK"][b : b + 1]}
+        assert torch.equal(cases.selected_by(select_pages, one), together_BHK[b : b + 1])
+
+
+@pytest.mark.parametrize("longest", [2000, 9000])
+def test_select_in_a_captured_graph_reads_new_requests(cases, longest, seed):
+    static = to_gpu(cases.select(pages=(longest,) * 3, columns=99, seed=seed))
+    select_pages(**static)  # compiled before the capture
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        select_pages(**static)
+    for later in range(1, 4):
+        pages = (longest - later, 300 * later, later)
+        case = cases.select(pages=pages, columns=99, ties=True, seed=seed + later)
+        forced = {name: static[name] for name in ("sink_pages", "recent_pages")}
+        static["logits_HGX"].fill_(math.nan)
+        static["logits_HGX"][..., : case["logits_HGX"].shape[2]].copy_(case["logits_HGX"])
+        for name in ("first_B", "num_full_B", "count_B"):
+            static[name].copy_(case[name])
+        graph.replay()
+        assert torch.equal(static["out_BHK"].cpu(), cases.naive_select(**case | forced))
+
+
 @pytest.mark.parametrize("direction", ["h2d", "d2h", "d2d"])
 @pytest.mark.parametrize("row_words", [12, 640, 4096, 5000])
 def test_copy(cases, direction, row_words, seed):
@@ -526,3 +581,14 @@ def test_draw_speed(cases, rows, vocab):
         assert draw_s < 1e-2
     argmax_s = median_s(lambda: logits_BV.argmax(dim=-1))
     print(f"argmax of {vocab}, {rows} rows: {argmax_s * 1e6:.0f} us")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("requests", "pages"), [(1, 4096), (24, 4096), (24, 8192), (4, 65_536)])
+def test_select_speed(cases, requests, pages):
+    group, columns = 4, 255
+    case = to_gpu(cases.select(pages=(pages,) * requests, heads=8, group=group, columns=columns))
+    case["count_B"].fill_(columns)
+    select_s = median_s(lambda: select_pages(**case))
+    print(f"select of {pages}, {requests} requests x 8 heads: {select_s * 1e6:.1f} us")
+    assert select_s < 1e-2

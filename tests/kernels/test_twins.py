@@ -19,6 +19,7 @@ from sparsed.kernels.resident import attend_resident
 from sparsed.kernels.rotate import rotate_heads
 from sparsed.kernels.sample import draw_tokens
 from sparsed.kernels.score import score_pages
+from sparsed.kernels.select import select_pages
 from sparsed.kernels.store import store_tokens
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -465,3 +466,39 @@ def test_silu_mul_and_merge_refuse_what_their_kernels_cannot_read(cases):
         merge_states(o_a_BHGD, lse_a_BHG[..., :1], o_b_BHGD, lse_b_BHG)
     with pytest.raises(AssertionError):
         merge_states(o_a_BHGD[..., ::2], lse_a_BHG, o_b_BHGD[..., ::2], lse_b_BHG)
+
+
+@few
+@given(
+    pages=st.lists(st.integers(0, 90), min_size=1, max_size=4),
+    heads=st.integers(1, 2),
+    group=st.integers(1, 6),
+    columns=st.integers(1, 50),
+    spread=st.sampled_from([0.0, 1.0, 30.0]),
+    seed=st.integers(0, 999),
+)
+def test_select(cases, seed, spread, pages, **shape):
+    shape |= {"pages": [*pages, 60], "spread": spread, "seed": seed}
+    repeated = cases.select(**shape, ties=True)
+    assert torch.equal(cases.selected_by(select_pages, repeated), cases.naive_select(**repeated))
+    case = cases.select(**shape)
+    assert all(cases.fair_selections(cases.selected_by(select_pages, case), case, slack=1e-6))
+
+
+def test_select_breaks_ties_by_id_and_keeps_what_is_forced(cases):
+    case = cases.select(pages=(10,), group=2, columns=6) | {"sink_pages": 1, "recent_pages": 2}
+    case["logits_HGX"][:] = torch.tensor([0.0, 0.0, 1.0, 0.0]).repeat(6)
+    case["first_B"][:] = 4
+    wanted = {6: [0, 1, 2, 6, 8, 9], 5: [0, 2, 6, 8, 9], 4: [0, 2, 8, 9], 2: [0, 8], 0: []}
+    for count, ids in wanted.items():
+        case["count_B"][:] = count
+        expected = [ids + [-1] * (6 - count)] * 2
+        assert cases.selected_by(select_pages, case)[0].tolist() == expected
+
+
+def test_select_refuses_columns_that_wide_reads_would_miss(cases):
+    case = cases.select(pages=(10,))
+    with pytest.raises(AssertionError):
+        cases.selected_by(select_pages, case | {"first_B": case["first_B"] + 1})
+    with pytest.raises(AssertionError):
+        cases.selected_by(select_pages, case | {"max_pages": 9})
