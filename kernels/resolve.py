@@ -200,7 +200,8 @@ def _resolve_kernel(
     row, step = tl.load(rows_B + b).to(tl.int64), tl.load(step_1)
     is_used, tail_page = row < spare_row, tl.load(positions_B + b) // PAGE_SIZE
     k, first = tl.arange(0, COLUMNS), tl.program_id(0).to(tl.int64) * num_columns
-    page_K = tl.load(pages_BHK + first + k, mask=(k < num_columns) & is_used, other=-1)
+    end = tl.where(is_used, num_columns, 0)
+    page_K = tl.load(pages_BHK + first + k, mask=k < end, other=-1)
     slots_K, tail_slot_1 = slots_BHK + first, tail_slots_BH + tl.program_id(0)
     lane = (row * num_layers + layer) * NUM_HEADS + head
     num_slots = tl.load(num_blocks_RLH + lane, mask=is_used, other=0) * BLOCK_PAGES
@@ -231,7 +232,7 @@ def _resolve_kernel(
     is_placed_K = is_miss_K & (miss_rank_K < num_placed)
     slot_K, old_page_K = _victims(slots_K + num_hits + miss_rank_K, is_placed_K, slot_page_N)
     tail_slot, old_tail = _victims(tail_slot_1, tail_misses > 0, slot_page_N)
-    miss = tl.atomic_add(num_misses_1, num_placed, mask=num_placed > 0, sem="relaxed")
+    miss = tl.atomic_add(num_misses_1, num_placed, sem="relaxed")
     miss_K = miss + miss_rank_K
     tl.store(miss_dst_M + miss_K, slot_K.to(tl.int64), mask=is_placed_K)
     tl.store(miss_src_M + miss_K, row_K.to(tl.int64), mask=is_placed_K)

@@ -449,15 +449,16 @@ def page_tables(
 
 
 def resolved(requests: int, columns: int, tables: PageTables) -> Resolved:
-    """Room for the results; what must be written holds another number."""
+    """Room for the results of a layer, and for the misses of all; it holds other numbers."""
     num_rows, layers, heads = tables.num_blocks_RLH.shape
     slots_BHK = torch.full((requests, heads, columns), 77, dtype=torch.int32)
+    room_M = torch.full((slots_BHK.numel() * layers,), -77)
     return Resolved(
         slots_BHK=slots_BHK,
         num_hits_BH=slots_BHK[:, :, 0].clone(),
         tail_slots_BH=slots_BHK[:, :, 0].clone(),
-        miss_dst_M=torch.full((slots_BHK.numel(),), -77),
-        miss_src_M=torch.full((slots_BHK.numel(),), -77),
+        miss_dst_M=room_M,
+        miss_src_M=room_M.clone(),
         num_misses_1=torch.zeros(1, dtype=torch.int32),
         window_RLH=torch.zeros(num_rows, layers, heads, dtype=torch.int32),
         counters_4=torch.zeros(4, dtype=torch.int64),

@@ -191,9 +191,7 @@ def test_any_decode_follows_the_dictionaries(cases, page_size, columns, num_bloc
         heads=heads, page_size=page_size, num_blocks=[*num_blocks, 1], row_frames=8, seed=seed
     )
     lanes = Lanes(tables, page_size)
-    decode = cases.decode_steps(
-        tables, page_size=page_size, columns=columns, steps=30, seed=seed
-    )
+    decode = cases.decode_steps(tables, page_size=page_size, columns=columns, steps=30, seed=seed)
     for step, rows, positions, pages_BLHK in decode:
         for layer in range(2):
             pages_BHK = pages_BLHK[:, layer].contiguous()
