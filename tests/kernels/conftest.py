@@ -14,7 +14,10 @@ from torch import Tensor
 
 from sparsed.kernels import sample
 from sparsed.kernels.resident import BLOCK_TOKENS, ResidentPlan
+from sparsed.kernels.resolve import Resolved
 from sparsed.kernels.sample import DrawPlan
+from sparsed.kernels.seal import Sealed
+from sparsed.kernels.tables import FREE_STEP, PageTables
 
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
@@ -494,6 +497,98 @@ def fair_selections(out_BHK: Tensor, case: dict[str, object], *, slack: float) -
     return fair
 
 
+def page_tables(
+    *,
+    rows: int = 3,
+    layers: int = 2,
+    heads: int = 2,
+    page_size: int = 32,
+    row_frames: int = 6,
+    num_blocks: Sequence[int] = (3,),
+    seed: int = 0,
+) -> PageTables:
+    """Empty tables; frames and blocks lie in no order, lanes own ``num_blocks`` of them in turn."""
+    generator = torch.Generator().manual_seed(seed)
+    pages_per_block, num_frames = BLOCK_TOKENS // page_size, rows * row_frames
+    lanes = rows * layers * heads
+    counts = torch.tensor(list(num_blocks) * lanes)[:lanes]
+    blocks = torch.randperm(int(counts.sum()) + 2, generator=generator).tolist()
+    lane_blocks = [
+        [blocks.pop() if i < count else -1 for i in range(max(num_blocks))] for count in counts
+    ]
+    num_slots = (int(counts.sum()) + 2) * pages_per_block
+    spare = torch.full((1, row_frames), num_frames)
+    frames = torch.randperm(num_frames, generator=generator).view(rows, row_frames)
+    spare_blocks = torch.full((1, layers, heads, max(num_blocks)), -1)
+    blocks_RLHN = torch.tensor(lane_blocks).view(rows, layers, heads, -1)
+    counts_RLH = torch.cat((counts.view(rows, layers, heads), torch.zeros(1, layers, heads)))
+    return PageTables(
+        frames_RF=torch.cat((frames, spare)).int(),
+        page_slot_X=torch.full(
+            ((num_frames + 1) * layers * heads * pages_per_block,), -1, dtype=torch.int32
+        ),
+        lane_blocks_RLHN=torch.cat((blocks_RLHN, spare_blocks)).int(),
+        num_blocks_RLH=counts_RLH.int(),
+        slot_page_N=torch.full((num_slots,), -1, dtype=torch.int32),
+        slot_step_N=torch.full((num_slots,), FREE_STEP, dtype=torch.int32),
+    )
+
+
+def resolved(requests: int, columns: int, tables: PageTables) -> Resolved:
+    """Room for the results of a layer, and for the misses of all; it holds other numbers."""
+    num_rows, layers, heads = tables.num_blocks_RLH.shape
+    slots_BHK = torch.full((requests, heads, columns), 77, dtype=torch.int32)
+    room_M = torch.full((slots_BHK.numel() * layers,), -77)
+    return Resolved(
+        slots_BHK=slots_BHK,
+        num_hits_BH=slots_BHK[:, :, 0].clone(),
+        tail_slots_BH=slots_BHK[:, :, 0].clone(),
+        miss_dst_M=room_M,
+        miss_src_M=room_M.clone(),
+        num_misses_1=torch.zeros(1, dtype=torch.int32),
+        window_RLH=torch.zeros(num_rows, layers, heads, dtype=torch.int32),
+        counters_4=torch.zeros(4, dtype=torch.int64),
+    )
+
+
+def sealed(requests: int, tables: PageTables) -> Sealed:
+    room_M = torch.full((requests * tables.num_blocks_RLH[0].numel(),), -77)
+    return Sealed(room_M, room_M.clone(), torch.zeros(1, dtype=torch.int32))
+
+
+def decode_steps(
+    tables: PageTables, *, page_size: int, columns: int, steps: int, seed: int = 0
+) -> Iterator[tuple[int, list[int], list[int], Tensor]]:
+    """Step, rows and positions of a decode, and pages selected (B, L, H, K), much as before.
+
+    Some steps lie far apart, some requests pause, and the batch is padded; the pages of padding
+    and of a row before its first full page are of the kind that must not be looked at.
+    """
+    numbers = np.random.default_rng(seed)
+    spare_row, row_frames = len(tables.frames_RF) - 1, tables.frames_RF.shape[1]
+    _, layers, heads = tables.num_blocks_RLH.shape
+    last = row_frames * BLOCK_TOKENS - 1
+    positions = numbers.integers(0, max(last - steps, 1), spare_row)
+    favourites = numbers.random((spare_row, layers, heads, last // page_size + 1))
+    step = 0
+    for _ in range(steps):
+        rows = numbers.permutation(spare_row)[: numbers.integers(1, spare_row + 1)].tolist()
+        rows.insert(int(numbers.integers(0, len(rows) + 1)), spare_row)
+        pages = torch.full((len(rows), layers, heads, columns), -1, dtype=torch.int32)
+        for b, row in enumerate(rows):
+            full = int(positions[row]) // page_size if row < spare_row else row_frames
+            for layer, head in itertools.product(range(layers), range(heads)):
+                taste = favourites[min(row, spare_row - 1), layer, head, :full]
+                taste += numbers.random(full) * 0.3 - 0.15
+                chosen = np.sort(np.argsort(taste)[: numbers.integers(0, columns + 1)])
+                pages[b, layer, head, : len(chosen)] = torch.from_numpy(chosen)
+        yield step, rows, [int(positions[row]) if row < spare_row else 3 for row in rows], pages
+        for row in rows:
+            if row < spare_row:
+                positions[row] = min(positions[row] + 1, last)
+        step += int(numbers.choice([1, 1, 1, 1, 1, 2, 5, 80]))
+
+
 def split_query(q_BHD: Tensor) -> Tensor:
     return torch.cat((q_BHD.clamp(min=0), q_BHD.clamp(max=0)), dim=-1)
 
@@ -524,6 +619,10 @@ def cases() -> SimpleNamespace:
         draw=draw_case,
         draw_plan=draw_plan,
         fair_draws=fair_draws,
+        page_tables=page_tables,
+        resolved=resolved,
+        sealed=sealed,
+        decode_steps=decode_steps,
         uniforms=uniforms,
         select=select_case,
         selected_by=selected_by,

@@ -9,9 +9,10 @@ import pytest
 
 
 @pytest.mark.slow
-def test_every_kernel_equals_its_twin() -> None:
+@pytest.mark.parametrize("name", ["interpreted.py", "interpreted_resolve.py"])
+def test_every_kernel_equals_its_twin(name: str) -> None:
     # The interpreter must be chosen before triton is first imported: a process of its own.
-    suite = Path(__file__).with_name("interpreted.py")
+    suite = Path(__file__).with_name(name)
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(suite)],
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},

@@ -1,0 +1,63 @@
+"""Twin of ``kernels.estimate`` in plain torch, and what fills the store that both read.
+
+Shape legend as in ``kernels.estimate``; T tokens of a page, N pages that are summarised.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+CODE_ZERO = 8
+MAX_CODE = 7
+MIN_SCALE = 2.0**-24  # of float16
+
+
+def estimate_pages(
+    q_BHGD: Tensor,
+    store_MY: Tensor,
+    *,
+    basis_HDR: Tensor,
+    rows_B: Tensor,
+    frames_RF: Tensor,
+    num_full_B: Tensor,
+    first_B: Tensor,
+    layer: int,
+    num_layers: int,
+    pages_per_frame: int,
+    scale: float,
+    out_HGX: Tensor,
+) -> None:
+    num_heads = q_BHGD.shape[1]
+    heads_H = torch.arange(num_heads, device=q_BHGD.device)
+    reduced_BHGR = q_BHGD.float() @ basis_HDR.float()
+    for b, (row, num_full, first) in enumerate(
+        zip(rows_B.tolist(), num_full_B.tolist(), first_B.tolist(), strict=True)
+    ):
+        num_frames = -(-num_full // pages_per_frame)
+        frames_F = frames_RF[row, :num_frames].long()
+        lanes_HF = (frames_F * num_layers + layer) * num_heads + heads_H[:, None]
+        means_HXR = read_means(store_MY[lanes_HF], pages_per_frame=pages_per_frame)
+        logits_HGX = reduced_BHGR[b] @ means_HXR.transpose(1, 2) * scale
+        out_HGX[..., first : first + num_full] = logits_HGX[..., :num_full]
+
+
+def read_means(rows_HFY: Tensor, *, pages_per_frame: int) -> Tensor:
+    """The kept means (H, F * P, R), float32, of rows (H, F, Y)."""
+    num_heads, num_frames, num_bytes = rows_HFY.shape
+    half_dims = num_bytes // pages_per_frame - 2
+    codes = rows_HFY[..., : half_dims * pages_per_frame]
+    codes_HFRP = codes.reshape(num_heads, num_frames, half_dims, pages_per_frame)
+    scales = rows_HFY[..., half_dims * pages_per_frame :].contiguous().view(torch.float16)
+    both_HFRP = torch.cat((codes_HFRP & 15, codes_HFRP >> 4), dim=2).float() - CODE_ZERO
+    return (both_HFRP * scales.float()[:, :, None]).transpose(2, 3).flatten(1, 2)
+
+
+def pack_means(means_NR: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes (N, R / 2) uint8, dim r in the low and dim r + R / 2 in the high half of a byte, and
+    scales (N,) float16, of means in float32."""
+    scale_N1 = (means_NR.abs().amax(-1, keepdim=True) / MAX_CODE).half().float()
+    scale_N1.clamp_(min=MIN_SCALE)
+    codes_NR = (means_NR / scale_N1).round_().clamp_(-MAX_CODE, MAX_CODE) + CODE_ZERO
+    low, high = codes_NR.to(torch.uint8).chunk(2, dim=-1)
+    return low | (high << 4), scale_N1[:, 0].half()

@@ -1,0 +1,195 @@
+"""The bucketed LRU in plain torch, all lanes at once: the CPU path, and the kernels' oracle.
+
+Shape legend: B requests, H KV heads, K selected pages of a lane (P = K + 1, the partial page
+first), S slots of a lane, C classes, I lanes that give slots away, W pages that get one, G pages
+that are sealed; the rest as in ``kernels.tables``.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparsed.core import BLOCK_TOKENS
+from sparsed.kernels.buckets import NUM_CLASSES, OLDEST_AGE, USED_CLASS, WINDOW_STEPS
+from sparsed.kernels.tables import FREE_STEP, LOCKED_STEP, PageTables
+
+if TYPE_CHECKING:
+    from sparsed.kernels.resolve import Resolved
+    from sparsed.kernels.seal import Sealed
+
+
+def resolve_pages(
+    pages_BHK: Tensor,
+    rows_B: Tensor,
+    positions_B: Tensor,
+    layer: int,
+    tables: PageTables,
+    step_1: Tensor,
+    page_size: int,
+    max_slots: int,
+    out: Resolved,
+) -> None:
+    """See ``kernels.resolve.resolve_pages``; ``max_slots`` is of no use here."""
+    rows_B11 = rows_B.long()[:, None, None]
+    tails_BH1 = (positions_B // page_size)[:, None, None].expand(*pages_BHK.shape[:2], 1)
+    page_BHP = torch.cat((tails_BH1, pages_BHK), dim=2)
+    page_BHP.masked_fill_(rows_B11 == len(tables.frames_RF) - 1, -1)
+    heads_H1 = torch.arange(pages_BHK.shape[1], device=pages_BHK.device)[:, None]
+    row_BHP = _page_rows(page_BHP.clamp(min=0), rows_B11, layer, heads_H1, tables, page_size)
+    slot_BHP = tables.page_slot_X[row_BHP].masked_fill_(page_BHP < 0, -1)
+    is_hit_BHP = slot_BHP >= 0
+    _use(slot_BHP, is_hit_BHP, tables, step_1)
+
+    slot_BHS, class_BHS = _classes(rows_B.long(), layer, tables, step_1, page_size)
+    count_BHC = _count_classes(class_BHS)
+    is_miss_BHP = (page_BHP >= 0).logical_and_(~is_hit_BHP)
+    num_given_BH = is_miss_BHP.sum(2).minimum(count_BHC[..., :USED_CLASS].sum(2))
+    is_placed_BHP = (is_miss_BHP.cumsum(2) <= num_given_BH[..., None]).logical_and_(is_miss_BHP)
+    slot_BHP[is_placed_BHP] = _victims(slot_BHS, class_BHS, count_BHC, num_given_BH)
+    b, heads, _ = placed_3W = is_placed_BHP.nonzero(as_tuple=True)
+    old_W = tables.slot_page_N[slot_BHP[placed_3W].long()]
+    old_row_W = _page_rows(old_W.clamp(min=0), rows_B.long()[b], layer, heads, tables, page_size)
+    tables.page_slot_X[old_row_W[old_W >= 0]] = -1
+    tables.page_slot_X[row_BHP[placed_3W]] = slot_BHP[placed_3W]
+    tables.slot_page_N[slot_BHP[placed_3W].long()] = page_BHP[placed_3W]
+    _use(slot_BHP, is_placed_BHP, tables, step_1)
+    _write_slots(slot_BHP, is_hit_BHP, is_placed_BHP, row_BHP, out)
+    _write_counts(is_hit_BHP, is_miss_BHP, is_placed_BHP, count_BHC, rows_B.long(), layer, out)
+
+
+def _page_rows(
+    pages: Tensor, rows: Tensor, layer: int, heads: Tensor, tables: PageTables, page_size: int
+) -> Tensor:
+    """Page rows of pages that exist; ``rows`` and ``heads`` of the same shape or to be expanded."""
+    pages_per_block = BLOCK_TOKENS // page_size
+    _, num_layers, num_heads = tables.num_blocks_RLH.shape
+    lanes = (tables.frames_RF[rows, pages // pages_per_block] * num_layers + layer) * num_heads
+    return ((lanes + heads) * pages_per_block + pages % pages_per_block).long()
+
+
+def _use(slot_BHP: Tensor, wanted_BHP: Tensor, tables: PageTables, step_1: Tensor) -> None:
+    """Mark slots as used in this step, those of partial pages as locked."""
+    tables.slot_step_N[slot_BHP[wanted_BHP].long()] = step_1
+    tables.slot_step_N[slot_BHP[..., 0][wanted_BHP[..., 0]].long()] = LOCKED_STEP
+
+
+def _classes(
+    rows_B: Tensor, layer: int, tables: PageTables, step_1: Tensor, page_size: int
+) -> tuple[Tensor, Tensor]:
+    """The slots of every lane, and their classes."""
+    num_blocks_BH = tables.num_blocks_RLH[rows_B, layer]
+    num_blocks_BH.masked_fill_(rows_B[:, None] == len(tables.frames_RF) - 1, 0)
+    most = int(num_blocks_BH.amax())
+    pages_per_block = BLOCK_TOKENS // page_size
+    offsets = torch.arange(pages_per_block, device=rows_B.device)
+    block_BHN = tables.lane_blocks_RLHN[rows_B, layer, :, :most].long()
+    is_block_BHN = offsets.new_tensor(range(most)) < num_blocks_BH[..., None]
+    block_BHN.masked_fill_(~is_block_BHN, 0)
+    slot_BHS = (block_BHN[..., None] * pages_per_block + offsets).flatten(2)
+    step_BHS = tables.slot_step_N[slot_BHS]
+    class_BHS = USED_CLASS - (step_1 - step_BHS).clamp_(-1, OLDEST_AGE)
+    class_BHS.masked_fill_(step_BHS == FREE_STEP, 0)
+    is_slot_BHS = is_block_BHN.repeat_interleave(pages_per_block, dim=2)
+    return slot_BHS, class_BHS.masked_fill_(~is_slot_BHS, USED_CLASS + 1)
+
+
+def _count_classes(class_BHS: Tensor) -> Tensor:
+    num_requests, num_heads, _ = class_BHS.shape
+    lane_BH1 = torch.arange(num_requests * num_heads, device=class_BHS.device)
+    lane_BH1 = lane_BH1.view(num_requests, num_heads, 1) * NUM_CLASSES
+    size = num_requests * num_heads * NUM_CLASSES
+    counts = torch.bincount((lane_BH1 + class_BHS).flatten(), minlength=size)
+    return counts.view(num_requests, num_heads, NUM_CLASSES)
+
+
+def _victims(
+    slot_BHS: Tensor, class_BHS: Tensor, count_BHC: Tensor, num_given_BH: Tensor
+) -> Tensor:
+    """Slots given away, lane after lane: of the classes before the cut, then of the one cut."""
+    lane_I = num_given_BH.flatten().nonzero()[:, 0]
+    given_I1 = num_given_BH.view(-1, 1)[lane_I]
+    class_IS, slot_IS = class_BHS.flatten(0, 1)[lane_I], slot_BHS.flatten(0, 1)[lane_I]
+    until_IC = F.pad(count_BHC.flatten(0, 1)[lane_I].cumsum(1), (1, 0))
+    cut_I1 = (until_IC[:, 1:] < given_I1).sum(1, keepdim=True)
+    is_before_IS, is_cut_IS = class_IS < cut_I1, class_IS == cut_I1
+    rank_IS = is_cut_IS.cumsum(1).add_(until_IC.gather(1, cut_I1))
+    rank_IS = rank_IS.where(~is_before_IS, is_before_IS.cumsum(1))
+    is_victim_IS = (is_before_IS | is_cut_IS).logical_and_(rank_IS <= given_I1)
+    place_IS = rank_IS.add_(given_I1.cumsum(0) - given_I1 - 1)
+    slot_W = slot_IS.new_empty(int(given_I1.sum()))
+    slot_W[place_IS[is_victim_IS]] = slot_IS[is_victim_IS]
+    return slot_W.int()
+
+
+def _write_slots(
+    slot_BHP: Tensor, is_hit_BHP: Tensor, is_placed_BHP: Tensor, row_BHP: Tensor, out: Resolved
+) -> None:
+    """Hits, then misses, then -1; and the list of what to load."""
+    out.tail_slots_BH.copy_(slot_BHP[..., 0])
+    hit_BHK, placed_BHK = is_hit_BHP[..., 1:], is_placed_BHP[..., 1:]
+    num_hits_BH1 = hit_BHK.sum(2, keepdim=True)
+    out.num_hits_BH.copy_(num_hits_BH1[..., 0])
+    column_BHK = (placed_BHK.cumsum(2) + num_hits_BH1).where(placed_BHK, hit_BHK.cumsum(2))
+    column_BHK.masked_fill_(~(hit_BHK | placed_BHK), 0)
+    padded_BHP = torch.full_like(slot_BHP, -1).scatter_(2, column_BHK, slot_BHP[..., 1:])
+    out.slots_BHK.copy_(padded_BHP[..., 1:])
+    slot_W, row_W = slot_BHP[..., 1:][placed_BHK], row_BHP[..., 1:][placed_BHK]
+    begin = int(out.num_misses_1)
+    out.miss_dst_M[begin : begin + len(slot_W)] = slot_W.long()
+    out.miss_src_M[begin : begin + len(slot_W)] = row_W
+    out.num_misses_1.add_(len(slot_W))
+
+
+def _write_counts(
+    is_hit_BHP: Tensor,
+    is_miss_BHP: Tensor,
+    is_placed_BHP: Tensor,
+    count_BHC: Tensor,
+    rows_B: Tensor,
+    layer: int,
+    out: Resolved,
+) -> None:
+    num_given_BH = is_placed_BHP.sum(2)
+    first_recent = USED_CLASS - WINDOW_STEPS + 1
+    num_lost_BH = (num_given_BH - count_BHC[..., :first_recent].sum(2)).clamp_(min=0)
+    window_BH = count_BHC[..., first_recent : USED_CLASS + 1].sum(2) - num_lost_BH
+    window_BH += is_placed_BHP[..., 1:].sum(2)
+    is_used_B = rows_B < len(out.window_RLH) - 1
+    out.window_RLH[rows_B[is_used_B], layer] = window_BH[is_used_B].int()
+    num_misses = is_miss_BHP[..., 1:].sum()
+    sums = (
+        is_hit_BHP[..., 1:].sum() + num_misses,
+        num_misses,
+        (num_given_BH - count_BHC[..., 0]).clamp_(min=0).sum(),
+        is_miss_BHP.sum() - num_given_BH.sum(),
+    )
+    out.counters_4.add_(torch.stack(sums))
+
+
+def seal_pages(
+    rows_B: Tensor,
+    positions_B: Tensor,
+    tables: PageTables,
+    step_1: Tensor,
+    page_size: int,
+    out: Sealed,
+) -> None:
+    """See ``kernels.seal.seal_pages``."""
+    is_full_B = (rows_B < len(tables.frames_RF) - 1) & ((positions_B + 1) % page_size == 0)
+    rows_G1, pages_G1 = rows_B[is_full_B].long()[:, None], positions_B[is_full_B][:, None]
+    lanes = torch.arange(tables.num_blocks_RLH[0].numel(), device=rows_B.device)
+    frames_G1 = tables.frames_RF[rows_G1, pages_G1 // BLOCK_TOKENS].long()
+    pages_per_block = BLOCK_TOKENS // page_size
+    row_GI = (frames_G1 * len(lanes) + lanes) * pages_per_block
+    row_GI += pages_G1 // page_size % pages_per_block
+    slot_GI = tables.page_slot_X[row_GI].long()
+    slot_W, row_W = slot_GI[slot_GI >= 0], row_GI[slot_GI >= 0]
+    tables.slot_step_N[slot_W] = step_1
+    begin = int(out.num_seals_1)
+    out.src_M[begin : begin + len(slot_W)] = slot_W
+    out.dst_M[begin : begin + len(slot_W)] = row_W
+    out.num_seals_1.add_(len(slot_W))

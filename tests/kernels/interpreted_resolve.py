@@ -1,0 +1,60 @@
+"""The kernels of the bucketed LRU under Triton's interpreter; run by test_interpreter.py."""
+
+import pytest
+import torch
+
+from sparsed.kernels import reference_resolve, resolve, seal
+
+
+def clones(parts):
+    return parts._make(part.clone() for part in parts)
+
+
+def equal(got, expected) -> None:
+    for name in got._fields:
+        assert torch.equal(getattr(got, name), getattr(expected, name)), name
+
+
+# A small bound makes a small tile, so that the slots of a lane are several of them.
+@pytest.mark.parametrize(
+    ("page_size", "columns", "num_blocks", "max_slots"),
+    [
+        (32, 5, (2, 0, 3, 1), 12),
+        (8, 40, (12, 3, 20), 1),
+        (8, 33, (2, 17), 320),
+        (128, 3, (2, 1, 4), 4),
+        (64, 1, (1, 2), 4),
+    ],
+)
+def test_resolve_and_seal(cases, page_size, columns, num_blocks, max_slots):
+    tables = cases.page_tables(page_size=page_size, num_blocks=num_blocks, row_frames=12)
+    expected_tables, total_4 = clones(tables), torch.zeros(4, dtype=torch.int64)
+    for step, *batch, pages_BLHK in cases.decode_steps(
+        tables, page_size=page_size, columns=columns, steps=10, seed=columns
+    ):
+        rows_B, positions_B = (torch.tensor(part, dtype=torch.int32) for part in batch)
+        step_1 = torch.tensor([step], dtype=torch.int32)
+        out = cases.resolved(len(rows_B), columns, tables)
+        expected = clones(out)
+        for layer in range(2):  # two layers share one list of misses
+            lane_pages_BHK = pages_BLHK[:, layer].contiguous()
+            before = (lane_pages_BHK, rows_B, positions_B, layer)
+            after = (step_1, page_size, max_slots)
+            resolve._launch(*before, tables, *after, out)
+            reference_resolve.resolve_pages(*before, expected_tables, *after, expected)
+            equal(out, expected)
+            equal(tables, expected_tables)
+        total_4 += out.counters_4
+        out = cases.sealed(len(rows_B), tables)
+        expected = clones(out)
+        rest = (positions_B, tables, step_1, page_size, out)
+        seal._launch(rows_B, *rest)
+        reference_resolve.seal_pages(
+            rows_B, positions_B, expected_tables, step_1, page_size, expected
+        )
+        for name in ("src_M", "dst_M"):  # whose order is free
+            pairs, expected_pairs = (getattr(part, name).sort().values for part in (out, expected))
+            assert torch.equal(pairs, expected_pairs)
+        assert torch.equal(out.num_seals_1, expected.num_seals_1)
+        equal(tables, expected_tables)
+    assert (total_4[:3] > 0).all()
