@@ -99,7 +99,7 @@ class Slots:
         take_L = np.minimum(self._capacity_L - self._used_L, need_L)
         lanes_X = np.repeat(np.arange(len(take_L)), take_L)
         nth_X = np.arange(len(lanes_X)) - np.repeat(take_L.cumsum() - take_L, take_L)
-        slots_X = lanes_X * self._width + self._used_L[lanes_X] + nth_X
+        slots_X: Ints = lanes_X * self._width + self._used_L[lanes_X] + nth_X
         self._used_L += take_L
         return slots_X
 
