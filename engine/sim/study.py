@@ -59,14 +59,7 @@ def simulate(
     traces = []
     for index, recording in enumerate(recordings):
         on_progress("selecting", index / len(recordings))
-        traces.append(
-            trace_recording(
-                recording,
-                page_size=study.page_size,
-                token_budget=study.token_budget,
-                prefetch_pages=study.prefetch_pages,
-            )
-        )
+        traces.append(_trace(recording, study))
     judge = _Judge(traces, [count_steps(trace) for trace in traces], first_steps)
     _check_selected(judge)
     uneven = _uneven(judge, study) if study.quotas is QuotaRule.UNEVEN else {}
@@ -103,6 +96,19 @@ def _first_step(recording: Recording, quotas: QuotaRule) -> int:
             field="quotas" if is_uneven else "recordings",
         )
     return num_steps // 2 if is_uneven else WARMUP_STEPS
+
+
+def _trace(recording: Recording, study: CacheStudy) -> Trace:
+    try:
+        return trace_recording(
+            recording,
+            page_size=study.page_size,
+            token_budget=study.token_budget,
+            prefetch_pages=study.prefetch_pages,
+        )
+    except InputError as error:
+        name = recording.header.text
+        raise InputError(f"the recording of {name!r}: {error}", field=error.field) from None
 
 
 def _check_selected(judge: _Judge) -> None:

@@ -114,19 +114,24 @@ def test_more_slots_miss_less_and_belady_is_the_bound() -> None:
 
 
 def test_uneven_quotas_give_to_lanes_that_move() -> None:
-    """Of all slots as many as with equal ones; judged on the second half, beside equal ones."""
-    report = study(record(), quotas=QuotaRule.UNEVEN)
+    """Of all slots as many as with equal ones; judged on the second half, beside equal ones. Two
+    lanes stand still, two go to and fro between two selections that take a dozen slots."""
+    recording = record()
+    ranked_SLR = np.tile(np.argsort(np.arange(24) // 4 % 2, kind="stable"), (STEPS, 4, 1))
+    ranked_SLR[::2, 2:] = np.arange(24)
+    recording = replace(recording, ranked_SLR=ranked_SLR.astype(np.int32))
+    report = study(recording, quotas=QuotaRule.UNEVEN)
     assert report.first_steps == (STEPS // 2,)
     for residency, slots in report.uneven_slots.items():
         assert sum(slots) == 4 * floor(float(residency) * 6)
     assert report.uneven_slots["1"] == (6, 6, 6, 6)
-    assert report.uneven_slots["2"][0] < report.uneven_slots["2"][3]
+    assert report.uneven_slots["1.5"][0] < report.uneven_slots["1.5"][3]
     for policy in CachePolicy:
         equal = rows_of(report, policy, QuotaRule.EQUAL)
         uneven = rows_of(report, policy, QuotaRule.UNEVEN)
         assert [row.slots for row in equal] == [row.slots for row in uneven]
-        assert uneven[2].miss_frac < equal[2].miss_frac
-        assert uneven[2].max_slots == max(report.uneven_slots["2"])
+        assert uneven[1].miss_frac < equal[1].miss_frac
+        assert uneven[1].max_slots == max(report.uneven_slots["1.5"])
 
 
 def test_pages_ahead_are_counted_apart() -> None:
