@@ -97,15 +97,19 @@ def table_rows(bench: CacheBench) -> Iterator[tuple[str | None, ...]]:
 def remarks(bench: CacheBench) -> tuple[str, str]:
     """What no cache changes, and whose milliseconds those are."""
     report, link = bench.report, bench.link
-    return (
-        f"{report.num_steps} steps of {len(bench.recordings)} recordings counted, "
-        f"{report.num_lanes} lanes, {report.mean_selected_pages:.0f} pages of "
-        f"{report.study.page_size} tokens selected in each; of them {report.overlap_frac:.1%} as in "
-        f"the step before, {report.first_touch_frac:.2%} for the first time; {WINDOW_STEPS} steps "
-        f"together select {report.window_ratio:.2f} times as many as one",
-        f"ms/token: one request of {link.model}, {link.num_lanes} lanes, pages of "
-        f"{link.page_bytes / 1024:g} KiB ({link.dtype}), over a link of {link.gb_per_s:g} GB/s",
+    texts = ", ".join(recording.header.text for recording in bench.recordings)
+    counted = (
+        f"{report.num_steps} steps of {texts} counted, in each {report.num_lanes} lanes of "
+        f"{report.mean_selected_pages:.0f} pages of {report.study.page_size} tokens: "
+        f"{report.overlap_frac:.1%} selected in the step before as well, "
+        f"{report.first_touch_frac:.2%} never before; {WINDOW_STEPS} steps together select "
+        f"{report.window_ratio:.2f} times as many as one"
     )
+    assumed = (
+        f"ms/token: one request of {link.model}, {link.num_lanes} lanes, pages of "
+        f"{link.page_bytes / 1024:g} KiB ({link.dtype}), over a link of {link.gb_per_s:g} GB/s"
+    )
+    return counted, assumed
 
 
 def write_files(

@@ -26,7 +26,7 @@ SIZES: Final = ",".join(f"{residency:g}" for residency in RESIDENCIES)
 RecordingsArgument = Annotated[
     list[Path],
     typer.Argument(
-        metavar="RECORDING...",
+        metavar="RECORDING",
         help="Files of benchmarks/record_selection.py, of one model; their steps are pooled.",
         show_default=False,
     ),

@@ -115,12 +115,10 @@ def test_more_slots_miss_less_and_belady_is_the_bound() -> None:
 
 def test_uneven_quotas_give_to_lanes_that_move() -> None:
     """Of all slots as many as with equal ones; judged on the second half, beside equal ones. Two
-    lanes stand still, two go to and fro between two selections that take a dozen slots."""
-    recording = record()
-    ranked_SLR = np.tile(np.argsort(np.arange(24) // 4 % 2, kind="stable"), (STEPS, 4, 1))
-    ranked_SLR[::2, 2:] = np.arange(24)
-    recording = replace(recording, ranked_SLR=ranked_SLR.astype(np.int32))
-    report = study(recording, quotas=QuotaRule.UNEVEN)
+    lanes stand still, two go to and fro between two selections that take ten slots."""
+    ranked_SLR = np.tile(np.arange(24, dtype=np.int32), (STEPS, 4, 1))
+    ranked_SLR[::2, 2:] = np.arange(24)[::-1]
+    report = study(replace(record(), ranked_SLR=ranked_SLR), quotas=QuotaRule.UNEVEN)
     assert report.first_steps == (STEPS // 2,)
     for residency, slots in report.uneven_slots.items():
         assert sum(slots) == 4 * floor(float(residency) * 6)
