@@ -36,9 +36,10 @@ _HEADERS: Final = (
 )
 _AHEAD_HEADERS: Final = ("prefetched", "used", "prefetch ms", "wasted MB")
 _STYLES: Final = {QuotaRule.EQUAL: "-", QuotaRule.UNEVEN: "--"}
+_WIDTHS: Final = {CachePolicy.BUCKETED: 4.0}  # shows under the exact LRU, to which it is close
 _COLOURS: Final = {
     CachePolicy.LRU: "#1f5f8b",
-    CachePolicy.BUCKETED: "#2e8b57",
+    CachePolicy.BUCKETED: "#9fd3a8",
     CachePolicy.BELADY: "#888888",
 }
 
@@ -159,7 +160,7 @@ def _plot(bench: CacheBench) -> Figure:
         axes.set_ylabel("misses, share of selections")
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=7)
+        axes.legend(fontsize=7, handlelength=4)
         right = axes.secondary_yaxis(
             "right", functions=(lambda frac: frac * of_all_ms, lambda ms: ms / of_all_ms)
         )
@@ -168,8 +169,8 @@ def _plot(bench: CacheBench) -> Figure:
 
 
 def _curves(axes: Axes, bench: CacheBench, *, field: str) -> None:
-    """A line for each policy and quota."""
-    for policy in CachePolicy:
+    """A line for each policy and quota, the widest below the others."""
+    for policy in sorted(CachePolicy, key=lambda policy: -_WIDTHS.get(policy, 0)):
         for quotas, style in _STYLES.items():
             rows = [r for r in bench.report.rows if (r.policy, r.quotas) == (policy, quotas)]
             rows.sort(key=lambda row: row.residency)
@@ -179,6 +180,7 @@ def _curves(axes: Axes, bench: CacheBench, *, field: str) -> None:
                     [getattr(row, field) for row in rows],
                     marker=".",
                     ls=style,
+                    lw=_WIDTHS.get(policy, 1.5),
                     color=_COLOURS[policy],
                     label=policy if quotas is QuotaRule.EQUAL else f"{policy}, {quotas}",
                 )
