@@ -112,7 +112,8 @@ def replay_slowly(trace: Trace, lane: int, policy: CachePolicy, capacity: int) -
 @settings(max_examples=60, deadline=None)
 @given(
     seed=seeds,
-    capacities=st.lists(st.integers(5, 22), min_size=3, max_size=3),
+    pages=st.sampled_from([20, 200]),  # of 200 many are long unused when they give way
+    capacities=st.lists(st.integers(5, 90), min_size=3, max_size=3),
     ahead=st.integers(0, 6),
     steps=st.sampled_from([1, 30, LONG]),
     stay=st.sampled_from([0.3, 0.9, 0.99]),
@@ -122,13 +123,14 @@ def test_as_in_plain_python(
     draw: Draw,
     policy: CachePolicy,
     seed: int,
+    pages: int,
     capacities: list[int],
     ahead: int,
     steps: int,
     stay: float,
     ragged: bool,
 ) -> None:
-    trace = draw(seed, steps=steps, selected=5, ahead=ahead, stay=stay, ragged=ragged)
+    trace = draw(seed, steps=steps, selected=5, ahead=ahead, pages=pages, stay=stay, ragged=ragged)
     loads = replay(trace, policy, capacity_L=np.array(capacities))
     lanes = [replay_slowly(trace, lane, policy, size) for lane, size in enumerate(capacities)]
     for found_S, slow in zip(loads, zip(*lanes, strict=True), strict=True):
@@ -187,17 +189,31 @@ def test_buckets_are_an_exact_lru_where_no_two_pages_are_of_one_age(
     np.testing.assert_array_equal(exact, bucketed)
 
 
-def test_buckets_forget_the_order_of_the_oldest_pages() -> None:
-    """Page 1 is older than page 0, which has the lower slot; both are in the last bin."""
-    steps = [[0], [1], [0], *([[2]] * LAST_BIN), [2, 3], [0]]
-    pages_SLK = np.full((len(steps), 1, 2), PAD)
+def lane_of(*steps: list[int]) -> Trace:
+    pages_SLK = np.full((len(steps), 1, max(map(len, steps))), PAD)
     for step, pages in enumerate(steps):
         pages_SLK[step, 0, : len(pages)] = pages
-    trace = make_trace(pages_SLK)
+    return make_trace(pages_SLK)
+
+
+def test_buckets_forget_the_order_of_the_oldest_pages() -> None:
+    """Page 1 is older than page 0, which has the lower slot; both are in the last bin."""
+    trace = lane_of([0, 1], [0], *([[2]] * LAST_BIN), [2, 3], [0])
     missed = {
         policy: replay(trace, policy, capacity_L=np.array([3])).missed_S[-1] for policy in SLOW
     }
     assert missed == {CachePolicy.LRU: 0, CachePolicy.BUCKETED: 1}
+
+
+@pytest.mark.parametrize("asked_again", [0, 1, 2])
+@pytest.mark.parametrize("idle", range(LAST_BIN - 3, LAST_BIN + 3))
+def test_the_last_bin_begins_where_the_device_has_it(idle: int, asked_again: int) -> None:
+    """Two of three pages give way, of which the one in the last slot is a step older."""
+    trace = lane_of([0, 1, 2], [0, 1], *([[3]] * idle), [3, 4, 5], [asked_again])
+    loads = replay(trace, CachePolicy.BUCKETED, capacity_L=np.array([4]))
+    slow = replay_slowly(trace, 0, CachePolicy.BUCKETED, 4)
+    assert loads.missed_S.tolist() == slow.missed
+    assert slow.missed[-1] == ({0, 1} if idle + 1 >= LAST_BIN else {0, 2}).issuperset([asked_again])
 
 
 @settings(max_examples=30, deadline=None)
