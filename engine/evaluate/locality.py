@@ -15,12 +15,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from sparsed.core import RESIDENCIES, Locality
+from sparsed.core import RESIDENCIES, WARMUP_STEPS, WINDOW_STEPS, WORST_FRAC, Locality
 
 WORST_RESIDENCY: Final = 4.0
-WORST_FRAC: Final = 0.01
-WARMUP_STEPS: Final = 32  # not counted: an empty cache says nothing about the selections
-WINDOW_STEPS: Final = 12
 
 Counts = npt.NDArray[np.int64]
 

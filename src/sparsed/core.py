@@ -1154,6 +1154,9 @@ class Choice:
 
 
 RESIDENCIES = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)  # resident pages per selected page
+WARMUP_STEPS = 32  # not counted: an empty cache says nothing about the selections
+WINDOW_STEPS = 12
+WORST_FRAC = 0.01
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -1166,6 +1169,81 @@ class Locality:
     first_touch_frac: float  # never selected before: misses at any residency
     miss_fracs: tuple[float, ...]  # of an exact LRU, at each of RESIDENCIES
     worst_miss_frac: float  # at 4x: 1 % of the steps, all lanes together, miss more than this
+
+
+class CachePolicy(StrEnum):
+    """Which page of a lane gives way to a missing one."""
+
+    LRU = "lru"  # the least recently used; of one step, the lower id
+    BUCKETED = "bucketed"  # ages in whole steps, from 63 on alike; of one age, the lower slot
+    BELADY = "belady"  # the one whose next use is furthest: the bound of every policy
+
+
+class QuotaRule(StrEnum):
+    """Who holds how many of the slots of a request."""
+
+    EQUAL = "equal"
+    UNEVEN = "uneven"  # each lane by what further slots saved it in the first half of the steps
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CacheStudy:
+    """What to simulate: every policy at every residency. UNEVEN runs EQUAL beside it."""
+
+    page_size: int
+    token_budget: int  # the partial last page included, which needs a slot of its own
+    policies: tuple[CachePolicy, ...] = tuple(CachePolicy)
+    residencies: tuple[float, ...] = RESIDENCIES
+    quotas: QuotaRule = QuotaRule.EQUAL
+    prefetch_pages: int = 0  # the next ones of the ranking, brought in after each step
+
+    def __post_init__(self) -> None:
+        if not self.policies:
+            raise InputError("no policy is given; give at least one", field="policy")
+        if not self.residencies or not all(isfinite(one) and one >= 1 for one in self.residencies):
+            raise InputError(
+                "residency must be numbers from 1 up, at least one: a lane holds what it selects",
+                field="residency",
+            )
+        if self.prefetch_pages < 0:
+            raise InputError("prefetch must be 0 or more pages", field="prefetch")
+
+    @property
+    def selected_pages(self) -> int:
+        """Full pages of a lane's selection."""
+        return self.token_budget // self.page_size - 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CacheRow:
+    """One cache. Shares are of all pages selected in the counted steps, in every lane."""
+
+    policy: CachePolicy
+    quotas: QuotaRule
+    residency: float
+    slots: int  # of all lanes of the recording
+    min_slots: int  # of a lane
+    max_slots: int
+    miss_frac: float  # fetched on demand
+    worst_miss_frac: float  # 1 % of the steps, all lanes together, miss more than this
+    prefetched_frac: float  # fetched ahead; Belady never does
+    used_frac: float | None  # of these, selected before they were evicted; None without any
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CacheReport:
+    """Rows of one residency stand together, in the order of the policies."""
+
+    study: CacheStudy
+    num_lanes: int
+    num_steps: int  # counted, of all recordings
+    first_steps: tuple[int, ...]  # the first one counted of each recording
+    mean_selected_pages: float  # of a lane in a step
+    overlap_frac: float  # selected in the step before as well
+    window_ratio: float  # distinct pages of the newest 12 steps per page of the newest one
+    first_touch_frac: float  # never selected before: only a prefetch saves these misses
+    rows: tuple[CacheRow, ...]
+    uneven_slots: Mapping[str, tuple[int, ...]]  # of each lane, by residency
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

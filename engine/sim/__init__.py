@@ -1,0 +1,1 @@
+"""Recorded selections of pages against caches that might hold them; numpy, no device."""
