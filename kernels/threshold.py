@@ -2,6 +2,9 @@
 
 Two numbers name them: the lowest key that is selected, and how many of the pages that have it.
 
+``keys`` is the tile itself where one tile holds all of them, else where they are read from; then
+there are ``num_keys``, a multiple of what is read at once, -1 for what is no page.
+
 Shape legend: P pages of a request, W pages of a tile, K selected pages, X any.
 """
 
@@ -103,6 +106,7 @@ def write_ids(
     TILE: tl.constexpr,
     ONE_TILE: tl.constexpr,
 ) -> None:
+    """Write the ids of all keys above ``last_key`` and of the first ``num_last`` keys at it."""
     if ONE_TILE:
         _write_tile(keys, 0, last_key, num_last, num_keys * 0, num_keys * 0, out_K, TILE)
     else:
