@@ -81,16 +81,19 @@ class Attention:
             self._decode(plan, layer, q[part], k[part], v[part], out=o[part])
         return o
 
-    def finish(self, plan: StepPlan, *, step: int) -> None:
-        """Seal the pages that the decode tokens of a step filled, and count what they read."""
+    def finish(self, decodes: Sequence[DecodeRow], *, step: int) -> None:
+        """Seal the pages that the tokens of a step filled."""
         page_size = self._cache.geometry.page_size
         sealed = [
             (decode.row, decode.position // page_size)
-            for decode in plan.decodes
+            for decode in decodes
             if (decode.position + 1) % page_size == 0
         ]
         self._cache.seal(sealed, step=step)
-        for decode in plan.decodes:
+
+    def count(self, decodes: Sequence[DecodeRow]) -> None:
+        """Count what the tokens of a step read."""
+        for decode in decodes:
             self._count(decode.row, decode.position)
 
     def _groups(self, decodes: Sequence[DecodeRow], *, dense: bool, step: int) -> tuple[Group, ...]:

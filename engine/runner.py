@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -24,9 +25,15 @@ from sparsed.engine.assembly import (
 from sparsed.engine.batch import DecodeRow, PromptChunk, StepPlan
 from sparsed.engine.decode_batch import is_sparse
 from sparsed.engine.draws import draw_step
+from sparsed.engine.kvcache.cache import KVCache
 from sparsed.engine.kvcache.upload import upload
-from sparsed.engine.resident import Drawn, ResidentDecoder
+from sparsed.engine.sparse.replay import SelectionTrace, load_trace
+from sparsed.engine.step_decoder import Drawn, StepDecoder
+from sparsed.engine.step_input import StepRow
+from sparsed.engine.tiered import TieredAttention
 from sparsed.engine.warmup import warm_up
+
+SPARE_SLOTS = 2  # of a lane beside a selection: the partial page, and the one before it
 
 Decodes = tuple[DecodeRow, ...]
 
@@ -67,10 +74,12 @@ class Runner:
         self._last_token_R = torch.zeros(
             self.kv.tables.spare_row + 1, dtype=torch.int64, device=self._device
         )
-        self.resident = self._make_resident(spec) if self.runs_ahead else None
+        self._spec = spec
+        self._trace = _load_trace(spec, self.kv)
+        self.steps = self._make_steps(spec.knobs) if self.runs_ahead else None
         link, calibration = measure_link(spec, self.kv, on_progress=on_progress)
-        if self.resident is not None:
-            self.resident.capture(partial(on_progress, "capturing decode graphs"))
+        if self.steps is not None:
+            self.steps.capture(partial(on_progress, "capturing decode graphs"))
             warm_up(self, spec.knobs, on_progress=on_progress)
         self.facts = EngineFacts(
             pid=os.getpid(),
@@ -95,30 +104,43 @@ class Runner:
         until the next call."""
         self._step += 1
         for decode in plan.decodes:
+            self.kv.make_room(decode.row, decode.position)
+        queued, others = self._split(plan.decodes)
+        for decode in others:
             self.kv.open_token(decode.row, decode.position)
-        resident, others = self._split(plan.decodes)
         eager = StepPlan(chunks=plan.chunks, decodes=others)
         parts = [] if eager.is_empty else [self._run_eagerly(eager)]
-        if resident:
-            assert self.resident is not None
-            parts.append(self.resident.run(resident))
-        self.attention.finish(plan, step=self._step)
-        return (
-            parts[0] if len(parts) == 1 else _in_order(*parts, decodes=plan.decodes, last=resident)
-        )
+        if queued:
+            assert self.steps is not None
+            self.kv.transfer.wait_for_saves()
+            parts.append(self.steps.run(queued, step=self._step))
+        self.attention.finish(others, step=self._step)
+        self.attention.count(plan.decodes)
+        if len(parts) == 1:
+            return parts[0]
+        last = tuple(row.decode for row in queued)
+        return _in_order(*parts, decodes=plan.decodes, last=last)
 
-    def _split(self, decodes: Decodes) -> tuple[Decodes, Decodes]:
-        """Rows whose whole context is attended to in place, and the others."""
-        if self.resident is None:
+    def _split(self, decodes: Decodes) -> tuple[tuple[StepRow, ...], Decodes]:
+        """Rows that a queued step can compute, and the others."""
+        if self.steps is None:
             return (), decodes
-        parts: dict[bool, list[DecodeRow]] = {True: [], False: []}
-        for decode in decodes:
-            parts[self._is_resident(decode)].append(decode)
-        return tuple(parts[True]), tuple(parts[False])
+        found = [(self._step_row(decode), decode) for decode in decodes]
+        queued = tuple(row for row, _ in found if row is not None)
+        return queued, tuple(decode for row, decode in found if row is None)
 
-    def _is_resident(self, decode: DecodeRow) -> bool:
-        row = self.kv.rows[decode.row]
-        return row.complete and not is_sparse(row, decode.position, self.kv.geometry.page_size)
+    def _step_row(self, decode: DecodeRow) -> StepRow | None:
+        """How a queued step attends for this row; None: not at all."""
+        row, geometry = self.kv.rows[decode.row], self.kv.geometry
+        if not is_sparse(row, decode.position, geometry.page_size):
+            return StepRow(decode, in_place=decode.position + 1) if row.complete else None
+        assert self.steps is not None
+        tiered, count = self.steps.tiered, row.selected_pages(geometry.page_size)
+        has_room = row.num_blocks * geometry.pages_per_block >= count + SPARE_SLOTS
+        if tiered is None or count > tiered.max_count or not has_room:
+            return None
+        num_full = decode.position // geometry.page_size
+        return StepRow(decode, in_place=0, num_full=num_full, count=count)
 
     def _run_eagerly(self, plan: StepPlan) -> Drawn:
         """One forward pass whose operations are launched one by one."""
@@ -154,19 +176,25 @@ class Runner:
     def apply(self, knobs: Knobs) -> None:
         self.kv.apply(knobs)
         self.kv.transfer.ways.set_programs(knobs.copy_programs)
+        if self.steps is not None and self.steps.tiered is not None:
+            if _max_count(knobs) > self.steps.tiered.max_count:
+                self.steps = self._make_steps(knobs)
+                self.steps.capture(lambda _frac: None)
 
     def stats(self) -> EngineStats:
         """Counters and gauges of the tiers; the caller adds those of requests and steps."""
         counts, kv = self.attention.counts, self.kv
+        queued = self.steps.tiered if self.steps is not None else None
+        on_device = queued.counters.read() if queued is not None else [0] * 4
         h2d_bytes, h2d_s = kv.transfer.h2d
         d2h_bytes, d2h_s = kv.transfer.d2h
-        missed = int(counts.missed)
+        missed = int(counts.missed) + on_device[1]
         verified = kv.transfer.verified
         return EngineStats(
-            hot_hits=counts.selected - missed,
+            hot_hits=counts.selected + on_device[0] - missed,
             hot_misses=missed,
-            evicted_pages=int(counts.evicted + kv.tables.displaced),
-            overflow_pages=counts.overflow,
+            evicted_pages=int(counts.evicted + kv.tables.displaced) + on_device[2],
+            overflow_pages=counts.overflow + on_device[3],
             h2d_bytes=h2d_bytes,
             h2d_s=h2d_s,
             d2h_bytes=d2h_bytes,
@@ -181,14 +209,28 @@ class Runner:
             dram_total_bytes=kv.pool.total_bytes,
         )
 
-    def _make_resident(self, spec: EngineSpec) -> ResidentDecoder:
-        return ResidentDecoder(
+    def _make_steps(self, knobs: Knobs) -> StepDecoder:
+        spec, kv, scale = self._spec, self.kv, self.decoder.config.head_dim**-0.5
+        tiered = None
+        if kv.selector is not None and knobs.dense_layers == 0:
+            tiered = TieredAttention(
+                kv,
+                kv.selector,
+                max_rows=knobs.max_num_seqs,
+                max_count=_max_count(knobs),
+                max_pages=kv.geometry.max_pages(knobs.max_model_len),
+                group=self.decoder.config.num_heads // self.decoder.config.num_kv_heads,
+                scale=scale,
+                trace=self._trace,
+            )
+        return StepDecoder(
             self.decoder,
-            self.kv,
+            kv,
+            tiered=tiered,
             last_token_R=self._last_token_R,
-            max_rows=spec.knobs.max_num_seqs,
-            max_tokens=spec.knobs.max_model_len,
-            scale=self.decoder.config.head_dim**-0.5,
+            max_rows=knobs.max_num_seqs,
+            max_tokens=knobs.max_model_len,
+            scale=scale,
             use_graphs=not spec.enforce_eager,
         )
 
@@ -246,3 +288,22 @@ def _logits_index(chunk: PromptChunk, *, first: int) -> range:
     """Places in the step, whose chunk begins at ``first``, of positions that need logits."""
     offset = first - chunk.start
     return range(max(chunk.logits_from, chunk.start) + offset, chunk.end + offset)
+
+
+def _max_count(knobs: Knobs) -> int:
+    """Most full pages that a request with the budget of the knob selects."""
+    return knobs.token_budget // knobs.page_size - 1
+
+
+def _load_trace(spec: EngineSpec, kv: KVCache) -> SelectionTrace | None:
+    """The selections to be replayed in place of the model's own."""
+    if spec.selection_trace is None:
+        return None
+    return load_trace(
+        Path(spec.selection_trace),
+        page_size=kv.geometry.page_size,
+        token_budget=spec.knobs.token_budget,
+        num_layers=kv.geometry.num_layers,
+        num_heads=kv.geometry.num_kv_heads,
+        device=kv.arena.pages_NX.device,
+    )

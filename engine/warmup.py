@@ -10,7 +10,7 @@ from sparsed.engine.attention import Attention
 from sparsed.engine.batch import DecodeRow, PromptChunk, StepPlan
 from sparsed.engine.kvcache.cache import KVCache
 from sparsed.engine.models.decoder import Decoder
-from sparsed.engine.resident import Drawn
+from sparsed.engine.step_decoder import Drawn
 
 NUM_CHUNKS = 2  # the second one has a context
 NUM_STEPS = 2

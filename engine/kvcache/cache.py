@@ -22,6 +22,7 @@ from sparsed.engine.kvcache.tables import PageTables
 from sparsed.engine.kvcache.transfer import Transfer
 from sparsed.engine.kvcache.upload import upload
 from sparsed.engine.sparse.base import Selector
+from sparsed.kernels.tables import PageTables as DeviceTables
 
 
 class Reads(NamedTuple):
@@ -93,6 +94,19 @@ class KVCache:
         self._knobs = knobs
         self._device = arena.pages_NX.device
         self._free_rows = list(range(knobs.max_num_seqs - 1, -1, -1))
+
+    @property
+    def device_tables(self) -> DeviceTables:
+        """The tables as kernels take them."""
+        tables = self.tables
+        return DeviceTables(
+            tables.frames_RF,
+            tables.page_slot_X,
+            tables.lane_blocks_RLHN,
+            tables.num_blocks_RLH,
+            self.arena.slot_page_N,
+            self.arena.slot_step_N,
+        )
 
     # -- admission ---------------------------------------------------------------------------
 
@@ -190,16 +204,22 @@ class KVCache:
         if open_page is not None and open_page < end // page_size:
             self._set_step(row, open_page, step)  # this chunk fills it: no longer locked
 
+    def make_room(self, index: int, position: int) -> None:
+        """Before a decode step: give the row the block that ``position`` begins, if there is one
+        to be had."""
+        row = self.rows[index]
+        if row.complete:
+            self._place_in_order(row, position // self.geometry.page_size + 1)
+        elif position % BLOCK_TOKENS == 0:
+            self._grow(row, row.num_blocks + 1)
+
     def open_token(self, index: int, position: int) -> None:
-        """Give a locked slot to the page of ``position`` if the token is its first."""
+        """Give a locked slot to the page of ``position`` if the token is its first; where a step
+        does not do that itself."""
         row, page_size = self.rows[index], self.geometry.page_size
         if position % page_size:
             return
         page = position // page_size
-        if row.complete:
-            self._place_in_order(row, page + 1)
-        elif position % BLOCK_TOKENS == 0:
-            self._grow(row, row.num_blocks + 1)
         if not row.complete:
             self._place_page(row, page)
         self._set_step(row, page, LOCKED_STEP)

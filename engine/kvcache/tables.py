@@ -64,7 +64,7 @@ class PageTables:
         lanes = (geometry.num_layers, geometry.num_kv_heads)
         columns, per_block = num_frames(max_model_len), geometry.pages_per_block
         self._geometry = geometry
-        self._spare_entry = pool_frames * geometry.page_rows_per_frame
+        self.spare_entry = pool_frames * geometry.page_rows_per_frame
         self.spare_row = num_rows
         self.spare_frame = pool_frames
         self.frames_RF = _filled((num_rows + 1, columns), pool_frames, device=device)
@@ -187,7 +187,7 @@ class PageTables:
     def _forget(self, rows: Tensor | int, lanes: Tensor, pages: Tensor) -> None:
         """These pages have no slot any longer; negative: nothing to forget."""
         entries = self._page_rows(rows, lanes, pages.clamp(min=0))
-        entries = torch.where(pages >= 0, entries, self._spare_entry)
+        entries = torch.where(pages >= 0, entries, self.spare_entry)
         self.page_slot_X.index_fill_(0, entries.flatten(), -1)
 
     # -- selections --------------------------------------------------------------------------
@@ -222,7 +222,7 @@ class PageTables:
         evicted = (old_BHK >= 0).sum()
         lanes_H1 = (layer * self._geometry.num_kv_heads + self._head_H)[:, None]
         self._forget(rows_B[:, None, None], lanes_H1, old_BHK)
-        entries_BHK = torch.where(placed_BHK, page_rows_BHK, self._spare_entry)
+        entries_BHK = torch.where(placed_BHK, page_rows_BHK, self.spare_entry)
         self.page_slot_X[entries_BHK] = victims_BHK.int()
         written_BHK = torch.where(placed_BHK, victims_BHK, 0)
         arena.slot_page_N[written_BHK] = pages_BHK.int()

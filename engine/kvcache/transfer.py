@@ -144,6 +144,34 @@ class Transfer:
                 self._checks.append(check)
             return self._order.saved(scatter=scatter)
 
+    def fetch(
+        self,
+        dst_RX: Tensor,
+        src_RX: Tensor,
+        *,
+        dst_rows_M: Tensor,
+        src_rows_M: Tensor,
+        count_1: Tensor,
+    ) -> None:
+        """Copy the first ``count`` rows of a list to the device, on the current stream, as part of
+        a step that has waited for all saves; ``count_fetched`` counts a whole step at once."""
+        pages = _Pages(
+            dst_RX=dst_RX,
+            src_RX=src_RX,
+            dst_rows_M=dst_rows_M,
+            src_rows_M=src_rows_M,
+            count=count_1,
+        )
+        self._copy(Direction.H2D, self.ways.load, pages)
+        self._verifier.check(
+            dst_RX, store_rows=dst_rows_M, page_rows=src_rows_M, where=Where.LOAD, count=count_1
+        )
+
+    def count_fetched(self, num_pages: Tensor) -> None:
+        """Count what a step has fetched, a scalar on the device."""
+        way = (Direction.H2D, self.ways.load.path)
+        self._totals.add(way, num_pages, piece_bytes=self._page_bytes)
+
     def wait_for_saves(self) -> None:
         """The current stream goes on once every save so far has arrived."""
         self._order.wait()

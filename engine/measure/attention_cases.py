@@ -17,7 +17,8 @@ from torch import Tensor
 from sparsed.core import BLOCK_TOKENS, Ceiling
 from sparsed.engine.measure.cases import Case, Setting, permutation
 from sparsed.engine.measure.clock import Work
-from sparsed.engine.resident import attention_programs, cut_items
+from sparsed.engine.step_decoder import attention_programs
+from sparsed.engine.step_input import cut_items
 from sparsed.kernels.attend import attend_pages
 from sparsed.kernels.dense import Backend, attend_dense
 from sparsed.kernels.merge import merge_states

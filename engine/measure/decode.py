@@ -178,7 +178,7 @@ class DecodeMeter:
 
     def _graph_s(self, point: DecodePoint) -> float | None:
         """Of the captured step alone; None where the last step was not one."""
-        resident, kv = self._runner.resident, self._runner.kv
+        steps, kv = self._runner.steps, self._runner.kv
         page_size = kv.geometry.page_size
         if resident is None or not resident.has_graphs:
             return None

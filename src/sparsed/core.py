@@ -490,6 +490,8 @@ class CalibrateLink:
     quick: bool = False
 
 
+SINK_PAGES = 1  # first pages that every selection reads
+RECENT_TOKENS = 64  # newest tokens that every selection reads, the partial page besides
 RECALL_STRIDE = 32  # of a daemon: a measurement costs dense attention in one layer
 
 
@@ -514,6 +516,7 @@ class EngineSpec:
     enforce_eager: bool = False  # launch every operation of a step, capture no graph
     recall_stride: int = RECALL_STRIDE  # steps between two measurements of attention recall
     verify_kv: VerifyMode = VerifyMode.OFF
+    selection_trace: str | None = None  # a recording whose selections replace the model's own
     link: LinkKey | None = None  # of the device; None for a CPU
     calibration: LinkCalibration | None = None  # None: the engine makes one, unless on a CPU
 

@@ -1,0 +1,236 @@
+"""Decode steps of many requests, from the last token to the next, without a word from the host.
+
+A request attends to all its tokens where they lie, or to a selection over both tiers. On a CUDA
+device a step is one captured graph for every batch size, with selections and without; the host
+fills in one small buffer.
+
+Shape legend: B requests, padded to the size of a graph, R rows of the page tables, L layers,
+H KV heads, G query heads per KV head, D head dim, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sparsed.core import BLOCK_TOKENS
+from sparsed.engine.kvcache.cache import KVCache
+from sparsed.engine.models.decoder import Decoder
+from sparsed.engine.step_input import (
+    MIN_SPLIT_TOKENS,
+    InputBuffer,
+    StepInput,
+    StepRow,
+    graph_sizes,
+)
+from sparsed.engine.step_seal import StepSeal
+from sparsed.engine.tiered import Step, TieredAttention
+from sparsed.kernels.resident import attend_resident
+from sparsed.kernels.sample import draw_tokens
+from sparsed.kernels.store import store_tokens
+
+PROGRAMS_PER_PROCESSOR = 2  # attention programs that fit one multiprocessor together
+
+
+class Drawn(NamedTuple):
+    """Logits (n, V) float32 of the rows that ran, and the token drawn from each (n,)."""
+
+    logits_NV: Tensor
+    tokens_N: Tensor
+
+
+class GraphKey(NamedTuple):
+    """What a graph is for: a batch size, with requests that select or without."""
+
+    size: int
+    selects: bool
+
+
+@dataclass(slots=True)
+class Trail:
+    """What the layers of a step leave behind for a look at it afterwards: queries (B, H, G, D) and
+    the logs of the softmax sums (B, H, G) of what was attended to."""
+
+    queries: list[Tensor] = field(default_factory=list)
+    lses: list[Tensor] = field(default_factory=list)
+
+
+class Captured(NamedTuple):
+    graph: torch.cuda.CUDAGraph
+    drawn: Drawn
+    trail: Trail
+
+
+class StepDecoder:
+    """Runs steps over rows that are ``complete`` and attend to everything, and, with ``tiered``,
+    over rows that select.
+
+    ``last_token_R`` (one entry a row, the spare one included) holds the last token drawn for each
+    row; a step reads and writes it on the device. What ``run`` returns is valid until it is called
+    again: all batch sizes share one buffer of logits. One thread, one stream.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        cache: KVCache,
+        *,
+        tiered: TieredAttention | None,
+        last_token_R: Tensor,
+        max_rows: int,
+        max_tokens: int,
+        scale: float,
+        use_graphs: bool,
+    ) -> None:
+        device = last_token_R.device
+        self._decoder = decoder
+        self._cache = cache
+        self._last_token_R = last_token_R
+        self._scale = scale
+        self._row_items = -(-max_tokens // MIN_SPLIT_TOKENS)
+        self._lane_blocks = cache.arena.blocks.size // cache.geometry.num_lanes
+        self._programs = attention_programs(device, num_heads=cache.geometry.num_kv_heads)
+        self._sizes = graph_sizes(max_rows)
+        self._logits_BV = torch.empty((max_rows, decoder.config.vocab_size), device=device)
+        self._inputs = InputBuffer(
+            max_rows=max_rows,
+            max_items=self._max_items(max_rows),
+            spare_row=cache.tables.spare_row,
+            device=device,
+        )
+        self._seal = StepSeal(cache, max_rows=max_rows)
+        self._captured: dict[GraphKey, Captured] = {}
+        self._last: GraphKey | None = None
+        self._use_graphs = use_graphs
+        self.tiered = tiered
+        self.trail = Trail()
+
+    @torch.inference_mode()
+    def run(self, rows: Sequence[StepRow], *, step: int) -> Drawn:
+        """One token for each of ``rows``. ``trail`` is that of this step until the next."""
+        count = len(rows)
+        size = next(size for size in self._sizes if size >= count)
+        key = GraphKey(size, selects=any(row.count for row in rows))
+        self._inputs.fill(rows, size=size, step=step)
+        self._last = key
+        if key not in self._captured:
+            drawn, self.trail = self._step(key)
+        else:
+            graph, drawn, self.trail = self._captured[key]
+            graph.replay()
+        return Drawn(*(tensor[:count] for tensor in drawn))
+
+    @torch.inference_mode()
+    def capture(self, on_progress: Callable[[float], None]) -> None:
+        """Capture the graph of every batch size, the largest first: they share its memory."""
+        if not self._use_graphs:
+            return
+        pool = None
+        kinds = (True, False) if self.tiered else (False,)
+        keys = [GraphKey(size, selects) for size in reversed(self._sizes) for selects in kinds]
+        for done, key in enumerate(keys):
+            on_progress(done / len(keys))
+            self._inputs.fill([], size=key.size, step=0)
+            self._step(key)  # compiles kernels and picks products before the capture
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool):
+                drawn, trail = self._step(key)
+            pool = pool or graph.pool()
+            self._captured[key] = Captured(graph, drawn, trail)
+
+    @property
+    def has_graphs(self) -> bool:
+        """Whether steps replay what was captured."""
+        return bool(self._captured)
+
+    def replay(self) -> None:
+        """Run the graph of the last step once more; the tokens that it draws and stores are worth
+        nothing. Only for measurements."""
+        assert self._last is not None
+        self._captured[self._last].graph.replay()
+
+    def _max_items(self, size: int) -> int:
+        """Items that ``size`` requests can be cut into, all of them in the arena."""
+        arena_items = self._lane_blocks * BLOCK_TOKENS // MIN_SPLIT_TOKENS
+        return min(size * self._row_items, arena_items + size)
+
+    def _step(self, key: GraphKey) -> tuple[Drawn, Trail]:
+        inputs = self._inputs.view(key.size, self._max_items(key.size))
+        rows_B, positions_B = inputs.rows_B.long(), inputs.positions_B.long()
+        tokens_B = torch.where(
+            inputs.known_B < 0, self._last_token_R[rows_B], inputs.known_B.long()
+        )
+        trail = Trail()
+        if key.selects:
+            assert self.tiered is not None
+            attend = self._attend_tiered(self.tiered.begin(inputs), self.tiered, trail)
+        else:
+            attend = self._attend_in_place(inputs)
+        hidden_BD = self._decoder.forward(tokens_B, positions_B, attend)
+        self._seal.run(inputs)
+        if key.selects and self.tiered is not None:
+            self.tiered.finish()
+        logits_BV = self._decoder.logits(hidden_BD, out=self._logits_BV[: key.size])
+        drawn_B = draw_tokens(logits_BV, plan=inputs.draws)
+        self._last_token_R[rows_B] = drawn_B
+        return Drawn(logits_BV, drawn_B), trail
+
+    def _attend_in_place(self, inputs: StepInput) -> Callable[..., Tensor]:
+        cache, page_size = self._cache, self._cache.geometry.page_size
+        slots_LBH = cache.tables.slots_at(inputs.rows_B.long(), inputs.positions_B // page_size)
+        offsets_B = inputs.positions_B % page_size
+        self._seal.lock(slots_LBH)
+
+        def attend(layer: int, q_BHD: Tensor, k_BHD: Tensor, v_BHD: Tensor) -> Tensor:
+            store_tokens(
+                cache.arena.pages_NTCD,
+                slots_BH=slots_LBH[layer],
+                offsets_B=offsets_B,
+                k_BHD=k_BHD,
+                v_BHD=v_BHD,
+            )
+            return self._attend_resident(layer, q_BHD, inputs)
+
+        return attend
+
+    def _attend_tiered(
+        self, step: Step, tiered: TieredAttention, trail: Trail
+    ) -> Callable[..., Tensor]:
+        num_heads, head_dim = self._cache.geometry.num_kv_heads, self._cache.geometry.head_dim
+
+        def attend(layer: int, q_BHD: Tensor, k_BHD: Tensor, v_BHD: Tensor) -> Tensor:
+            q_BHGD = q_BHD.reshape(len(q_BHD), num_heads, -1, head_dim).contiguous()
+            placed = tiered.place(step, layer, q_BHGD, k_BHD, v_BHD)
+            o_BHD = self._attend_resident(layer, q_BHD, step.inputs)
+            lse_BHG = tiered.attend(placed, q_BHGD, out_BHGD=o_BHD.view(q_BHGD.shape))
+            trail.queries.append(q_BHGD)
+            trail.lses.append(lse_BHG)
+            return o_BHD
+
+        return attend
+
+    def _attend_resident(self, layer: int, q_BHD: Tensor, inputs: StepInput) -> Tensor:
+        cache = self._cache
+        return attend_resident(
+            q_BHD,
+            cache.arena.pages_NTCD,
+            frames_RF=cache.tables.frames_RF,
+            page_slot_MLHP=cache.tables.page_slot_MLHP,
+            layer=layer,
+            plan=inputs.attention,
+            scale=self._scale,
+            programs=self._programs,
+        )
+
+
+def attention_programs(device: torch.device, *, num_heads: int) -> int:
+    """Attention programs a KV head, so that together they fill the device once."""
+    if device.type != "cuda":
+        return 1
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    return max(1, PROGRAMS_PER_PROCESSOR * processors // num_heads)
