@@ -23,7 +23,6 @@ from sparsed.engine.assembly import (
     measure_link,
 )
 from sparsed.engine.batch import DecodeRow, PromptChunk, StepPlan
-from sparsed.engine.decode_batch import is_sparse
 from sparsed.engine.draws import draw_step
 from sparsed.engine.kvcache.cache import KVCache
 from sparsed.engine.kvcache.upload import upload
@@ -32,8 +31,6 @@ from sparsed.engine.step_decoder import Drawn, StepDecoder
 from sparsed.engine.step_input import StepRow
 from sparsed.engine.tiered import TieredAttention
 from sparsed.engine.warmup import warm_up
-
-SPARE_SLOTS = 2  # of a lane beside a selection: the partial page, and the one before it
 
 Decodes = tuple[DecodeRow, ...]
 
@@ -125,22 +122,9 @@ class Runner:
         """Rows that a queued step can compute, and the others."""
         if self.steps is None:
             return (), decodes
-        found = [(self._step_row(decode), decode) for decode in decodes]
+        found = [(self.steps.row_of(decode), decode) for decode in decodes]
         queued = tuple(row for row, _ in found if row is not None)
         return queued, tuple(decode for row, decode in found if row is None)
-
-    def _step_row(self, decode: DecodeRow) -> StepRow | None:
-        """How a queued step attends for this row; None: not at all."""
-        row, geometry = self.kv.rows[decode.row], self.kv.geometry
-        if not is_sparse(row, decode.position, geometry.page_size):
-            return StepRow(decode, in_place=decode.position + 1) if row.complete else None
-        assert self.steps is not None
-        tiered, count = self.steps.tiered, row.selected_pages(geometry.page_size)
-        has_room = row.num_blocks * geometry.pages_per_block >= count + SPARE_SLOTS
-        if tiered is None or count > tiered.max_count or not has_room:
-            return None
-        num_full = decode.position // geometry.page_size
-        return StepRow(decode, in_place=0, num_full=num_full, count=count)
 
     def _run_eagerly(self, plan: StepPlan) -> Drawn:
         """One forward pass whose operations are launched one by one."""

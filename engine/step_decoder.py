@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 from sparsed.core import BLOCK_TOKENS
+from sparsed.engine.batch import DecodeRow
+from sparsed.engine.decode_batch import is_sparse
 from sparsed.engine.kvcache.cache import KVCache
 from sparsed.engine.models.decoder import Decoder
 from sparsed.engine.step_input import (
@@ -33,6 +35,7 @@ from sparsed.kernels.resident import attend_resident
 from sparsed.kernels.sample import draw_tokens
 from sparsed.kernels.store import store_tokens
 
+SPARE_SLOTS = 2  # of a lane beside a selection: the partial page, and the one before it
 PROGRAMS_PER_PROCESSOR = 2  # attention programs that fit one multiprocessor together
 
 
@@ -108,6 +111,18 @@ class StepDecoder:
         self._use_graphs = use_graphs
         self.tiered = tiered
         self.trail = Trail()
+
+    def row_of(self, decode: DecodeRow) -> StepRow | None:
+        """How a row attends in a step of this kind; None: it cannot take part."""
+        row, geometry = self._cache.rows[decode.row], self._cache.geometry
+        if not is_sparse(row, decode.position, geometry.page_size):
+            return StepRow(decode, in_place=decode.position + 1) if row.complete else None
+        count = row.selected_pages(geometry.page_size)
+        has_room = row.num_blocks * geometry.pages_per_block >= count + SPARE_SLOTS
+        if self.tiered is None or count > self.tiered.max_count or not has_room:
+            return None
+        num_full = decode.position // geometry.page_size
+        return StepRow(decode, in_place=0, num_full=num_full, count=count)
 
     @torch.inference_mode()
     def run(self, rows: Sequence[StepRow], *, step: int) -> Drawn:

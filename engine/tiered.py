@@ -4,7 +4,7 @@ A layer ranks its pages, selects, finds out which of the selected pages are in t
 gives the others slots; they are fetched on a stream of their own while attention reads those that
 are there. Nothing waits for the host, so that a CUDA graph can hold all of it.
 
-Shape legend: B requests, padded, H KV heads, G query heads per KV head, D head dim, K selected
+Shape legend: B requests, padded, H KV heads, G query heads per KV head, V rows of logits per KV head, D head dim, K selected
 pages of a lane, L layers, X columns (pages of all requests), M pages to move.
 """
 
@@ -16,11 +16,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sparsed.core import RECENT_TOKENS, SINK_PAGES
 from sparsed.engine.kvcache.cache import KVCache
 from sparsed.engine.kvcache.streams import new_stream
 from sparsed.engine.kvcache.totals import DeviceCounters
-from sparsed.engine.sparse.base import Selector
+from sparsed.engine.sparse.base import SINK_PAGES, Selector, recent_pages
 from sparsed.engine.sparse.replay import SelectionTrace
 from sparsed.engine.step_input import COLUMN_ALIGN, StepInput
 from sparsed.kernels.resolve import Resolved, resolve_pages
@@ -41,7 +40,7 @@ class Buffers(NamedTuple):
     """What one layer hands on inside a step, for as many requests as there are rows; every layer
     uses the same. ``misses_L`` counts the pages that each layer of the step had to fetch."""
 
-    logits_HGX: Tensor
+    logits_HVX: Tensor
     pages_BHK: Tensor
     slots_BHK: Tensor
     num_hits_BH: Tensor
@@ -108,7 +107,7 @@ class TieredAttention:
             return torch.zeros(shape, dtype=dtype, device=device)
 
         self._buffers = Buffers(
-            logits_HGX=torch.zeros(
+            logits_HVX=torch.zeros(
                 (num_heads, selector.num_scores(group), columns), device=device
             ),
             pages_BHK=ints(*lanes, max_count),
@@ -189,16 +188,16 @@ class TieredAttention:
             rows_B=inputs.rows_B,
             num_full_B=pages.num_full_B,
             first_B=pages.first_B,
-            out_HGX=buffers.logits_HGX,
+            out_HVX=buffers.logits_HVX,
         )
         pages_BHK = buffers.pages_BHK[: len(q_BHGD)]
         select_pages(
-            buffers.logits_HGX,
+            buffers.logits_HVX,
             first_B=pages.first_B,
             num_full_B=pages.num_full_B,
             count_B=pages.count_B,
             sink_pages=SINK_PAGES,
-            recent_pages=max(1, RECENT_TOKENS // self._cache.geometry.page_size),
+            recent_pages=recent_pages(self._cache.geometry.page_size),
             max_pages=self._max_pages,
             out_BHK=pages_BHK,
         )

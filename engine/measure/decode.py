@@ -109,7 +109,7 @@ class DecodeMeter:
         lengths = sum(self._lengths.values())
         step_s = self._step_s()
         assert self._engine.num_decoding == point.requests, "a request ended too early"
-        graph_s = self._graph_s(point)
+        graph_s = self._graph_s()
         kv_tokens = lengths + point.requests * (NUM_STEPS // 2 + self._runner.runs_ahead)
         read_frac = self._stop(point)
         return self._speed(
@@ -176,18 +176,18 @@ class DecodeMeter:
         self._clock.synchronize()
         return (time.perf_counter() - started_s) / NUM_STEPS
 
-    def _graph_s(self, point: DecodePoint) -> float | None:
+    def _graph_s(self) -> float | None:
         """Of the captured step alone; None where the last step was not one."""
         steps, kv = self._runner.steps, self._runner.kv
         page_size = kv.geometry.page_size
-        if resident is None or not resident.has_graphs:
+        if steps is None or not steps.has_graphs:
             return None
         if any(
             not row.complete or is_sparse(row, row.max_tokens, page_size)
             for row in kv.rows.values()
         ):
             return None
-        return self._clock.median_s(lambda: resident.replay(point.requests))
+        return self._clock.median_s(steps.replay)
 
     def _stop(self, point: DecodePoint) -> float:
         """End all requests; tokens that their steps have read over those there were."""

@@ -490,8 +490,6 @@ class CalibrateLink:
     quick: bool = False
 
 
-SINK_PAGES = 1  # first pages that every selection reads
-RECENT_TOKENS = 64  # newest tokens that every selection reads, the partial page besides
 RECALL_STRIDE = 32  # of a daemon: a measurement costs dense attention in one layer
 
 

@@ -35,7 +35,7 @@ def ahead(spec: EngineSpec) -> Runner:
 def ahead_over_tiers(spec: EngineSpec) -> Runner:
     """No row takes the way of resident ones."""
     runner = ahead(spec)
-    runner.resident = None
+    runner.steps = None
     return runner
 
 

@@ -1,0 +1,240 @@
+"""Steps of resident requests, against the runner's own way through the tiers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sparsed.core import BLOCK_TOKENS, SparseMethod
+from sparsed.engine.batch import DecodeRow, DrawParams, PromptChunk, StepPlan
+from sparsed.engine.draws import draw
+from sparsed.engine.runner import Runner
+from sparsed.engine.step_decoder import Drawn, StepDecoder
+from sparsed.engine.step_input import (
+    MAX_SPLIT_TOKENS,
+    MIN_SPLIT_TOKENS,
+    SPLITS,
+    InputBuffer,
+    StepRow,
+    cut_items,
+    first_columns,
+    graph_sizes,
+)
+from sparsed.engine.tiered import TieredAttention
+from sparsed.kernels.sample import DrawPlan
+
+MakeRunner = Callable[..., Runner]
+lengths = st.lists(st.integers(0, 300_000), min_size=1, max_size=40)
+
+
+@given(lengths=lengths)
+def test_items_cover_every_token_once_in_order(lengths: list[int]) -> None:
+    first_B, items_I3 = cut_items(np.array(lengths, dtype=np.int32))
+    for b, length in enumerate(lengths):
+        end = first_B[b + 1] if b + 1 < len(lengths) else len(items_I3)
+        mine = items_I3[first_B[b] : end]
+        assert (mine[:, 0] == b).all()
+        edges = [0, *mine[:, 2].tolist()]
+        assert mine[:, 1].tolist() == edges[:-1] and edges[-1] == length
+        assert all(start % BLOCK_TOKENS == 0 for start in mine[:, 1].tolist())
+
+
+@given(lengths=lengths)
+def test_a_request_is_cut_by_its_own_length_alone(lengths: list[int]) -> None:
+    _, together = cut_items(np.array(lengths, dtype=np.int32))
+    for b, length in enumerate(lengths):
+        _, alone = cut_items(np.array([length], dtype=np.int32))
+        assert together[together[:, 0] == b, 1:].tolist() == alone[:, 1:].tolist()
+        if MIN_SPLIT_TOKENS * SPLITS <= length <= MAX_SPLIT_TOKENS * SPLITS:
+            assert SPLITS // 2 <= len(alone) <= SPLITS
+
+
+draws = st.builds(
+    DrawParams,
+    seed=st.integers(-(2**127), 2**128 - 1),
+    token_index=st.integers(0, 10**6),
+    temperature=st.floats(2**-10, 100, width=32),
+    top_p=st.floats(0, 1, width=32),
+    min_p=st.floats(0, 1, width=32),
+    top_k=st.integers(0, 2**31 - 1),
+)
+MOST_LIKELY = DrawParams(0, 0, 0.0, 0.0, 0.0, 0)
+
+
+@given(max_rows=st.integers(1, 1100))
+def test_every_batch_has_a_graph_that_pads_it_little(max_rows: int) -> None:
+    sizes = graph_sizes(max_rows)
+    assert sizes == sorted(set(sizes)) and sizes[-1] == max_rows and len(sizes) < 40
+    for count in range(1, max_rows + 1):
+        size = next(size for size in sizes if size >= count)
+        assert size - count < max(2 * count, 4) and size - count < 64
+
+
+@st.composite
+def step_rows(draw: st.DrawFn) -> StepRow:
+    decode = DecodeRow(
+        row=draw(st.integers(0, 98)),
+        token=draw(st.none() | st.integers(0, 10**5)),
+        position=draw(st.integers(0, 10**5)),
+        draw=draw(st.none() | draws),
+    )
+    if draw(st.booleans()):
+        return StepRow(decode, in_place=decode.position + 1)
+    return StepRow(decode, 0, num_full=decode.position // 8, count=draw(st.integers(1, 255)))
+
+
+@settings(deadline=None)
+@given(data=st.data(), size=st.integers(1, 8))
+def test_the_input_buffer_gives_back_what_was_put_in(data: st.DataObject, size: int) -> None:
+    buffer = InputBuffer(max_rows=8, max_items=4096, spare_row=99, device=torch.device("cpu"))
+    for step in range(3):  # what an earlier step left behind must not matter
+        rows = data.draw(st.lists(step_rows(), max_size=size))
+        buffer.fill(rows, size=size, step=step)
+        inputs = buffer.view(size, 4096)
+        padding = size - len(rows)
+        tokens = [-1 if row.decode.token is None else row.decode.token for row in rows]
+        assert inputs.known_B.tolist() == tokens + [0] * padding
+        assert inputs.rows_B.tolist() == [row.decode.row for row in rows] + [99] * padding
+        assert inputs.positions_B.tolist() == [r.decode.position for r in rows] + [0] * padding
+        assert inputs.step_1.tolist() == [step]
+        plan, pages = inputs.attention, inputs.pages
+        assert plan.lengths_B.tolist() == [row.in_place for row in rows] + [0] * padding
+        first_B, items_I3 = cut_items(plan.lengths_B.numpy())
+        assert plan.first_item_B.tolist() == first_B.tolist()
+        assert plan.num_items_1.tolist() == [len(items_I3)]
+        assert plan.items_I3[: len(items_I3)].tolist() == items_I3.tolist()
+        assert pages.num_full_B.tolist() == [row.num_full for row in rows] + [0] * padding
+        assert pages.count_B.tolist() == [row.count for row in rows] + [0] * padding
+        assert pages.first_B.tolist() == first_columns(pages.num_full_B.numpy()).tolist()
+        check_draws(inputs.draws, [row.decode.draw or MOST_LIKELY for row in rows], padding)
+
+
+def check_draws(asked: DrawPlan, expected: list[DrawParams], padding: int) -> None:
+    expected = expected + [MOST_LIKELY] * padding
+    words = [[(one.seed >> 32 * word) % 2**32 for one in expected] for word in range(4)]
+    assert (asked.key_4B.numpy().view(np.uint32) == words).all()
+    columns = zip(*(column_B.tolist() for column_B in asked[1:]), strict=True)
+    assert list(columns) == [one[1:] for one in expected]
+
+
+@given(pages=st.lists(st.integers(0, 5000), min_size=1, max_size=20))
+def test_the_pages_of_requests_do_not_overlap(pages: list[int]) -> None:
+    first = first_columns(np.array(pages, dtype=np.int32)).tolist()
+    assert all(column % 4 == 0 for column in first)
+    ends = [column + count for column, count in zip(first, pages, strict=True)]
+    assert all(end <= begin < end + 4 for end, begin in zip(ends, first[1:], strict=False))
+
+
+def step_decoder(runner: Runner) -> StepDecoder:
+    kv, config = runner.kv, runner.decoder.config
+    scale = config.head_dim**-0.5
+    tiered = None
+    if kv.selector is not None:
+        tiered = TieredAttention(
+            kv,
+            kv.selector,
+            max_rows=8,
+            max_count=64,
+            max_pages=kv.geometry.max_pages(4096),
+            group=config.num_heads // config.num_kv_heads,
+            scale=scale,
+            trace=None,
+        )
+    return StepDecoder(
+        runner.decoder,
+        kv,
+        tiered=tiered,
+        last_token_R=torch.zeros(kv.tables.spare_row + 1, dtype=torch.int64),
+        max_rows=8,
+        max_tokens=4096,
+        scale=scale,
+        use_graphs=False,
+    )
+
+
+def prefill(
+    runner: Runner, tokens: list[int], *, method: SparseMethod = SparseMethod.DENSE
+) -> int:
+    row = runner.kv.add(len(tokens) + 64, method=method, token_budget=None)
+    chunk = PromptChunk(
+        row=row,
+        tokens=tuple(tokens),
+        start=0,
+        prompt_length=len(tokens),
+        logits_from=len(tokens) - 1,
+    )
+    runner.run(StepPlan(chunks=(chunk,), decodes=()))
+    return row
+
+
+def run_queued(runner: Runner, steps: StepDecoder, decodes: list[DecodeRow], *, step: int) -> Drawn:
+    for decode in decodes:
+        runner.kv.make_room(decode.row, decode.position)
+    rows = [steps.row_of(decode) for decode in decodes]
+    assert all(row is not None for row in rows), "a row cannot take part"
+    return steps.run([row for row in rows if row is not None], step=step)
+
+
+@pytest.mark.parametrize("page_size", [8, 32, 128])
+def test_a_resident_step_draws_what_the_runner_draws(
+    make_runner: MakeRunner, page_size: int
+) -> None:
+    prompts = [[7] * 3, list(range(127)), list(range(300)), list(range(128))]
+    one, other = (make_runner(page_size=page_size, token_budget=512) for _ in range(2))
+    rows = [prefill(one, tokens) for tokens in prompts]
+    assert rows == [prefill(other, tokens) for tokens in prompts]
+    steps = step_decoder(other)
+    known: list[int | None] = [1, 2, 3, 4]
+    drawn = torch.tensor([1, 2, 3, 4])
+    hot = DrawParams(seed=3, token_index=0, temperature=2.0, top_p=0.9, min_p=0.0, top_k=40)
+    for step in range(40):  # over ends of pages and blocks
+        asked_now = [None, hot._replace(token_index=step), hot._replace(token_index=step + 9), None]
+        decodes = [
+            DecodeRow(row=row, token=token, position=len(prompt) + step, draw=asked)
+            for row, token, prompt, asked in zip(rows, known, prompts, asked_now, strict=True)
+        ]
+        given_ = [
+            DecodeRow(row=d.row, token=int(t), position=d.position)
+            for d, t in zip(decodes, drawn, strict=True)
+        ]
+        expected = one.run(StepPlan(chunks=(), decodes=tuple(given_)))
+        got = run_queued(other, steps, decodes, step=1000 + step)
+        torch.testing.assert_close(got.logits_NV, expected.logits_NV, atol=1e-4, rtol=1e-4)
+        drawn = draw(expected.logits_NV, draws=asked_now)
+        assert torch.equal(got.tokens_N, drawn)
+        known = [None, int(drawn[1]), None, None]  # the device's own token, or the host's
+
+
+@pytest.mark.parametrize("hot_blocks", [9, 40])
+@pytest.mark.parametrize("page_size", [8, 32])
+def test_a_step_over_both_tiers_draws_what_the_runner_draws(
+    make_runner: MakeRunner, page_size: int, hot_blocks: int
+) -> None:
+    """Evictions or none, beside a row that attends to everything and one that grows sparse."""
+    settings = {"page_size": page_size, "token_budget": 256, "hot_blocks": hot_blocks}
+    one, other = (make_runner(**settings) for _ in range(2))
+    prompts = [list(range(700)), list(range(40)), [5, 6] * 350, list(range(250))]
+    methods = [SparseMethod.MEAN_KEY, SparseMethod.DENSE, SparseMethod.MEAN_KEY, SparseMethod.MEAN_KEY]
+    for runner in (one, other):
+        for tokens, method in zip(prompts, methods, strict=True):
+            prefill(runner, tokens, method=method)
+    rows = sorted(one.kv.rows)
+    steps = step_decoder(other)
+    for step in range(40):
+        decodes = [
+            DecodeRow(row=row, token=step + b, position=len(prompts[b]) + step)
+            for b, row in enumerate(reversed(rows))
+        ]
+        expected = one.run(StepPlan(chunks=(), decodes=tuple(decodes)))
+        got = run_queued(other, steps, decodes, step=1000 + step)
+        torch.testing.assert_close(got.logits_NV, expected.logits_NV, atol=1e-4, rtol=1e-4)
+    assert steps.tiered is not None
+    selected, missed, evicted, overflow = steps.tiered.counters.read()
+    mine = other.stats()
+    assert selected > 0 and overflow == 0
+    assert (missed > 0) == (hot_blocks == 9) == (evicted > 0)
