@@ -1,11 +1,9 @@
 """The bucketed LRU of the CPU path, against dictionaries and lists, and against other policies."""
 
-from collections import OrderedDict
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
