@@ -1,7 +1,7 @@
 """Bucketed LRU on the slots of one lane: classes of slots, and victims without a sort.
 
-Shape legend: N slots of the arena (blocks of a lane), S slots of a lane (a tile of them), K pages
-that want a slot, C classes.
+Shape legend: N slots of the arena (blocks of a lane), S slots of a lane (a tile of them), P pages
+that get a slot, C classes.
 """
 
 from typing import Final
@@ -83,14 +83,12 @@ def slots_between(count_C: tl.tensor, first: tl.constexpr, last: tl.constexpr) -
 def give_away(
     count_C: tl.tensor,
     num_given: tl.tensor,
-    miss_slots_K: tl.tensor,
-    tail_slot_1: tl.tensor,
-    tail_misses: tl.tensor,
+    victims_P: tl.tensor,
     slots: tl.tuple,
     TILE: tl.constexpr,
 ) -> None:
-    """Write the victims where the slots of the tail and of the misses go: those of every class
-    before the cut, then the first of the class that is cut, all in slot order."""
+    """Write the slots to be given away: those of every class before the cut, then the first of
+    the class that is cut, both in slot order."""
     blocks_N, num_slots, slot_step_N, step, block_pages = slots
     until_C = tl.cumsum(count_C, 0)
     place_C = (tl.arange(0, _CLASSES) + 1) << 16
@@ -104,11 +102,7 @@ def give_away(
         rank_S = passed + tl.cumsum(both_S, 0) - both_S
         rank_S = tl.where(class_S < cut, rank_S >> 16, num_before + (rank_S & 0xFFFF))
         passed += tl.sum(both_S, 0)
-        is_victim_S = (class_S <= cut) & (rank_S < num_given)
-        is_tail_S = is_victim_S & (rank_S < tail_misses)
-        tl.store(tail_slot_1 + rank_S, slot_S, mask=is_tail_S)
-        miss_S = rank_S - tail_misses
-        tl.store(miss_slots_K + miss_S, slot_S, mask=is_victim_S & (miss_S >= 0))
+        tl.store(victims_P + rank_S, slot_S, mask=(class_S <= cut) & (rank_S < num_given))
 
 
 @triton.jit

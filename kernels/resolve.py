@@ -136,6 +136,7 @@ def _launch(
             step_1,
             *tables,
             *out,
+            pages_BHK.new_empty(num_requests * num_heads * (num_columns + 1)),
             layer,
             tables.num_blocks_RLH.shape[1],
             len(tables.frames_RF) - 1,
@@ -184,6 +185,7 @@ def _resolve_kernel(
     num_misses_1: tl.tensor,
     window_RLH: tl.tensor,
     counters_4: tl.tensor,
+    victims_BHP: tl.tensor,
     layer: tl.int32,
     num_layers: tl.int32,
     spare_row: tl.int32,
@@ -200,9 +202,8 @@ def _resolve_kernel(
     row, step = tl.load(rows_B + b).to(tl.int64), tl.load(step_1)
     is_used, tail_page = row < spare_row, tl.load(positions_B + b) // PAGE_SIZE
     k, first = tl.arange(0, COLUMNS), tl.program_id(0).to(tl.int64) * num_columns
-    end = tl.where(is_used, num_columns, 0)
-    page_K = tl.load(pages_BHK + first + k, mask=k < end, other=-1)
-    slots_K, tail_slot_1 = slots_BHK + first, tail_slots_BH + tl.program_id(0)
+    page_K = tl.load(pages_BHK + first + k, mask=k < tl.where(is_used, num_columns, 0), other=-1)
+    slots_K, victims_P = slots_BHK + first, victims_BHP + first + tl.program_id(0)
     lane = (row * num_layers + layer) * NUM_HEADS + head
     num_slots = tl.load(num_blocks_RLH + lane, mask=is_used, other=0) * BLOCK_PAGES
     slots = lane_blocks_RLHN + lane * max_blocks, num_slots, slot_step_N, step, BLOCK_PAGES
@@ -214,33 +215,33 @@ def _resolve_kernel(
     tail_row, tail_slot = _look_up(tail_page, is_used, page_slot_X, place)
     tl.store(slot_step_N + slot_K, step, mask=slot_K >= 0)
     tl.store(slot_step_N + tail_slot, _LOCKED_STEP, mask=tail_slot >= 0)
-    tl.store(tail_slot_1, tail_slot)
     tl.debug_barrier()  # what is used now, before any thread looks for victims
-    is_miss_K, tail_misses = (page_K >= 0) & (slot_K < 0), (is_used & (tail_slot < 0)).to(tl.int32)
+    is_miss_K, num_tails = (page_K >= 0) & (slot_K < 0), (is_used & (tail_slot < 0)).to(tl.int32)
     hit_rank_K, miss_rank_K, num_hits, num_misses = _rank(slot_K >= 0, is_miss_K)
     tl.store(slots_K + hit_rank_K, slot_K, mask=slot_K >= 0)
     tl.store(num_hits_BH + tl.program_id(0), num_hits)
 
     count_C = count_classes(slots, TILE)
-    num_wanted = num_misses + tail_misses
-    num_given = tl.minimum(num_wanted, slots_between(count_C, 0, _USED_CLASS))
-    give_away(count_C, num_given, slots_K + num_hits, tail_slot_1, tail_misses, slots, TILE)
+    num_wanted, num_left = num_misses + num_tails, slots_between(count_C, 0, _USED_CLASS)
+    num_given = tl.minimum(num_wanted, num_left)
+    give_away(count_C, num_given, victims_P, slots, TILE)
     tl.debug_barrier()  # the victims, before they are read
-    tail_misses = tl.minimum(tail_misses, num_given)
-    num_placed = num_given - tail_misses
-    tl.store(slots_K + k, -1, mask=(k >= num_hits + num_placed) & (k < num_columns))
+    num_placed = tl.maximum(num_given - num_tails, 0)
     is_placed_K = is_miss_K & (miss_rank_K < num_placed)
-    slot_K, old_page_K = _victims(slots_K + num_hits + miss_rank_K, is_placed_K, slot_page_N)
-    tail_slot, old_tail = _victims(tail_slot_1, tail_misses > 0, slot_page_N)
-    miss = tl.atomic_add(num_misses_1, num_placed, sem="relaxed")
-    miss_K = miss + miss_rank_K
-    tl.store(miss_dst_M + miss_K, slot_K.to(tl.int64), mask=is_placed_K)
+    new_slot_K, new_tail_slot, first_miss = _serve(
+        (page_K, row_K, is_placed_K, victims_P + num_tails + miss_rank_K, step),
+        (tail_page, tail_row, num_given > num_placed, victims_P, _LOCKED_STEP),
+        (num_misses_1, num_placed),
+        tables,
+        place,
+    )
+    miss_K = first_miss + miss_rank_K
+    tl.store(miss_dst_M + miss_K, new_slot_K.to(tl.int64), mask=is_placed_K)
     tl.store(miss_src_M + miss_K, row_K.to(tl.int64), mask=is_placed_K)
-    tl.debug_barrier()  # the pages that go, before others take their place
-    _replace(old_page_K, slot_K, page_K, row_K, is_placed_K, step, tables, place)
-    _replace(old_tail, tail_slot, tail_page, tail_row, tail_misses > 0, _LOCKED_STEP, tables, place)
-    window = recent_slots(count_C, num_given) + num_placed
-    tl.store(window_RLH + lane, window, mask=is_used)
+    tl.store(slots_K + num_hits + miss_rank_K, new_slot_K, mask=is_placed_K)
+    tl.store(slots_K + k, -1, mask=(k >= num_hits + num_placed) & (k < num_columns))
+    tl.store(tail_slots_BH + tl.program_id(0), tl.maximum(tail_slot, new_tail_slot))
+    tl.store(window_RLH + lane, recent_slots(count_C, num_given) + num_placed, mask=is_used)
     _report(counters_4, count_C, num_hits + num_misses, num_misses, num_wanted, num_given)
 
 
@@ -264,30 +265,38 @@ def _rank(
 
 
 @triton.jit
-def _victims(
-    slots: tl.tensor, wanted: tl.tensor, slot_page_N: tl.tensor
-) -> tuple[tl.tensor, tl.tensor]:
-    """The slots given away, and the pages in them (-1: none)."""
-    slot = tl.load(slots, mask=wanted, other=0)
+def _serve(
+    misses: tl.tuple, tail: tl.tuple, listed: tl.tuple, tables: tl.tuple, place: tl.tuple
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """The slots of (pages, page rows, whether they get one, where it is written, step), -1: none;
+    and where the list of misses goes on."""
+    slot_K, old_page_K = _victims(misses, tables)
+    tail_slot, old_tail_page = _victims(tail, tables)
+    num_misses_1, num_placed = listed
+    first_miss = tl.atomic_add(num_misses_1, num_placed, sem="relaxed")
+    tl.debug_barrier()  # the pages that go, before others take their place
+    _replace(old_page_K, slot_K, misses, tables, place)
+    _replace(old_tail_page, tail_slot, tail, tables, place)
+    return slot_K, tail_slot, first_miss
+
+
+@triton.jit
+def _victims(new: tl.tuple, tables: tl.tuple) -> tuple[tl.tensor, tl.tensor]:
+    _, _, wanted, slots, _ = new
+    _, slot_page_N, _ = tables
+    slot = tl.load(slots, mask=wanted, other=-1)
     return slot, tl.load(slot_page_N + slot, mask=wanted, other=-1)
 
 
 @triton.jit
 def _replace(
-    old_page: tl.tensor,
-    slot: tl.tensor,
-    page: tl.tensor,
-    page_row: tl.tensor,
-    wanted: tl.tensor,
-    step: tl.tensor,
-    tables: tl.tuple,
-    place: tl.tuple,
+    old_page: tl.tensor, slot: tl.tensor, new: tl.tuple, tables: tl.tuple, place: tl.tuple
 ) -> None:
-    """Have ``page`` in ``slot`` instead of ``old_page``: of many slots, or of one."""
+    page, row, wanted, _, step = new
     page_slot_X, slot_page_N, slot_step_N = tables
     old_row = page_rows(old_page, old_page >= 0, *place)
     tl.store(page_slot_X + old_row, -1, mask=old_page >= 0)
-    tl.store(page_slot_X + page_row, slot, mask=wanted)
+    tl.store(page_slot_X + row, slot, mask=wanted)
     tl.store(slot_page_N + slot, page, mask=wanted)
     tl.store(slot_step_N + slot, step, mask=wanted)
 

@@ -28,11 +28,14 @@ from sparsed.kernels import (
     merge,
     norm,
     resident,
+    resolve,
     rotate,
     sample,
     score,
     select,
+    seal,
     store,
+    tables,
 )
 
 SHARED_LIMIT_BYTES = {80: 166_912, 90: 232_448, 100: 232_448}
@@ -162,6 +165,38 @@ def launch_merge(dim: int, dtype: torch.dtype) -> None:
     merge._launch(o_BHGD, lse_BHG, o_BHGD, lse_BHG, o_BHGD=o_BHGD.float())
 
 
+def page_tables() -> tables.PageTables:
+    def ints(*shape: int) -> torch.Tensor:
+        return torch.zeros(shape, dtype=torch.int32)
+
+    return tables.PageTables(
+        ints(5, 40), ints(960), ints(5, 3, 2, 64), ints(5, 3, 2), ints(99), ints(99)
+    )
+
+
+def launch_resolve(columns: int, max_slots: int, page_size: int = 32) -> None:
+    pages_BHK = torch.zeros(2, 2, columns, dtype=torch.int32)
+    ints_BH, list_M = pages_BHK[:, :, 0].clone(), torch.zeros(pages_BHK.numel(), dtype=torch.int64)
+    out = resolve.Resolved(
+        slots_BHK=pages_BHK,
+        num_hits_BH=ints_BH,
+        tail_slots_BH=ints_BH,
+        miss_dst_M=list_M,
+        miss_src_M=list_M,
+        num_misses_1=ints_BH[0, :1],
+        window_RLH=torch.zeros(5, 3, 2, dtype=torch.int32),
+        counters_4=torch.zeros(4, dtype=torch.int64),
+    )
+    rows_B, step_1 = ints_BH[:, 0].clone(), ints_BH[0, :1]
+    resolve._launch(pages_BHK, rows_B, rows_B, 1, page_tables(), step_1, page_size, max_slots, out)
+
+
+def launch_seal(page_size: int) -> None:
+    rows_B, list_M = torch.zeros(2, dtype=torch.int32), torch.zeros(12, dtype=torch.int64)
+    out = seal.Sealed(list_M, list_M, rows_B[:1])
+    seal._launch(rows_B, rows_B, page_tables(), rows_B[:1], page_size, out)
+
+
 def launch_draw(vocab: int) -> None:
     ints_B, floats_B = torch.zeros(2, dtype=torch.int32), torch.zeros(2)
     key_4B = torch.zeros(4, 2, dtype=torch.int32)
@@ -219,6 +254,11 @@ LAUNCHES: dict[str, Callable[[], None]] = {
     ),
     "gate bf16": lambda: gate._launch(torch.zeros(2, 2 * 14336, dtype=BF16)),
     "merge 128 bf16": lambda: launch_merge(128, BF16),
+    "resolve 63 in 512": lambda: launch_resolve(63, 512),
+    "resolve 255 in 1,024": lambda: launch_resolve(255, 1024),
+    "resolve 255 in 1,024, pages of 8": lambda: launch_resolve(255, 1024, page_size=8),
+    "resolve 1,024 in 4,096": lambda: launch_resolve(1024, 4096),
+    "seal": lambda: launch_seal(32),
     "draw of 64": lambda: launch_draw(64),
     "draw of 49,152": lambda: launch_draw(49_152),
     "draw of 151,936": lambda: launch_draw(151_936),
@@ -345,6 +385,31 @@ def test_selections_of_any_batch_share_one_variant(max_pages: int) -> None:
                 max_pages=max_pages,
                 out_BHK=out_X[: num_requests * 2 * (1 + skip)].view(num_requests, 2, -1),
             )
+
+
+@pytest.mark.parametrize("name", [name for name in LAUNCHES if name.startswith("resolve")])
+def test_slots_are_read_as_they_are_written(name: str) -> None:
+    """Steps, victims and old pages pass between threads through memory."""
+    with compiled_for(90) as compiled:
+        LAUNCHES[name]()
+    code = compiled[0].asm
+    kinds = {"tt.load": "r", "tt.store": "w", "gpu.barrier": "|", "ttg.barrier": "|"}
+    found = re.findall(r"(tt\.load|tt\.store|gpu\.barrier|ttg\.barrier) ", code["ttgir"] + " ")
+    order = "".join(kinds[kind] for kind in found)
+    # Used slots marked | classes read, victims written | they and their pages read | replaced.
+    assert re.fullmatch(r"r+ww\|[rw]*r+w\|r+\|[rw]+", order), order
+    assert "ld.global.nc" not in code["ptx"]
+
+
+def test_slots_of_any_views_share_one_variant() -> None:
+    """A CUDA graph that captured one layer must not meet another kernel in the next."""
+    counts = torch.zeros(8, dtype=torch.int32)
+    with compiled_for(90) as compiled:
+        for first in (0, 1, 4):
+            rows_B, step_1 = counts[first : first + 2], counts[first : first + 1]
+            list_M = torch.zeros(24, dtype=torch.int64)[first:]
+            sealed = seal.Sealed(list_M, list_M, step_1)
+            seal._launch(rows_B, rows_B, page_tables(), step_1, 32, sealed)
     assert len({kernel.hash for kernel in compiled}) == 1
 
 

@@ -1,6 +1,5 @@
 """The bucketed LRU of the CPU path, against dictionaries and lists, and against other policies."""
 
-from collections import OrderedDict
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -15,6 +14,8 @@ from sparsed.kernels.resident import BLOCK_TOKENS
 from sparsed.kernels.resolve import resolve_pages
 from sparsed.kernels.seal import seal_pages
 from sparsed.kernels.tables import FREE_STEP, LOCKED_STEP, PageTables
+
+PAGE_SIZE = 128  # where nothing else is asked for: a block is a page
 
 
 class Given(NamedTuple):
@@ -211,3 +212,84 @@ def test_a_decode_meets_every_case(cases):
         num_sealed += check_seal(cases, lanes, step, rows, positions, 32)
     selected, missed, evicted, overflow = counts.tolist()
     assert selected > missed > evicted > 50 and overflow > 50 and num_sealed > 5
+
+
+def synthetic_selections(*, steps: int, lanes: int, pages: int, columns: int) -> np.ndarray:
+    """(steps, lanes, columns): some pages are liked for good, others for a while, some by chance."""
+    numbers = np.random.default_rng(0)
+    liked, mood = numbers.normal(size=(lanes, pages)), np.zeros((lanes, pages))
+    selections = []
+    for _ in range(steps):
+        mood = 0.9 * mood + 0.44 * numbers.normal(size=mood.shape)
+        score = liked + mood + 0.3 * numbers.normal(size=mood.shape)
+        selections.append(np.sort(np.argsort(-score, axis=1)[:, :columns], axis=1))
+    return np.stack(selections)
+
+
+def bucketed_hits(cases, selections_SLK: np.ndarray, capacity: int) -> float:
+    num_steps, num_lanes, columns = selections_SLK.shape
+    num_pages = int(selections_SLK.max()) + 1
+    tables = cases.page_tables(
+        rows=1,
+        layers=1,
+        heads=num_lanes,
+        page_size=PAGE_SIZE,
+        row_frames=num_pages + 1,
+        num_blocks=[capacity + 1],  # one of them holds the partial page
+    )
+    out = cases.resolved(1, columns, tables)
+    for step, pages_LK in enumerate(torch.from_numpy(selections_SLK).int()):
+        out.num_misses_1.zero_()
+        resolve_pages(
+            pages_LK[None].contiguous(),
+            rows_B=torch.zeros(1, dtype=torch.int32),
+            positions_B=torch.tensor([num_pages * PAGE_SIZE], dtype=torch.int32),
+            layer=0,
+            tables=tables,
+            step_1=torch.tensor([step], dtype=torch.int32),
+            page_size=PAGE_SIZE,
+            max_slots=capacity + 1,
+            out=out,
+        )
+    selected, missed, _, overflow = out.counters_4.tolist()
+    assert selected == num_steps * num_lanes * columns and overflow == 0
+    return 1 - missed / selected
+
+
+def hits_of(selections_SLK: np.ndarray, capacity: int, *, knows_future: bool) -> float:
+    """Of exact LRU, or of Belady's rule: what is used again latest goes; one access a time."""
+    num_hits = 0
+    for lane_SK in selections_SLK.transpose(1, 0, 2).tolist():
+        uses: dict[int, list[int]] = {}
+        for step, pages in enumerate(lane_SK):
+            for page in pages:
+                uses.setdefault(page, []).insert(0, step)
+        held: dict[int, int] = {}  # page: number of its last access
+        for number, pages in enumerate(lane_SK):
+            num_hits += len(held.keys() & set(pages))
+            missed = [page for page in pages if page not in held]
+            for i, page in enumerate(pages):
+                uses[page].pop()
+                if page in held:
+                    held[page] = number * len(pages) + i
+            for page in missed:
+                if len(held) >= capacity:
+                    idle = held.keys() - set(pages)
+                    if knows_future:
+                        gone = max(idle, key=lambda one: uses[one][-1] if uses[one] else 1 << 30)
+                    else:
+                        gone = min(idle, key=held.__getitem__)
+                    del held[gone]
+                held[page] = number * len(pages) + pages.index(page)
+    return num_hits / selections_SLK.size
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("times", [1.5, 2, 4])
+def test_hits_are_those_of_exact_lru(cases, times):
+    selections_SLK = synthetic_selections(steps=80, lanes=4, pages=400, columns=31)
+    capacity = int(31 * times)
+    bucketed = bucketed_hits(cases, selections_SLK, capacity)
+    exact, best = (hits_of(selections_SLK, capacity, knows_future=known) for known in (False, True))
+    print(f"{times}x: bucketed {bucketed:.4f}, exact {exact:.4f}, Belady {best:.4f}")
+    assert abs(bucketed - exact) < 0.005 and bucketed < best < 1
