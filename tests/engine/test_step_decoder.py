@@ -216,7 +216,7 @@ def test_a_step_over_both_tiers_draws_what_the_runner_draws(
     make_runner: MakeRunner, page_size: int, hot_blocks: int
 ) -> None:
     """Evictions or none, beside a row that attends to everything and one that grows sparse."""
-    settings = {"page_size": page_size, "token_budget": 256, "hot_blocks": hot_blocks}
+    settings = {"page_size": page_size, "token_budget": 256, "lane_blocks": hot_blocks}
     one, other = (make_runner(**settings) for _ in range(2))
     prompts = [list(range(700)), list(range(40)), [5, 6] * 350, list(range(250))]
     methods = [SparseMethod.MEAN_KEY, SparseMethod.DENSE, SparseMethod.MEAN_KEY, SparseMethod.MEAN_KEY]

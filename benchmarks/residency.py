@@ -1,0 +1,243 @@
+"""What decode steps over two tiers take, against the bytes that they move, on a model shape.
+
+Run from the root on a machine with a CUDA device: ``PYTHONPATH=benchmarks python
+benchmarks/residency.py --trace RECORDING --output FILE``. Weights are random. Requests get their
+places in both tiers as a prompt would leave them, without its computation (unless ``--prefill``),
+and selections are those of the recording (unless there is none). The floor of a step is the larger
+of its HBM bytes over the HBM rate (a copy, bytes read and written) and its link bytes over the
+link's rate, both measured in the same process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Final
+
+import torch
+from report import environment
+
+from sparsed.core import GIB, EngineSpec, SparseMethod
+from sparsed.engine.batch import DecodeRow, PromptChunk, StepPlan
+from sparsed.engine.kvcache.geometry import num_frames
+from sparsed.engine.measure.ceilings import copy_bytes_per_s
+from sparsed.engine.measure.clock import Clock
+from sparsed.engine.models.dummy import dummy_config
+from sparsed.engine.planner import plan_memory, resolve_knobs
+from sparsed.engine.runner import Runner
+from sparsed.profiler.machine import read_machine
+
+WARM_STEPS: Final = 48
+SPARE_TOKENS: Final = 512  # of a request, for the steps that are measured
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One batch. Bytes and milliseconds are of a step."""
+
+    requests: int
+    context_tokens: int
+    method: str
+    selections: str  # "replayed", "scored", or "dense"
+    hot_gib: float
+    resident_ratio: float  # slots of a lane over pages selected
+    miss_frac: float
+    step_ms: float
+    hbm_bytes: int
+    link_bytes: int
+    hbm_floor_ms: float
+    link_floor_ms: float
+
+    @property
+    def ratio(self) -> float:
+        return self.step_ms / max(self.hbm_floor_ms, self.link_floor_ms)
+
+    def __str__(self) -> str:
+        binds = "link" if self.link_floor_ms > self.hbm_floor_ms else "HBM"
+        return (
+            f"{self.requests:3} x {self.context_tokens:6} {self.selections:9} "
+            f"{self.hot_gib:5.1f} GiB {self.resident_ratio:5.2f}x misses {self.miss_frac:6.2%} "
+            f"step {self.step_ms:7.3f} ms, HBM {self.hbm_floor_ms:6.3f}, link "
+            f"{self.link_floor_ms:6.3f}: {self.ratio:.2f} of {binds}"
+        )
+
+
+class Bench:
+    """One engine and its requests."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self._options = options
+        self._spec = make_spec(options)
+        started_s = time.perf_counter()
+        self.runner = Runner(self._spec, on_progress=lambda *_: None)
+        self.clock = Clock(torch.device("cuda:0"))
+        self.load_s = time.perf_counter() - started_s
+        self.copy_rate = copy_bytes_per_s(self.clock)
+        self.link_rate = self.runner.facts.link.h2d_bytes_per_s
+        self._step = 0
+
+    def measure(self, requests: int, context: int) -> Row:
+        """One batch of equal contexts."""
+        with self._requests(requests, context) as rows:
+            for _ in range(WARM_STEPS):
+                self._run(rows)
+            before = self._counts()
+            self.clock.synchronize()
+            started_s = time.perf_counter()
+            for _ in range(self._options.steps):
+                self._run(rows)
+            self.clock.synchronize()
+            step_s = (time.perf_counter() - started_s) / self._options.steps
+            selected, missed = (a - b for a, b in zip(self._counts(), before, strict=True))
+            return self._row(rows, context, step_s=step_s, selected=selected, missed=missed)
+
+    def _row(
+        self, rows: list[list[int]], context: int, *, step_s: float, selected: int, missed: int
+    ) -> Row:
+        options, kv, steps = self._options, self.runner.kv, self._options.steps
+        hbm_bytes = self._hbm_bytes(rows, selected // steps)
+        link_bytes = missed * kv.geometry.page_bytes // steps
+        count = max(1, options.budget // kv.geometry.page_size - 1)
+        slots = kv.rows[rows[0][0]].num_blocks * kv.geometry.pages_per_block
+        kind = "replayed" if options.trace else "scored"
+        return Row(
+            requests=len(rows),
+            context_tokens=context,
+            method=options.method,
+            selections="dense" if options.method == "dense" else kind,
+            hot_gib=options.hot_gib,
+            resident_ratio=slots / count,
+            miss_frac=missed / max(1, selected),
+            step_ms=step_s * 1e3,
+            hbm_bytes=hbm_bytes,
+            link_bytes=link_bytes,
+            hbm_floor_ms=hbm_bytes / self.copy_rate * 1e3,
+            link_floor_ms=link_bytes / self.link_rate * 1e3,
+        )
+
+    def _hbm_bytes(self, rows: list[list[int]], selected_pages: int) -> int:
+        """Weights once, what is attended to, and summaries of all pages."""
+        kv, shape = self.runner.kv, self.runner.decoder.config.shape
+        embedding = shape.vocab_size * shape.hidden_size * 2
+        weights = self.runner.decoder.weights.num_bytes - embedding
+        tokens = sum(position for _, position in rows)
+        if self._options.method == "dense":
+            return weights + tokens * shape.kv_bytes_per_token("bfloat16")
+        frames = sum(num_frames(position) for _, position in rows)
+        summaries = frames * kv.geometry.summary_bytes_per_frame(self._options.method)
+        tails = len(rows) * kv.geometry.num_lanes * kv.geometry.page_bytes // 2
+        return weights + selected_pages * kv.geometry.page_bytes + tails + summaries
+
+    def _counts(self) -> tuple[int, int]:
+        self.clock.synchronize()
+        stats = self.runner.stats()
+        time.sleep(0.002)
+        stats = self.runner.stats()
+        return stats.hot_hits + stats.hot_misses, stats.hot_misses
+
+    def _run(self, rows: list[list[int]]) -> None:
+        decodes = tuple(DecodeRow(row=row, token=None, position=at) for row, at in rows)
+        self.runner.run(StepPlan(chunks=(), decodes=decodes))
+        for row in rows:
+            row[1] += 1
+
+    @contextmanager
+    def _requests(self, requests: int, context: int) -> Iterator[list[list[int]]]:
+        kv = self.runner.kv
+        method = SparseMethod(self._options.method)
+        indices = [
+            kv.add(context + SPARE_TOKENS, method=method, token_budget=None)
+            for _ in range(requests)
+        ]
+        for index in indices:
+            if self._options.prefill:
+                self._prefill(index, context)
+            else:
+                self._step += 1
+                kv.open_chunk(index, 0, context, step=self._step)
+        yield [[index, context] for index in indices]
+        for index in indices:
+            kv.free(index)
+
+    def _prefill(self, index: int, context: int) -> None:
+        chunk = self._spec.knobs.prefill_chunk
+        for start in range(0, context, chunk):
+            end = min(context, start + chunk)
+            tokens = tuple(torch.randint(0, 30000, (end - start,)).tolist())
+            part = PromptChunk(
+                row=index, tokens=tokens, start=start, prompt_length=context, logits_from=end
+            )
+            self.runner.run(StepPlan(chunks=(part,), decodes=()))
+
+
+def make_spec(options: argparse.Namespace) -> EngineSpec:
+    shape = dummy_config(options.model).shape
+    most = max(context for _, context in options.points) + SPARE_TOKENS
+    tokens = max(requests * (context + SPARE_TOKENS) for requests, context in options.points)
+    dram = tokens * shape.kv_bytes_per_token("bfloat16") / GIB * 1.01
+    asked = {
+        "sparse_method": options.method,
+        "token_budget": options.budget,
+        "page_size": options.page_size,
+        "max_num_seqs": max(requests for requests, _ in options.points),
+        "max_model_len": most,
+        "kv_hbm_gib": options.hot_gib,
+        "kv_dram_gib": dram,
+    }
+    knobs = resolve_knobs(
+        asked, shape=shape, machine=read_machine(), device="cuda:0", dtype="bfloat16"
+    )
+    return EngineSpec(
+        model=options.model,
+        device="cuda:0",
+        dtype="bfloat16",
+        knobs=knobs,
+        plan=plan_memory(knobs, shape=shape, dtype="bfloat16"),
+        selection_trace=options.trace,
+    )
+
+
+def parse_point(text: str) -> tuple[int, int]:
+    requests, context = text.split("x")
+    return int(requests), int(context)
+
+
+def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="dummy:llama-3.1-8b")
+    parser.add_argument("--method", default="mean-key")
+    parser.add_argument("--trace", help="a recording whose selections are replayed")
+    parser.add_argument("--prefill", action="store_true", help="compute the prompts")
+    parser.add_argument("--budget", type=int, default=2048)
+    parser.add_argument("--page-size", type=int, default=8)
+    parser.add_argument("--hot-gib", type=float, default=18.0)
+    parser.add_argument("--points", nargs="+", type=parse_point, default=[(1, 32768), (8, 32768)])
+    parser.add_argument("--steps", type=int, default=64)
+    parser.add_argument("--output", type=Path, required=True)
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    options = parse_options()
+    bench = Bench(options)
+    print(
+        f"loaded in {bench.load_s:.0f} s; HBM copies {bench.copy_rate / 1e9:.0f} GB/s, link "
+        f"{bench.link_rate / 1e9:.1f} GB/s",
+        flush=True,
+    )
+    rows = []
+    for requests, context in options.points:
+        rows.append(bench.measure(requests, context))
+        print(rows[-1], flush=True)
+    rates = {"copy_bytes_per_s": bench.copy_rate, "link_bytes_per_s": bench.link_rate}
+    result = environment() | rates | {"rows": [asdict(row) | {"ratio": row.ratio} for row in rows]}
+    options.output.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
