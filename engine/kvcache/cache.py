@@ -77,7 +77,6 @@ class KVCache:
         arena: HotArena,
         pool: DramPool,
         tables: PageTables,
-        summaries_RE: Tensor,
         selector: Selector | None,
         transfer: Transfer,
         knobs: Knobs,
@@ -86,7 +85,6 @@ class KVCache:
         self.arena = arena
         self.pool = pool
         self.tables = tables
-        self.summaries_RE = summaries_RE
         self.selector = selector
         self.transfer = transfer
         self.rows: dict[int, Row] = {}
@@ -219,7 +217,7 @@ class KVCache:
     def summarise(self, pages_MTCD: Tensor, page_rows_M: Tensor) -> None:
         """Store the summaries of full pages; only where pages are ranked at all."""
         assert self.selector is not None
-        self.summaries_RE[page_rows_M] = self.selector.summarise(pages_MTCD.contiguous())
+        self.selector.summarise(pages_MTCD, page_rows_M)
 
     def check_integrity(self) -> None:
         """AssertionError unless every frame and block is free or owned exactly once."""
