@@ -29,8 +29,12 @@ from sparsed.engine.measure.cases import Setting, permutation
 from sparsed.engine.measure.ceilings import copy_bytes_per_s, give_back_memory
 from sparsed.engine.measure.clock import Clock
 from sparsed.engine.models.dummy import dummy_config
-from sparsed.engine.sparse.base import select_pages
-from sparsed.engine.sparse.coarse import Level, score_coarse_to_fine, super_summaries
+from sparsed.engine.sparse.coarse import (
+    Level,
+    score_coarse_to_fine,
+    select_pages,
+    super_summaries,
+)
 from sparsed.engine.sparse.int8 import to_int8
 from sparsed.kernels.bounds import page_bounds
 

@@ -104,6 +104,7 @@ def prepare(
             verify_kv=VerifyMode(config.verify_kv),
             link=link,
             calibration=find_calibration(link) if link else None,
+            cache_dir=str(config.cache_dir),
         ),
         model=model,
         model_id=resolved.model_id,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from sparsed.core import EngineSpec, LinkCalibration, LinkProbe
+from sparsed.core import EngineSpec, LinkCalibration, LinkProbe, SparseMethod
 from sparsed.engine.attention import Attention
 from sparsed.engine.calibrate import ensure_calibration
 from sparsed.engine.kvcache.cache import KVCache
@@ -19,11 +19,12 @@ from sparsed.engine.kvcache.hbm import HotArena
 from sparsed.engine.kvcache.tables import PageTables
 from sparsed.engine.kvcache.transfer import Transfer, probe_link
 from sparsed.engine.kvcache.verify import Verifier
-from sparsed.engine.models.config import ModelConfig, load_config
+from sparsed.engine.models.config import load_config
 from sparsed.engine.models.decoder import Decoder
 from sparsed.engine.models.dummy import DUMMY_PREFIX, dummy_config
 from sparsed.engine.models.weights import load_weights, random_weights
-from sparsed.engine.sparse.bounds import make_selector
+from sparsed.engine.sparse.learned import find_basis
+from sparsed.engine.sparse.selectors import make_selector
 
 Progress = Callable[[str, float], None]
 
@@ -49,15 +50,25 @@ def load_decoder(
 
 
 def make_cache(
-    spec: EngineSpec, config: ModelConfig, *, pool_fd: int | None, on_progress: Progress
+    spec: EngineSpec, decoder: Decoder, *, pool_fd: int | None, on_progress: Progress
 ) -> KVCache:
-    """Both tiers and their tables, as planned. StartError where memory is short."""
-    on_progress("allocating both KV tiers", 0.0)
+    """Both tiers and their tables, as planned, and what ranks pages. StartError where memory is
+    short."""
     knobs, plan, device, dtype = spec.knobs, spec.plan, torch.device(spec.device), dtype_of(spec)
-    geometry = Geometry.of(config.shape, dtype=spec.dtype, page_size=knobs.page_size)
+    geometry = Geometry.of(decoder.config.shape, dtype=spec.dtype, page_size=knobs.page_size)
+    basis = None
+    if knobs.sparse_method == SparseMethod.MEAN_KEY:
+        learning = partial(on_progress, "learning the basis of keys")
+        basis = find_basis(spec, decoder, geometry=geometry, on_progress=learning)
+    on_progress("allocating both KV tiers", 0.0)
+    tables = PageTables(
+        geometry,
+        num_rows=knobs.max_num_seqs,
+        max_model_len=knobs.max_model_len,
+        pool_frames=plan.num_frames,
+        device=device,
+    )
     num_page_rows = plan.num_frames * geometry.page_rows_per_frame
-    selector = make_selector(knobs.sparse_method)
-    num_summaries = num_page_rows if selector else 0
     return KVCache(
         geometry,
         arena=HotArena(geometry, plan, dtype=dtype, device=device),
@@ -69,17 +80,15 @@ def make_cache(
             pool_fd=pool_fd,
             on_progress=partial(on_progress, "pinning memory"),
         ),
-        tables=PageTables(
-            geometry,
-            num_rows=knobs.max_num_seqs,
-            max_model_len=knobs.max_model_len,
-            pool_frames=plan.num_frames,
-            device=device,
+        tables=tables,
+        selector=make_selector(
+            knobs.sparse_method,
+            geometry=geometry,
+            frames_RF=tables.frames_RF,
+            num_frames=plan.num_frames,
+            dtype=dtype,
+            basis=basis,
         ),
-        summaries_RE=torch.empty(
-            (num_summaries, 2 * geometry.head_dim), dtype=dtype, device=device
-        ),
-        selector=selector,
         transfer=Transfer(
             page_bytes=geometry.page_bytes,
             device=device,

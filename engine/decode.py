@@ -1,7 +1,8 @@
 """Attention of decode tokens: in place where a request is wholly hot, over a selection else.
 
 Shape legend: L layers, B requests of a group, H KV heads, G query heads per KV head, D head dim,
-K pages attended to, P pages, F frames, T tokens of a page.
+K pages attended to, T tokens of a page, V rows of logits per KV head, X columns (pages of all
+requests, one request after the other).
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from itertools import accumulate
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -23,24 +25,43 @@ from sparsed.engine.decode_batch import (
     similar_lengths,
 )
 from sparsed.engine.kvcache.cache import KVCache, Row
-from sparsed.engine.kvcache.geometry import num_frames
-from sparsed.engine.sparse.base import select_pages
+from sparsed.engine.kvcache.residency import Residency
+from sparsed.engine.kvcache.upload import upload
+from sparsed.engine.sparse.base import SINK_PAGES, recent_pages
 from sparsed.kernels.attend import attend_pages
 from sparsed.kernels.merge import merge_states
+from sparsed.kernels.reference_select import COLUMN_ALIGN
+from sparsed.kernels.select import select_pages
 
 GOLDEN_RATIO = 0.618
 
 
 @dataclass(slots=True)
 class DecodeCounts:
-    """Totals since the start. Device tensors are read only when somebody asks."""
+    """Totals since the start. ``resolved_4`` as in ``kernels.resolve.Resolved``: on the device,
+    and read only when somebody asks."""
 
-    selected: int = 0
-    missed: Tensor | int = 0
-    evicted: Tensor | int = 0
-    overflow: int = 0
+    resolved_4: Tensor
     recall_sum: float = 0.0
     recall_samples: int = 0
+
+    @property
+    def selected(self) -> int:
+        return int(self.resolved_4[0])
+
+    @property
+    def missed(self) -> int:
+        """Of them, pages that were not in the hot tier."""
+        return int(self.resolved_4[1])
+
+    @property
+    def evicted(self) -> int:
+        return int(self.resolved_4[2])
+
+    @property
+    def overflow(self) -> int:
+        """Pages that found no slot."""
+        return int(self.resolved_4[3])
 
 
 class Group(Protocol):
@@ -61,7 +82,8 @@ class Tiers:
         self.staging_NX = staging_NX
         self.scale = scale
         self.recall_stride = recall_stride  # steps between two measurements of attention recall
-        self.counts = DecodeCounts()
+        self.residency = Residency(cache)
+        self.counts = DecodeCounts(self.residency.counters_4)
 
     def attend(self, batch: Batch, q_BHGD: Tensor, slots_BHK: Tensor) -> tuple[Tensor, Tensor]:
         """Attend to pages in the hot tier; the last column is the partial page."""
@@ -150,6 +172,15 @@ class StreamedGroup:
         return attend_all(self._tiers, self.batch, layer, q_BHGD)[0]
 
 
+class Columns(NamedTuple):
+    """Where the logits of each request lie; int32, as kernels take them."""
+
+    rows_B: Tensor
+    num_full_B: Tensor
+    first_B: Tensor
+    num_columns: int
+
+
 class SparseGroup:
     """The ``count`` best pages of every lane, made resident, and the partial page."""
 
@@ -157,63 +188,68 @@ class SparseGroup:
         cache = tiers.cache
         self.batch = batch
         self._tiers = tiers
+        self._columns = make_columns(batch, device=batch.rows_B.device)
+        self._count_B = torch.full_like(self._columns.rows_B, count)
         self._count = count
-        self._step = step
         self._max_blocks = max(row.num_blocks for row in batch.rows)
         self._fits = all(
             row.num_blocks * cache.geometry.pages_per_block > count for row in batch.rows
         )
-        frames = max(num_frames(n * cache.geometry.page_size) for n in batch.num_full)
-        self._frame_rows_BHF = cache.tables.frame_rows(batch.rows_B, frames)
+        self._positions_B = (
+            self._columns.num_full_B * cache.geometry.page_size + batch.tail_tokens_B - 1
+        )
         turn, rest = divmod(step, tiers.recall_stride)
         self._sampled_layer = -1 if rest else sampled_layer(turn, cache.geometry.num_layers)
 
     def run(self, layer: int, q_BHGD: Tensor) -> Tensor:
-        pages_BHK = self._select(layer, q_BHGD)
-        slots_BHK = self._make_resident(layer, pages_BHK)
+        tiers, batch = self._tiers, self.batch
+        pages_BHK = self._select(layer, q_BHGD.contiguous())
+        resolved = tiers.residency.bring_in(
+            pages_BHK,
+            layer=layer,
+            rows_B=self._columns.rows_B,
+            positions_B=self._positions_B,
+            max_blocks=self._max_blocks,
+        )
         if self._fits:
-            tail_BH1 = self.batch.tail_slots_LBH[layer][..., None]
-            slots = torch.cat((slots_BHK, tail_BH1), dim=-1)
-            o, lse = self._tiers.attend(self.batch, q_BHGD, slots)
+            tail_BH1 = resolved.tail_slots_BH[..., None]
+            slots_BHK = torch.cat((resolved.slots_BHK, tail_BH1), dim=-1)
+            o, lse = tiers.attend(batch, q_BHGD, slots_BHK)
         else:
-            self._tiers.counts.overflow += int((slots_BHK < 0).sum())
-            o, lse = self._tiers.attend_in_passes(self.batch, layer, q_BHGD, pages_BHK, slots_BHK)
+            # Pages without a slot pass through the staging: which, the table knows.
+            slots_BHK = tiers.cache.tables.selected_slots(batch.rows_B, layer, pages_BHK)
+            o, lse = tiers.attend_in_passes(batch, layer, q_BHGD, pages_BHK, slots_BHK)
         if layer == self._sampled_layer:
             self._measure_recall(layer, q_BHGD, lse)
         return o
 
     def _select(self, layer: int, q_BHGD: Tensor) -> Tensor:
-        cache = self._tiers.cache
-        assert cache.selector is not None
-        per_block = cache.geometry.pages_per_block
-        scores_BHP = cache.selector.score(
+        cache, columns = self._tiers.cache, self._columns
+        geometry, selector = cache.geometry, cache.selector
+        assert selector is not None
+        num_heads, group = q_BHGD.shape[1:3]
+        shape = (num_heads, selector.num_scores(group), columns.num_columns)
+        logits_HVX = torch.empty(shape, dtype=torch.float32, device=q_BHGD.device)
+        selector.estimate(
             q_BHGD,
-            cache.summaries_RE.view(-1, per_block, cache.summaries_RE.shape[-1]),
-            rows_BHF=self._frame_rows_BHF + layer * cache.geometry.num_kv_heads,
-        )
-        return select_pages(scores_BHP, num_full_B=self.batch.num_full_B, count=self._count)
-
-    def _make_resident(self, layer: int, pages_BHK: Tensor) -> Tensor:
-        cache, counts = self._tiers.cache, self._tiers.counts
-        resolved = cache.tables.resolve(
-            cache.arena,
             layer=layer,
-            rows_B=self.batch.rows_B,
-            pages_BHK=pages_BHK,
-            max_blocks=self._max_blocks,
-            step=self._step,
+            rows_B=columns.rows_B,
+            num_full_B=columns.num_full_B,
+            first_B=columns.first_B,
+            out_HVX=logits_HVX,
         )
-        counts.selected += pages_BHK.numel()
-        if resolved.fetch is not None:
-            counts.missed += resolved.fetch.missed
-            counts.evicted += resolved.fetch.evicted
-            cache.transfer.load(
-                cache.arena.pages_NX,
-                cache.pool.pages_RX,
-                dst_rows=resolved.fetch.target_BHK,
-                src_rows=torch.where(resolved.fetch.placed_BHK, resolved.fetch.page_rows_BHK, -1),
-            )
-        return resolved.slots_BHK
+        pages_BHK = columns.rows_B.new_empty((len(q_BHGD), num_heads, self._count))
+        select_pages(
+            logits_HVX,
+            first_B=columns.first_B,
+            num_full_B=columns.num_full_B,
+            count_B=self._count_B,
+            sink_pages=SINK_PAGES,
+            recent_pages=recent_pages(geometry.page_size),
+            max_pages=cache.tables.frames_RF.shape[1] * geometry.pages_per_block,
+            out_BHK=pages_BHK,
+        )
+        return pages_BHK
 
     def _measure_recall(self, layer: int, q_BHGD: Tensor, lse_BHG: Tensor) -> None:
         """Share of the dense softmax mass on the attended tokens, mean over query heads."""
@@ -225,6 +261,13 @@ class SparseGroup:
             row.recalls.append(recall)
             counts.recall_sum += recall
             counts.recall_samples += 1
+
+
+def make_columns(batch: Batch, *, device: torch.device) -> Columns:
+    """A place for the logits of every request of a batch, one after the other."""
+    sizes = [-(-num_full // COLUMN_ALIGN) * COLUMN_ALIGN for num_full in batch.num_full]
+    first_B = upload([0, *accumulate(sizes[:-1])], device=device).int()
+    return Columns(batch.rows_B.int(), batch.num_full_B.int(), first_B, sum(sizes))
 
 
 def sampled_layer(turn: int, num_layers: int) -> int:
@@ -250,6 +293,7 @@ def make_groups(
     """Split the decode rows of a step by how they are attended to; ``dense`` takes no selection
     for anybody (the first layers)."""
     cache, page_size = tiers.cache, tiers.cache.geometry.page_size
+    tiers.residency.begin(step)
     sparse: dict[int, list[int]] = {}
     in_place: list[int] = []
     groups: list[Group] = []

@@ -33,7 +33,8 @@ DRAM_USE_FRAC = 0.8  # of what is free (after the weights, on a CPU)
 CPU_HOT_FRAC = 0.4  # of the memory both tiers share on a CPU
 TABLES_FRAC = 0.25  # most of the hot tier that rows may take with their tables
 FRAMES_FRAC = 0.5  # most of the hot tier that frames may take with their summaries and tables
-FINE_SUMMARY_BYTES = 96 << 20  # most that the longest request may take for pages of 16 tokens
+PAGE_TOKENS = 8  # fine pages rank best, and few bits hold what is kept of each
+DENSE_PAGE_TOKENS = 32  # where nothing is ranked: smaller tables, larger pieces to copy
 MIN_LANE_BLOCKS = 2  # an open page and one more, for every lane of one request
 
 
@@ -63,7 +64,7 @@ def resolve_knobs(
     values["kv_dram_gib"] = asked.get("kv_dram_gib") or _gib(min(dram_free, wanted))
     values["kv_hbm_gib"] = asked.get("kv_hbm_gib") or _gib(min(hot_free, wanted * 1.25 + GIB / 4))
     values["max_model_len"] = length
-    values["page_size"] = asked.get("page_size") or _page_size(length, shape, dtype=dtype)
+    values["page_size"] = asked.get("page_size") or _page_size(values)
     values["max_num_seqs"] = num_seqs
     values["max_num_active_seqs"] = asked.get("max_num_active_seqs") or num_seqs
     knobs = Knobs(**values)  # type: ignore[arg-type]  # every value was checked by its KnobSpec
@@ -79,7 +80,7 @@ def resolve_knobs(
 
 
 def plan_memory(knobs: Knobs, *, shape: ModelShape, dtype: str) -> MemoryPlan:
-    """Bytes of every part. Pages get what summaries, tables and buffers leave of ``kv_hbm_gib``;
+    """Bytes of every part, spare frame included. Pages get what summaries, tables and buffers leave of ``kv_hbm_gib``;
     the DRAM pool never holds more frames than there is room for their summaries and tables.
 
     Errors: InputError naming kv_hbm_gib or kv_dram_gib when a single request does not fit.
@@ -91,7 +92,7 @@ def plan_memory(knobs: Knobs, *, shape: ModelShape, dtype: str) -> MemoryPlan:
     buffer_bytes = (num_frames(knobs.prefill_chunk) + 1) * BLOCK_TOKENS * row_bytes
     frames = _num_frames(knobs, geometry)
     tables_bytes = geometry.table_bytes(knobs.max_num_seqs, knobs.max_model_len, pool_frames=frames)
-    summaries_bytes = frames * geometry.summary_bytes_per_frame(knobs.sparse_method)
+    summaries_bytes = (frames + 1) * geometry.summary_bytes_per_frame(knobs.sparse_method)
     used = staging_bytes + buffer_bytes + tables_bytes + summaries_bytes
     block_bytes = geometry.block_bytes + geometry.pages_per_block * SLOT_BYTES
     num_blocks = (hot_bytes - used) // block_bytes
@@ -182,12 +183,8 @@ def _check_machine(knobs: Knobs, machine: MachineFacts, *, kind: str) -> None:
             )
 
 
-def _page_size(length: int, shape: ModelShape, *, dtype: str) -> int:
-    """Pages of 16 tokens rank better than pages of 32, and their summaries are twice as large:
-    the default where the longest request can afford them."""
-    fine = Geometry.of(shape, dtype=dtype, page_size=16)
-    summaries = num_frames(length) * fine.summary_bytes_per_frame(SparseMethod.CUBOID_MEAN)
-    return 16 if summaries <= FINE_SUMMARY_BYTES else 32
+def _page_size(values: Mapping[str, KnobValue]) -> int:
+    return DENSE_PAGE_TOKENS if values["sparse_method"] == SparseMethod.DENSE else PAGE_TOKENS
 
 
 def _max_model_len(asked: KnobValue, shape: ModelShape) -> int:

@@ -66,7 +66,7 @@ class Runner:
         )
         config = self.decoder.config
         self.vocab_size = config.vocab_size
-        self.kv = make_cache(spec, config, pool_fd=pool_fd, on_progress=on_progress)
+        self.kv = make_cache(spec, self.decoder, pool_fd=pool_fd, on_progress=on_progress)
         self.attention = make_attention(spec, self.kv)
         self._last_token_R = torch.zeros(
             self.kv.tables.spare_row + 1, dtype=torch.int64, device=self._device

@@ -40,7 +40,7 @@ class StepSeal:
         seal_pages(
             inputs.rows_B,
             positions_B=inputs.positions_B,
-            tables=cache.device_tables,
+            tables=cache.tables.with_arena(cache.arena),
             step_1=inputs.step_1,
             page_size=cache.geometry.page_size,
             out=sealed,

@@ -224,7 +224,7 @@ class TieredAttention:
             rows_B=inputs.rows_B,
             positions_B=inputs.positions_B,
             layer=layer,
-            tables=cache.device_tables,
+            tables=cache.tables.with_arena(cache.arena),
             step_1=inputs.step_1,
             page_size=cache.geometry.page_size,
             max_slots=self._lane_slots,

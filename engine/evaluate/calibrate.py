@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from sparsed.core import Choice, RankMethod
-from sparsed.engine.evaluate.calibration import Calibration, budget_factors, product_basis
+from sparsed.engine.evaluate.calibration import Calibration, budget_factors
 from sparsed.engine.evaluate.context import Context
 from sparsed.engine.evaluate.distill import UNIT_TOKENS, Lesson, distill_gate, start_maps
 from sparsed.engine.evaluate.methods import Methods
 from sparsed.engine.evaluate.parallel import ParallelDecode
 from sparsed.engine.evaluate.texts import Window
 from sparsed.engine.models.decoder import Decoder
+from sparsed.engine.sparse.basis import product_basis
 
 CURVE_PAGE_TOKENS: Final = 16
 CURVE_SHARE: Final = 1 / 16
@@ -81,12 +82,13 @@ def calibrate(
 def _learn(lessons: Sequence[Lesson], *, gate_dims: int | None, scale: float) -> dict[str, Tensor]:
     """What one layer adds to a calibration, and its curve of attention."""
     q_NHGD = torch.cat([lesson.q_NHGD for lesson in lessons])
-    keys, queries = product_basis(q_NHGD, torch.cat([x.keys_HMD for x in lessons], dim=1))
+    keys, queries, centre = product_basis(q_NHGD, torch.cat([x.keys_HMD for x in lessons], dim=1))
     curves = [_curve(lesson, scale=scale) for lesson in lessons]
     num_pages = min(curve.shape[-1] for curve in curves)
     learned = {
         "basis.keys": keys,
         "basis.queries": queries,
+        "basis.centre": centre,
         "curve": torch.stack([curve[:, :num_pages] for curve in curves]).mean(0),
     }
     if gate_dims is not None:

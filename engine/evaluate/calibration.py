@@ -19,14 +19,12 @@ from torch import Tensor
 from sparsed.core import BudgetRule, ExitCode, InputError, ModelShape
 from sparsed.engine.sparse.gate import Gate
 
-RIDGE = 1e-4  # of the mean variance, so that rare directions can be divided by
-
 
 class Calibration:
     """Tensors by name, as they are kept in a file; a name is missing if it was never made:
 
     ``basis.keys`` and ``basis.queries`` (L, H, D, D): maps to dims in which products of queries
-    and keys are large first; ``budget.layer`` and ``budget.head`` (L, H): a lane's reads over the
+    and keys are large first; ``basis.centre`` (L, H, D): the mean key; ``budget.layer`` and ``budget.head`` (L, H): a lane's reads over the
     mean; ``gate.keys`` (L, H, 3 D, R) and ``gate.queries`` (L, H, G, D, R).
 
     ``learned_from``: of each text, how it was cut into the windows that were judged and the one
@@ -38,6 +36,10 @@ class Calibration:
     ) -> None:
         self.tensors = dict(tensors)
         self.learned_from = dict(learned_from or {})
+
+    def centre(self, layer: int) -> Tensor:
+        """The layer's mean key, (H, D), which keys are less before they are mapped."""
+        return self._get("basis.centre")[layer]
 
     def basis(self, layer: int, num_dims: int) -> tuple[Tensor, Tensor]:
         """Maps of keys and of queries to the first dims of the layer's basis: (H, D, R) each."""
@@ -124,34 +126,12 @@ def _shapes(calibration: Calibration, shape: ModelShape) -> dict[str, tuple[int,
     return {
         "basis.keys": (*lanes, dims, dims),
         "basis.queries": (*lanes, dims, dims),
+        "basis.centre": (*lanes, dims),
         "budget.layer": lanes,
         "budget.head": lanes,
         "gate.keys": (*lanes, 3 * dims, kept),
         "gate.queries": (*lanes, group, dims, kept),
     }
-
-
-def product_basis(q_NHGD: Tensor, keys_HMD: Tensor) -> tuple[Tensor, Tensor]:
-    """Maps (H, D, D) of keys and of queries to dims whose products add up to q.k, those that
-    differ most from key to key first: the best low rank approximation of the products of queries
-    and centred keys with these second moments."""
-    q_HCD = q_NHGD.permute(1, 0, 2, 3).flatten(1, 2).double()
-    centred_HMD = (keys_HMD - keys_HMD.mean(1, keepdim=True)).double()
-    q_root, q_inverse = _roots(q_HCD.transpose(1, 2) @ q_HCD / q_HCD.shape[1])
-    k_root, k_inverse = _roots(centred_HMD.transpose(1, 2) @ centred_HMD / keys_HMD.shape[1])
-    left, sizes, right = torch.linalg.svd(q_root @ k_root)
-    weights_HD = sizes.sqrt()[:, None]
-    keys = k_inverse @ right.transpose(1, 2) * weights_HD
-    queries = q_inverse @ left * weights_HD
-    return keys.float(), queries.float()
-
-
-def _roots(moments_HDC: Tensor) -> tuple[Tensor, Tensor]:
-    """Square root of a symmetric matrix, and its inverse."""
-    values_HD, vectors = torch.linalg.eigh(moments_HDC)
-    values_HD = values_HD.clamp(min=0) + RIDGE * values_HD.mean(-1, keepdim=True)
-    root_HD = values_HD.sqrt()[:, None]
-    return (vectors * root_HD) @ vectors.mT, (vectors / root_HD) @ vectors.mT
 
 
 def budget_factors(curves_LHP: Tensor, *, share: float) -> dict[str, Tensor]:

@@ -15,7 +15,13 @@ from sparsed.engine.evaluate.calibrate import calibrate
 from sparsed.engine.evaluate.calibration import Calibration, load_calibration, save_calibration
 from sparsed.engine.evaluate.needles import Needle, make_needles
 from sparsed.engine.evaluate.race import Race
-from sparsed.engine.evaluate.texts import QUESTIONS, Window, cut_windows, read_tokens
+from sparsed.engine.evaluate.texts import (
+    QUESTIONS,
+    Window,
+    cut_windows,
+    load_tokenizer,
+    read_tokens,
+)
 from sparsed.engine.models.config import ModelConfig, load_config
 from sparsed.engine.models.decoder import Decoder
 
@@ -165,11 +171,3 @@ def _check_length(wanted: Evaluate, config: ModelConfig) -> None:
 
 def _tokenizer(wanted: Evaluate) -> Tokenizer:
     return load_tokenizer(Path(wanted.model))
-
-
-def load_tokenizer(directory: Path) -> Tokenizer:
-    """A model's tokenizer for whole texts: it neither cuts nor fills them up."""
-    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer

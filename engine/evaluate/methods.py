@@ -171,10 +171,15 @@ class Methods:
         if choice.method is RankMethod.RANDOM:
             num_pages = keys_HMD.shape[1] // choice.page_size
             return RandomRanker(num_pages=num_pages, seed=layer, device=keys_HMD.device)
-        summary = self._summary(layer)
+        summary, centre_HD = self._summary(layer), self._centre(layer)
         if not choice.super_pages:
             return SummaryRanker(
-                keys_HMD, summary, choice, num_tokens=self._num_tokens, scale=self._scale
+                keys_HMD,
+                summary,
+                choice,
+                num_tokens=self._num_tokens,
+                scale=self._scale,
+                centre_HD=centre_HD,
             )
         most = float(counts_H.max()) * choice.coarse / choice.super_pages
         return CoarseToFineRanker(
@@ -184,7 +189,14 @@ class Methods:
             num_tokens=self._num_tokens,
             scale=self._scale,
             num_runs=round(most) + 2,
+            centre_HD=centre_HD,
         )
+
+    def _centre(self, layer: int) -> Tensor | None:
+        """What the engine subtracts too; None: of a summary in all dims, which learns nothing."""
+        if self.choice.kept_dims is None:
+            return None
+        return self._calibrated().centre(layer)
 
     def _summary(self, layer: int) -> Summary:
         choice = self.choice

@@ -62,8 +62,8 @@ class RandomRanker:
 class SummaryRanker:
     """Estimates from the summaries of units, agreed upon by a group, best unit for the page.
 
-    Summaries are of keys less their mean over the text: that changes all estimates of a query
-    alike, and so no ranking, but leaves few bits less to hold.
+    Summaries are of keys less ``centre_HD``, or their mean over the text: that changes all
+    estimates of a query alike, and so no ranking, but leaves few bits less to hold.
     """
 
     def __init__(
@@ -74,13 +74,16 @@ class SummaryRanker:
         *,
         num_tokens: int,
         scale: float,
+        centre_HD: Tensor | None = None,
     ) -> None:
         self._summary = summary
         self._rule = choice.group_rule
         self._scale = scale
         unit_tokens = choice.grain or choice.page_size
         self._page_units = choice.page_size // unit_tokens
-        centred_HMD = keys_HMD - keys_HMD[:, :num_tokens].mean(1, keepdim=True)
+        if centre_HD is None:
+            centre_HD = keys_HMD[:, :num_tokens].mean(1)
+        centred_HMD = keys_HMD - centre_HD[:, None]
         units_HUTD = torch.unflatten(centred_HMD, 1, (-1, unit_tokens))
         self._units_HUE = self._keep(summary.build(units_HUTD), choice)
         self.metadata_bytes = self._unit_bytes(choice) / unit_tokens
@@ -117,8 +120,11 @@ class CoarseToFineRanker(SummaryRanker):
         num_tokens: int,
         scale: float,
         num_runs: int,
+        centre_HD: Tensor | None = None,
     ) -> None:
-        super().__init__(keys_HMD, summary, choice, num_tokens=num_tokens, scale=scale)
+        super().__init__(
+            keys_HMD, summary, choice, num_tokens=num_tokens, scale=scale, centre_HD=centre_HD
+        )
         self._run_pages = choice.super_pages
         self._num_runs = num_runs
         run_units = choice.super_pages * self._page_units

@@ -142,6 +142,14 @@ def read_tokens(name_or_path: str, *, tokenizer: Tokenizer, cache_dir: Path) -> 
     return _encode(read_text(name_or_path, cache_dir=cache_dir), tokenizer)
 
 
+def load_tokenizer(directory: Path) -> Tokenizer:
+    """A model's tokenizer for whole texts: it neither cuts nor fills them up."""
+    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
 def opening_tokens(tokenizer: Tokenizer) -> list[int]:
     """What the tokenizer puts before every text: often nothing or one token."""
     return list(tokenizer.encode("").ids)

@@ -22,7 +22,6 @@ from sparsed.engine.kvcache.tables import PageTables
 from sparsed.engine.kvcache.transfer import Transfer
 from sparsed.engine.kvcache.upload import upload
 from sparsed.engine.sparse.base import Selector
-from sparsed.kernels.tables import PageTables as DeviceTables
 
 
 class Reads(NamedTuple):
@@ -78,7 +77,6 @@ class KVCache:
         arena: HotArena,
         pool: DramPool,
         tables: PageTables,
-        summaries_RE: Tensor,
         selector: Selector | None,
         transfer: Transfer,
         knobs: Knobs,
@@ -87,26 +85,12 @@ class KVCache:
         self.arena = arena
         self.pool = pool
         self.tables = tables
-        self.summaries_RE = summaries_RE
         self.selector = selector
         self.transfer = transfer
         self.rows: dict[int, Row] = {}
         self._knobs = knobs
         self._device = arena.pages_NX.device
         self._free_rows = list(range(knobs.max_num_seqs - 1, -1, -1))
-
-    @property
-    def device_tables(self) -> DeviceTables:
-        """The tables as kernels take them."""
-        tables = self.tables
-        return DeviceTables(
-            tables.frames_RF,
-            tables.page_slot_X,
-            tables.lane_blocks_RLHN,
-            tables.num_blocks_RLH,
-            self.arena.slot_page_N,
-            self.arena.slot_step_N,
-        )
 
     # -- admission ---------------------------------------------------------------------------
 
@@ -239,7 +223,7 @@ class KVCache:
     def summarise(self, pages_MTCD: Tensor, page_rows_M: Tensor) -> None:
         """Store the summaries of full pages; only where pages are ranked at all."""
         assert self.selector is not None
-        self.summaries_RE[page_rows_M] = self.selector.summarise(pages_MTCD.contiguous())
+        self.selector.summarise(pages_MTCD, page_rows_M)
 
     def check_integrity(self) -> None:
         """AssertionError unless every frame and block is free or owned exactly once."""

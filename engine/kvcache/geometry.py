@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
 from sparsed.core import BLOCK_TOKENS, DTYPE_BYTES, ModelShape, SparseMethod
+
+KEPT_DIMS: Final = 40  # of a page's mean key, four bits each; a multiple of 4
+SCALE_BYTES: Final = 2  # float16
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,10 +68,18 @@ class Geometry:
         """One layer of a frame: its blocks lie one after the other."""
         return self.block_bytes * self.num_kv_heads
 
+    @property
+    def kept_dims(self) -> int:
+        """Dims in which a page's mean key is kept: fewer than ``KEPT_DIMS`` in small heads."""
+        return min(KEPT_DIMS, self.head_dim // 4 * 4)
+
     def summary_bytes_per_frame(self, method: str) -> int:
-        """Two vectors of head_dim a page; nothing where no pages are ranked."""
+        """Of a page the mean key in few dims of four bits and a scale, or two vectors of head_dim;
+        nothing where no pages are ranked."""
         if method == SparseMethod.DENSE:
             return 0
+        if method == SparseMethod.MEAN_KEY:
+            return self.page_rows_per_frame * (self.kept_dims // 2 + SCALE_BYTES)
         return self.page_rows_per_frame * 2 * self.head_dim * self.element_bytes
 
     def max_pages(self, num_tokens: int) -> int:

@@ -4,37 +4,17 @@ Scalars are written by ``index_fill_``: assigned through an index they would wai
 
 Shape legend: R rows (requests), L layers, H KV heads, F frames of a row, M frames of the pool and
 the spare one, X page rows, N slots of the arena or blocks of a lane, P pages of a block, B rows of
-a batch, K selected pages, n some of the pages or blocks, S slots of a lane.
+a batch, n some of the pages or blocks, S slots of a lane.
 """
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from sparsed.engine.kvcache.geometry import Geometry, num_frames
 from sparsed.engine.kvcache.hbm import FREE_STEP, LOCKED_STEP, HotArena, slots_of_blocks
-
-
-class Fetch(NamedTuple):
-    """What to load: ``target`` is the slot of each placed page (the spare slot elsewhere),
-    ``page_rows`` where every selected page lies in the DRAM tier."""
-
-    target_BHK: Tensor
-    page_rows_BHK: Tensor
-    placed_BHK: Tensor
-    missed: Tensor  # pages that were not resident, placed or not; scalar
-    evicted: Tensor  # pages that lost their slot; scalar
-
-
-class Resolved(NamedTuple):
-    """A selection after the residency check: where each page is (or will be once fetched), -1
-    where its lane had no room. ``fetch`` None: nothing was missing."""
-
-    slots_BHK: Tensor
-    fetch: Fetch | None
+from sparsed.kernels.tables import PageTables as DeviceTables
 
 
 class PageTables:
@@ -49,7 +29,7 @@ class PageTables:
     ``lane_blocks_RLHN`` (R + 1, L, H, F): arena blocks a lane owns, in order, -1 after the last of
     its ``num_blocks_RLH``. Slot s of a lane is ``lane_blocks[s // P] * P + s % P``.
     ``displaced``: pages that lost their slot to a shrinking row or to a page that had to be open;
-    selections count theirs in ``Fetch``, and a request that ends evicts nothing.
+    selections count theirs themselves, and a request that ends evicts nothing.
     """
 
     def __init__(
@@ -75,6 +55,17 @@ class PageTables:
         self.displaced = torch.zeros((), dtype=torch.int64, device=device)
         self._head_H = torch.arange(geometry.num_kv_heads, device=device)
         self._lane_LH = torch.arange(geometry.num_lanes, device=device).view(lanes)
+
+    def with_arena(self, arena: HotArena) -> DeviceTables:
+        """The same tensors, and those of the arena's slots, as kernels take them."""
+        return DeviceTables(
+            self.frames_RF,
+            self.page_slot_X,
+            self.lane_blocks_RLHN,
+            self.num_blocks_RLH,
+            arena.slot_page_N,
+            arena.slot_step_N,
+        )
 
     # -- rows --------------------------------------------------------------------------------
 
@@ -111,15 +102,13 @@ class PageTables:
         lanes_H1 = (layer * self._geometry.num_kv_heads + self._head_H)[:, None]
         return self._page_rows(rows_B[:, None, None], lanes_H1, pages_BHK)
 
-    def frame_rows(self, rows_B: Tensor, num_frames: int) -> Tensor:
-        """Summary rows (B, H, F) of layer 0; add ``layer * H`` for another layer. A frame that a
-        row does not have gives one that exists; what is there means nothing."""
-        frames_BF = self.frames_RF[rows_B, :num_frames].long().clamp_(max=self.spare_frame - 1)
-        return frames_BF[:, None] * self._geometry.num_lanes + self._head_H[:, None]
-
     def slots_of(self, row: int, first_page: int, last_page: int) -> Tensor:
         """Slots (L, H, n) of pages first_page .. last_page - 1, all lanes of ``row``."""
         return self.page_slot_X[self.page_rows(row, first_page, last_page)]
+
+    def selected_slots(self, rows_B: Tensor, layer: int, pages_BHK: Tensor) -> Tensor:
+        """Slots (B, H, K) of selected pages, -1: absent."""
+        return self.page_slot_X[self.selected_page_rows(rows_B, layer, pages_BHK)]
 
     def slots_at(self, rows_B: Tensor, pages_B: Tensor) -> Tensor:
         """Slots (L, B, H), contiguous, of one page of each row; -1 for the spare row."""
@@ -190,47 +179,6 @@ class PageTables:
         entries = torch.where(pages >= 0, entries, self.spare_entry)
         self.page_slot_X.index_fill_(0, entries.flatten(), -1)
 
-    # -- selections --------------------------------------------------------------------------
-
-    def resolve(
-        self,
-        arena: HotArena,
-        *,
-        layer: int,
-        rows_B: Tensor,
-        pages_BHK: Tensor,
-        max_blocks: int,
-        step: int,
-    ) -> Resolved:
-        """Touch the selected pages that are in the hot tier, and give each missing one the slot
-        of its lane's least recently used page; pages used in this step are never victims. No lane
-        owns more than ``max_blocks``.
-
-        Source: bucketed LRU of SPIN (arXiv 2604.26837) with a period of one step, that is exact.
-        """
-        page_rows_BHK = self.selected_page_rows(rows_B, layer, pages_BHK)
-        slots_BHK = self.page_slot_X[page_rows_BHK]
-        arena.slot_step_N.index_fill_(0, slots_BHK.clamp(min=0).flatten().long(), step)
-        miss_BHK = slots_BHK < 0
-        if not slots_BHK.is_cuda and not miss_BHK.any():  # reading a value is free on a CPU
-            return Resolved(slots_BHK, None)
-        owned_BHS = self._owned_slots(
-            self.lane_blocks_RLHN[rows_B, layer, :, :max_blocks], self.num_blocks_RLH[rows_B, layer]
-        )
-        victims_BHK, placed_BHK = _victims(arena, owned_BHS, miss_BHK=miss_BHK, step=step)
-        old_BHK = torch.where(placed_BHK, arena.slot_page_N[victims_BHK].long(), -1)
-        evicted = (old_BHK >= 0).sum()
-        lanes_H1 = (layer * self._geometry.num_kv_heads + self._head_H)[:, None]
-        self._forget(rows_B[:, None, None], lanes_H1, old_BHK)
-        entries_BHK = torch.where(placed_BHK, page_rows_BHK, self.spare_entry)
-        self.page_slot_X[entries_BHK] = victims_BHK.int()
-        written_BHK = torch.where(placed_BHK, victims_BHK, 0)
-        arena.slot_page_N[written_BHK] = pages_BHK.int()
-        arena.slot_step_N.index_fill_(0, written_BHK.flatten(), step)
-        slots_BHK = torch.where(placed_BHK, victims_BHK.int(), slots_BHK)
-        fetch = Fetch(written_BHK, page_rows_BHK, placed_BHK, miss_BHK.sum(), evicted)
-        return Resolved(slots_BHK, fetch)
-
     # -- release -----------------------------------------------------------------------------
 
     def release(self, arena: HotArena, row: int, first_block: int, last_block: int) -> None:
@@ -292,19 +240,3 @@ def _oldest(arena: HotArena, owned: Tensor) -> Tensor:
     """The slot (..., 1) of each lane that is free, else the one used longest ago. ``owned``
     (..., S)."""
     return owned.gather(-1, _ages(arena, owned).argmin(dim=-1, keepdim=True))
-
-
-def _victims(
-    arena: HotArena, owned_BHS: Tensor, *, miss_BHK: Tensor, step: int
-) -> tuple[Tensor, Tensor]:
-    """For the i-th miss of a lane its i-th oldest slot; ``placed`` is false without one."""
-    wanted = min(owned_BHS.shape[-1], miss_BHK.shape[-1])
-    if not miss_BHK.is_cuda:
-        wanted = min(wanted, int(miss_BHK.sum(-1).max()))
-    ages_BHV, order_BHV = _ages(arena, owned_BHS).topk(wanted, largest=False, sorted=True)
-    rank_BHK = miss_BHK.cumsum(-1) - 1
-    slot_of_rank = rank_BHK.clamp(0, wanted - 1)
-    victims_BHK = owned_BHS.gather(-1, order_BHV).gather(-1, slot_of_rank)
-    free_BHK = ages_BHV.gather(-1, slot_of_rank) < step
-    placed_BHK = miss_BHK & free_BHK & (rank_BHK < wanted)
-    return victims_BHK.clamp(min=0), placed_BHK

@@ -1,49 +1,61 @@
-"""The interface of page selection methods, and the choice every one of them shares."""
+"""The interface of page selection methods, and what every selection holds."""
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Final, Protocol
 
-import torch
 from torch import Tensor
+
+SINK_PAGES: Final = 1  # first pages that are always read
+RECENT_TOKENS: Final = 64  # newest tokens before the partial page that are always read
+
+
+def recent_pages(page_size: int) -> int:
+    """Newest full pages that are always read: at least one."""
+    return max(1, RECENT_TOKENS // page_size)
 
 
 class Selector(Protocol):
-    """Summarises full pages once and scores them against the queries of each step.
+    """Keeps summaries of full pages, and estimates the attention to each from the queries of a
+    step; ``kernels.select`` takes what it writes.
 
-    Shape legend: M pages, T tokens of a page, C = 2 (key, value), D head dim, E summary width,
-    B requests, H KV heads, G query heads per KV head, F frames, P = F * pages per frame.
+    Both tiers' page rows number the summaries; those of the spare frame may be written, and mean
+    nothing. Nothing waits for the device, and all may be captured in a CUDA graph.
+
+    Shape legend: M pages, T tokens of a page, C = 2 (key, value), D head dim, B requests, H KV
+    heads, G query heads per KV head, V rows of logits per KV head, X columns (pages of all
+    requests, one request after the other).
     """
 
-    def summarise(self, pages_MTCD: Tensor) -> Tensor:
-        """Summaries (M, E) of full pages, in the pages' dtype."""
+    @property
+    def store_bytes(self) -> int:
+        """Bytes of all summaries: those of ``Geometry.summary_bytes_per_frame``, and of one frame
+        more."""
         ...
 
-    def score(self, q_BHGD: Tensor, summaries_RPE: Tensor, *, rows_BHF: Tensor) -> Tensor:
-        """Scores (B, H, P), float32, larger is better; pages that do not exist score anything.
+    def num_scores(self, group: int) -> int:
+        """Rows of logits per KV head, each of which votes: ``group``, its query heads, or 1 where
+        these are scored as one."""
+        ...
 
-        ``summaries_RPE`` (lanes of frames, pages per frame, E) holds the summaries, ``rows_BHF``
-        the index of each lane's frames in it.
+    def summarise(self, pages_MTCD: Tensor, page_rows_M: Tensor) -> None:
+        """Keep the summaries of full pages. ``page_rows_M`` int64."""
+        ...
+
+    def estimate(
+        self,
+        q_BHGD: Tensor,
+        *,
+        layer: int,
+        rows_B: Tensor,
+        num_full_B: Tensor,
+        first_B: Tensor,
+        out_HVX: Tensor,
+    ) -> None:
+        """Write logits of each page: columns ``first`` to ``first + num_full - 1`` of ``out`` for
+        each request; other columns stay as they are.
+
+        Shapes: q (B, H, G, D) contiguous; rows, num_full, first (B,) int32; out (H, V, X) float32,
+        contiguous.
         """
         ...
-
-
-def select_pages(
-    scores_BHP: Tensor, *, num_full_B: Tensor, count: int, pages_BHP: Tensor | None = None
-) -> Tensor:
-    """The ``count`` best full pages of each lane, the first and the last full one always among
-    them: page ids (B, H, count), int64, in no order.
-
-    ``num_full_B`` is the number of full pages of each request, larger than ``count`` >= 2.
-    ``pages_BHP`` are the ids of what was scored, None: all pages in order. With fewer than
-    ``count`` full pages among them others make up the number.
-    """
-    if pages_BHP is None:
-        ids = torch.arange(scores_BHP.shape[-1], device=scores_BHP.device)
-    else:
-        ids = pages_BHP
-    last_B11 = num_full_B[:, None, None] - 1
-    scores = scores_BHP.masked_fill((ids == 0) | (ids == last_B11), float("inf"))
-    scores.masked_fill_(ids > last_B11, float("-inf"))
-    chosen_BHK = scores.topk(count, dim=-1, sorted=False).indices
-    return chosen_BHK if pages_BHP is None else pages_BHP.gather(-1, chosen_BHK)

@@ -15,7 +15,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sparsed.engine.sparse.base import select_pages
 from sparsed.kernels.score import score_pages
 
 
@@ -100,3 +99,24 @@ def score_coarse_to_fine(
         fine.score(query_BHE, rows=rows_BHSn.flatten(2)),
         (supers_BHS[..., None] * pages_per_super + pages).flatten(2),
     )
+
+
+def select_pages(
+    scores_BHP: Tensor, *, num_full_B: Tensor, count: int, pages_BHP: Tensor | None = None
+) -> Tensor:
+    """The ``count`` best full pages of each lane, the first and the last full one always among
+    them: page ids (B, H, count), int64, in no order.
+
+    ``num_full_B`` is the number of full pages of each request, larger than ``count`` >= 2.
+    ``pages_BHP`` are the ids of what was scored, None: all pages in order. With fewer than
+    ``count`` full pages among them others make up the number.
+    """
+    if pages_BHP is None:
+        ids = torch.arange(scores_BHP.shape[-1], device=scores_BHP.device)
+    else:
+        ids = pages_BHP
+    last_B11 = num_full_B[:, None, None] - 1
+    scores = scores_BHP.masked_fill((ids == 0) | (ids == last_B11), float("inf"))
+    scores.masked_fill_(ids > last_B11, float("-inf"))
+    chosen_BHK = scores.topk(count, dim=-1, sorted=False).indices
+    return chosen_BHK if pages_BHP is None else pages_BHP.gather(-1, chosen_BHK)

@@ -70,6 +70,7 @@ class SparseMethod(StrEnum):
     """How decode chooses the pages it attends to."""
 
     DENSE = "dense"
+    MEAN_KEY = "mean-key"
     CUBOID_MEAN = "cuboid-mean"
     QUEST = "quest"
 
@@ -206,9 +207,10 @@ KNOB_SPECS: tuple[KnobSpec, ...] = (
         name="sparse_method",
         unit="",
         klass=KnobClass.RESTART,
-        default=SparseMethod.CUBOID_MEAN.value,
+        default=SparseMethod.MEAN_KEY.value,
         choices=tuple(method.value for method in SparseMethod),
-        help="how pages are ranked; dense attends to all of them",
+        help="how pages are ranked; dense attends to all of them, mean-key learns a basis of keys "
+        "at a model's first start",
     ),
     KnobSpec(
         name="dense_layers",
@@ -517,6 +519,7 @@ class EngineSpec:
     selection_trace: str | None = None  # a recording whose selections replace the model's own
     link: LinkKey | None = None  # of the device; None for a CPU
     calibration: LinkCalibration | None = None  # None: the engine makes one, unless on a CPU
+    cache_dir: str | None = None  # where what is learned of a model is kept; None: nowhere
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -13,8 +13,12 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
 
-from sparsed.engine.sparse.base import select_pages
-from sparsed.engine.sparse.coarse import Level, score_coarse_to_fine, super_summaries
+from sparsed.engine.sparse.coarse import (
+    Level,
+    score_coarse_to_fine,
+    select_pages,
+    super_summaries,
+)
 from sparsed.engine.sparse.int8 import to_int8
 from sparsed.kernels.score import score_pages
 

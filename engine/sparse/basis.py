@@ -1,0 +1,98 @@
+"""Bases of a model's keys, in whose first dims the products of queries and keys are largest.
+
+Shape legend: L layers, H KV heads, G query heads per KV head, D head dim, R kept dims, N positions,
+M tokens, C queries (N * G).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Final, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sparsed.engine.models.decoder import Decoder
+from sparsed.kernels.dense import attend_dense
+
+Progress = Callable[[float], None]
+
+RIDGE: Final = 1e-4  # of the mean variance, so that rare directions can be divided by
+
+
+class Basis(NamedTuple):
+    """Of every layer and KV head, float32: maps of keys and of queries to the kept dims, in which
+    their products are nearly those of queries and keys less ``centre_LHD``, the mean key."""
+
+    keys_LHDR: Tensor
+    queries_LHDR: Tensor
+    centre_LHD: Tensor
+
+
+class LayerBasis(NamedTuple):
+    """As ``Basis``, of one layer and with all dims."""
+
+    keys_HDD: Tensor
+    queries_HDD: Tensor
+    centre_HD: Tensor
+
+
+def product_basis(q_NHGD: Tensor, keys_HMD: Tensor) -> LayerBasis:
+    """Maps of keys and of queries to dims whose products add up to q.k, those that differ most
+    from key to key first: the best low rank approximation of the products of queries and centred
+    keys with these second moments; and that centre, the mean key."""
+    q_HCD = q_NHGD.permute(1, 0, 2, 3).flatten(1, 2).double()
+    keys = keys_HMD.double()
+    centre_H1D = keys.mean(1, keepdim=True)
+    centred_HMD = keys - centre_H1D
+    q_root, q_inverse = _roots(q_HCD.mT @ q_HCD / q_HCD.shape[1])
+    k_root, k_inverse = _roots(centred_HMD.mT @ centred_HMD / keys_HMD.shape[1])
+    left, sizes, right = torch.linalg.svd(q_root @ k_root)
+    weights_HD = sizes.sqrt()[:, None]
+    return LayerBasis(
+        (k_inverse @ right.mT * weights_HD).float(),
+        (q_inverse @ left * weights_HD).float(),
+        centre_H1D[:, 0].float(),
+    )
+
+
+@torch.no_grad()
+def learn_basis(
+    decoder: Decoder,
+    tokens: Sequence[int],
+    *,
+    num_dims: int,
+    on_progress: Progress,
+) -> Basis:
+    """The basis of a model from one text, prefilled densely: all its queries and keys count."""
+    layers: list[LayerBasis] = []
+    num_layers, scale = decoder.config.shape.num_layers, decoder.config.head_dim**-0.5
+
+    def attend(layer: int, q_NHD: Tensor, k_NHD: Tensor, v_NHD: Tensor) -> Tensor:
+        q_NHGD = torch.unflatten(q_NHD, 1, (k_NHD.shape[1], -1))
+        keys_HND, values_HND = k_NHD.transpose(0, 1), v_NHD.transpose(0, 1)
+        layers.append(product_basis(q_NHGD, keys_HND))
+        on_progress(len(layers) / num_layers)
+        o_HGND, _ = attend_dense(
+            q_NHGD.permute(1, 2, 0, 3), keys_HND, values_HND, causal=True, scale=scale
+        )
+        return o_HGND.permute(2, 0, 1, 3).reshape(q_NHD.shape)
+
+    tokens_N = torch.tensor(tokens, device=decoder.weights.embedding_VD.device)
+    positions_N = torch.arange(len(tokens), device=tokens_N.device)
+    lengths_N = torch.full_like(positions_N, len(tokens))
+    decoder.forward(tokens_N, positions_N, attend, lengths_N=lengths_N)
+    # Copies: what a forward pass makes is for inference mode alone.
+    return Basis(
+        torch.stack([layer.keys_HDD[..., :num_dims] for layer in layers]).clone(),
+        torch.stack([layer.queries_HDD[..., :num_dims] for layer in layers]).clone(),
+        torch.stack([layer.centre_HD for layer in layers]).clone(),
+    )
+
+
+def _roots(moments_HDC: Tensor) -> tuple[Tensor, Tensor]:
+    """Square root of a symmetric matrix, and its inverse."""
+    values_HD, vectors = torch.linalg.eigh(moments_HDC)
+    values_HD = values_HD.clamp(min=0) + RIDGE * values_HD.mean(-1, keepdim=True)
+    root_HD = values_HD.sqrt()[:, None]
+    return (vectors * root_HD) @ vectors.mT, (vectors / root_HD) @ vectors.mT

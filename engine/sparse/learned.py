@@ -1,0 +1,126 @@
+"""The basis of a model: learned at its first start, read from the cache at the others."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import random
+from contextlib import suppress
+from pathlib import Path
+from typing import Final
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from sparsed.core import EngineSpec
+from sparsed.engine.evaluate.texts import (
+    load_tokenizer,
+    opening_tokens,
+    read_code,
+    read_documentation,
+)
+from sparsed.engine.kvcache.geometry import Geometry
+from sparsed.engine.models.decoder import Decoder
+from sparsed.engine.models.dummy import DUMMY_PREFIX
+from sparsed.engine.sparse.basis import Basis, Progress, learn_basis
+
+TEXT_TOKENS: Final = {"cpu": 1024, "cuda": 4864}  # a CPU computes some hundred a second
+RANDOM_TOKENS: Final = 256  # of a model without a tokenizer
+CHARS_PER_TOKEN: Final = 16  # of a text, at most: what is tokenised is cut after
+
+_FORMAT: Final = 1
+_WEIGHTS: Final = "*.safetensors"
+
+logger = logging.getLogger(__name__)
+
+
+def find_basis(
+    spec: EngineSpec, decoder: Decoder, *, geometry: Geometry, on_progress: Progress
+) -> Basis:
+    """The basis of the model that ``spec`` names, float32 on its device. One is learned if the
+    cache directory has none or a broken one, and kept there; what cannot be kept is learned again
+    at the next start."""
+    device = torch.device(spec.device)
+    if spec.cache_dir is None:
+        return _learn(spec, decoder, geometry=geometry, on_progress=on_progress)
+    path = Path(spec.cache_dir) / "bases" / f"{_fingerprint(spec)}.safetensors"
+    kept = _load(path, device=device, geometry=geometry)
+    if kept is not None:
+        return kept
+    basis = _learn(spec, decoder, geometry=geometry, on_progress=on_progress)
+    _save(basis, path)
+    return basis
+
+
+def _learn(
+    spec: EngineSpec, decoder: Decoder, *, geometry: Geometry, on_progress: Progress
+) -> Basis:
+    on_progress(0.0)
+    tokens = _tokens(spec, decoder)
+    return learn_basis(decoder, tokens, num_dims=geometry.kept_dims, on_progress=on_progress)
+
+
+def _tokens(spec: EngineSpec, decoder: Decoder) -> list[int]:
+    """Half documentation, half code, of the ends of texts that every Python carries; random ones
+    of a model without a tokenizer."""
+    config, directory = decoder.config, Path(spec.model)
+    if spec.model.startswith(DUMMY_PREFIX) or not (directory / "tokenizer.json").is_file():
+        count = min(RANDOM_TOKENS, config.max_position)
+        return random.Random(0).choices(range(config.vocab_size), k=count)
+    count = min(TEXT_TOKENS[torch.device(spec.device).type], config.max_position)
+    tokenizer = load_tokenizer(directory)
+    tokens = opening_tokens(tokenizer)
+    part = (count - len(tokens)) // 2
+    for read in (read_documentation, read_code):
+        text = read(Path())[-part * CHARS_PER_TOKEN :]
+        tokens += tokenizer.encode(text, add_special_tokens=False).ids[-part:]
+    return [token for token in tokens if token < config.vocab_size]
+
+
+def _fingerprint(spec: EngineSpec) -> str:
+    """Of the model, as far as its files' names and sizes and its configuration tell it from
+    others, and of what it learns from."""
+    if spec.model.startswith(DUMMY_PREFIX):
+        facts = [spec.model, str(spec.seed)]
+    else:
+        directory = Path(spec.model)
+        files = (*sorted(directory.glob(_WEIGHTS)), directory / "tokenizer.json")
+        facts = [(directory / "config.json").read_text(encoding="utf-8")]
+        facts += [f"{file.name} {file.stat().st_size}" for file in files if file.is_file()]
+    facts.append(f"{_FORMAT} {TEXT_TOKENS[torch.device(spec.device).type]}")
+    return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:32]
+
+
+def _load(path: Path, *, device: torch.device, geometry: Geometry) -> Basis | None:
+    """None if there is none of this shape, or it cannot be read."""
+    try:
+        tensors = load_file(path, device=str(device))
+        basis = Basis(**tensors)
+    except FileNotFoundError:
+        return None
+    except (OSError, SafetensorError, TypeError) as error:
+        logger.warning("the basis %s cannot be read (%s): it is learned again", path, error)
+        return None
+    lanes = geometry.num_layers, geometry.num_kv_heads
+    maps = (*lanes, geometry.head_dim, geometry.kept_dims)
+    shapes = [tuple(tensor.shape) for tensor in basis]
+    if shapes != [maps, maps, (*lanes, geometry.head_dim)]:
+        return None
+    if not all(tensor.dtype == torch.float32 and tensor.isfinite().all() for tensor in basis):
+        return None
+    return basis
+
+
+def _save(basis: Basis, path: Path) -> None:
+    """All of it or nothing."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({name: part.cpu().contiguous() for name, part in basis._asdict().items()}, beside)
+        beside.replace(path)
+    except (OSError, SafetensorError) as error:
+        with suppress(OSError):
+            beside.unlink()
+        logger.warning("the basis %s cannot be kept (%s): the next start learns it again", path, error)
