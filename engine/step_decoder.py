@@ -115,13 +115,14 @@ class StepDecoder:
     def row_of(self, decode: DecodeRow) -> StepRow | None:
         """How a row attends in a step of this kind; None: it cannot take part."""
         row, geometry = self._cache.rows[decode.row], self._cache.geometry
-        if not is_sparse(row, decode.position, geometry.page_size):
-            return StepRow(decode, in_place=decode.position + 1) if row.complete else None
-        count = row.selected_pages(geometry.page_size)
-        has_room = row.num_blocks * geometry.pages_per_block >= count + SPARE_SLOTS
-        if self.tiered is None or count > self.tiered.max_count or not has_room:
-            return None
+        selects = is_sparse(row, decode.position, geometry.page_size)
+        if row.complete and not selects:
+            return StepRow(decode, in_place=decode.position + 1)
         num_full = decode.position // geometry.page_size
+        count = row.selected_pages(geometry.page_size) if selects else num_full
+        has_room = row.num_blocks * geometry.pages_per_block >= count + SPARE_SLOTS
+        if self.tiered is None or not 0 < count <= self.tiered.max_count or not has_room:
+            return None
         return StepRow(decode, in_place=0, num_full=num_full, count=count)
 
     @torch.inference_mode()

@@ -22,7 +22,7 @@ from sparsed.engine.models.config import load_config
 from sparsed.engine.models.dummy import DUMMY_PREFIX, dummy_config
 from sparsed.engine.planner import plan_memory, resolve_knobs
 from sparsed.engine.runner import Runner
-from sparsed.engine.sparse.bounds import make_selector
+from sparsed.engine.sparse.selectors import make_selector
 
 MakeCache = Callable[..., KVCache]
 MakeSpec = Callable[..., EngineSpec]
