@@ -124,6 +124,8 @@ def _launch(
         HALF_DIMS=half_dims,
         PADDED_HALF=max(_MIN_DOT, triton.next_power_of_2(half_dims)),
         PAGES=pages_per_frame,
+        WORD=tl.uint32 if pages_per_frame % 4 == 0 else tl.uint8,
+        WORD_PAGES=4 if pages_per_frame % 4 == 0 else 1,
         TILE_PAGES=_TILE_PAGES,
         enable_fp_fusion=True,
     )
@@ -164,6 +166,8 @@ def _estimate_kernel(
     HALF_DIMS: tl.constexpr,
     PADDED_HALF: tl.constexpr,
     PAGES: tl.constexpr,
+    WORD: tl.constexpr,
+    WORD_PAGES: tl.constexpr,
     TILE_PAGES: tl.constexpr,
 ) -> None:
     b, head = tl.program_id(0) // NUM_HEADS, tl.program_id(0) % NUM_HEADS
@@ -171,7 +175,7 @@ def _estimate_kernel(
     if tl.program_id(1) * TILE_PAGES >= num_full:
         return
     groups, dims = tl.arange(0, PADDED_GROUP), tl.arange(0, PADDED_DIM)
-    halves, pages = tl.arange(0, PADDED_HALF), tl.arange(0, TILE_PAGES)
+    halves = tl.arange(0, PADDED_HALF)
     mask_GD = (groups < GROUP)[:, None] & (dims < HEAD_DIM)[None, :]
     q = q_BHGD + (tl.program_id(0).to(tl.int64) * GROUP + groups)[:, None] * HEAD_DIM
     q_GD = tl.load(q + dims[None, :], mask=mask_GD, other=0.0).to(tl.float32)
@@ -181,19 +185,34 @@ def _estimate_kernel(
 
     frame_row = frames_RF + tl.load(rows_B + b).to(tl.int64) * num_frames
     column = out_HGX + head.to(tl.int64) * GROUP * num_columns + tl.load(first_B + b)
+    out_G1 = column + groups[:, None].to(tl.int64) * num_columns
     row_bytes: tl.constexpr = PAGES * (HALF_DIMS + 2)
+    row_words: tl.constexpr = PAGES // WORD_PAGES
+    words = tl.arange(0, TILE_PAGES // WORD_PAGES)
     for start in range(tl.program_id(1) * TILE_PAGES, num_full, tl.num_programs(1) * TILE_PAGES):
-        page_W = start + pages
+        page_W = start + words * WORD_PAGES
         there_W = page_W < num_full
         frame_W = tl.load(frame_row + page_W // PAGES, mask=there_W, other=0).to(tl.int64)
         row_W = store_MY + ((frame_W * num_layers + layer) * NUM_HEADS + head) * row_bytes
-        code = row_W[None, :] + halves[:, None] * PAGES + (page_W % PAGES)[None, :]
-        code_RW = tl.load(code, mask=there_W[None, :] & (halves < HALF_DIMS)[:, None], other=0)
-        scales = (row_W + HALF_DIMS * PAGES).to(tl.pointer_type(tl.float16)) + page_W % PAGES
-        scale_W = tl.load(scales, mask=there_W, other=0.0).to(tl.float32) * scale
-        low_RW = (code_RW & 15).to(tl.float32) - 8.0
-        high_RW = (code_RW >> 4).to(tl.float32) - 8.0
-        logits_GW = tl.dot(low_GR, low_RW)
-        logits_GW = tl.dot(high_GR, high_RW, logits_GW) * scale_W[None, :]
-        out = column + groups[:, None].to(tl.int64) * num_columns + page_W[None, :]
-        tl.store(out, logits_GW, mask=(groups < GROUP)[:, None] & there_W[None, :])
+        word = row_W.to(tl.pointer_type(WORD))[None, :] + (words % row_words)[None, :]
+        word_RW = tl.load(
+            word + halves[:, None] * row_words,
+            mask=there_W[None, :] & (halves < HALF_DIMS)[:, None],
+            other=0,
+        ).to(tl.int32)
+        scale_W = (row_W + HALF_DIMS * PAGES).to(tl.pointer_type(tl.float16)) + page_W % PAGES
+        for part in tl.static_range(WORD_PAGES):
+            there = page_W + part < num_full
+            page_scale_W = tl.load(scale_W + part, mask=there, other=0.0).to(tl.float32) * scale
+            logits_GW = tl.dot(low_GR, _value(word_RW >> (8 * part)))
+            logits_GW = tl.dot(high_GR, _value(word_RW >> (8 * part + 4)), logits_GW)
+            out = out_G1 + page_W[None, :] + part
+            mask = (groups < GROUP)[:, None] & there[None, :]
+            tl.store(out, logits_GW * page_scale_W[None, :], mask=mask)
+
+
+@triton.jit
+def _value(code_RW: tl.tensor) -> tl.tensor:
+    """The value of the lowest four bits, 0 for a code of 8: as the last bits of 2**23 they are read
+    as a float at once, where a conversion would take several times as long."""
+    return ((code_RW & 15) | 0x4B000000).to(tl.float32, bitcast=True) - 8388616.0
