@@ -24,7 +24,7 @@ from sparsed.core import BudgetRule, Choice, GroupRule, MetadataFormat, Quality,
 from sparsed.engine.assembly import load_decoder
 from sparsed.engine.evaluate.calibrate import calibrate
 from sparsed.engine.evaluate.calibration import Calibration, load_calibration, save_calibration
-from sparsed.engine.evaluate.evaluate import load_tokenizer
+from sparsed.engine.evaluate.texts import load_tokenizer
 from sparsed.engine.evaluate.needles import make_needles
 from sparsed.engine.evaluate.race import Race
 from sparsed.engine.evaluate.texts import Window, cut_windows, read_tokens

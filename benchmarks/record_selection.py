@@ -22,7 +22,7 @@ from sparsed.core import Choice
 from sparsed.engine.assembly import load_decoder
 from sparsed.engine.evaluate.calibrate import calibrate
 from sparsed.engine.evaluate.context import Context
-from sparsed.engine.evaluate.evaluate import load_tokenizer
+from sparsed.engine.evaluate.texts import load_tokenizer
 from sparsed.engine.evaluate.methods import Methods
 from sparsed.engine.evaluate.parallel import Scores, score_text
 from sparsed.engine.evaluate.recording import Recording, RecordingHeader, write_recording
