@@ -24,10 +24,9 @@ from sparsed.core import BudgetRule, Choice, GroupRule, MetadataFormat, Quality,
 from sparsed.engine.assembly import load_decoder
 from sparsed.engine.evaluate.calibrate import calibrate
 from sparsed.engine.evaluate.calibration import Calibration, load_calibration, save_calibration
-from sparsed.engine.evaluate.texts import load_tokenizer
 from sparsed.engine.evaluate.needles import make_needles
 from sparsed.engine.evaluate.race import Race
-from sparsed.engine.evaluate.texts import Window, cut_windows, read_tokens
+from sparsed.engine.evaluate.texts import Window, cut_windows, load_tokenizer, read_tokens
 
 TEXTS: Final = ("prose", "documentation", "code", "questions")
 LEARNED_FROM: Final = ("prose", "code")
@@ -37,29 +36,50 @@ GATE_DIMS: Final = 64
 
 CUBOID = Choice(method=RankMethod.CUBOID_MEAN)
 ORACLE = Choice(method=RankMethod.ORACLE, group_rule=GroupRule.SOFTMAX_SUM)
-FINE = Choice(  # the candidate: 2.5 bytes of metadata a token and lane
-    method=RankMethod.VARIANCE,
+FINE = Choice(  # the default: 22 bytes of metadata a page and lane
+    method=RankMethod.MEAN,
     page_size=8,
-    kept_dims=16,
+    kept_dims=40,
     metadata=MetadataFormat.INT4,
     group_rule=GroupRule.SOFTMAX_SUM,
     recent_pages=8,
 )
-EVERY_KEY = replace(FINE, method=RankMethod.EVERY_KEY, metadata=MetadataFormat.INT8)
+SPREAD = replace(FINE, method=RankMethod.VARIANCE, kept_dims=16)
+EVERY_KEY = replace(FINE, method=RankMethod.EVERY_KEY, kept_dims=16, metadata=MetadataFormat.INT8)
 FLAT = replace(FINE, kept_dims=None, metadata=MetadataFormat.BF16)
 CLUSTERS = Choice(method=RankMethod.CLUSTERS)
 GATE = Choice(method=RankMethod.GATE, page_size=16, group_rule=GroupRule.SOFTMAX_SUM)
 MEAN = Choice(method=RankMethod.MEAN, page_size=16)
-FORMATS: Final = (MetadataFormat.BF16, MetadataFormat.FP8, MetadataFormat.INT8)  # besides FINE's
 ESTIMATED: Final = 0.232  # share of the context, as RetroInfer has it
 FEW = (CUBOID, FINE, replace(ORACLE, page_size=8), CLUSTERS)
+SHARES: Final = (1 / 32, 1 / 8, 1 / 4)
+NEEDLES: Final[dict[str, tuple[Choice, ...]]] = {  # two sets, for two processes
+    "rankings": (
+        FINE,
+        FLAT,
+        replace(FINE, kept_dims=32),
+        replace(FINE, kept_dims=64),
+        replace(FINE, super_pages=16),
+        CUBOID,
+        replace(CUBOID, page_size=8, recent_pages=8),
+        SPREAD,
+        GATE,
+        CLUSTERS,
+    ),
+    "shares": tuple(
+        replace(choice, share=share)
+        for share in (1 / 8, 1 / 4)
+        for choice in (CUBOID, FINE, replace(ORACLE, page_size=8), FLAT)
+    ),
+}
 
 STAGES: Final[dict[str, tuple[Choice, ...]]] = {
     "methods": (
         *FEW,
         ORACLE,
-        replace(FINE, super_pages=16),
         FLAT,
+        SPREAD,
+        replace(SPREAD, kept_dims=None, metadata=MetadataFormat.BF16),
         EVERY_KEY,
         GATE,
         replace(CUBOID, page_size=8, recent_pages=8),
@@ -69,15 +89,13 @@ STAGES: Final[dict[str, tuple[Choice, ...]]] = {
         replace(CLUSTERS, estimated=ESTIMATED),
         Choice(method=RankMethod.RANDOM),
     ),
-    "shares": tuple(replace(choice, share=share) for share in (1 / 32, 1 / 8) for choice in FEW),
+    "shares": tuple(replace(choice, share=share) for share in SHARES for choice in FEW),
     "formats": (
-        *(replace(FINE, metadata=kind) for kind in FORMATS),
-        *(replace(FINE, kept_dims=dims) for dims in (8, 12, 20, 32, 64)),
-        replace(FLAT, kept_dims=32),
-        replace(EVERY_KEY, metadata=MetadataFormat.INT4),
-        replace(EVERY_KEY, kept_dims=8),
+        *(replace(FINE, metadata=kind) for kind in (MetadataFormat.BF16, MetadataFormat.INT8)),
+        *(replace(FINE, kept_dims=dims) for dims in (16, 32, 64)),
+        replace(SPREAD, kept_dims=20),
         replace(EVERY_KEY, kept_dims=8, metadata=MetadataFormat.INT4),
-        *(replace(FINE, variance_weight=weight) for weight in (0.25, 0.75, 1.0)),
+        *(replace(FINE, super_pages=pages) for pages in (4, 16)),
     ),
     "rules": (
         *(replace(FINE, group_rule=rule) for rule in GroupRule if rule != FINE.group_rule),
@@ -138,8 +156,8 @@ class Bench:
             seconds = time.perf_counter() - started_s
             self._write(f"{stage}-{text}", {"quality": [asdict(row) for row in rows]}, seconds)
 
-    def needles(self, per_cell: int) -> None:
-        """The few choices on needles of three lengths."""
+    def needles(self, name: str, per_cell: int) -> None:
+        """One set of choices on needles of three lengths."""
         options, started_s = self._options, time.perf_counter()
         haystack = read_tokens(HAYSTACK, tokenizer=self._tokenizer, cache_dir=options.cache)
         needles = make_needles(
@@ -150,16 +168,14 @@ class Bench:
             per_cell=per_cell,
             seed=0,
         )
-        race = Race(
-            self._decoder, (*FEW, replace(FINE, super_pages=16)), calibration=self._calibration
-        )
+        race = Race(self._decoder, NEEDLES[name], calibration=self._calibration)
         scores = race.run_needles(needles, on_progress=lambda phase, frac: None)
         for choice in race.choices:
             mine = [score for score in scores if score.choice == choice]
             found, asked = sum(s.num_found for s in mine), sum(s.num_asked for s in mine)
             print(f"needles {choice}: {found} of {asked}", flush=True)
         seconds = time.perf_counter() - started_s
-        self._write("needles", {"needles": [asdict(score) for score in scores]}, seconds)
+        self._write(f"needles-{name}", {"needles": [asdict(score) for score in scores]}, seconds)
 
     def _cut(self, name: str) -> None:
         options = self._options
@@ -226,7 +242,8 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--windows", type=int, default=3)
     parser.add_argument("--texts", nargs="+", choices=TEXTS, default=list(TEXTS))
     parser.add_argument("--stages", nargs="*", choices=list(STAGES), default=list(STAGES))
-    parser.add_argument("--needles", type=int, default=0, help="of each length and depth")
+    parser.add_argument("--needles", nargs="*", choices=list(NEEDLES), default=[])
+    parser.add_argument("--per-cell", type=int, default=2, help="needles of each length and depth")
     return parser.parse_args(arguments)
 
 
@@ -236,8 +253,8 @@ def main() -> None:
     bench = Bench(options)
     for stage in options.stages:
         bench.run(stage)
-    if options.needles:
-        bench.needles(options.needles)
+    for name in options.needles:
+        bench.needles(name, options.per_cell)
 
 
 if __name__ == "__main__":

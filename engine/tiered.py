@@ -107,9 +107,7 @@ class TieredAttention:
             return torch.zeros(shape, dtype=dtype, device=device)
 
         self._buffers = Buffers(
-            logits_HVX=torch.zeros(
-                (num_heads, selector.num_scores(group), columns), device=device
-            ),
+            logits_HVX=torch.zeros((num_heads, selector.num_scores(group), columns), device=device),
             pages_BHK=ints(*lanes, max_count),
             slots_BHK=ints(*lanes, max_count),
             num_hits_BH=ints(*lanes),
@@ -137,9 +135,7 @@ class TieredAttention:
             tail_tokens_B=offsets_B + 1,
         )
 
-    def place(
-        self, step: Step, layer: int, q_BHGD: Tensor, k_BHD: Tensor, v_BHD: Tensor
-    ) -> Placed:
+    def place(self, step: Step, layer: int, q_BHGD: Tensor, k_BHD: Tensor, v_BHD: Tensor) -> Placed:
         """Select the pages of a layer, give them slots, have those fetched that are missing, and
         store the token in its partial page."""
         resolved = self._resolve(layer, self._select(layer, q_BHGD, step.inputs), step.inputs)
@@ -171,9 +167,7 @@ class TieredAttention:
             torch.cuda.current_stream(q_BHGD.device).wait_event(placed.fetched)
         attend_misses(q_BHGD, arena_NTCD, selected=selected, partials=partials, scale=scale)
         lse_BHG = torch.empty(q_BHGD.shape[:3], device=q_BHGD.device)
-        merge_selected(
-            selected, partials, page_size=page_size, out_BHGD=out_BHGD, lse_BHG=lse_BHG
-        )
+        merge_selected(selected, partials, page_size=page_size, out_BHGD=out_BHGD, lse_BHG=lse_BHG)
         return lse_BHG
 
     def finish(self) -> None:

@@ -180,9 +180,7 @@ def _launch_merge(
 _VIEWS = ["slots_BHK", "num_hits_BH", "count_B", "tail_slots_BH", "tail_tokens_B"]
 
 
-@triton.jit(
-    do_not_specialize=["num_columns", "num_splits"], do_not_specialize_on_alignment=_VIEWS
-)
+@triton.jit(do_not_specialize=["num_columns", "num_splits"], do_not_specialize_on_alignment=_VIEWS)
 def _attend_kernel(
     q_BHGD: tl.tensor,
     arena_NTCD: tl.tensor,

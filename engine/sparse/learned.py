@@ -123,4 +123,6 @@ def _save(basis: Basis, path: Path) -> None:
     except (OSError, SafetensorError) as error:
         with suppress(OSError):
             beside.unlink()
-        logger.warning("the basis %s cannot be kept (%s): the next start learns it again", path, error)
+        logger.warning(
+            "the basis %s cannot be kept (%s): the next start learns it again", path, error
+        )

@@ -157,9 +157,7 @@ def step_decoder(runner: Runner) -> StepDecoder:
     )
 
 
-def prefill(
-    runner: Runner, tokens: list[int], *, method: SparseMethod = SparseMethod.DENSE
-) -> int:
+def prefill(runner: Runner, tokens: list[int], *, method: SparseMethod = SparseMethod.DENSE) -> int:
     row = runner.kv.add(len(tokens) + 64, method=method, token_budget=None)
     chunk = PromptChunk(
         row=row,
@@ -224,7 +222,12 @@ def test_a_step_over_both_tiers_draws_what_the_runner_draws(
         [5, 6] * 350,
         list(range(250)),
     ]
-    methods = [SparseMethod.MEAN_KEY, SparseMethod.DENSE, SparseMethod.MEAN_KEY, SparseMethod.MEAN_KEY]
+    methods = [
+        SparseMethod.MEAN_KEY,
+        SparseMethod.DENSE,
+        SparseMethod.MEAN_KEY,
+        SparseMethod.MEAN_KEY,
+    ]
     for runner in (one, other):
         for tokens, method in zip(prompts, methods, strict=True):
             prefill(runner, tokens, method=method)
