@@ -80,30 +80,25 @@ def _use(slot_BHP: Tensor, wanted_BHP: Tensor, tables: PageTables, step_1: Tenso
 def _classes(
     rows_B: Tensor, layer: int, tables: PageTables, step_1: Tensor, page_size: int
 ) -> tuple[Tensor, Tensor]:
-    """The slots of every lane, and their classes."""
-    num_blocks_BH = tables.num_blocks_RLH[rows_B, layer]
-    num_blocks_BH.masked_fill_(rows_B[:, None] == len(tables.frames_RF) - 1, 0)
-    most = int(num_blocks_BH.amax())
-    pages_per_block = BLOCK_TOKENS // page_size
-    offsets = torch.arange(pages_per_block, device=rows_B.device)
-    block_BHN = tables.lane_blocks_RLHN[rows_B, layer, :, :most].long()
-    is_block_BHN = offsets.new_tensor(range(most)) < num_blocks_BH[..., None]
-    block_BHN.masked_fill_(~is_block_BHN, 0)
-    slot_BHS = (block_BHN[..., None] * pages_per_block + offsets).flatten(2)
-    step_BHS = tables.slot_step_N[slot_BHS]
-    class_BHS = USED_CLASS - (step_1 - step_BHS).clamp_(-1, OLDEST_AGE)
-    class_BHS.masked_fill_(step_BHS == FREE_STEP, 0)
-    is_slot_BHS = is_block_BHN.repeat_interleave(pages_per_block, dim=2)
-    return slot_BHS, class_BHS.masked_fill_(~is_slot_BHS, USED_CLASS + 1)
+    """The slots of every lane, and their classes; int32, as memory is what this takes."""
+    num_blocks_BH1 = tables.num_blocks_RLH[rows_B, layer, :, None]
+    num_blocks_BH1.masked_fill_(rows_B[:, None, None] == len(tables.frames_RF) - 1, 0)
+    most = int(num_blocks_BH1.amax())
+    offsets = torch.arange(BLOCK_TOKENS // page_size, dtype=torch.int32, device=rows_B.device)
+    block_BHN = tables.lane_blocks_RLHN[rows_B, layer, :, :most]
+    is_none_BHN = num_blocks_BH1 <= torch.arange(most, device=rows_B.device)
+    block_BHN.masked_fill_(is_none_BHN, 0)
+    slot_BHNS = block_BHN[..., None] * len(offsets) + offsets
+    step_BHNS = tables.slot_step_N.index_select(0, slot_BHNS.flatten()).view(slot_BHNS.shape)
+    class_BHNS = (step_1 - step_BHNS).clamp_(-1, OLDEST_AGE).neg_().add_(USED_CLASS)
+    class_BHNS.masked_fill_(step_BHNS == FREE_STEP, 0)
+    class_BHNS.masked_fill_(is_none_BHN[..., None], USED_CLASS + 1)
+    return slot_BHNS.flatten(2), class_BHNS.flatten(2)
 
 
 def _count_classes(class_BHS: Tensor) -> Tensor:
-    num_requests, num_heads, _ = class_BHS.shape
-    lane_BH1 = torch.arange(num_requests * num_heads, device=class_BHS.device)
-    lane_BH1 = lane_BH1.view(num_requests, num_heads, 1) * NUM_CLASSES
-    size = num_requests * num_heads * NUM_CLASSES
-    counts = torch.bincount((lane_BH1 + class_BHS).flatten(), minlength=size)
-    return counts.view(num_requests, num_heads, NUM_CLASSES)
+    count_BHC = class_BHS.new_zeros((*class_BHS.shape[:2], NUM_CLASSES))
+    return count_BHC.scatter_add_(2, class_BHS.long(), torch.ones_like(class_BHS))
 
 
 def _victims(
@@ -116,13 +111,14 @@ def _victims(
     until_IC = F.pad(count_BHC.flatten(0, 1)[lane_I].cumsum(1), (1, 0))
     cut_I1 = (until_IC[:, 1:] < given_I1).sum(1, keepdim=True)
     is_before_IS, is_cut_IS = class_IS < cut_I1, class_IS == cut_I1
-    rank_IS = is_cut_IS.cumsum(1).add_(until_IC.gather(1, cut_I1))
-    rank_IS = rank_IS.where(~is_before_IS, is_before_IS.cumsum(1))
-    is_victim_IS = (is_before_IS | is_cut_IS).logical_and_(rank_IS <= given_I1)
-    place_IS = rank_IS.add_(given_I1.cumsum(0) - given_I1 - 1)
-    slot_W = slot_IS.new_empty(int(given_I1.sum()))
-    slot_W[place_IS[is_victim_IS]] = slot_IS[is_victim_IS]
-    return slot_W.int()
+    rank_IS = is_cut_IS.cumsum(1, dtype=torch.int32).add_(until_IC.gather(1, cut_I1))
+    rank_IS = torch.where(is_before_IS, is_before_IS.cumsum(1, dtype=torch.int32), rank_IS)
+    is_victim_IS = (rank_IS <= given_I1).logical_and_(is_before_IS.logical_or_(is_cut_IS))
+    rank_IS += given_I1.cumsum(0) - given_I1 - 1
+    chosen_W = is_victim_IS.flatten().nonzero()[:, 0]
+    slot_W = torch.empty_like(chosen_W, dtype=torch.int32)
+    slot_W[rank_IS.flatten().index_select(0, chosen_W)] = slot_IS.flatten()[chosen_W]
+    return slot_W
 
 
 def _write_slots(
