@@ -142,8 +142,8 @@ def test_a_captured_step_goes_on(cases, seed):
                 page = int(on_gpu.slot_page_N[slot])
                 row = int((frame_1[page // 16] * 2 + head) * 16 + page % 16)
                 assert torch.equal(arena[slot], saved[row])
-            tail = int(out.tail_slots_BH[0, head])
-            arena[tail] = float(now)  # what attention reads of the tail is written by the step
+            if (201 + now) % page_size < page_size - 1:  # what is sealed is written no more
+                arena[int(out.tail_slots_BH[0, head])] = float(now)
     assert out.counters_4.tolist()[3] == 0
 
 
@@ -154,7 +154,8 @@ def test_a_captured_step_goes_on(cases, seed):
 )
 def test_resolve_speed(cases, requests, heads, columns, slots):
     """Of a captured step, which finds one page in twenty absent, and of one that finds them all."""
-    page_size, pages = 8, 4096
+    torch.use_deterministic_algorithms(False)  # poisoning memory takes time
+    page_size, pages, lanes = 8, 4096, requests * heads
     tables = cases.page_tables(
         rows=requests, layers=1, heads=heads, page_size=page_size,
         num_blocks=[slots // 16], row_frames=pages // 16 + 1,
@@ -200,9 +201,7 @@ def test_resolve_speed(cases, requests, heads, columns, slots):
             torch.cuda.synchronize()
             whole, rest = (events[i].elapsed_time(events[i + 1]) * 1e3 for i in range(2))
             found_us.append(whole - rest)
-            assert out.num_misses_1.item() == 0
-    assert out.counters_4[3] == 0
+    assert out.counters_4.tolist()[1] > lanes * columns and out.counters_4.tolist()[3] == 0
     hit_us, miss_us = (sorted(found_us)[10] for found_us in times_us.values())
-    lanes = requests * heads
     print(f"resolve {lanes} lanes, {columns} in {slots}: {hit_us:.1f} and {miss_us:.1f} us")
     assert miss_us < 1000
