@@ -34,29 +34,38 @@ def resolve_pages(
     out: Resolved,
 ) -> None:
     """See ``kernels.resolve.resolve_pages``; ``max_slots`` is of no use here."""
-    rows_B11 = rows_B.long()[:, None, None]
+    step, is_spare_B11 = int(step_1), (rows_B == len(tables.frames_RF) - 1)[:, None, None]
     tails_BH1 = (positions_B // page_size)[:, None, None].expand(*pages_BHK.shape[:2], 1)
-    page_BHP = torch.cat((tails_BH1, pages_BHK), dim=2)
-    page_BHP.masked_fill_(rows_B11 == len(tables.frames_RF) - 1, -1)
-    heads_H1 = torch.arange(pages_BHK.shape[1], device=pages_BHK.device)[:, None]
+    page_BHP = torch.cat((tails_BH1, pages_BHK), dim=2).masked_fill_(is_spare_B11, -1)
+    heads_H1 = torch.arange(pages_BHK.shape[1], dtype=torch.int32)[:, None]
+    rows_B11 = rows_B[:, None, None]
     row_BHP = _page_rows(page_BHP.clamp(min=0), rows_B11, layer, heads_H1, tables, page_size)
-    slot_BHP = tables.page_slot_X[row_BHP].masked_fill_(page_BHP < 0, -1)
-    is_hit_BHP = slot_BHP >= 0
-    _use(slot_BHP, is_hit_BHP, tables, step_1)
+    slot_BHP = tables.page_slot_X.index_select(0, row_BHP.flatten()).view(page_BHP.shape)
+    is_page_BHP = page_BHP >= 0
+    is_hit_BHP = (slot_BHP >= 0).logical_and_(is_page_BHP)
+    is_miss_BHP = is_page_BHP.logical_xor_(is_hit_BHP)
+    slot_BHP.masked_fill_(~is_hit_BHP, -1)
+    _use(slot_BHP, is_hit_BHP.flatten().nonzero()[:, 0], tables, step)
 
-    slot_BHS, class_BHS = _classes(rows_B.long(), layer, tables, step_1, page_size)
+    slot_BHS, class_BHS = _classes(rows_B, layer, tables, step, page_size)
     count_BHC = _count_classes(class_BHS)
-    is_miss_BHP = (page_BHP >= 0).logical_and_(~is_hit_BHP)
     num_given_BH = is_miss_BHP.sum(2).minimum(count_BHC[..., :USED_CLASS].sum(2))
-    is_placed_BHP = (is_miss_BHP.cumsum(2) <= num_given_BH[..., None]).logical_and_(is_miss_BHP)
-    slot_BHP[is_placed_BHP] = _victims(slot_BHS, class_BHS, count_BHC, num_given_BH)
-    b, heads, _ = placed_3W = is_placed_BHP.nonzero(as_tuple=True)
-    old_W = tables.slot_page_N[slot_BHP[placed_3W].long()]
-    old_row_W = _page_rows(old_W.clamp(min=0), rows_B.long()[b], layer, heads, tables, page_size)
-    tables.page_slot_X[old_row_W[old_W >= 0]] = -1
-    tables.page_slot_X[row_BHP[placed_3W]] = slot_BHP[placed_3W]
-    tables.slot_page_N[slot_BHP[placed_3W].long()] = page_BHP[placed_3W]
-    _use(slot_BHP, is_placed_BHP, tables, step_1)
+    rank_BHP = is_miss_BHP.cumsum(2, dtype=torch.int32)
+    is_placed_BHP = (rank_BHP <= num_given_BH[..., None]).logical_and_(is_miss_BHP)
+    place_W = is_placed_BHP.flatten().nonzero()[:, 0]
+    if len(place_W):
+        slot_W = _victims(slot_BHS, class_BHS, count_BHC, num_given_BH)
+        slot_BHP.view(-1).index_copy_(0, place_W, slot_W)
+        b_W, head_W = place_W // page_BHP[0].numel(), place_W // page_BHP.shape[2] % len(heads_H1)
+        old_W = tables.slot_page_N.index_select(0, slot_W)
+        old_row_W = _page_rows(
+            old_W.clamp(min=0), rows_B[b_W], layer, head_W.int(), tables, page_size
+        )
+        tables.page_slot_X.index_fill_(0, old_row_W[old_W >= 0].long(), -1)
+        row_W, page_W = row_BHP.flatten()[place_W], page_BHP.flatten()[place_W]
+        tables.page_slot_X.index_copy_(0, row_W.long(), slot_W)
+        tables.slot_page_N.index_copy_(0, slot_W.long(), page_W)
+        _use(slot_BHP, place_W, tables, step)
     _write_slots(slot_BHP, is_hit_BHP, is_placed_BHP, row_BHP, out)
     _write_counts(is_hit_BHP, is_miss_BHP, is_placed_BHP, count_BHC, rows_B.long(), layer, out)
 
@@ -67,43 +76,42 @@ def _page_rows(
     """Page rows of pages that exist; ``rows`` and ``heads`` of the same shape or to be expanded."""
     pages_per_block = BLOCK_TOKENS // page_size
     _, num_layers, num_heads = tables.num_blocks_RLH.shape
-    lanes = (tables.frames_RF[rows, pages // pages_per_block] * num_layers + layer) * num_heads
-    return ((lanes + heads) * pages_per_block + pages % pages_per_block).long()
+    blocks = (rows * tables.frames_RF.shape[1]) + pages // pages_per_block
+    frames = tables.frames_RF.view(-1).index_select(0, blocks.flatten()).view(blocks.shape)
+    lanes = frames.mul_(num_layers).add_(layer).mul_(num_heads).add_(heads)
+    return lanes.mul_(pages_per_block).add_(pages % pages_per_block)
 
 
-def _use(slot_BHP: Tensor, wanted_BHP: Tensor, tables: PageTables, step_1: Tensor) -> None:
-    """Mark slots as used in this step, those of partial pages as locked."""
-    tables.slot_step_N[slot_BHP[wanted_BHP].long()] = step_1
-    tables.slot_step_N[slot_BHP[..., 0][wanted_BHP[..., 0]].long()] = LOCKED_STEP
+def _use(slot_BHP: Tensor, place_W: Tensor, tables: PageTables, step: int) -> None:
+    """Mark the slots in these places as used in this step, those of partial pages as locked."""
+    slot_W = slot_BHP.flatten().index_select(0, place_W).long()
+    tables.slot_step_N.index_fill_(0, slot_W, step)
+    is_tail_W = place_W % slot_BHP.shape[2] == 0
+    tables.slot_step_N.index_fill_(0, slot_W[is_tail_W], LOCKED_STEP)
 
 
 def _classes(
-    rows_B: Tensor, layer: int, tables: PageTables, step_1: Tensor, page_size: int
+    rows_B: Tensor, layer: int, tables: PageTables, step: int, page_size: int
 ) -> tuple[Tensor, Tensor]:
-    """The slots of every lane, and their classes."""
-    num_blocks_BH = tables.num_blocks_RLH[rows_B, layer]
-    num_blocks_BH.masked_fill_(rows_B[:, None] == len(tables.frames_RF) - 1, 0)
-    most = int(num_blocks_BH.amax())
-    pages_per_block = BLOCK_TOKENS // page_size
-    offsets = torch.arange(pages_per_block, device=rows_B.device)
-    block_BHN = tables.lane_blocks_RLHN[rows_B, layer, :, :most].long()
-    is_block_BHN = offsets.new_tensor(range(most)) < num_blocks_BH[..., None]
-    block_BHN.masked_fill_(~is_block_BHN, 0)
-    slot_BHS = (block_BHN[..., None] * pages_per_block + offsets).flatten(2)
-    step_BHS = tables.slot_step_N[slot_BHS]
-    class_BHS = USED_CLASS - (step_1 - step_BHS).clamp_(-1, OLDEST_AGE)
-    class_BHS.masked_fill_(step_BHS == FREE_STEP, 0)
-    is_slot_BHS = is_block_BHN.repeat_interleave(pages_per_block, dim=2)
-    return slot_BHS, class_BHS.masked_fill_(~is_slot_BHS, USED_CLASS + 1)
+    """The slots of every lane, and their classes; int32, as memory is what this takes."""
+    num_blocks_BH1 = tables.num_blocks_RLH[:, layer].index_select(0, rows_B)[..., None]
+    num_blocks_BH1.masked_fill_(rows_B[:, None, None] == len(tables.frames_RF) - 1, 0)
+    most = int(num_blocks_BH1.amax())
+    offsets = torch.arange(BLOCK_TOKENS // page_size, dtype=torch.int32, device=rows_B.device)
+    block_BHN = tables.lane_blocks_RLHN[:, layer, :, :most].index_select(0, rows_B)
+    is_none_BHN = num_blocks_BH1 <= torch.arange(most, device=rows_B.device)
+    block_BHN.masked_fill_(is_none_BHN, 0)
+    slot_BHNS = block_BHN[..., None] * len(offsets) + offsets
+    step_BHNS = tables.slot_step_N.index_select(0, slot_BHNS.flatten()).view(slot_BHNS.shape)
+    class_BHNS = (step - step_BHNS).clamp_(-1, OLDEST_AGE).neg_().add_(USED_CLASS)
+    class_BHNS.masked_fill_(step_BHNS == FREE_STEP, 0)
+    class_BHNS.masked_fill_(is_none_BHN[..., None], USED_CLASS + 1)
+    return slot_BHNS.flatten(2), class_BHNS.flatten(2)
 
 
 def _count_classes(class_BHS: Tensor) -> Tensor:
-    num_requests, num_heads, _ = class_BHS.shape
-    lane_BH1 = torch.arange(num_requests * num_heads, device=class_BHS.device)
-    lane_BH1 = lane_BH1.view(num_requests, num_heads, 1) * NUM_CLASSES
-    size = num_requests * num_heads * NUM_CLASSES
-    counts = torch.bincount((lane_BH1 + class_BHS).flatten(), minlength=size)
-    return counts.view(num_requests, num_heads, NUM_CLASSES)
+    count_BHC = class_BHS.new_zeros((*class_BHS.shape[:2], NUM_CLASSES))
+    return count_BHC.scatter_add_(2, class_BHS.long(), torch.ones_like(class_BHS))
 
 
 def _victims(
@@ -116,13 +124,14 @@ def _victims(
     until_IC = F.pad(count_BHC.flatten(0, 1)[lane_I].cumsum(1), (1, 0))
     cut_I1 = (until_IC[:, 1:] < given_I1).sum(1, keepdim=True)
     is_before_IS, is_cut_IS = class_IS < cut_I1, class_IS == cut_I1
-    rank_IS = is_cut_IS.cumsum(1).add_(until_IC.gather(1, cut_I1))
-    rank_IS = rank_IS.where(~is_before_IS, is_before_IS.cumsum(1))
-    is_victim_IS = (is_before_IS | is_cut_IS).logical_and_(rank_IS <= given_I1)
-    place_IS = rank_IS.add_(given_I1.cumsum(0) - given_I1 - 1)
-    slot_W = slot_IS.new_empty(int(given_I1.sum()))
-    slot_W[place_IS[is_victim_IS]] = slot_IS[is_victim_IS]
-    return slot_W.int()
+    rank_IS = is_cut_IS.cumsum(1, dtype=torch.int32).add_(until_IC.gather(1, cut_I1))
+    rank_IS = torch.where(is_before_IS, is_before_IS.cumsum(1, dtype=torch.int32), rank_IS)
+    is_victim_IS = (rank_IS <= given_I1).logical_and_(is_before_IS.logical_or_(is_cut_IS))
+    rank_IS += given_I1.cumsum(0) - given_I1 - 1
+    chosen_W = is_victim_IS.flatten().nonzero()[:, 0]
+    slot_W = torch.empty_like(chosen_W, dtype=torch.int32)
+    slot_W[rank_IS.flatten().index_select(0, chosen_W)] = slot_IS.flatten()[chosen_W]
+    return slot_W
 
 
 def _write_slots(
@@ -130,16 +139,16 @@ def _write_slots(
 ) -> None:
     """Hits, then misses, then -1; and the list of what to load."""
     out.tail_slots_BH.copy_(slot_BHP[..., 0])
-    hit_BHK, placed_BHK = is_hit_BHP[..., 1:], is_placed_BHP[..., 1:]
-    num_hits_BH1 = hit_BHK.sum(2, keepdim=True)
-    out.num_hits_BH.copy_(num_hits_BH1[..., 0])
-    column_BHK = (placed_BHK.cumsum(2) + num_hits_BH1).where(placed_BHK, hit_BHK.cumsum(2))
-    column_BHK.masked_fill_(~(hit_BHK | placed_BHK), 0)
+    is_hit_BHK, is_placed_BHK = is_hit_BHP[..., 1:], is_placed_BHP[..., 1:]
+    hit_BHK, placed_BHK = (is_.cumsum(2) for is_ in (is_hit_BHK, is_placed_BHK))
+    out.num_hits_BH.copy_(hit_BHK[..., -1])
+    column_BHK = torch.where(is_hit_BHK, hit_BHK, placed_BHK.add_(hit_BHK[..., -1:]))
+    column_BHK.masked_fill_(slot_BHP[..., 1:] < 0, 0)
     padded_BHP = torch.full_like(slot_BHP, -1).scatter_(2, column_BHK, slot_BHP[..., 1:])
     out.slots_BHK.copy_(padded_BHP[..., 1:])
-    slot_W, row_W = slot_BHP[..., 1:][placed_BHK], row_BHP[..., 1:][placed_BHK]
+    slot_W, row_W = slot_BHP[..., 1:][is_placed_BHK], row_BHP[..., 1:][is_placed_BHK]
     begin = int(out.num_misses_1)
-    out.miss_dst_M[begin : begin + len(slot_W)] = slot_W.long()
+    out.miss_dst_M[begin : begin + len(slot_W)] = slot_W
     out.miss_src_M[begin : begin + len(slot_W)] = row_W
     out.num_misses_1.add_(len(slot_W))
 
@@ -153,21 +162,16 @@ def _write_counts(
     layer: int,
     out: Resolved,
 ) -> None:
-    num_given_BH = is_placed_BHP.sum(2)
-    first_recent = USED_CLASS - WINDOW_STEPS + 1
+    num_hits, num_misses = is_hit_BHP[..., 1:].sum(), is_miss_BHP[..., 1:].sum()
+    num_given_BH, first_recent = is_placed_BHP.sum(2), USED_CLASS - WINDOW_STEPS + 1
     num_lost_BH = (num_given_BH - count_BHC[..., :first_recent].sum(2)).clamp_(min=0)
-    window_BH = count_BHC[..., first_recent : USED_CLASS + 1].sum(2) - num_lost_BH
-    window_BH += is_placed_BHP[..., 1:].sum(2)
+    window_BH = count_BHC[..., first_recent : USED_CLASS + 1].sum(2).sub_(num_lost_BH)
+    window_BH += num_given_BH - is_placed_BHP[..., 0].long()
     is_used_B = rows_B < len(out.window_RLH) - 1
     out.window_RLH[rows_B[is_used_B], layer] = window_BH[is_used_B].int()
-    num_misses = is_miss_BHP[..., 1:].sum()
-    sums = (
-        is_hit_BHP[..., 1:].sum() + num_misses,
-        num_misses,
-        (num_given_BH - count_BHC[..., 0]).clamp_(min=0).sum(),
-        is_miss_BHP.sum() - num_given_BH.sum(),
-    )
-    out.counters_4.add_(torch.stack(sums))
+    num_evicted = (num_given_BH - count_BHC[..., 0]).clamp_(min=0).sum()
+    num_refused = is_miss_BHP.sum() - num_given_BH.sum()
+    out.counters_4.add_(torch.stack((num_hits + num_misses, num_misses, num_evicted, num_refused)))
 
 
 def seal_pages(

@@ -73,8 +73,9 @@ def resolve_pages(
     A page that has a slot is marked as used in this step. One that has none takes a slot of its
     lane: a free one if there is, else one of those not used for longest, by age in steps up to 63;
     among equals the first; never one used in this step, nor a locked one. The partial page
-    (position // T) is served first, is locked and is not loaded: its tokens come from this step
-    on. A row of the spare kind gets no slot, and changes no table.
+    (position // T) is served first, is locked and is not loaded: one that was begun before its
+    request came here must have its slot already. A row of the spare kind gets no slot, and
+    changes no table.
 
     Shapes: pages (B, H, K) int32, contiguous, full pages in any order, none twice, -1 after the
     last; K at most 1,024; rows, positions (B,) int32, no row twice but the spare one; step (1,)

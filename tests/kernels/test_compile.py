@@ -175,16 +175,18 @@ def page_tables() -> tables.PageTables:
     )
 
 
-def launch_resolve(columns: int, max_slots: int, page_size: int = 32) -> None:
+def launch_resolve(columns: int, max_slots: int, page_size: int = 32, first: int = 0) -> None:
+    """Counts and rows are views that begin at ``first``, of tensors that others share."""
     pages_BHK = torch.zeros(2, 2, columns, dtype=torch.int32)
     ints_BH, list_M = pages_BHK[:, :, 0].clone(), torch.zeros(pages_BHK.numel(), dtype=torch.int64)
+    counts = torch.zeros(8, dtype=torch.int32)
     out = resolve.Resolved(
         slots_BHK=pages_BHK,
         num_hits_BH=ints_BH,
         tail_slots_BH=ints_BH,
         miss_dst_M=list_M,
         miss_src_M=list_M,
-        num_misses_1=ints_BH[0, :1],
+        num_misses_1=counts[first : first + 1],
         window_RLH=torch.zeros(5, 3, 2, dtype=torch.int32),
         counters_4=torch.zeros(4, dtype=torch.int64),
     )
@@ -432,7 +434,8 @@ def test_slots_of_any_views_share_one_variant() -> None:
             list_M = torch.zeros(24, dtype=torch.int64)[first:]
             sealed = seal.Sealed(list_M, list_M, step_1)
             seal._launch(rows_B, rows_B, page_tables(), step_1, 32, sealed)
-    assert len({kernel.hash for kernel in compiled}) == 1
+            launch_resolve(63, 512, first=first)
+    assert len({kernel.hash for kernel in compiled}) == 2
 
 
 def write_table(folder: Path) -> None:
