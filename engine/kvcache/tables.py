@@ -184,7 +184,7 @@ class PageTables:
     def release(self, arena: HotArena, row: int, first_block: int, last_block: int) -> None:
         """Drop the pages in blocks first_block .. last_block - 1 of every lane of ``row``, and the
         blocks. Pages that are locked there move to the oldest slot that stays; with none that
-        stays the request is over."""
+        stays the request is over, and ``clear`` is to follow."""
         per_block = self._geometry.pages_per_block
         blocks_LHn = self.lane_blocks_RLHN[row, :, :, first_block:last_block]
         leaving_LHS = slots_of_blocks(blocks_LHn, pages_per_block=per_block).long()
@@ -197,7 +197,7 @@ class PageTables:
         if first_block:
             begun_LHS = (pages_LHS >= 0) & (arena.slot_step_N[leaving_LHS] != FREE_STEP)
             self.displaced += begun_LHS.sum()
-        self._forget(row, self._lane_LH[..., None], pages_LHS)
+            self._forget(row, self._lane_LH[..., None], pages_LHS)
         arena.slot_page_N.index_fill_(0, leaving_LHS.flatten(), -1)
         arena.slot_step_N.index_fill_(0, leaving_LHS.flatten(), FREE_STEP)
 

@@ -76,6 +76,14 @@ class CacheMachine(RuleBasedStateMachine):
             assert index not in self.lives
             self.lives[index] = Life(prompt, total)
 
+    @rule(prompt=st.integers(500, MAX_LEN - 1), budgets=st.sampled_from((1, 1.5, 2.5)))
+    def add_large_and_shrink(self, prompt: int, budgets: float) -> None:
+        """A request that has all the blocks it can use loses some in the middle of its text."""
+        self.cache.apply(replace(self.cache._knobs, hbm_budget=None))
+        self.add(prompt, MAX_LEN, None, SparseMethod.CUBOID_MEAN)
+        self.compute(prompt % 7 + 3, prompt)
+        self.apply(budgets)
+
     @precondition(lambda self: self.lives)
     @rule(num_steps=st.integers(1, 80), seed=st.integers(0, 99))
     def compute(self, num_steps: int, seed: int) -> None:
@@ -270,6 +278,25 @@ def test_summaries_and_copies_of_sealed_pages(make_cache: MakeCache) -> None:
     assert bool((cache.arena.slot_step_N[slots] == 20).all()), "no longer locked"
 
 
+@pytest.mark.parametrize("page_size", [8, 32, 128])
+def test_pages_of_a_block_are_placed_with_it(make_cache: MakeCache, page_size: int) -> None:
+    """A token that begins a page in a block that is there writes no table."""
+    cache = make_cache(lane_blocks=4, num_frames=4, page_size=page_size)
+    index = cache.add(400, method=SparseMethod.DENSE, token_budget=None)
+    per_block = 128 // page_size
+    for position in range(300):
+        before = cache.tables.page_slot_X.clone()
+        cache.open_token(index, position)
+        assert torch.equal(cache.tables.page_slot_X, before) == bool(position % 128)
+    slots_LHS = cache.tables.slots_of(index, 0, 3 * per_block).long()
+    blocks_LHn = cache.tables.lane_blocks_RLHN[index, :, :, :3].long()
+    assert torch.equal(slots_LHS, slots_of_blocks(blocks_LHn, pages_per_block=per_block))
+    steps_LHS = cache.arena.slot_step_N[slots_LHS]
+    num_begun = 299 // page_size + 1
+    assert bool((steps_LHS[..., :num_begun] == LOCKED_STEP).all()), "nothing was sealed"
+    assert bool((steps_LHS[..., num_begun:] == FREE_STEP).all())
+
+
 def test_a_newcomer_takes_what_is_above_the_share(make_cache: MakeCache) -> None:
     cache = make_cache(lane_blocks=8, num_frames=20, token_budget=256)
     first = cache.add(1000, method=SparseMethod.CUBOID_MEAN, token_budget=None)
@@ -315,6 +342,18 @@ def test_an_open_page_moves_when_its_slot_is_taken(make_cache: MakeCache) -> Non
     assert bool((cache.arena.slot_page_N[before] == -1).all())
     assert (cache.tables.slots_of(index, 0, 32) >= 0).sum(-1).unique().tolist() == [12]
     assert int(cache.tables.displaced) == 4 * (32 - 12)
+
+
+def test_a_page_yet_to_begin_is_lost_by_nobody(make_cache: MakeCache) -> None:
+    cache = make_cache(lane_blocks=8, num_frames=20, token_budget=256)
+    index = cache.add(1000, method=SparseMethod.CUBOID_MEAN, token_budget=None)
+    cache.open_chunk(index, 0, 900, step=1)
+    assert bool((cache.tables.slots_of(index, 29, 32) >= 0).all()), "placed with their block"
+    cache.apply(replace(cache._knobs, hbm_budget=256))
+    assert bool((cache.tables.slots_of(index, 29, 32) == -1).all())
+    assert int(cache.tables.displaced) == 4 * (29 - 12)
+    cache.open_chunk(index, 900, 930, step=2)
+    assert (cache.tables.slots_of(index, 28, 31) >= 0).tolist() == [[[True, True, False]] * 2] * 2
 
 
 def test_what_never_fits_is_named(make_cache: MakeCache) -> None:

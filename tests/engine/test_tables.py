@@ -201,3 +201,29 @@ def test_a_lane_without_room_keeps_its_locked_page(make_cache: MakeCache) -> Non
     resolved = resolve(lanes, [0], pages_BHK, 2)
     assert (resolved.slots_BHK >= 0).sum(-1).tolist() == [[3, 3]]
     assert [resident(lanes, 0, head) for head in range(NUM_HEADS)] == [{0, 1, 2, 3}] * 2
+
+
+def test_victims_are_slots_that_the_lane_owns(make_cache: MakeCache) -> None:
+    """Head 0 of layer 1 has given one of its two blocks up; the host need not know."""
+    lanes = new_lanes(make_cache, [2])
+    cache, row = lanes.cache, lanes.rows[0]
+    cache.tables.num_blocks_RLH[row, 1, 0] = 1
+    given_up = cache.tables.lane_blocks_RLHN[row, 1, 0, 1].item()
+    pages_BHK = torch.arange(8).expand(1, NUM_HEADS, 8)
+    resolved = resolve(lanes, [0], pages_BHK, 1)
+    assert (resolved.slots_BHK >= 0).sum(-1).tolist() == [[4, 8]]
+    cache.tables.place_page(cache.arena, row, 9, max_blocks=2)
+    assert [len(resident(lanes, 0, head)) for head in range(NUM_HEADS)] == [4, 8]
+    slots_LH1 = cache.tables.slots_of(row, 9, 10)
+    assert given_up not in (slots_LH1[1, 0] // 4).tolist()
+    assert (cache.arena.slot_page_N.view(-1, 4)[given_up] == -1).all()
+
+
+def test_rows_without_a_frame_read_nothing(make_cache: MakeCache) -> None:
+    lanes = new_lanes(make_cache, [1])
+    tables = lanes.cache.tables
+    tables.page_slot_MLHP[tables.spare_frame] = 7  # of writes that nobody wanted
+    rows_B = torch.tensor([tables.spare_row, lanes.rows[0]])
+    assert (tables.slots_at(rows_B, torch.zeros(2, dtype=torch.int64)) == -1).all()
+    rows_BHF = tables.frame_rows(rows_B, 8) + NUM_HEADS  # of layer 1
+    assert rows_BHF.max() * 4 < len(lanes.cache.summaries_RE), "only what is there is read"
