@@ -75,9 +75,7 @@ class BoundSelector:
         found_HX = spread_BHP[owner_X, :, page_X].T
         out_HVX[:, 0] = torch.where(owned_BX.any(0), found_HX, out_HVX[:, 0])
 
-    def score(
-        self, q_BHGD: Tensor, *, layer: int, rows_B: Tensor, num_full_B: Tensor
-    ) -> Tensor:
+    def score(self, q_BHGD: Tensor, *, layer: int, rows_B: Tensor, num_full_B: Tensor) -> Tensor:
         """The bounds (B, H, P), float32, mean over the group; pages that do not exist score
         anything. A CPU looks at no more frames than the longest request has."""
         per_frame, lanes = self._geometry.pages_per_block, self._geometry.num_lanes

@@ -28,9 +28,7 @@ def make_selector(
         return None
     if method == SparseMethod.MEAN_KEY:
         assert basis is not None
-        return MeanKeySelector(
-            basis, geometry=geometry, frames_RF=frames_RF, num_frames=num_frames
-        )
+        return MeanKeySelector(basis, geometry=geometry, frames_RF=frames_RF, num_frames=num_frames)
     return BoundSelector(
         minmax=method == SparseMethod.QUEST,
         geometry=geometry,
