@@ -34,9 +34,8 @@ from sparsed.core import (
 )
 from sparsed.engine.assembly import load_decoder
 from sparsed.engine.evaluate.context import Context
-from sparsed.engine.evaluate.texts import load_tokenizer
 from sparsed.engine.evaluate.race import Race
-from sparsed.engine.evaluate.texts import TEXTS, Window, cut_windows
+from sparsed.engine.evaluate.texts import TEXTS, Window, cut_windows, load_tokenizer
 from sparsed.engine.models.config import load_config
 
 CONTEXT_TOKENS = 6000

@@ -24,10 +24,9 @@ from sparsed.core import BudgetRule, Choice, GroupRule, MetadataFormat, Quality,
 from sparsed.engine.assembly import load_decoder
 from sparsed.engine.evaluate.calibrate import calibrate
 from sparsed.engine.evaluate.calibration import Calibration, load_calibration, save_calibration
-from sparsed.engine.evaluate.texts import load_tokenizer
 from sparsed.engine.evaluate.needles import make_needles
 from sparsed.engine.evaluate.race import Race
-from sparsed.engine.evaluate.texts import Window, cut_windows, read_tokens
+from sparsed.engine.evaluate.texts import Window, cut_windows, load_tokenizer, read_tokens
 
 TEXTS: Final = ("prose", "documentation", "code", "questions")
 LEARNED_FROM: Final = ("prose", "code")

@@ -22,11 +22,10 @@ from sparsed.core import Choice
 from sparsed.engine.assembly import load_decoder
 from sparsed.engine.evaluate.calibrate import calibrate
 from sparsed.engine.evaluate.context import Context
-from sparsed.engine.evaluate.texts import load_tokenizer
 from sparsed.engine.evaluate.methods import Methods
 from sparsed.engine.evaluate.parallel import Scores, score_text
 from sparsed.engine.evaluate.recording import Recording, RecordingHeader, write_recording
-from sparsed.engine.evaluate.texts import Window, cut_windows
+from sparsed.engine.evaluate.texts import Window, cut_windows, load_tokenizer
 from sparsed.engine.models.decoder import Decoder
 
 TEXTS: Final = ("prose", "documentation", "code")

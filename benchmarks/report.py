@@ -12,8 +12,7 @@ from pathlib import Path
 import psutil
 
 from sparsed.core import GIB, MachineFacts
-from sparsed.engine.evaluate.texts import load_tokenizer
-from sparsed.engine.evaluate.texts import read_tokens
+from sparsed.engine.evaluate.texts import load_tokenizer, read_tokens
 from sparsed.engine.models.catalog import resolve_model
 
 PACKAGES = ("torch", "triton", "transformers", "numpy", "tokenizers")
