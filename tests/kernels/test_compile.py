@@ -24,6 +24,7 @@ from sparsed.kernels import (
     bounds,
     checksum,
     copy,
+    estimate,
     gate,
     merge,
     norm,
@@ -183,6 +184,26 @@ def launch_select(group: int, max_pages: int) -> None:
     )
 
 
+def launch_estimate(
+    dim: int, dtype: torch.dtype, *, group: int = 4, num_dims: int = 40, pages: int = 16
+) -> None:
+    ints_B = torch.zeros(2, dtype=torch.int32)
+    estimate._launch(
+        torch.zeros(2, 4, group, dim, dtype=dtype),
+        torch.zeros(8, estimate.row_bytes(pages, num_dims), dtype=torch.uint8),
+        basis_HDR=torch.zeros(4, dim, num_dims),
+        rows_B=ints_B,
+        frames_RF=torch.zeros(3, 8, dtype=torch.int32),
+        num_full_B=ints_B,
+        first_B=ints_B,
+        layer=1,
+        num_layers=2,
+        pages_per_frame=pages,
+        scale=1.0,
+        out_HGX=torch.zeros(4, group, 64),
+    )
+
+
 LAUNCHES: dict[str, Callable[[], None]] = {
     "copy 2 KiB": lambda: launch_copy(2048),
     "copy 2560 B": lambda: launch_copy(2560),
@@ -223,6 +244,11 @@ LAUNCHES: dict[str, Callable[[], None]] = {
     "draw of 49,152": lambda: launch_draw(49_152),
     "draw of 151,936": lambda: launch_draw(151_936),
     "draw of 32,001": lambda: launch_draw(32_001),
+    "estimate 128 bf16": lambda: launch_estimate(128, BF16),
+    "estimate 128 bf16, 32 dims": lambda: launch_estimate(128, BF16, group=8, num_dims=32),
+    "estimate 128 bf16, 8 pages": lambda: launch_estimate(128, BF16, pages=8),
+    "estimate 80 fp16": lambda: launch_estimate(80, FP16, group=1),
+    "estimate 64 fp32": lambda: launch_estimate(64, FP32, group=3),
     **{
         f"select of {max_pages:,}, group {group}": partial(launch_select, group, max_pages)
         for max_pages in (4096, 8192, 65_536)
