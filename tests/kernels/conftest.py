@@ -656,6 +656,61 @@ def naive_estimate(**case: object) -> Tensor:
     return out_HGX
 
 
+def summarise_case(
+    *,
+    pages: int = 30,
+    page_size: int = 8,
+    dim: int = 64,
+    num_dims: int = 40,
+    lanes: int = 4,
+    num_frames: int = 3,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> dict[str, object]:
+    """Arguments of ``summarise_pages``: different pages in any order, one of centres alone."""
+    numbers = torch.Generator().manual_seed(seed)
+    per_frame = BLOCK_TOKENS // page_size
+    num_rows = num_frames * lanes * per_frame
+    rows = torch.randperm(num_rows, generator=numbers)[:pages]
+    pages_MTCD = random(len(rows), page_size, 2, dim, dtype=dtype, seed=seed + 1)
+    # Of few bits, so that the mean of a page of them is exact and nothing is left of it.
+    centre_ND = random(lanes, dim, dtype=torch.bfloat16, seed=seed + 2).float()
+    for i, row in enumerate(rows[:1]):
+        pages_MTCD[i, :, 0] = centre_ND[row // per_frame % lanes].to(dtype)
+    row_bytes = per_frame * (num_dims // 2 + 2)
+    return {
+        "pages_MTCD": pages_MTCD,
+        "page_rows_M": rows,
+        "basis_NDR": random(lanes, dim, num_dims, seed=seed + 3),
+        "centre_ND": centre_ND,
+        "pages_per_frame": per_frame,
+        "store_SY": torch.full((num_frames * lanes, row_bytes), 77, dtype=torch.uint8),
+    }
+
+
+def summarised_by(summarise: Callable[..., None], case: dict[str, object]) -> Tensor:
+    """The store after ``summarise``, which has one of its own."""
+    store_SY = torch.full_like(case["store_SY"], 77)
+    summarise(**{**case, "store_SY": store_SY})
+    return store_SY
+
+
+def same_summaries(store_SY: Tensor, expected_SY: Tensor, *, per_frame: int) -> bool:
+    """The same but for rounding: few codes one step off, few scales by their last bit."""
+    half = store_SY.shape[1] // per_frame - 2
+    steps = [
+        torch.cat((codes & 15, codes >> 4)).int()
+        for codes in (part[:, : half * per_frame].cpu() for part in (store_SY, expected_SY))
+    ]
+    scales = [
+        part[:, half * per_frame :].cpu().contiguous().view(torch.float16).float()
+        for part in (store_SY, expected_SY)
+    ]
+    off = (steps[0] - steps[1]).abs()
+    close = torch.allclose(*scales, rtol=2e-3, atol=1e-7)
+    return close and int(off.max()) <= 1 and float(off.float().mean()) < 2e-3
+
+
 def split_query(q_BHD: Tensor) -> Tensor:
     return torch.cat((q_BHD.clamp(min=0), q_BHD.clamp(max=0)), dim=-1)
 
@@ -699,6 +754,9 @@ def cases() -> SimpleNamespace:
         estimate=estimate_case,
         estimated_by=estimated_by,
         naive_estimate=naive_estimate,
+        summarise=summarise_case,
+        summarised_by=summarised_by,
+        same_summaries=same_summaries,
     )
 
 

@@ -34,6 +34,7 @@ from sparsed.kernels import (
     score,
     select,
     store,
+    summarise,
 )
 
 SHARED_LIMIT_BYTES = {80: 166_912, 90: 232_448, 100: 232_448}
@@ -204,6 +205,18 @@ def launch_estimate(
     )
 
 
+def launch_summarise(dim: int, dtype: torch.dtype, page_size: int, num_dims: int = 40) -> None:
+    pages_per_frame = 128 // page_size
+    summarise._launch(
+        torch.zeros(3, page_size, 2, dim, dtype=dtype),
+        torch.zeros(3, dtype=torch.int64),
+        basis_NDR=torch.zeros(4, dim, num_dims),
+        centre_ND=torch.zeros(4, dim),
+        pages_per_frame=pages_per_frame,
+        store_SY=torch.zeros(8, estimate.row_bytes(pages_per_frame, num_dims), dtype=torch.uint8),
+    )
+
+
 LAUNCHES: dict[str, Callable[[], None]] = {
     "copy 2 KiB": lambda: launch_copy(2048),
     "copy 2560 B": lambda: launch_copy(2560),
@@ -249,6 +262,9 @@ LAUNCHES: dict[str, Callable[[], None]] = {
     "estimate 128 bf16, 8 pages": lambda: launch_estimate(128, BF16, pages=8),
     "estimate 80 fp16": lambda: launch_estimate(80, FP16, group=1),
     "estimate 64 fp32": lambda: launch_estimate(64, FP32, group=3),
+    "summarise 8x128 bf16": lambda: launch_summarise(128, BF16, 8),
+    "summarise 128x80 fp16": lambda: launch_summarise(80, FP16, 128),
+    "summarise 16x64 fp32, 32 dims": lambda: launch_summarise(64, FP32, 16, 32),
     **{
         f"select of {max_pages:,}, group {group}": partial(launch_select, group, max_pages)
         for max_pages in (4096, 8192, 65_536)

@@ -1,4 +1,4 @@
-"""Estimates of pages from mean keys in few bits: the twin, and on a GPU the kernel."""
+"""Estimates of pages from mean keys in few bits, and these: the twins, on a GPU the kernels."""
 
 import statistics
 
@@ -10,6 +10,7 @@ from torch.testing import assert_close
 
 from sparsed.kernels import reference_estimate
 from sparsed.kernels.estimate import estimate_pages, row_bytes
+from sparsed.kernels.summarise import summarise_pages
 
 SHAPES = [
     {},
@@ -23,6 +24,18 @@ LARGE = {"requests": 8, "heads": 8, "group": 4, "dim": 128, "row_frames": 64}
 def to_gpu(case):
     tensors = {k: v.cuda() for k, v in case.items() if isinstance(v, torch.Tensor)}
     return case | tensors
+
+
+def median_s(run):
+    times = []
+    for _ in range(20):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        run()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) / 1e3)
+    return statistics.median(times)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -95,6 +108,52 @@ def test_estimate_in_a_graph(cases):
         assert_close(case["out_HGX"][..., :width], expected[..., :width], equal_nan=True)
 
 
+SUMMARISED = [
+    {"pages": 3000, "num_frames": 99},
+    {"page_size": 128, "dim": 80, "num_dims": 32},
+    {"page_size": 16, "dim": 128, "lanes": 7},
+]
+
+
+@pytest.mark.parametrize("shape", SUMMARISED, ids=str)
+def test_summaries_are_read_back(cases, shape):
+    """The means of the keys in the basis, half a step off at most; nothing else is written."""
+    case = cases.summarise(**shape)
+    per_frame, lanes = case["pages_per_frame"], len(case["basis_NDR"])
+    store_SY = cases.summarised_by(summarise_pages, case)
+    read_SPR = reference_estimate.read_means(store_SY[:, None], pages_per_frame=per_frame)
+    for page_TCD, row in zip(case["pages_MTCD"], case["page_rows_M"].tolist(), strict=True):
+        lane = row // per_frame % lanes
+        mean_D = page_TCD[:, 0].mean(0) - case["centre_ND"][lane]
+        exact_R = mean_D @ case["basis_NDR"][lane]
+        off_R = read_SPR[row // per_frame, row % per_frame] - exact_R
+        assert float(off_R.abs().max()) <= 0.51 * float(exact_R.abs().max()) / 7 + 1e-4
+    untouched = store_SY.shape[0] * per_frame - len(case["page_rows_M"])
+    assert int((store_SY == 77).sum()) >= untouched * (case["basis_NDR"].shape[2] // 2 + 2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", SUMMARISED, ids=str)
+def test_summarise_on_a_gpu(cases, shape, dtype):
+    case = cases.summarise(**shape, dtype=dtype)
+    expected = cases.summarised_by(summarise_pages, case)
+    got = cases.summarised_by(summarise_pages, to_gpu(case))
+    assert cases.same_summaries(got, expected, per_frame=case["pages_per_frame"])
+
+
+@pytest.mark.slow
+@pytest.mark.gpu
+@pytest.mark.parametrize(("page_size", "pages"), [(8, 8192), (8, 16_384)])
+def test_summarise_speed(cases, page_size, pages):
+    """A chunk of a prompt in one layer, or a page of 64 requests in all lanes of an 8B shape."""
+    shape = {"page_size": page_size, "pages": pages, "dim": 128, "lanes": 256, "num_frames": 8}
+    case = to_gpu(cases.summarise(**shape, dtype=torch.bfloat16))
+    seconds = median_s(lambda: summarise_pages(**case))
+    print(f"summaries of {pages} pages of {page_size}: {seconds * 1e6:.0f} us")
+    assert seconds < 1e-2
+
+
 @pytest.mark.slow
 @pytest.mark.gpu
 @pytest.mark.parametrize(("requests", "row_frames"), [(1, 256), (24, 256), (4, 1024)])
@@ -104,15 +163,7 @@ def test_estimate_speed(cases, requests, row_frames):
     case["num_full_B"].fill_(min(int(case["num_full_B"].max()), row_frames * 16))
     case["first_B"].copy_(torch.arange(requests) * row_frames * 16)
     case["out_HGX"] = torch.empty(8, 4, requests * row_frames * 16, device="cuda")
-    times = []
-    for _ in range(20):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        estimate_pages(**case)
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) / 1e3)
     num_bytes = requests * 8 * row_frames * row_bytes(16, 40)
-    seconds = statistics.median(times)
+    seconds = median_s(lambda: estimate_pages(**case))
     print(f"{requests} x {row_frames * 16} pages: {num_bytes / seconds / 1e9:.0f} GB/s")
     assert seconds < 1e-2
