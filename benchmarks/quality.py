@@ -37,6 +37,7 @@ from sparsed.engine.evaluate.context import Context
 from sparsed.engine.evaluate.race import Race
 from sparsed.engine.evaluate.texts import TEXTS, Window, cut_windows, load_tokenizer
 from sparsed.engine.models.config import load_config
+from sparsed.engine.sparse.base import recent_pages
 
 CONTEXT_TOKENS = 6000
 SCORED_TOKENS = 1024
@@ -67,6 +68,7 @@ def make_choices(options: argparse.Namespace, *, num_layers: int) -> list[Choice
             method=RankMethod(method),
             share=mean_share(token_budget // page_size * page_size, dense_layers / num_layers),
             page_size=page_size,
+            recent_pages=recent_pages(page_size),  # as the runner
             group_rule=GroupRule.SOFTMAX_SUM if method == RankMethod.ORACLE else GroupRule.MEAN,
             metadata=MetadataFormat.FP32,
             dense_layers=dense_layers,

@@ -31,7 +31,7 @@ class SoakOptions:
     device: str = "cpu"
     dtype: str = "float32"
     page_size: int = 16
-    sparse_method: str = "cuboid-mean"
+    sparse_method: str = "mean-key"
     dense_layers: int = 0
     enforce_eager: bool = False
     lane_blocks: int = 22

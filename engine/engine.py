@@ -26,9 +26,9 @@ from sparsed.core import (
 from sparsed.engine.batch import PromptChunk, StepPlan
 from sparsed.engine.readback import PendingTokens
 from sparsed.engine.request import RequestState, Status, check_request
-from sparsed.engine.step_decoder import Drawn
 from sparsed.engine.sampler import Draw, Sampler, token_logprobs
 from sparsed.engine.scheduler import Rows, Scheduler, Step
+from sparsed.engine.step_decoder import Drawn
 
 MAX_STEP_TIMES = 4096  # kept between two reports, should nobody ask for them
 

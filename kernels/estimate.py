@@ -15,7 +15,6 @@ from torch import Tensor
 
 from sparsed.kernels import reference_estimate as reference
 
-
 SCALE_BYTES = 2  # float16
 _TILE_PAGES = 256
 _MIN_DOT = 16  # tl.dot takes no smaller side

@@ -1,6 +1,6 @@
-"""Twin of ``kernels.estimate`` in plain torch, and what fills the store that both read.
+"""Twins of ``kernels.estimate`` and ``kernels.summarise`` in plain torch.
 
-Shape legend as in ``kernels.estimate``; T tokens of a page, N pages that are summarised.
+Shape legend as there; in ``pack_means`` N are pages, W the values of 16 bits of a row.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from torch import Tensor
 CODE_ZERO = 8
 MAX_CODE = 7
 MIN_SCALE = 2.0**-24  # of float16
+_PART_PAGES = 1024  # summarised at once: each takes a copy of its lane's basis
 
 
 def estimate_pages(
@@ -51,6 +52,30 @@ def read_means(rows_HFY: Tensor, *, pages_per_frame: int) -> Tensor:
     scales = rows_HFY[..., half_dims * pages_per_frame :].contiguous().view(torch.float16)
     both_HFRP = torch.cat((codes_HFRP & 15, codes_HFRP >> 4), dim=2).float() - CODE_ZERO
     return (both_HFRP * scales.float()[:, :, None]).transpose(2, 3).flatten(1, 2)
+
+
+def summarise_pages(
+    pages_MTCD: Tensor,
+    page_rows_M: Tensor,
+    *,
+    basis_NDR: Tensor,
+    centre_ND: Tensor,
+    pages_per_frame: int,
+    store_SY: Tensor,
+) -> None:
+    """See ``kernels.summarise.summarise_pages``."""
+    half_dims = basis_NDR.shape[2] // 2
+    code_row_R = torch.arange(half_dims, device=store_SY.device) * pages_per_frame
+    first_scale = half_dims // 2 * pages_per_frame
+    parts = zip(pages_MTCD.split(_PART_PAGES), page_rows_M.split(_PART_PAGES), strict=True)
+    for part_MTCD, part_M in parts:
+        rows_M, places_M = part_M // pages_per_frame, part_M % pages_per_frame
+        lanes_M = rows_M % len(basis_NDR)
+        means_MD = part_MTCD[:, :, 0].mean(1, dtype=torch.float32) - centre_ND[lanes_M]
+        codes, scales_M = pack_means(torch.bmm(means_MD[:, None], basis_NDR[lanes_M])[:, 0])
+        store_SY[rows_M[:, None], code_row_R + places_M[:, None]] = codes
+        store_SW = store_SY.view(torch.float16)
+        store_SW[rows_M, first_scale + places_M] = scales_M
 
 
 def pack_means(means_NR: Tensor) -> tuple[Tensor, Tensor]:

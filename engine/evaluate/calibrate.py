@@ -20,7 +20,7 @@ from sparsed.engine.evaluate.methods import Methods
 from sparsed.engine.evaluate.parallel import ParallelDecode
 from sparsed.engine.evaluate.texts import Window
 from sparsed.engine.models.decoder import Decoder
-from sparsed.engine.sparse.basis import product_basis
+from sparsed.engine.sparse.basis import Moments, product_basis
 
 CURVE_PAGE_TOKENS: Final = 16
 CURVE_SHARE: Final = 1 / 16
@@ -82,7 +82,8 @@ def calibrate(
 def _learn(lessons: Sequence[Lesson], *, gate_dims: int | None, scale: float) -> dict[str, Tensor]:
     """What one layer adds to a calibration, and its curve of attention."""
     q_NHGD = torch.cat([lesson.q_NHGD for lesson in lessons])
-    keys, queries, centre = product_basis(q_NHGD, torch.cat([x.keys_HMD for x in lessons], dim=1))
+    moments = Moments.of(q_NHGD, torch.cat([x.keys_HMD for x in lessons], dim=1))
+    keys, queries, centre = product_basis(moments)
     curves = [_curve(lesson, scale=scale) for lesson in lessons]
     num_pages = min(curve.shape[-1] for curve in curves)
     learned = {

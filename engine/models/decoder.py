@@ -40,7 +40,7 @@ class Decoder:
     def __init__(self, config: ModelConfig, weights: ModelWeights) -> None:
         self.config = config
         self.weights = weights
-        self._rope = Rope(config.rope, head_dim=config.head_dim, device=weights.embedding_VD.device)
+        self.rope = Rope(config.rope, head_dim=config.head_dim, device=weights.embedding_VD.device)
 
     @torch.inference_mode()
     def forward(
@@ -58,7 +58,7 @@ class Decoder:
         chunk), position + 1 for a generated one. None means position + 1 for all.
         """
         hidden_ND = F.embedding(tokens_N, self.weights.embedding_VD)
-        tables = self._rope.tables(positions_N, lengths_N=lengths_N, dtype=hidden_ND.dtype)
+        tables = self.rope.tables(positions_N, lengths_N=lengths_N, dtype=hidden_ND.dtype)
         for number, layer in enumerate(self.weights.layers):
             normed_ND = self._norm(hidden_ND, layer.input_norm_D)
             o_NHD = attend(number, *self._project(normed_ND, layer, tables))

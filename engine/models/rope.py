@@ -1,6 +1,6 @@
 """Rotary position embedding: the frequencies of each variant, and the angles of every position.
 
-Shape legend: N tokens, D head dim, F = D / 2 frequencies.
+Shape legend: N tokens, D head dim, F = D / 2 frequencies, J positions.
 """
 
 from __future__ import annotations
@@ -41,6 +41,16 @@ class Rope:
         cos_ND = torch.cat((cos_NF, cos_NF), dim=1)
         sin_ND = torch.cat((-sin_NF, sin_NF), dim=1)
         return cos_ND.to(dtype), sin_ND.to(dtype)
+
+    def moves(self, positions_J: Tensor) -> Tensor:
+        """Matrices (J, D, D), float64, that take rotated heads so many positions on: ``move @ x``
+        (of the dynamic variant those of a sequence within the original context)."""
+        angles_JF = positions_J.double()[:, None] * self._frequencies_F.double()
+        cos_JF, sin_JF = angles_JF.cos(), angles_JF.sin()
+        eye_DD = torch.eye(self._head_dim, dtype=torch.float64, device=positions_J.device)
+        other_half_DD = eye_DD.roll(self._head_dim // 2, dims=1)
+        sin_JD = torch.cat((-sin_JF, sin_JF), dim=1)
+        return torch.diag_embed(cos_JF.repeat(1, 2)) + sin_JD[..., None] * other_half_DD
 
     def _dynamic_frequencies(self, lengths_N: Tensor) -> Tensor:
         """(N, F) of each token's own base, which grows with its sequence (NTK-aware scaling)."""

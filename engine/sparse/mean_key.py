@@ -1,12 +1,10 @@
 """Selection by the mean key of a page, kept in few bits of few dims of a learned basis.
 
-Shape legend as in ``sparse.base``; L layers, N lanes (L * H), R kept dims, P pages of a frame,
-S rows of the store (lanes of frames), Y bytes of such a row, W values of 16 bits of such a row.
+Shape legend as in ``sparse.base``; L layers, N lanes (L * H), R kept dims, S rows of the store
+(lanes of frames), Y bytes of such a row.
 """
 
 from __future__ import annotations
-
-from typing import Final
 
 import torch
 from torch import Tensor
@@ -14,9 +12,7 @@ from torch import Tensor
 from sparsed.engine.kvcache.geometry import Geometry
 from sparsed.engine.sparse.basis import Basis
 from sparsed.kernels.estimate import estimate_pages, row_bytes
-from sparsed.kernels.reference_estimate import pack_means
-
-_PART_PAGES: Final = 1024  # summarised at once: each takes a copy of its lane's basis
+from sparsed.kernels.summarise import summarise_pages
 
 
 class MeanKeySelector:
@@ -43,8 +39,6 @@ class MeanKeySelector:
         num_rows = (num_frames + 1) * geometry.num_lanes
         size = (num_rows, row_bytes(geometry.pages_per_block, num_dims))
         self._store_SY = torch.zeros(size, dtype=torch.uint8, device=device)
-        self._first_scale = num_dims // 4 * geometry.pages_per_block  # in values of 16 bits
-        self._code_row_R = torch.arange(num_dims // 2, device=device) * geometry.pages_per_block
 
     @property
     def store_bytes(self) -> int:
@@ -54,9 +48,14 @@ class MeanKeySelector:
         return group
 
     def summarise(self, pages_MTCD: Tensor, page_rows_M: Tensor) -> None:
-        parts = zip(pages_MTCD.split(_PART_PAGES), page_rows_M.split(_PART_PAGES), strict=True)
-        for pages, page_rows in parts:
-            self._summarise(pages, page_rows)
+        summarise_pages(
+            pages_MTCD.contiguous(),
+            page_rows_M,
+            basis_NDR=self._keys_NDR,
+            centre_ND=self._centre_ND,
+            pages_per_frame=self._geometry.pages_per_block,
+            store_SY=self._store_SY,
+        )
 
     def estimate(
         self,
@@ -82,14 +81,3 @@ class MeanKeySelector:
             scale=self._geometry.head_dim**-0.5,
             out_HGX=out_HVX,
         )
-
-    def _summarise(self, pages_MTCD: Tensor, page_rows_M: Tensor) -> None:
-        per_frame = self._geometry.pages_per_block
-        rows_M, places_M = page_rows_M // per_frame, page_rows_M % per_frame
-        lanes_M = rows_M % self._geometry.num_lanes
-        means_MD = pages_MTCD[:, :, 0].mean(1, dtype=torch.float32) - self._centre_ND[lanes_M]
-        kept_MR = torch.bmm(means_MD[:, None], self._keys_NDR[lanes_M])[:, 0]
-        codes, scales_M = pack_means(kept_MR)
-        self._store_SY[rows_M[:, None], self._code_row_R + places_M[:, None]] = codes
-        store_SW = self._store_SY.view(torch.float16)
-        store_SW[rows_M, self._first_scale + places_M] = scales_M

@@ -145,7 +145,7 @@ def test_knobs_change_now_or_at_the_next_start(daemon: StartDaemon) -> None:
         assert admin.status().knobs.token_budget == 2048
         assert admin.set_knobs(change, validate_only=False, reason="test") == preview
         assert admin.status().knobs.token_budget == 512
-        assert admin.status().knobs.page_size == 16
+        assert admin.status().knobs.page_size == 8
     assert running.stop() == 0
     again = daemon(*SMALL, state_dir=running.state_dir)
     with AdminClient(again.state_dir / "run" / "sparsed.sock") as admin:

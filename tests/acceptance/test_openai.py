@@ -97,7 +97,7 @@ def test_sparse_details(client: openai.OpenAI) -> None:
         return found
 
     sparse, wider, off = details(), details(token_budget=512), details(mode="off")
-    assert sparse["method"] == "cuboid-mean"
+    assert sparse["method"] == "mean-key"
     assert sparse["token_budget"] == BUDGET
     assert sparse["sparse_steps"] > 0
     assert sparse["tokens_read"] < wider["tokens_read"] < off["tokens_read"]

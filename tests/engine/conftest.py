@@ -22,8 +22,10 @@ from sparsed.engine.models.config import load_config
 from sparsed.engine.models.dummy import DUMMY_PREFIX, dummy_config
 from sparsed.engine.planner import plan_memory, resolve_knobs
 from sparsed.engine.runner import Runner
+from sparsed.engine.sparse.basis import Basis
 from sparsed.engine.sparse.selectors import make_selector
 
+MakeBasis = Callable[[Geometry], Basis]
 MakeCache = Callable[..., KVCache]
 MakeSpec = Callable[..., EngineSpec]
 MakeRunner = Callable[..., Runner]
@@ -51,7 +53,22 @@ def _one_thread() -> None:
 
 
 @pytest.fixture(scope="session")
-def make_cache() -> MakeCache:
+def make_basis() -> MakeBasis:
+    """``make_basis(geometry)`` -> of every lane a random rotation, cut to the kept dims, and a
+    random centre: always the same ones."""
+
+    def make(geometry: Geometry) -> Basis:
+        random = torch.Generator().manual_seed(0)
+        lanes, dims = (geometry.num_layers, geometry.num_kv_heads), geometry.head_dim
+        rotations = torch.linalg.qr(torch.randn((*lanes, dims, dims), generator=random)).Q
+        keys = rotations[..., : geometry.kept_dims].contiguous()
+        return Basis(keys, keys, torch.randn((*lanes, dims), generator=random))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_cache(make_basis: MakeBasis) -> MakeCache:
     """``make_cache(lane_blocks=, num_frames=, page_size=, **knobs)`` -> a cache of two layers and
     two KV heads whose arena has that many blocks per lane, and two more that fill no lane."""
 
@@ -68,19 +85,26 @@ def make_cache() -> MakeCache:
         )
         geometry = Geometry.of(shape, dtype="float32", page_size=page_size)
         parts: dict[str, Any] = {"dtype": torch.float32, "device": torch.device("cpu")}
+        tables = PageTables(
+            geometry,
+            num_rows=knobs.max_num_seqs,
+            max_model_len=knobs.max_model_len,
+            pool_frames=num_frames,
+            device=parts["device"],
+        )
         return KVCache(
             geometry,
             arena=HotArena(geometry, plan, **parts),
             pool=DramPool(geometry, num_frames=num_frames, pool_fd=None, **parts),
-            tables=PageTables(
-                geometry,
-                num_rows=knobs.max_num_seqs,
-                max_model_len=knobs.max_model_len,
-                pool_frames=num_frames,
-                device=parts["device"],
+            tables=tables,
+            selector=make_selector(
+                knobs.sparse_method,
+                geometry=geometry,
+                frames_RF=tables.frames_RF,
+                num_frames=num_frames,
+                dtype=parts["dtype"],
+                basis=make_basis(geometry),
             ),
-            summaries_RE=torch.empty(num_frames * geometry.page_rows_per_frame, 2 * shape.head_dim),
-            selector=make_selector(knobs.sparse_method),
             transfer=Transfer(page_bytes=geometry.page_bytes, device=parts["device"]),
             knobs=knobs,
         )

@@ -20,12 +20,17 @@ from sparsed.core import PAGE_SIZES, SparseMethod
 from sparsed.engine.attention import Attention
 from sparsed.engine.batch import DecodeRow, PromptChunk, StepPlan
 from sparsed.engine.kvcache.cache import KVCache
+from sparsed.engine.sparse.basis import Basis
 
+MakeBasis = Callable[..., Basis]
 MakeCache = Callable[..., KVCache]
 NUM_LAYERS, NUM_HEADS, GROUP, HEAD_DIM = 2, 2, 2, 4
 SCALE = HEAD_DIM**-0.5
 MAX_LEN = 1024
-CLEAR_MARGIN = 1e-4  # between the last page that is chosen and the first that is not
+CLEAR_MARGINS = {  # between the last page that is chosen and the first that is not
+    SparseMethod.CUBOID_MEAN: 1e-4,
+    SparseMethod.MEAN_KEY: 1e-6,
+}
 
 
 @dataclass
@@ -50,20 +55,16 @@ def plain_attention(q_HGD: Tensor, kv_MHCD: Tensor, seen_HM: Tensor) -> tuple[Te
 
 
 def seen_by_selection(
-    q_HGD: Tensor, kv_MHCD: Tensor, *, page_size: int, count: int
+    scores_HP: Tensor, *, num_tokens: int, page_size: int, count: int
 ) -> tuple[Tensor, float]:
-    """The tokens (H, M) that cuboid-mean attends to, and the margin of its choice."""
-    num_full = (len(kv_MHCD) - 1) // page_size
-    keys_PTHD = kv_MHCD[: num_full * page_size, :, 0].unflatten(0, (num_full, page_size))
-    low_PHD, high_PHD = keys_PTHD.amin(1), keys_PTHD.amax(1)
-    center_PHD = (low_PHD + high_PHD) / 2
-    radius_PHD = (keys_PTHD - center_PHD[:, None]).abs().mean(1)
-    upper, lower = (q_HGD * (center_PHD + sign * radius_PHD)[:, :, None] for sign in (1, -1))
-    scores_HP = torch.maximum(upper, lower).sum(-1).mean(-1).T
-    scores_HP[:, [0, -1]] = float("inf")
-    ranked_HP = scores_HP.sort(descending=True)
+    """The tokens (H, M) that are attended to, and the margin of the choice: the first page, the
+    newest 64 tokens or the newest page, and the partial page always."""
+    num_full = scores_HP.shape[1]
+    scores_HP[:, 0] = float("inf")
+    scores_HP[:, -max(1, 64 // page_size) :] = float("inf")
+    ranked_HP = scores_HP.sort(descending=True, stable=True)
     margin = (ranked_HP.values[:, count - 1] - ranked_HP.values[:, count]).min()
-    seen_HM = torch.zeros(NUM_HEADS, len(kv_MHCD), dtype=torch.bool)
+    seen_HM = torch.zeros(NUM_HEADS, num_tokens, dtype=torch.bool)
     seen_HM[:, num_full * page_size :] = True
     for head in range(NUM_HEADS):
         for page in ranked_HP.indices[head, :count].tolist():
@@ -71,11 +72,35 @@ def seen_by_selection(
     return seen_HM, float(margin)
 
 
+def cuboid_scores(q_HGD: Tensor, keys_PTHD: Tensor) -> Tensor:
+    low_PHD, high_PHD = keys_PTHD.amin(1), keys_PTHD.amax(1)
+    center_PHD = (low_PHD + high_PHD) / 2
+    radius_PHD = (keys_PTHD - center_PHD[:, None]).abs().mean(1)
+    upper, lower = (q_HGD * (center_PHD + sign * radius_PHD)[:, :, None] for sign in (1, -1))
+    return torch.maximum(upper, lower).sum(-1).mean(-1).T
+
+
+def mean_key_scores(
+    q_HGD: Tensor, keys_PTHD: Tensor, basis_HDR: Tensor, centre_HD: Tensor
+) -> Tensor:
+    """The votes of the group; NaN where a mean is too near to the edge of two codes."""
+    means_HPD = (keys_PTHD.mean(1) - centre_HD).transpose(0, 1)
+    means_HPR = means_HPD @ basis_HDR
+    scale_HP1 = (means_HPR.abs().amax(-1, keepdim=True) / 7).half().float()
+    steps_HPR = means_HPR / scale_HP1
+    off_HPR = (steps_HPR - steps_HPR.floor() - 0.5).abs()
+    estimates_HGP = (q_HGD @ basis_HDR) @ (steps_HPR.round() * scale_HP1).mT * SCALE
+    votes_HP = estimates_HGP.softmax(-1).sum(1)
+    return votes_HP if off_HPR.min() > 1e-5 else torch.full_like(votes_HP, float("nan"))
+
+
 class World:
     """Requests that come and go over one cache, each step compared with plain attention."""
 
-    def __init__(self, cache: KVCache, *, dense_layers: int, seed: int) -> None:
+    def __init__(self, cache: KVCache, basis: Basis, *, dense_layers: int, seed: int) -> None:
         self.cache = cache
+        self.basis = basis
+        self.method = SparseMethod(cache._knobs.sparse_method)
         self.page_size = cache.geometry.page_size
         self.dense_layers = dense_layers
         self.rng = np.random.default_rng(seed)
@@ -97,12 +122,12 @@ class World:
         total = min(prompt + int(self.rng.integers(1, 6 * self.page_size)), MAX_LEN)
         budget = int(self.rng.choice((0, 4, 5, 12))) * self.page_size or None  # None: the knob's
         dense = self.rng.random() < 0.3
-        method = SparseMethod.DENSE if dense else SparseMethod.CUBOID_MEAN
+        method = SparseMethod.DENSE if dense else self.method
         if self.cache.can_admit(total, method=method, token_budget=budget):
             self.admit(min(prompt, total - 1), total, budget=budget, dense=dense)
 
     def admit(self, prompt: int, total: int, *, budget: int | None, dense: bool) -> None:
-        method = SparseMethod.DENSE if dense else SparseMethod.CUBOID_MEAN
+        method = SparseMethod.DENSE if dense else self.method
         row = self.cache.add(total, method=method, token_budget=budget)
         self.lives.append(Life(row=row, prompt=prompt, total=total))
 
@@ -177,8 +202,19 @@ class World:
         self, life: Life, layer: int, q_HGD: Tensor, o_HGD: Tensor, count: int
     ) -> None:
         kv_MHCD = life.kv_MHCD[layer]
-        seen_HM, margin = seen_by_selection(q_HGD, kv_MHCD, page_size=self.page_size, count=count)
-        if margin < CLEAR_MARGIN:
+        num_full = (len(kv_MHCD) - 1) // self.page_size
+        keys_PTHD = kv_MHCD[: num_full * self.page_size, :, 0].unflatten(0, (num_full, -1))
+        if self.method is SparseMethod.MEAN_KEY:
+            basis_HDR, centre_HD = self.basis.keys_LHDR[layer], self.basis.centre_LHD[layer]
+            scores_HP = mean_key_scores(q_HGD, keys_PTHD, basis_HDR, centre_HD)
+        else:
+            scores_HP = cuboid_scores(q_HGD, keys_PTHD)
+        if scores_HP.isnan().any():
+            return
+        seen_HM, margin = seen_by_selection(
+            scores_HP, num_tokens=len(kv_MHCD), page_size=self.page_size, count=count
+        )
+        if margin < CLEAR_MARGINS[self.method]:
             return
         expected, lse = plain_attention(q_HGD, kv_MHCD, seen_HM)
         torch.testing.assert_close(o_HGD, expected, atol=1e-4, rtol=1e-4)
@@ -196,18 +232,26 @@ class World:
     page_size=st.sampled_from(PAGE_SIZES),
     lane_blocks=st.integers(2, 12),
     dense_layers=st.integers(0, 1),
+    method=st.sampled_from((SparseMethod.MEAN_KEY, SparseMethod.CUBOID_MEAN)),
     seed=st.integers(0, 2**16),
 )
 def test_attention(
-    make_cache: MakeCache, page_size: int, lane_blocks: int, dense_layers: int, seed: int
+    make_cache: MakeCache,
+    make_basis: MakeBasis,
+    page_size: int,
+    lane_blocks: int,
+    dense_layers: int,
+    method: SparseMethod,
+    seed: int,
 ) -> None:
     cache = make_cache(
         lane_blocks=lane_blocks,
         num_frames=24,
         page_size=page_size,
         token_budget=max(256, 4 * page_size),
+        sparse_method=method,
     )
-    world = World(cache, dense_layers=dense_layers, seed=seed)
+    world = World(cache, make_basis(cache.geometry), dense_layers=dense_layers, seed=seed)
     for step in range(70):
         if step % 3 == 0:
             world.come()
@@ -221,16 +265,23 @@ def test_attention(
     assert len(cache.arena.blocks) == cache.arena.blocks.size
 
 
+@pytest.mark.parametrize("method", [SparseMethod.MEAN_KEY, SparseMethod.CUBOID_MEAN])
 @pytest.mark.parametrize(
     ("budget", "dense", "missed", "overflow"),
     [(128, False, True, False), (384, False, True, True), (128, True, False, False)],
 )
 def test_a_request_alone_on_eight_slots(
-    make_cache: MakeCache, budget: int, dense: bool, missed: bool, overflow: bool
+    make_cache: MakeCache,
+    make_basis: MakeBasis,
+    budget: int,
+    dense: bool,
+    missed: bool,
+    overflow: bool,
+    method: SparseMethod,
 ) -> None:
     """Three pages fit and come and go, eleven take passes, dense streams all of them."""
-    cache = make_cache(lane_blocks=2, num_frames=24, token_budget=256)
-    world = World(cache, dense_layers=0, seed=1)
+    cache = make_cache(lane_blocks=2, num_frames=24, token_budget=256, sparse_method=method)
+    world = World(cache, make_basis(cache.geometry), dense_layers=0, seed=1)
     world.admit(500, 600, budget=budget, dense=dense)
     while world.lives:
         world.compute()

@@ -37,6 +37,8 @@ def test_pages_tile_blocks_and_blocks_tile_frames(geometry: Geometry) -> None:
     assert geometry.summary_bytes_per_frame(SparseMethod.DENSE) == 0
     summaries = geometry.summary_bytes_per_frame(SparseMethod.QUEST)
     assert summaries * geometry.page_size == geometry.frame_bytes
+    summaries = geometry.summary_bytes_per_frame(SparseMethod.MEAN_KEY)
+    assert summaries == geometry.page_rows_per_frame * (min(40, geometry.head_dim) // 2 + 2)
 
 
 @settings(deadline=None)
@@ -114,8 +116,8 @@ def test_every_way_to_a_page_row_is_the_layout(
     pages_BHK = torch.full((1, geometry.num_kv_heads, 1), page)
     assert tables.selected_page_rows(rows_B, layer, pages_BHK)[0, head, 0] == expected
     assert tables.page_rows_at(rows_B, torch.tensor([page]))[0, layer, head] == expected
-    frame_row = tables.frame_rows(rows_B, 3)[0, head, page // geometry.pages_per_block]
-    assert frame_row + layer * geometry.num_kv_heads == block
+    tables.page_slot_X[expected] = 77
+    assert tables.selected_slots(rows_B, layer, pages_BHK)[0, head, 0] == 77
 
 
 @pytest.mark.parametrize("page_size", PAGE_SIZES)

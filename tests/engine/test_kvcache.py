@@ -23,6 +23,8 @@ from hypothesis.stateful import (
 from sparsed.core import PAGE_SIZES, CapacityError, SparseMethod
 from sparsed.engine.kvcache.cache import KVCache, Row
 from sparsed.engine.kvcache.hbm import FREE_STEP, LOCKED_STEP, slots_of_blocks
+from sparsed.engine.kvcache.residency import Residency
+from sparsed.engine.sparse.bounds import BoundSelector
 
 MakeCache = Callable[..., KVCache]
 MAX_LEN = 1024
@@ -58,6 +60,7 @@ class CacheMachine(RuleBasedStateMachine):
             token_budget=self.budget,
         )
         self.page_size = page_size
+        self.residency = Residency(self.cache)
         self.lives: dict[int, Life] = {}
         self.step = 0
 
@@ -126,18 +129,21 @@ class CacheMachine(RuleBasedStateMachine):
         num_blocks = [self.cache.rows[index].num_blocks for index in rows]
         num_pages = max(num_full.values())
         was_hot = tables.slots_in_order(rows_B, layer, num_pages).gather(-1, pages_BHK) >= 0
-        slots_BHK, fetch = tables.resolve(
-            self.cache.arena,
+        self.residency.begin(self.step)
+        resolved = self.residency.bring_in(
+            pages_BHK.int(),
             layer=layer,
-            rows_B=rows_B,
-            pages_BHK=pages_BHK,
+            rows_B=rows_B.int(),
+            positions_B=torch.tensor([self.lives[i].length for i in rows], dtype=torch.int32),
             max_blocks=max(num_blocks),
-            step=self.step,
         )
-        now_BHP = tables.slots_in_order(rows_B, layer, num_pages)
-        assert torch.equal(now_BHP.gather(-1, pages_BHK), slots_BHK)
+        slots_BHK = tables.slots_in_order(rows_B, layer, num_pages).gather(-1, pages_BHK)
+        assert torch.equal(slots_BHK.sort(-1).values, resolved.slots_BHK.sort(-1).values)
         assert bool((slots_BHK[was_hot] >= 0).all())
-        assert (fetch is None) == bool(was_hot.all())
+        placed = ((slots_BHK >= 0) & ~was_hot).sum()
+        assert int(resolved.num_misses_1) == placed
+        tail_B = torch.tensor([self.lives[i].length // self.page_size for i in rows])
+        assert torch.equal(resolved.tail_slots_BH, tables.slots_at(rows_B, tail_B)[layer])
         room_B1 = (
             torch.tensor(num_blocks)[:, None] * per_block - 1
         )  # the page of the token is locked
@@ -259,7 +265,7 @@ def test_cache(make_cache: MakeCache) -> None:
 
 def test_summaries_and_copies_of_sealed_pages(make_cache: MakeCache) -> None:
     """A page that decode fills is in the DRAM tier and ranked by its own keys."""
-    cache = make_cache(lane_blocks=2, num_frames=2, page_size=8)
+    cache = make_cache(lane_blocks=2, num_frames=2, page_size=8, sparse_method="cuboid-mean")
     row = cache.add(200, method=SparseMethod.CUBOID_MEAN, token_budget=None)
     for position in range(16):
         cache.open_token(row, position)
@@ -273,7 +279,9 @@ def test_summaries_and_copies_of_sealed_pages(make_cache: MakeCache) -> None:
     center = (keys.amax(-2) + keys.amin(-2)) / 2
     radius = (keys - center[..., None, :]).abs().mean(-2)
     expected = torch.cat((center + radius, center - radius), dim=-1)
-    torch.testing.assert_close(cache.summaries_RE[rows], expected)
+    assert isinstance(cache.selector, BoundSelector)
+    kept_RE = cache.selector._store_SZE.view(-1, expected.shape[-1])
+    torch.testing.assert_close(kept_RE[rows], expected)
     assert cache.transfer.d2h[0] == slots.numel() * cache.geometry.page_bytes
     assert bool((cache.arena.slot_step_N[slots] == 20).all()), "no longer locked"
 

@@ -38,6 +38,7 @@ MakeEngine = Callable[..., Engine]
 Oracle = Callable[..., list[int]]
 
 NUM_TOKENS = 200
+SPARSE_METHODS = tuple(method for method in SparseMethod if method != SparseMethod.DENSE)
 
 
 def tokens_of(count: int, *, seed: int = 0, vocab_size: int = 320) -> tuple[int, ...]:
@@ -253,7 +254,7 @@ def test_real_weights(
 # -- sparse attention: no transformers to compare with, but the tiers must not matter -----------
 
 
-@pytest.mark.parametrize("sparse_method", [SparseMethod.CUBOID_MEAN, SparseMethod.QUEST])
+@pytest.mark.parametrize("sparse_method", SPARSE_METHODS)
 @pytest.mark.parametrize("page_size", [8, 128])
 def test_below_the_budget_sparse_is_dense_to_the_bit(
     make_runner: MakeRunner, llama: Path, page_size: int, sparse_method: SparseMethod
@@ -272,7 +273,7 @@ def test_below_the_budget_sparse_is_dense_to_the_bit(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sparse_method", [SparseMethod.CUBOID_MEAN, SparseMethod.QUEST])
+@pytest.mark.parametrize("sparse_method", SPARSE_METHODS)
 @pytest.mark.parametrize("page_size", PAGE_SIZES)
 def test_sparse_on_small_tiers_is_sparse_on_large_ones(
     make_runner: MakeRunner, llama: Path, page_size: int, sparse_method: SparseMethod
@@ -414,7 +415,7 @@ def test_every_request_chooses_for_itself(
         budget = one.sparse.token_budget or 512
         if sparse:  # full pages up to the budget less one page, and the partial page
             assert 59 * (budget - 32) < details.tokens_read <= 59 * budget
-        method = SparseMethod.DENSE if name == "off" else SparseMethod.CUBOID_MEAN
+        method = SparseMethod.DENSE if name == "off" else SparseMethod.MEAN_KEY
         assert details.method == method
 
 

@@ -172,14 +172,18 @@ def test_dense_has_no_summaries_and_more_room_for_pages() -> None:
     _, dense = plan({"sparse_method": "dense"})
     _, sparse = plan({"sparse_method": "quest"})
     assert dense.summaries_bytes == 0
-    assert sparse.summaries_bytes == sparse.dram_pool_bytes // 32
+    frame_bytes = sparse.dram_pool_bytes // sparse.num_frames
+    assert sparse.summaries_bytes == (sparse.num_frames + 1) * frame_bytes // 8
     assert dense.num_blocks > sparse.num_blocks
 
 
 def test_a_small_hot_tier_bounds_the_frames_by_their_summaries() -> None:
-    _, memory = plan({"kv_hbm_gib": 2.0, "kv_dram_gib": 100.0, "page_size": 8})
-    assert memory.summaries_bytes <= GIB
-    assert memory.summaries_bytes == memory.dram_pool_bytes // 8
+    asked = {"kv_hbm_gib": 2.0, "kv_dram_gib": 100.0, "page_size": 8}
+    _, memory = plan(asked | {"sparse_method": "quest"})
+    assert 0.9 * GIB < memory.summaries_bytes <= GIB
+    _, small = plan(asked | {"sparse_method": "mean-key"})
+    assert small.dram_pool_bytes > 99 * GIB, "an eleventh of the bytes"
+    assert small.summaries_bytes < memory.summaries_bytes
 
 
 def test_a_small_hot_tier_bounds_the_frames_by_their_tables() -> None:

@@ -54,6 +54,7 @@ def soak(*, make_runner: MakeRunner = load_runner, **options: Any) -> Result:
         (ahead, {"seed": 12, "page_size": 8, "sparse_method": "quest", "lane_blocks": 9}),
         (ahead_over_tiers, {"seed": 13, "page_size": 64, "dense_layers": 1, "num_frames": 25}),
         (ahead, {"seed": 15, "page_size": 128, "lane_blocks": 3, "steps": 400}),
+        (load_runner, {"seed": 16, "sparse_method": "cuboid-mean", "lane_blocks": 6}),
     ],
 )
 def test_nothing_is_lost_or_wrong(make_runner: MakeRunner, options: dict[str, Any]) -> None:
@@ -95,8 +96,9 @@ def test_nothing_is_lost_or_wrong_on_a_gpu(dtype: str, enforce_eager: bool, page
 def copy_wrongly(dst_RX: Tensor, src_RX: Tensor, **rows: Any) -> None:
     """Spoils a page of every copy."""
     copy_pages(dst_RX, src_RX, **rows)
-    wanted_M = rows["src_rows_M"] >= 0
-    dst_RX[rows["dst_rows_M"][wanted_M][:1]] += 1.0
+    count, wanted_M = rows.get("count"), rows["src_rows_M"] >= 0
+    wanted_M = wanted_M if count is None else wanted_M[: int(count)]
+    dst_RX[rows["dst_rows_M"][: len(wanted_M)][wanted_M][:1]] += 1.0
 
 
 @pytest.mark.parametrize(("check_steps", "words"), [(10, "tiers differ"), (10**6, "was saved")])

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparsed.kernels import sample
+from sparsed.kernels import reference_estimate, sample
 from sparsed.kernels.resident import BLOCK_TOKENS, ResidentPlan
 from sparsed.kernels.resolve import Resolved
 from sparsed.kernels.sample import DrawPlan
@@ -589,6 +589,128 @@ def decode_steps(
         step += int(numbers.choice([1, 1, 1, 1, 1, 2, 5, 80]))
 
 
+def estimate_case(
+    *,
+    requests: int = 3,
+    heads: int = 2,
+    group: int = 3,
+    dim: int = 64,
+    num_dims: int = 40,
+    frame_pages: int = 16,
+    row_frames: int = 9,
+    layers: int = 2,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> dict[str, object]:
+    """Arguments of ``estimate_pages``; NaN where nothing is to be written, and one request without
+    a full page."""
+    numbers = torch.Generator().manual_seed(seed)
+    num_frames = row_frames * 3
+    lanes = num_frames * layers * heads
+    means = random(lanes * frame_pages, num_dims, seed=seed + 1)
+    codes, scales = reference_estimate.pack_means(means)
+    codes = codes.view(lanes, frame_pages, -1).transpose(1, 2).reshape(lanes, -1)
+    scales = scales.view(lanes, frame_pages).contiguous().view(torch.uint8)
+    pages = torch.randint(1, row_frames * frame_pages, (requests,), generator=numbers)
+    pages[0], pages[-1] = row_frames * frame_pages, pages[-1] if requests == 1 else 0
+    first = torch.cat((torch.tensor([4]), 4 + (pages + 3).cumsum(0)[:-1]))
+    frames = torch.randperm(num_frames, generator=numbers).view(3, row_frames)
+    return {
+        "q_BHGD": random(requests, heads, group, dim, dtype=dtype, seed=seed + 2),
+        "store_MY": torch.cat((codes, scales), dim=1),
+        "basis_HDR": random(heads, dim, num_dims, seed=seed + 3) / 8,
+        "rows_B": torch.randint(0, 3, (requests,), generator=numbers).int(),
+        "frames_RF": frames.int(),
+        "num_full_B": pages.int(),
+        "first_B": first.int(),
+        "layer": layers - 1,
+        "num_layers": layers,
+        "pages_per_frame": frame_pages,
+        "scale": 0.125,
+        "out_HGX": torch.full((heads, group, int(first[-1] + pages[-1]) + 5), math.nan),
+    }
+
+
+def estimated_by(estimate: Callable[..., None], case: dict[str, object]) -> Tensor:
+    """What ``estimate`` writes into an output of its own."""
+    out_HGX = torch.full_like(case["out_HGX"], math.nan)
+    estimate(**{**case, "out_HGX": out_HGX})
+    return out_HGX
+
+
+def naive_estimate(**case: object) -> Tensor:
+    """Page by page in float64."""
+    out_HGX = torch.full_like(case["out_HGX"], math.nan, device="cpu").double()
+    q_BHGD, basis_HDR = (case[name].cpu().double() for name in ("q_BHGD", "basis_HDR"))
+    store_MY, frames_RF = case["store_MY"].cpu(), case["frames_RF"].tolist()
+    heads, per_frame, half = len(basis_HDR), case["pages_per_frame"], basis_HDR.shape[2] // 2
+    for b, row in enumerate(case["rows_B"].tolist()):
+        for page, head in itertools.product(range(int(case["num_full_B"][b])), range(heads)):
+            frame, place = frames_RF[row][page // per_frame], page % per_frame
+            kept_Y = store_MY[(frame * case["num_layers"] + case["layer"]) * heads + head]
+            codes = kept_Y[: half * per_frame].view(half, per_frame)[:, place].int()
+            scale = kept_Y[half * per_frame :].view(torch.float16)[place].double()
+            mean_R = (torch.cat((codes & 15, codes >> 4)).double() - 8) * scale
+            logits_G = q_BHGD[b, head] @ basis_HDR[head] @ mean_R * case["scale"]
+            out_HGX[head, :, int(case["first_B"][b]) + page] = logits_G
+    return out_HGX
+
+
+def summarise_case(
+    *,
+    pages: int = 30,
+    page_size: int = 8,
+    dim: int = 64,
+    num_dims: int = 40,
+    lanes: int = 4,
+    num_frames: int = 3,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> dict[str, object]:
+    """Arguments of ``summarise_pages``: different pages in any order, one of centres alone."""
+    numbers = torch.Generator().manual_seed(seed)
+    per_frame = BLOCK_TOKENS // page_size
+    num_rows = num_frames * lanes * per_frame
+    rows = torch.randperm(num_rows, generator=numbers)[:pages]
+    pages_MTCD = random(len(rows), page_size, 2, dim, dtype=dtype, seed=seed + 1)
+    # Of few bits, so that the mean of a page of them is exact and nothing is left of it.
+    centre_ND = random(lanes, dim, dtype=torch.bfloat16, seed=seed + 2).float()
+    for i, row in enumerate(rows[:1]):
+        pages_MTCD[i, :, 0] = centre_ND[row // per_frame % lanes].to(dtype)
+    row_bytes = per_frame * (num_dims // 2 + 2)
+    return {
+        "pages_MTCD": pages_MTCD,
+        "page_rows_M": rows,
+        "basis_NDR": random(lanes, dim, num_dims, seed=seed + 3),
+        "centre_ND": centre_ND,
+        "pages_per_frame": per_frame,
+        "store_SY": torch.full((num_frames * lanes, row_bytes), 77, dtype=torch.uint8),
+    }
+
+
+def summarised_by(summarise: Callable[..., None], case: dict[str, object]) -> Tensor:
+    """The store after ``summarise``, which has one of its own."""
+    store_SY = torch.full_like(case["store_SY"], 77)
+    summarise(**{**case, "store_SY": store_SY})
+    return store_SY
+
+
+def same_summaries(store_SY: Tensor, expected_SY: Tensor, *, per_frame: int) -> bool:
+    """The same but for rounding: few codes one step off, few scales by their last bit."""
+    half = store_SY.shape[1] // per_frame - 2
+    steps = [
+        torch.cat((codes & 15, codes >> 4)).int()
+        for codes in (part[:, : half * per_frame].cpu() for part in (store_SY, expected_SY))
+    ]
+    scales = [
+        part[:, half * per_frame :].cpu().contiguous().view(torch.float16).float()
+        for part in (store_SY, expected_SY)
+    ]
+    off = (steps[0] - steps[1]).abs()
+    close = torch.allclose(*scales, rtol=2e-3, atol=1e-7)
+    return close and int(off.max()) <= 1 and float(off.float().mean()) < 2e-3
+
+
 def split_query(q_BHD: Tensor) -> Tensor:
     return torch.cat((q_BHD.clamp(min=0), q_BHD.clamp(max=0)), dim=-1)
 
@@ -629,6 +751,12 @@ def cases() -> SimpleNamespace:
         naive_select=naive_select,
         fair_selections=fair_selections,
         numpy_uniforms=numpy_uniforms,
+        estimate=estimate_case,
+        estimated_by=estimated_by,
+        naive_estimate=naive_estimate,
+        summarise=summarise_case,
+        summarised_by=summarised_by,
+        same_summaries=same_summaries,
     )
 
 

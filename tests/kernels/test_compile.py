@@ -24,6 +24,7 @@ from sparsed.kernels import (
     bounds,
     checksum,
     copy,
+    estimate,
     gate,
     merge,
     norm,
@@ -32,10 +33,11 @@ from sparsed.kernels import (
     rotate,
     sample,
     score,
+    seal,
     select,
     selected,
-    seal,
     store,
+    summarise,
     tables,
 )
 
@@ -238,6 +240,38 @@ def launch_selected_merge(dim: int) -> None:
     selected._launch_merge(chosen, partials, 8, q_BHGD, torch.zeros(2, 8, 4))
 
 
+def launch_estimate(
+    dim: int, dtype: torch.dtype, *, group: int = 4, num_dims: int = 40, pages: int = 16
+) -> None:
+    ints_B = torch.zeros(2, dtype=torch.int32)
+    estimate._launch(
+        torch.zeros(2, 4, group, dim, dtype=dtype),
+        torch.zeros(8, estimate.row_bytes(pages, num_dims), dtype=torch.uint8),
+        basis_HDR=torch.zeros(4, dim, num_dims),
+        rows_B=ints_B,
+        frames_RF=torch.zeros(3, 8, dtype=torch.int32),
+        num_full_B=ints_B,
+        first_B=ints_B,
+        layer=1,
+        num_layers=2,
+        pages_per_frame=pages,
+        scale=1.0,
+        out_HGX=torch.zeros(4, group, 64),
+    )
+
+
+def launch_summarise(dim: int, dtype: torch.dtype, page_size: int, num_dims: int = 40) -> None:
+    pages_per_frame = 128 // page_size
+    summarise._launch(
+        torch.zeros(3, page_size, 2, dim, dtype=dtype),
+        torch.zeros(3, dtype=torch.int64),
+        basis_NDR=torch.zeros(4, dim, num_dims),
+        centre_ND=torch.zeros(4, dim),
+        pages_per_frame=pages_per_frame,
+        store_SY=torch.zeros(8, estimate.row_bytes(pages_per_frame, num_dims), dtype=torch.uint8),
+    )
+
+
 LAUNCHES: dict[str, Callable[[], None]] = {
     "copy 2 KiB": lambda: launch_copy(2048),
     "copy 2560 B": lambda: launch_copy(2560),
@@ -282,6 +316,14 @@ LAUNCHES: dict[str, Callable[[], None]] = {
     "selected misses 128 bf16": lambda: launch_selected(128, BF16, page_size=8, misses=True),
     "selected hits 64 fp32": lambda: launch_selected(64, FP32, page_size=32, misses=False),
     "selected merge": lambda: launch_selected_merge(128),
+    "estimate 128 bf16": lambda: launch_estimate(128, BF16),
+    "estimate 128 bf16, 32 dims": lambda: launch_estimate(128, BF16, group=8, num_dims=32),
+    "estimate 128 bf16, 8 pages": lambda: launch_estimate(128, BF16, pages=8),
+    "estimate 80 fp16": lambda: launch_estimate(80, FP16, group=1),
+    "estimate 64 fp32": lambda: launch_estimate(64, FP32, group=3),
+    "summarise 8x128 bf16": lambda: launch_summarise(128, BF16, 8),
+    "summarise 128x80 fp16": lambda: launch_summarise(80, FP16, 128),
+    "summarise 16x64 fp32, 32 dims": lambda: launch_summarise(64, FP32, 16, 32),
     "seal": lambda: launch_seal(32),
     "draw of 64": lambda: launch_draw(64),
     "draw of 49,152": lambda: launch_draw(49_152),

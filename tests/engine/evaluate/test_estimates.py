@@ -27,7 +27,6 @@ from sparsed.engine.evaluate.calibration import (
     Calibration,
     budget_factors,
     load_calibration,
-    product_basis,
     save_calibration,
 )
 from sparsed.engine.evaluate.clusters import (
@@ -38,6 +37,7 @@ from sparsed.engine.evaluate.clusters import (
 )
 from sparsed.engine.evaluate.estimates import PageEstimate, log_mass
 from sparsed.engine.evaluate.methods import Methods
+from sparsed.engine.sparse.basis import Moments, product_basis
 
 H, G, D, M, FIRST = 2, 2, 16, 512, 448
 SCALE = D**-0.5
@@ -178,7 +178,7 @@ def test_a_basis_of_full_rank_gives_the_products_back() -> None:
     mix = torch.randn((D, D), generator=generator)
     q_NHGD = torch.randn((300, H, G, D), generator=generator) @ mix
     keys_HMD = torch.randn((H, M, D), generator=generator) @ mix.T + 5
-    keys_HDD, queries_HDD = product_basis(q_NHGD, keys_HMD)
+    keys_HDD, queries_HDD, _ = product_basis(Moments.of(q_NHGD, keys_HMD))
     exact = torch.einsum("nhgd,hmd->nhgm", q_NHGD, keys_HMD)
     found = torch.einsum("nhgr,hmr->nhgm", *_mapped(q_NHGD, keys_HMD, queries_HDD, keys_HDD))
     off = found - exact
@@ -193,7 +193,7 @@ def test_the_first_dims_of_a_basis_are_the_best() -> None:
     rotation = torch.linalg.qr(torch.randn((D, D), generator=generator)).Q
     q_NHGD = torch.randn((300, H, G, D), generator=generator)
     keys_HMD = (torch.randn((H, M, D), generator=generator) * sizes) @ rotation
-    keys_HDD, queries_HDD = product_basis(q_NHGD, keys_HMD)
+    keys_HDD, queries_HDD, _ = product_basis(Moments.of(q_NHGD, keys_HMD))
     exact = torch.einsum("nhgd,hmd->nhgm", q_NHGD, keys_HMD)
     errors = []
     for dims in (1, 2, 4, 8, 16):
@@ -238,6 +238,7 @@ def test_a_calibration_is_read_back(tmp_path: Path) -> None:
     uses: tuple[Callable[[], object], ...] = (
         lambda: found.gate(0),
         lambda: found.basis(0, 2),
+        lambda: found.centre(0),
         lambda: found.budget_factors(BudgetRule.LAYER, 0),
     )
     for what in uses:

@@ -10,11 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from sparsed.core import (
     BudgetRule,
     Choice,
+    EngineSpec,
     GroupRule,
     InputError,
     MetadataFormat,
@@ -32,6 +34,7 @@ from sparsed.engine.evaluate.race import Race
 from sparsed.engine.evaluate.rankers import OracleRanker
 from sparsed.engine.evaluate.texts import Window
 from sparsed.engine.runner import Runner
+from sparsed.engine.sparse.base import SINK_PAGES, recent_pages
 
 NUM_CONTEXT = 700
 NUM_SCORED = 40
@@ -60,9 +63,17 @@ def tokens() -> list[int]:
     return random.Random(0).choices(range(3, 320), k=NUM_CONTEXT + NUM_SCORED + 1)
 
 
-def score(runner: Runner, tokens: list[int], choice: Choice) -> Scores:
+def score(
+    runner: Runner, tokens: list[int], choice: Choice, *, calibration: Calibration | None = None
+) -> Scores:
     context = Context(runner.decoder, tokens[:NUM_CONTEXT], num_scored=NUM_SCORED)
-    methods = Methods(choice, num_layers=NUM_LAYERS, num_tokens=NUM_CONTEXT, scale=context.scale)
+    methods = Methods(
+        choice,
+        num_layers=NUM_LAYERS,
+        num_tokens=NUM_CONTEXT,
+        scale=context.scale,
+        calibration=calibration,
+    )
     return score_text(runner.decoder, context, tokens[NUM_CONTEXT:], methods=methods)
 
 
@@ -108,12 +119,49 @@ def test_equals_the_runner_step_by_step(
         page_size=page_size,
         metadata=MetadataFormat.FP32,
         dense_layers=dense_layers,
+        sink_pages=SINK_PAGES,
+        recent_pages=recent_pages(page_size),
     )
     parallel = score(runner, tokens, choice)
     torch.testing.assert_close(parallel.logprobs_N, serial_N, rtol=0, atol=1e-4)
     dense = score(runner, tokens, Choice(method=RankMethod.DENSE))
     assert (dense.logprobs_N - serial_N).abs().max() > 1e-2  # sparsity does matter here
     assert runner.stats().hot_misses > 0
+
+
+def test_mean_keys_are_ranked_as_by_the_runner(
+    checkpoint: Path, tokens: list[int], make_spec: Callable[..., EngineSpec], tmp_path: Path
+) -> None:
+    """With the basis that the runner has learned and kept: maps, centre, bits and votes."""
+    spec = make_spec(
+        checkpoint,
+        sparse_method="mean-key",
+        token_budget=BUDGET_TOKENS,
+        hbm_budget=2 * BUDGET_TOKENS,
+        max_model_len=1024,
+    )
+    runner = Runner(replace(spec, cache_dir=str(tmp_path)), on_progress=lambda *_: None)
+    serial_N = step_by_step(runner, tokens, "mean-key")
+    (kept,) = (tmp_path / "bases").glob("*.safetensors")
+    names = {
+        "keys_LHDR": "basis.keys",
+        "queries_LHDR": "basis.queries",
+        "centre_LHD": "basis.centre",
+    }
+    calibration = Calibration({names[k]: v for k, v in load_file(kept).items()})
+    choice = Choice(
+        method=RankMethod.MEAN,
+        share=SHARE,
+        page_size=8,
+        metadata=MetadataFormat.INT4,
+        group_rule=GroupRule.SOFTMAX_SUM,
+        kept_dims=D,
+        recent_pages=8,
+    )
+    parallel = score(runner, tokens, choice, calibration=calibration)
+    torch.testing.assert_close(parallel.logprobs_N, serial_N, rtol=0, atol=1e-4)
+    coarse = score(runner, tokens, replace(choice, kept_dims=2), calibration=calibration)
+    assert (coarse.logprobs_N - serial_N).abs().max() > 1e-2  # the ranking does matter here
 
 
 def test_a_share_of_one_is_dense(runner: Runner, tokens: list[int]) -> None:

@@ -14,7 +14,6 @@ from sparsed.core import (
     GroupRule,
     MetadataFormat,
     RankMethod,
-    SparseMethod,
 )
 from sparsed.engine.evaluate.rankers import (
     CoarseToFineRanker,
@@ -23,7 +22,8 @@ from sparsed.engine.evaluate.rankers import (
     SummaryRanker,
 )
 from sparsed.engine.evaluate.select import select_pages
-from sparsed.engine.sparse.bounds import make_selector
+from sparsed.engine.kvcache.geometry import Geometry
+from sparsed.engine.sparse.bounds import BoundSelector
 from sparsed.engine.sparse.groups import agree
 from sparsed.engine.sparse.metadata import MIN_SCALE, round_trip, unit_bytes
 from sparsed.engine.sparse.summaries import (
@@ -78,13 +78,26 @@ def test_ranks_as_the_selector_of_the_engine(
     method: str, page_size: int, q_nHGD: Tensor, keys_HMD: Tensor
 ) -> None:
     """Scores differ by a constant of the query and KV head: the mean key is taken off here."""
-    selector = make_selector(SparseMethod(method))
-    assert selector is not None
-    pages_MTCD = keys_HMD.reshape(-1, page_size, 1, D).expand(-1, -1, 2, -1).contiguous()
+    geometry = Geometry(
+        num_layers=1, num_kv_heads=H, head_dim=D, page_size=page_size, element_bytes=4
+    )
     num_frames = M // BLOCK_TOKENS
-    summaries_RPE = selector.summarise(pages_MTCD).view(H * num_frames, -1, 2 * D)
-    rows_BHF = torch.arange(H * num_frames).view(H, num_frames).expand(N, -1, -1).contiguous()
-    engine_nHP = selector.score(q_nHGD, summaries_RPE, rows_BHF=rows_BHF)
+    selector = BoundSelector(
+        minmax=method == "quest",
+        geometry=geometry,
+        frames_RF=torch.arange(num_frames, dtype=torch.int32)[None],
+        num_frames=num_frames,
+        dtype=torch.float32,
+    )
+    pages_MTCD = keys_HMD.reshape(-1, page_size, 1, D).expand(-1, -1, 2, -1)
+    pages_HFP = torch.arange(len(pages_MTCD)).view(num_frames, H, -1).transpose(0, 1)
+    selector.summarise(pages_MTCD, pages_HFP.flatten())
+    engine_nHP = selector.score(
+        q_nHGD,
+        layer=0,
+        rows_B=torch.zeros(N, dtype=torch.int32),
+        num_full_B=full(M // page_size).int(),
+    )
     summary = Extremes() if method == "quest" else CuboidMean()
     ours = ranker(keys_HMD, summary, page_size=page_size, metadata=MetadataFormat.FP32)
     scores_nHP = ours.score(q_nHGD, None, num_full_n=full(M // page_size))

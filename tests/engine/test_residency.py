@@ -1,4 +1,4 @@
-"""``resolve`` against an exact LRU in plain Python."""
+"""The residency of selected pages against an exact LRU in plain Python."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 
 from sparsed.core import SparseMethod
 from sparsed.engine.kvcache.cache import KVCache
-from sparsed.engine.kvcache.hbm import slots_of_blocks
-from sparsed.engine.kvcache.tables import Resolved
+from sparsed.engine.kvcache.residency import Residency
+from sparsed.kernels.resolve import Resolved
 
 MakeCache = Callable[..., KVCache]
-NUM_PAGES = 1024 // 32
+NUM_PAGES = 1024 // 32 - 1  # the last page is partial, and has a slot in every lane
 NUM_HEADS = 2
 
 
@@ -41,6 +41,7 @@ class Lanes(NamedTuple):
     """Rows of a cache whose lanes hold nothing yet, and an oracle for each lane of layer 1."""
 
     cache: KVCache
+    residency: Residency
     rows: list[int]
     oracles: list[list[LaneLru]]
 
@@ -53,20 +54,19 @@ def new_lanes(make_cache: MakeCache, blocks_of_row: Sequence[int]) -> Lanes:
         row = cache.rows[rows[-1]]  # that has the frames of NUM_PAGES pages, but no more blocks
         row.frames = np.concatenate((row.frames, cache.pool.frames.take(8 - blocks)))
         cache.tables.open(row.index, torch.from_numpy(row.frames))
-    oracles = [[LaneLru(4 * blocks) for _ in range(NUM_HEADS)] for blocks in blocks_of_row]
-    return Lanes(cache, rows, oracles)
+    oracles = [[LaneLru(4 * blocks - 1) for _ in range(NUM_HEADS)] for blocks in blocks_of_row]
+    return Lanes(cache, Residency(cache), rows, oracles)
 
 
 def resolve(lanes: Lanes, order: Sequence[int], pages_BHK: torch.Tensor, step: int) -> Resolved:
     """Resolve the selections of rows ``order`` in layer 1."""
-    blocks = max(lanes.cache.rows[lanes.rows[i]].num_blocks for i in order)
-    return lanes.cache.tables.resolve(
-        lanes.cache.arena,
+    lanes.residency.begin(step)
+    return lanes.residency.bring_in(
+        pages_BHK[list(order)].int(),
         layer=1,
-        rows_B=torch.tensor([lanes.rows[i] for i in order]),
-        pages_BHK=pages_BHK[list(order)],
-        max_blocks=blocks,
-        step=step,
+        rows_B=torch.tensor([lanes.rows[i] for i in order], dtype=torch.int32),
+        positions_B=torch.full((len(order),), NUM_PAGES * 32 + 5, dtype=torch.int32),
+        max_blocks=max(lanes.cache.rows[lanes.rows[i]].num_blocks for i in order),
     )
 
 
@@ -99,8 +99,9 @@ def test_hits_and_victims_are_those_of_an_exact_lru(
     lanes, rng = new_lanes(make_cache, blocks), np.random.default_rng(seed)
     for step in range(1, 25):
         pages_BHK = random_selections(len(blocks), count, rng)
+        before_4 = lanes.residency.counters_4.clone()
         resolved = resolve(lanes, range(len(blocks)), pages_BHK, step)
-        missed = evicted = 0
+        missed = evicted = overflow = 0
         for row, heads in enumerate(lanes.oracles):
             for head, oracle in enumerate(heads):
                 pages = pages_BHK[row, head].tolist()
@@ -116,11 +117,11 @@ def test_hits_and_victims_are_those_of_an_exact_lru(
                 assert int(placed.sum()) == min(count, oracle.num_slots)
                 missed += count - len(hits)
                 evicted += len(gone)
+                overflow += max(0, count - oracle.num_slots)
                 used = dict.fromkeys(set(pages) & now, step)
                 oracle.used_at = {p: at for p, at in oracle.used_at.items() if p in now} | used
-        assert (resolved.fetch is None) == (missed == 0)
-        if resolved.fetch is not None:
-            assert (int(resolved.fetch.missed), int(resolved.fetch.evicted)) == (missed, evicted)
+        counted = (lanes.residency.counters_4 - before_4).tolist()
+        assert counted == [pages_BHK.numel(), missed, evicted, overflow]
 
 
 @settings(max_examples=30, deadline=None)
@@ -141,6 +142,7 @@ def test_the_order_of_the_batch_does_not_matter(
         expected = resolve(first, range(len(blocks)), pages_BHK, step)
         found = resolve(second, order, pages_BHK, step)
         assert torch.equal(found.slots_BHK, expected.slots_BHK[order])
+        assert torch.equal(found.tail_slots_BH, expected.tail_slots_BH[order])
         tables = [lanes.cache.tables.page_slot_MLHP[:-1] for lanes in (first, second)]
         assert torch.equal(*tables)
 
@@ -155,10 +157,9 @@ def test_the_hit_ratio_is_that_of_an_ordered_dict(make_cache: MakeCache, num_blo
     for step in range(1, num_steps):
         pages_BHK = random_selections(1, count, rng)
         resolved = resolve(lanes, [0], pages_BHK, step)
-        missed = 0 if resolved.fetch is None else int(resolved.fetch.missed)
-        hits += pages_BHK.numel() - missed
+        hits += int(resolved.num_hits_BH.sum())
         for head, lru in enumerate(caches):
-            expected_hits += use(lru, pages_BHK[0, head].tolist(), num_slots=4 * num_blocks)
+            expected_hits += use(lru, pages_BHK[0, head].tolist(), num_slots=4 * num_blocks - 1)
     total = num_steps * count * NUM_HEADS
     assert 0.3 < expected_hits / total < 0.95, "a trace that tells policies apart"
     assert abs(hits - expected_hits) < 0.02 * total
@@ -176,54 +177,26 @@ def use(lru: OrderedDict[int, None], pages: Sequence[int], *, num_slots: int) ->
     return len(present)
 
 
-def test_a_fetch_names_a_target_for_each_missing_page(make_cache: MakeCache) -> None:
-    lanes = new_lanes(make_cache, [1])
-    pages_BHK = torch.tensor([[[3, 9], [4, 0]]])
-    fetch = resolve(lanes, [0], pages_BHK, 1).fetch
-    assert fetch is not None
-    assert bool(fetch.placed_BHK.all())
-    blocks_H1 = lanes.cache.tables.lane_blocks_RLHN[lanes.rows[0], 1, :, :1].long()
-    owned_HS = slots_of_blocks(blocks_H1, pages_per_block=4)
-    assert bool((fetch.target_BHK[0, :, :, None] == owned_HS[:, None]).any(-1).all())
-    assert resolve(lanes, [0], pages_BHK, 2).fetch is None
-    fetch = resolve(lanes, [0], torch.tensor([[[3, 7], [4, 0]]]), 3).fetch
-    assert fetch is not None
-    assert fetch.placed_BHK.tolist() == [[[False, True], [False, False]]]
-    assert int(fetch.missed) == 1
-    assert int(fetch.evicted) == 0, "two of four slots were free"
+def test_what_is_missing_is_loaded_where_it_is_read(make_cache: MakeCache) -> None:
+    lanes = new_lanes(make_cache, [2])
+    cache, rows_B = lanes.cache, torch.tensor(lanes.rows)
+    cache.pool.pages_RX.copy_(torch.arange(len(cache.pool.pages_RX))[:, None])
+    for step, pages in enumerate(([3, 9], [3, 9], [7, 3]), start=1):
+        pages_BHK = torch.tensor([[pages, [4, 0]]])
+        resolved = resolve(lanes, [0], pages_BHK, step)
+        page_rows = cache.tables.selected_page_rows(rows_B, 1, pages_BHK)
+        slots = cache.tables.selected_slots(rows_B, 1, pages_BHK)
+        assert torch.equal(slots.sort(-1).values, resolved.slots_BHK.sort(-1).values)
+        expected = page_rows.float()[..., None].expand(1, 2, 2, cache.arena.pages_NX.shape[1])
+        assert torch.equal(cache.arena.pages_NX[slots.long()], expected)
+        assert int(resolved.num_misses_1) == (4, 0, 1)[step - 1]
+    assert lanes.residency.counters_4.tolist() == [12, 5, 0, 0], "two blocks have free slots"
 
 
 def test_a_lane_without_room_keeps_its_locked_page(make_cache: MakeCache) -> None:
     """Four slots, one locked: of four selected pages one is left to a pass through staging."""
     lanes = new_lanes(make_cache, [1])
-    lanes.cache.open_token(lanes.rows[0], 0)
-    pages_BHK = torch.tensor([[[1, 2, 3, 4]] * NUM_HEADS])
-    resolved = resolve(lanes, [0], pages_BHK, 2)
+    resolved = resolve(lanes, [0], torch.tensor([[[1, 2, 3, 4]] * NUM_HEADS]), 2)
     assert (resolved.slots_BHK >= 0).sum(-1).tolist() == [[3, 3]]
-    assert [resident(lanes, 0, head) for head in range(NUM_HEADS)] == [{0, 1, 2, 3}] * 2
-
-
-def test_victims_are_slots_that_the_lane_owns(make_cache: MakeCache) -> None:
-    """Head 0 of layer 1 has given one of its two blocks up; the host need not know."""
-    lanes = new_lanes(make_cache, [2])
-    cache, row = lanes.cache, lanes.rows[0]
-    cache.tables.num_blocks_RLH[row, 1, 0] = 1
-    given_up = cache.tables.lane_blocks_RLHN[row, 1, 0, 1].item()
-    pages_BHK = torch.arange(8).expand(1, NUM_HEADS, 8)
-    resolved = resolve(lanes, [0], pages_BHK, 1)
-    assert (resolved.slots_BHK >= 0).sum(-1).tolist() == [[4, 8]]
-    cache.tables.place_page(cache.arena, row, 9, max_blocks=2)
-    assert [len(resident(lanes, 0, head)) for head in range(NUM_HEADS)] == [4, 8]
-    slots_LH1 = cache.tables.slots_of(row, 9, 10)
-    assert given_up not in (slots_LH1[1, 0] // 4).tolist()
-    assert (cache.arena.slot_page_N.view(-1, 4)[given_up] == -1).all()
-
-
-def test_rows_without_a_frame_read_nothing(make_cache: MakeCache) -> None:
-    lanes = new_lanes(make_cache, [1])
-    tables = lanes.cache.tables
-    tables.page_slot_MLHP[tables.spare_frame] = 7  # of writes that nobody wanted
-    rows_B = torch.tensor([tables.spare_row, lanes.rows[0]])
-    assert (tables.slots_at(rows_B, torch.zeros(2, dtype=torch.int64)) == -1).all()
-    rows_BHF = tables.frame_rows(rows_B, 8) + NUM_HEADS  # of layer 1
-    assert rows_BHF.max() * 4 < len(lanes.cache.summaries_RE), "only what is there is read"
+    assert [resident(lanes, 0, head) for head in range(NUM_HEADS)] == [{1, 2, 3}] * 2
+    assert lanes.residency.counters_4.tolist() == [8, 8, 0, 2]
