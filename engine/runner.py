@@ -160,10 +160,10 @@ class Runner:
     def apply(self, knobs: Knobs) -> None:
         self.kv.apply(knobs)
         self.kv.transfer.ways.set_programs(knobs.copy_programs)
-        if self.steps is not None and self.steps.tiered is not None:
-            if _max_count(knobs) > self.steps.tiered.max_count:
-                self.steps = self._make_steps(knobs)
-                self.steps.capture(lambda _frac: None)
+        tiered = self.steps.tiered if self.steps is not None else None
+        if tiered is not None and _max_count(knobs) > tiered.max_count:
+            self.steps = self._make_steps(knobs)
+            self.steps.capture(lambda _frac: None)
 
     def stats(self) -> EngineStats:
         """Counters and gauges of the tiers; the caller adds those of requests and steps."""

@@ -33,12 +33,14 @@ Ints = npt.NDArray[np.int32]
 
 class StepRow(NamedTuple):
     """A decode row and how it attends: to ``in_place`` tokens where they lie, or to ``count`` of
-    its ``num_full`` full pages and the partial one. One of the two is 0."""
+    its ``num_full`` full pages and the partial one. One of the two is 0. ``is_hot``: all its pages
+    have their slots."""
 
     decode: DecodeRow
     in_place: int
     num_full: int = 0
     count: int = 0
+    is_hot: bool = False
 
 
 class Pages(NamedTuple):

@@ -61,10 +61,12 @@ class Step(NamedTuple):
 
 
 class Placed(NamedTuple):
-    """Where the pages of a layer are, once ``fetched`` (None: now) is over."""
+    """Where the pages of a layer are, once ``fetched`` (None: now) is over; without ``fetches`` all
+    are hits."""
 
     selected: Selected
     fetched: torch.cuda.Event | None
+    fetches: bool
 
 
 class TieredAttention:
@@ -126,7 +128,12 @@ class TieredAttention:
         """Start a step: forget what the last one had to fetch."""
         self._buffers.misses_L.zero_()
         if self._trace is not None:
-            self._trace.begin(inputs.rows_B, inputs.positions_B)
+            self._trace.begin(
+                inputs.rows_B,
+                positions_B=inputs.positions_B,
+                pages=inputs.pages,
+                width=self.max_count,
+            )
         offsets_B = inputs.positions_B % self._cache.geometry.page_size
         return Step(
             inputs=inputs,
@@ -135,11 +142,20 @@ class TieredAttention:
             tail_tokens_B=offsets_B + 1,
         )
 
-    def place(self, step: Step, layer: int, q_BHGD: Tensor, k_BHD: Tensor, v_BHD: Tensor) -> Placed:
+    def place(
+        self,
+        step: Step,
+        layer: int,
+        q_BHGD: Tensor,
+        k_BHD: Tensor,
+        v_BHD: Tensor,
+        *,
+        fetches: bool,
+    ) -> Placed:
         """Select the pages of a layer, give them slots, have those fetched that are missing, and
-        store the token in its partial page."""
+        store the token in its partial page. ``fetches`` false: none can be missing."""
         resolved = self._resolve(layer, self._select(layer, q_BHGD, step.inputs), step.inputs)
-        fetched = self._fetch(resolved)
+        fetched = self._fetch(resolved) if fetches else None
         store_tokens(
             self._cache.arena.pages_NTCD,
             slots_BH=resolved.tail_slots_BH,
@@ -154,7 +170,7 @@ class TieredAttention:
             tail_slots_BH=resolved.tail_slots_BH,
             tail_tokens_B=step.tail_tokens_B,
         )
-        return Placed(selected, fetched)
+        return Placed(selected, fetched, fetches)
 
     def attend(self, placed: Placed, q_BHGD: Tensor, *, out_BHGD: Tensor) -> Tensor:
         """Attend to the placed pages and to the partial one: into ``out``, for requests that
@@ -165,7 +181,8 @@ class TieredAttention:
         attend_hits(q_BHGD, arena_NTCD, selected=selected, partials=partials, scale=scale)
         if placed.fetched is not None:
             torch.cuda.current_stream(q_BHGD.device).wait_event(placed.fetched)
-        attend_misses(q_BHGD, arena_NTCD, selected=selected, partials=partials, scale=scale)
+        if placed.fetches:
+            attend_misses(q_BHGD, arena_NTCD, selected=selected, partials=partials, scale=scale)
         lse_BHG = torch.empty(q_BHGD.shape[:3], device=q_BHGD.device)
         merge_selected(selected, partials, page_size=page_size, out_BHGD=out_BHGD, lse_BHG=lse_BHG)
         return lse_BHG
@@ -196,9 +213,7 @@ class TieredAttention:
             out_BHK=pages_BHK,
         )
         if self._trace is not None:
-            self._trace.overwrite(
-                layer, pages_BHK, count_B=pages.count_B, num_full_B=pages.num_full_B
-            )
+            self._trace.overwrite(layer, pages_BHK)
         return pages_BHK
 
     def _resolve(self, layer: int, pages_BHK: Tensor, inputs: StepInput) -> Resolved:

@@ -451,6 +451,8 @@ def test_selections_of_any_batch_share_one_variant(max_pages: int) -> None:
                 max_pages=max_pages,
                 out_BHK=out_X[: num_requests * 2 * (1 + skip)].view(num_requests, 2, -1),
             )
+    assert len({kernel.hash for kernel in compiled}) == 1
+
 
 
 @pytest.mark.parametrize("name", [name for name in LAUNCHES if name.startswith("resolve")])
