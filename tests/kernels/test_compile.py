@@ -454,7 +454,6 @@ def test_selections_of_any_batch_share_one_variant(max_pages: int) -> None:
     assert len({kernel.hash for kernel in compiled}) == 1
 
 
-
 @pytest.mark.parametrize("name", [name for name in LAUNCHES if name.startswith("resolve")])
 def test_slots_are_read_as_they_are_written(name: str) -> None:
     """Steps, victims and old pages pass between threads through memory."""
