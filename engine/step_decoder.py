@@ -128,7 +128,7 @@ class StepDecoder:
         has_room = row.num_blocks * geometry.pages_per_block >= count + SPARE_SLOTS
         if self.tiered is None or not 0 < count <= self.tiered.max_count or not has_room:
             return None
-        return StepRow(decode, 0, num_full=num_full, count=count, is_hot=row.complete)
+        return StepRow(decode, 0, num_full=num_full, num_selected=count, is_hot=row.complete)
 
     @torch.inference_mode()
     def run(self, rows: Sequence[StepRow], *, step: int) -> Drawn:
@@ -267,6 +267,6 @@ def attention_programs(device: torch.device, *, num_heads: int) -> int:
 def step_kind(rows: Sequence[StepRow]) -> tuple[bool, bool, bool]:
     """What the requests of a step do, as in ``GraphKey``: one of the kinds there are graphs of."""
     in_place = any(row.in_place for row in rows)
-    selects = any(row.count for row in rows)
-    fetches = selects and (in_place or any(row.count and not row.is_hot for row in rows))
+    selects = any(row.num_selected for row in rows)
+    fetches = selects and (in_place or any(row.num_selected and not row.is_hot for row in rows))
     return in_place or not selects, selects, fetches

@@ -258,4 +258,5 @@ class TieredAttention:
         stream.wait_stream(torch.cuda.current_stream(stream.device))
         with torch.cuda.stream(stream):
             fetch()
-            return stream.record_event()
+            event: torch.cuda.Event = stream.record_event()
+            return event

@@ -85,7 +85,7 @@ def step_rows(draw: st.DrawFn) -> StepRow:
     )
     if draw(st.booleans()):
         return StepRow(decode, in_place=decode.position + 1)
-    return StepRow(decode, 0, num_full=decode.position // 8, count=draw(st.integers(1, 255)))
+    return StepRow(decode, 0, num_full=decode.position // 8, num_selected=draw(st.integers(1, 255)))
 
 
 @settings(deadline=None)
@@ -109,7 +109,7 @@ def test_the_input_buffer_gives_back_what_was_put_in(data: st.DataObject, size: 
         assert plan.num_items_1.tolist() == [len(items_I3)]
         assert plan.items_I3[: len(items_I3)].tolist() == items_I3.tolist()
         assert pages.num_full_B.tolist() == [row.num_full for row in rows] + [0] * padding
-        assert pages.count_B.tolist() == [row.count for row in rows] + [0] * padding
+        assert pages.count_B.tolist() == [row.num_selected for row in rows] + [0] * padding
         assert pages.first_B.tolist() == first_columns(pages.num_full_B.numpy()).tolist()
         check_draws(inputs.draws, [row.decode.draw or MOST_LIKELY for row in rows], padding)
 
@@ -243,6 +243,5 @@ def test_a_step_over_both_tiers_draws_what_the_runner_draws(
         torch.testing.assert_close(got.logits_NV, expected.logits_NV, atol=1e-4, rtol=1e-4)
     assert steps.tiered is not None
     selected, missed, evicted, overflow = steps.tiered.counters.read()
-    mine = other.stats()
     assert selected > 0 and overflow == 0
     assert (missed > 0) == (hot_blocks == 11) == (evicted > 0)
