@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 import torch
 from report import environment
@@ -34,6 +34,14 @@ from sparsed.profiler.machine import read_machine
 
 WARM_STEPS: Final = 48
 SPARE_TOKENS: Final = 512  # of a request, for the steps that are measured
+
+
+class Point(NamedTuple):
+    """A batch of requests of equal contexts, all of one method."""
+
+    requests: int
+    context: int
+    method: SparseMethod
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,9 +89,9 @@ class Bench:
         self.link_rate = self.runner.facts.link.h2d_bytes_per_s
         self._step = 0
 
-    def measure(self, requests: int, context: int) -> Row:
-        """One batch of equal contexts."""
-        with self._requests(requests, context) as rows:
+    def measure(self, point: Point) -> Row:
+        """One batch."""
+        with self._requests(point) as rows:
             for _ in range(WARM_STEPS):
                 self._run(rows)
             before = self._counts()
@@ -94,22 +102,22 @@ class Bench:
             self.clock.synchronize()
             step_s = (time.perf_counter() - started_s) / self._options.steps
             selected, missed = (a - b for a, b in zip(self._counts(), before, strict=True))
-            return self._row(rows, context, step_s=step_s, selected=selected, missed=missed)
+            return self._row(point, rows, step_s=step_s, selected=selected, missed=missed)
 
     def _row(
-        self, rows: list[list[int]], context: int, *, step_s: float, selected: int, missed: int
+        self, point: Point, rows: list[list[int]], *, step_s: float, selected: int, missed: int
     ) -> Row:
         options, kv, steps = self._options, self.runner.kv, self._options.steps
-        hbm_bytes = self._hbm_bytes(rows, selected // steps)
+        hbm_bytes = self._hbm_bytes(point, rows, selected // steps)
         link_bytes = missed * kv.geometry.page_bytes // steps
         count = max(1, options.budget // kv.geometry.page_size - 1)
         slots = kv.rows[rows[0][0]].num_blocks * kv.geometry.pages_per_block
         kind = "replayed" if options.trace else "scored"
         return Row(
-            requests=len(rows),
-            context_tokens=context,
-            method=options.method,
-            selections="dense" if options.method == "dense" else kind,
+            requests=point.requests,
+            context_tokens=point.context,
+            method=point.method.value,
+            selections="dense" if point.method is SparseMethod.DENSE else kind,
             hot_gib=options.hot_gib,
             resident_ratio=slots / count,
             miss_frac=missed / max(1, selected),
@@ -120,16 +128,16 @@ class Bench:
             link_floor_ms=link_bytes / self.link_rate * 1e3,
         )
 
-    def _hbm_bytes(self, rows: list[list[int]], selected_pages: int) -> int:
+    def _hbm_bytes(self, point: Point, rows: list[list[int]], selected_pages: int) -> int:
         """Weights once, what is attended to, and summaries of all pages."""
         kv, shape = self.runner.kv, self.runner.decoder.config.shape
         embedding = shape.vocab_size * shape.hidden_size * 2
         weights = self.runner.decoder.weights.num_bytes - embedding
         tokens = sum(position for _, position in rows)
-        if self._options.method == "dense":
+        if point.method is SparseMethod.DENSE:
             return weights + tokens * shape.kv_bytes_per_token("bfloat16")
         frames = sum(num_frames(position) for _, position in rows)
-        summaries = frames * kv.geometry.summary_bytes_per_frame(self._options.method)
+        summaries = frames * kv.geometry.summary_bytes_per_frame(point.method)
         tails = len(rows) * kv.geometry.num_lanes * kv.geometry.page_bytes // 2
         return weights + selected_pages * kv.geometry.page_bytes + tails + summaries
 
@@ -147,12 +155,11 @@ class Bench:
             row[1] += 1
 
     @contextmanager
-    def _requests(self, requests: int, context: int) -> Iterator[list[list[int]]]:
-        kv = self.runner.kv
-        method = SparseMethod(self._options.method)
+    def _requests(self, point: Point) -> Iterator[list[list[int]]]:
+        kv, context = self.runner.kv, point.context
         indices = [
-            kv.add(context + SPARE_TOKENS, method=method, token_budget=None)
-            for _ in range(requests)
+            kv.add(context + SPARE_TOKENS, method=point.method, token_budget=None)
+            for _ in range(point.requests)
         ]
         for index in indices:
             if self._options.prefill:
@@ -177,14 +184,14 @@ class Bench:
 
 def make_spec(options: argparse.Namespace) -> EngineSpec:
     shape = dummy_config(options.model).shape
-    most = max(context for _, context in options.points) + SPARE_TOKENS
-    tokens = max(requests * (context + SPARE_TOKENS) for requests, context in options.points)
+    most = max(point.context for point in options.points) + SPARE_TOKENS
+    tokens = max(point.requests * (point.context + SPARE_TOKENS) for point in options.points)
     dram = tokens * shape.kv_bytes_per_token("bfloat16") / GIB * 1.01
     asked = {
-        "sparse_method": options.method,
+        "sparse_method": SparseMethod.MEAN_KEY.value,
         "token_budget": options.budget,
         "page_size": options.page_size,
-        "max_num_seqs": max(requests for requests, _ in options.points),
+        "max_num_seqs": max(point.requests for point in options.points),
         "max_model_len": most,
         "kv_hbm_gib": options.hot_gib,
         "kv_dram_gib": dram,
@@ -202,21 +209,22 @@ def make_spec(options: argparse.Namespace) -> EngineSpec:
     )
 
 
-def parse_point(text: str) -> tuple[int, int]:
-    requests, context = text.split("x")
-    return int(requests), int(context)
+def parse_point(text: str) -> Point:
+    """``8x32768``, or ``8x32768:dense``."""
+    batch, _, method = text.partition(":")
+    requests, context = batch.split("x")
+    return Point(int(requests), int(context), SparseMethod(method or SparseMethod.MEAN_KEY))
 
 
 def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="dummy:llama-3.1-8b")
-    parser.add_argument("--method", default="mean-key")
     parser.add_argument("--trace", help="a recording whose selections are replayed")
     parser.add_argument("--prefill", action="store_true", help="compute the prompts")
     parser.add_argument("--budget", type=int, default=2048)
     parser.add_argument("--page-size", type=int, default=8)
     parser.add_argument("--hot-gib", type=float, default=18.0)
-    parser.add_argument("--points", nargs="+", type=parse_point, default=[(1, 32768), (8, 32768)])
+    parser.add_argument("--points", nargs="+", type=parse_point, required=True)
     parser.add_argument("--steps", type=int, default=64)
     parser.add_argument("--output", type=Path, required=True)
     return parser.parse_args(arguments)
@@ -231,8 +239,8 @@ def main() -> None:
         flush=True,
     )
     rows = []
-    for requests, context in options.points:
-        rows.append(bench.measure(requests, context))
+    for point in options.points:
+        rows.append(bench.measure(point))
         print(rows[-1], flush=True)
     rates = {"copy_bytes_per_s": bench.copy_rate, "link_bytes_per_s": bench.link_rate}
     result = environment() | rates | {"rows": [asdict(row) | {"ratio": row.ratio} for row in rows]}
