@@ -195,6 +195,7 @@ def make_spec(options: argparse.Namespace) -> EngineSpec:
         "max_model_len": most,
         "kv_hbm_gib": options.hot_gib,
         "kv_dram_gib": dram,
+        "hbm_budget": options.hbm_budget,
     }
     knobs = resolve_knobs(
         asked, shape=shape, machine=read_machine(), device="cuda:0", dtype="bfloat16"
@@ -206,6 +207,7 @@ def make_spec(options: argparse.Namespace) -> EngineSpec:
         knobs=knobs,
         plan=plan_memory(knobs, shape=shape, dtype="bfloat16"),
         selection_trace=options.trace,
+        look_ahead=options.look_ahead,
     )
 
 
@@ -220,6 +222,10 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="dummy:llama-3.1-8b")
     parser.add_argument("--trace", help="a recording whose selections are replayed")
+    parser.add_argument("--look-ahead", action="store_true")
+    parser.add_argument(
+        "--hbm-budget", type=int, help="tokens a lane may hold (default: an even share)"
+    )
     parser.add_argument("--prefill", action="store_true", help="compute the prompts")
     parser.add_argument("--budget", type=int, default=2048)
     parser.add_argument("--page-size", type=int, default=8)

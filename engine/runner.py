@@ -169,7 +169,7 @@ class Runner:
         """Counters and gauges of the tiers; the caller adds those of requests and steps."""
         counts, kv = self.attention.counts, self.kv
         queued = self.steps.tiered if self.steps is not None else None
-        on_device = queued.counters.read() if queued is not None else [0] * 4
+        on_device = queued.now.counters.read() if queued is not None else [0] * 4
         h2d_bytes, h2d_s = kv.transfer.h2d
         d2h_bytes, d2h_s = kv.transfer.d2h
         missed = int(counts.missed) + on_device[1]
@@ -206,6 +206,7 @@ class Runner:
                 group=self.decoder.config.num_heads // self.decoder.config.num_kv_heads,
                 scale=scale,
                 trace=self._trace,
+                looks_ahead=spec.look_ahead,
             )
         return StepDecoder(
             self.decoder,
