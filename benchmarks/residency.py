@@ -33,7 +33,7 @@ from sparsed.engine.runner import Runner
 from sparsed.profiler.machine import read_machine
 
 WARM_STEPS: Final = 48
-SPARE_TOKENS: Final = 512  # of a request, for the steps that are measured
+SPARE_TOKENS: Final = 192  # of a request, for the steps that are measured
 
 
 class Point(NamedTuple):
@@ -52,6 +52,7 @@ class Row:
     context_tokens: int
     method: str
     selections: str  # "replayed", "scored", or "dense"
+    looks_ahead: bool
     hot_gib: float
     resident_ratio: float  # slots of a lane over pages selected
     miss_frac: float
@@ -69,6 +70,7 @@ class Row:
         binds = "link" if self.link_floor_ms > self.hbm_floor_ms else "HBM"
         return (
             f"{self.requests:3} x {self.context_tokens:6} {self.selections:9} "
+            f"{'look-ahead' if self.looks_ahead else '          '} "
             f"{self.hot_gib:5.1f} GiB {self.resident_ratio:5.2f}x misses {self.miss_frac:6.2%} "
             f"step {self.step_ms:7.3f} ms, HBM {self.hbm_floor_ms:6.3f}, link "
             f"{self.link_floor_ms:6.3f}: {self.ratio:.2f} of {binds}"
@@ -87,7 +89,13 @@ class Bench:
         self.load_s = time.perf_counter() - started_s
         self.copy_rate = copy_bytes_per_s(self.clock)
         self.link_rate = self.runner.facts.link.h2d_bytes_per_s
+        self.looks_ahead = self._spec.look_ahead
         self._step = 0
+
+    def look_ahead(self) -> None:
+        """From now on."""
+        self.looks_ahead = True
+        self.runner.look_ahead(True)
 
     def measure(self, point: Point) -> Row:
         """One batch."""
@@ -101,15 +109,16 @@ class Bench:
                 self._run(rows)
             self.clock.synchronize()
             step_s = (time.perf_counter() - started_s) / self._options.steps
-            selected, missed = (a - b for a, b in zip(self._counts(), before, strict=True))
-            return self._row(point, rows, step_s=step_s, selected=selected, missed=missed)
+            counted = [a - b for a, b in zip(self._counts(), before, strict=True)]
+            return self._row(point, rows, step_s=step_s, counted=counted)
 
     def _row(
-        self, point: Point, rows: list[list[int]], *, step_s: float, selected: int, missed: int
+        self, point: Point, rows: list[list[int]], *, step_s: float, counted: Sequence[int]
     ) -> Row:
         options, kv, steps = self._options, self.runner.kv, self._options.steps
+        selected, missed, loaded_bytes = counted
         hbm_bytes = self._hbm_bytes(point, rows, selected // steps)
-        link_bytes = missed * kv.geometry.page_bytes // steps
+        link_bytes = loaded_bytes // steps
         count = max(1, options.budget // kv.geometry.page_size - 1)
         slots = kv.rows[rows[0][0]].num_blocks * kv.geometry.pages_per_block
         kind = "replayed" if options.trace else "scored"
@@ -117,6 +126,7 @@ class Bench:
             requests=point.requests,
             context_tokens=point.context,
             method=point.method.value,
+            looks_ahead=self.looks_ahead,
             selections="dense" if point.method is SparseMethod.DENSE else kind,
             hot_gib=options.hot_gib,
             resident_ratio=slots / count,
@@ -141,12 +151,13 @@ class Bench:
         tails = len(rows) * kv.geometry.num_lanes * kv.geometry.page_bytes // 2
         return weights + selected_pages * kv.geometry.page_bytes + tails + summaries
 
-    def _counts(self) -> tuple[int, int]:
+    def _counts(self) -> tuple[int, int, int]:
+        """Pages selected, those that were missing, bytes loaded."""
         self.clock.synchronize()
         stats = self.runner.stats()
         time.sleep(0.002)
         stats = self.runner.stats()
-        return stats.hot_hits + stats.hot_misses, stats.hot_misses
+        return stats.hot_hits + stats.hot_misses, stats.hot_misses, stats.h2d_bytes
 
     def _run(self, rows: list[list[int]]) -> None:
         decodes = tuple(DecodeRow(row=row, token=None, position=at) for row, at in rows)
@@ -207,7 +218,7 @@ def make_spec(options: argparse.Namespace) -> EngineSpec:
         knobs=knobs,
         plan=plan_memory(knobs, shape=shape, dtype="bfloat16"),
         selection_trace=options.trace,
-        look_ahead=options.look_ahead,
+        look_ahead=options.look_ahead == "on",
     )
 
 
@@ -222,7 +233,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="dummy:llama-3.1-8b")
     parser.add_argument("--trace", help="a recording whose selections are replayed")
-    parser.add_argument("--look-ahead", action="store_true")
+    parser.add_argument("--look-ahead", choices=("off", "on", "both"), default="off")
     parser.add_argument(
         "--hbm-budget", type=int, help="tokens a lane may hold (default: an even share)"
     )
@@ -248,6 +259,11 @@ def main() -> None:
     for point in options.points:
         rows.append(bench.measure(point))
         print(rows[-1], flush=True)
+    if options.look_ahead == "both":
+        bench.look_ahead()
+        for point in options.points:
+            rows.append(bench.measure(point))
+            print(rows[-1], flush=True)
     rates = {"copy_bytes_per_s": bench.copy_rate, "link_bytes_per_s": bench.link_rate}
     result = environment() | rates | {"rows": [asdict(row) | {"ratio": row.ratio} for row in rows]}
     options.output.write_text(json.dumps(result, indent=1) + "\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -162,8 +163,16 @@ class Runner:
         self.kv.transfer.ways.set_programs(knobs.copy_programs)
         tiered = self.steps.tiered if self.steps is not None else None
         if tiered is not None and _max_count(knobs) > tiered.max_count:
-            self.steps = self._make_steps(knobs)
-            self.steps.capture(lambda _frac: None)
+            self._rebuild_steps(knobs)
+
+    def look_ahead(self, looks_ahead: bool) -> None:
+        """Turn look-ahead on or off: all steps are captured anew."""
+        self._spec = replace(self._spec, look_ahead=looks_ahead)
+        self._rebuild_steps(self._spec.knobs)
+
+    def _rebuild_steps(self, knobs: Knobs) -> None:
+        self.steps = self._make_steps(knobs)
+        self.steps.capture(lambda _frac: None)
 
     def stats(self) -> EngineStats:
         """Counters and gauges of the tiers; the caller adds those of requests and steps."""
