@@ -20,7 +20,15 @@ from typing import Final
 import torch
 from report import cache_directory, environment
 
-from sparsed.core import BudgetRule, Choice, GroupRule, MetadataFormat, Quality, RankMethod
+from sparsed.core import (
+    MEAN_KEY,
+    BudgetRule,
+    Choice,
+    GroupRule,
+    MetadataFormat,
+    Quality,
+    RankMethod,
+)
 from sparsed.engine.assembly import load_decoder
 from sparsed.engine.evaluate.calibrate import calibrate
 from sparsed.engine.evaluate.calibration import Calibration, load_calibration, save_calibration
@@ -36,14 +44,7 @@ GATE_DIMS: Final = 64
 
 CUBOID = Choice(method=RankMethod.CUBOID_MEAN)
 ORACLE = Choice(method=RankMethod.ORACLE, group_rule=GroupRule.SOFTMAX_SUM)
-FINE = Choice(  # the default: 22 bytes of metadata a page and lane
-    method=RankMethod.MEAN,
-    page_size=8,
-    kept_dims=40,
-    metadata=MetadataFormat.INT4,
-    group_rule=GroupRule.SOFTMAX_SUM,
-    recent_pages=8,
-)
+FINE = MEAN_KEY  # the default: 22 bytes of metadata a page and lane
 SPREAD = replace(FINE, method=RankMethod.VARIANCE, kept_dims=16)
 EVERY_KEY = replace(FINE, method=RankMethod.EVERY_KEY, kept_dims=16, metadata=MetadataFormat.INT8)
 FLAT = replace(FINE, kept_dims=None, metadata=MetadataFormat.BF16)

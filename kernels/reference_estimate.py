@@ -8,9 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sparsed.kernels.levels import to_levels
+
 CODE_ZERO = 8
 MAX_CODE = 7
-MIN_SCALE = 2.0**-24  # of float16
 _PART_PAGES = 1024  # summarised at once: each takes a copy of its lane's basis
 
 
@@ -81,8 +82,6 @@ def summarise_pages(
 def pack_means(means_NR: Tensor) -> tuple[Tensor, Tensor]:
     """Codes (N, R / 2) uint8, dim r in the low and dim r + R / 2 in the high half of a byte, and
     scales (N,) float16, of means in float32."""
-    scale_N1 = (means_NR.abs().amax(-1, keepdim=True) / MAX_CODE).half().float()
-    scale_N1.clamp_(min=MIN_SCALE)
-    codes_NR = (means_NR / scale_N1).round_().clamp_(-MAX_CODE, MAX_CODE) + CODE_ZERO
-    low, high = codes_NR.to(torch.uint8).chunk(2, dim=-1)
+    steps_NR, scale_N1 = to_levels(means_NR, MAX_CODE)
+    low, high = (steps_NR + CODE_ZERO).to(torch.uint8).chunk(2, dim=-1)
     return low | (high << 4), scale_N1[:, 0].half()

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from sparsed.kernels import reference_estimate as reference
 from sparsed.kernels.estimate import row_bytes
+from sparsed.kernels.levels import MIN_SCALE
 
 _CODE_ZERO = tl.constexpr(reference.CODE_ZERO)
 _MAX_CODE = tl.constexpr(float(reference.MAX_CODE))
-_MIN_SCALE = tl.constexpr(reference.MIN_SCALE)
+_MIN_SCALE = tl.constexpr(MIN_SCALE)
 _WHOLE = tl.constexpr(1.5 * 2**23)  # a float32 of this size has no room for less than whole steps
 
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from sparsed.core import EvaluationReport
 
 TEXTS: Final = ("documentation", "prose")
-CHOICES: Final = ("cuboid-mean", "oracle", "mean:page_size=16,group_rule=softmax-sum")
+CHOICES: Final = ("mean-key", "cuboid-mean", "oracle")
 SHARES: Final = ("1/8", "1/4")
 CONTEXT_TOKENS: Final = 2048
 SCORED_TOKENS: Final = 128
@@ -80,7 +80,8 @@ DepthsOption = Annotated[
 CalibrationOption = Annotated[
     Path | None,
     typer.Option(
-        metavar="FILE", help="What was learned of the model; kept_dims, budgets and gate need it."
+        metavar="FILE",
+        help="What was learned of the model; budgets and gate need it, kept_dims go by its basis.",
     ),
 ]
 CalibrateOption = Annotated[

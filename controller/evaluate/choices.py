@@ -3,18 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from enum import StrEnum
-from fractions import Fraction
 from typing import Final, NamedTuple, TypeVar
 
-from sparsed.core import BudgetRule, Choice, GroupRule, InputError, MetadataFormat, RankMethod
+from sparsed.core import (
+    MEAN_KEY,
+    BudgetRule,
+    Choice,
+    GroupRule,
+    InputError,
+    MetadataFormat,
+    RankMethod,
+    SparseMethod,
+)
 
 Name = TypeVar("Name", bound=StrEnum)
 
 FORM: Final = "METHOD[:KEY=VALUE,...]"
-MAX_DENOMINATOR: Final = 4096
 _MAX_DIGITS: Final = 9
+
+_OF_PAGES: Final = frozenset(
+    ("share", "page_size", "budgets", "dense_layers", "estimated", "sink_pages", "recent_pages")
+)
+_OF_SUMMARIES: Final = _OF_PAGES | {"grain", "group_rule", "metadata", "super_pages", "coarse"}
+_OF_KEYS: Final = _OF_SUMMARIES | {"kept_dims"}
+TAKES: Final[Mapping[RankMethod, frozenset[str]]] = {  # the keys that change what a method does
+    RankMethod.DENSE: frozenset(),
+    RankMethod.ORACLE: _OF_PAGES | {"group_rule"},
+    RankMethod.RANDOM: _OF_PAGES,
+    RankMethod.CUBOID_MEAN: _OF_KEYS,
+    RankMethod.QUEST: _OF_KEYS,
+    RankMethod.MEAN: _OF_KEYS,
+    RankMethod.MEAN_SPREAD: _OF_KEYS,
+    RankMethod.VARIANCE: _OF_KEYS | {"variance_weight"},
+    RankMethod.EVERY_KEY: _OF_KEYS,
+    RankMethod.CLUSTERS: frozenset(("share", "metadata", "dense_layers", "estimated")),
+    RankMethod.GATE: _OF_SUMMARIES,
+}
 
 
 class GivenChoice(NamedTuple):
@@ -25,20 +51,24 @@ class GivenChoice(NamedTuple):
 
 
 def parse_choice(text: str) -> GivenChoice:
-    """Read ``cuboid-mean`` or ``mean:page_size=16,share=1/16``. InputError naming the key, the
-    value and what is allowed."""
+    """Read ``cuboid-mean``, ``mean:page_size=16,share=1/16``, or ``mean-key``, the default of an
+    engine. InputError naming the key, the value and what is allowed."""
     head, colon, rest = text.partition(":")
-    method = _one_of(RankMethod, head.strip(), key="method", text=text)
+    plain = _plain(head.strip(), text=text)
     values: dict[str, object] = {}
     for pair in rest.split(",") if colon else ():
         key, value = _split(pair, text=text)
         if key in values:
             raise _wrong(text, f"{key} is given twice", key=key)
+        _check_taken(key, plain.method, text=text)
         values[key] = _PARSERS[key](value, key, text)
     try:
-        choice = Choice(method=method, **values)  # type: ignore[arg-type]  # made by _PARSERS
+        choice = replace(plain, **values)  # type: ignore[arg-type]  # made by _PARSERS
     except InputError as error:
         raise _wrong(text, str(error), key=error.field or "choice") from None
+    if "coarse" in values and not choice.super_pages:
+        words = "coarse does nothing without super_pages; give super_pages=16, or leave coarse out"
+        raise _wrong(text, words, key="coarse")
     return GivenChoice(choice, "share" in values)
 
 
@@ -65,26 +95,21 @@ def cross(choices: Iterable[GivenChoice], shares: Sequence[float]) -> tuple[Choi
     return tuple(dict.fromkeys(crossed))
 
 
-def format_choice(choice: Choice, *, share: bool = True) -> str:
-    """What ``parse_choice`` reads as the same choice; ``share`` False leaves that out."""
-    changed = [
-        f"{item.name}={_format(item.name, getattr(choice, item.name))}"
-        for item in fields(choice)
-        if item.name not in ("method", "share") and getattr(choice, item.name) != item.default
-    ]
-    shares = [f"share={format_share(choice.share)}"] if share else []
-    rest = ",".join([*shares, *changed])
-    return f"{choice.method}:{rest}" if rest else str(choice.method)
+def _plain(name: str, *, text: str) -> Choice:
+    """What a name alone stands for."""
+    if name == SparseMethod.MEAN_KEY:
+        return MEAN_KEY
+    if name not in tuple(RankMethod):
+        allowed = ", ".join((*RankMethod, SparseMethod.MEAN_KEY))
+        raise _wrong(text, f"method={name}: allowed: one of {allowed}", key="method")
+    return Choice(method=RankMethod(name))
 
 
-def format_share(share: float) -> str:
-    """As a fraction where one with a small denominator is exactly it."""
-    near = Fraction(share).limit_denominator(MAX_DENOMINATOR)
-    return str(near) if near.numerator / near.denominator == share else repr(share)
-
-
-def _format(name: str, value: object) -> str:
-    return format_share(value) if name == "estimated" and isinstance(value, float) else str(value)
+def _check_taken(key: str, method: RankMethod, *, text: str) -> None:
+    if key not in TAKES[method]:
+        takers = ", ".join(other for other in RankMethod if key in TAKES[other])
+        words = f"{method} takes no {key}; leave it out, or take one that does: {takers}"
+        raise _wrong(text, words, key=key)
 
 
 def _split(pair: str, *, text: str) -> tuple[str, str]:

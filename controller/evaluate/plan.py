@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -17,6 +17,7 @@ from sparsed.controller.state_dir import StateLock
 from sparsed.controller.tokenizer import Tokenizer
 from sparsed.controller.writable import check_replaceable
 from sparsed.core import (
+    MEAN_KEY,
     BudgetRule,
     Choice,
     Evaluate,
@@ -26,6 +27,7 @@ from sparsed.core import (
     RankMethod,
 )
 from sparsed.engine.evaluate.texts import TEXTS
+from sparsed.engine.kvcache.geometry import Geometry
 
 COMMAND: Final = (sys.executable, "-P", "-m", "sparsed.engine.evaluate")
 
@@ -80,7 +82,8 @@ def plan_evaluation(
         )
     Tokenizer.load(resolved.path)  # refuses a broken one
     _check_context(options, most=model.max_position)
-    for choice in options.choices:
+    choices = tuple(fit_default(choice, model.shape) for choice in options.choices)
+    for choice in choices:
         _check_choice(choice, model.shape)
     check_calibration(options)
     return Evaluate(
@@ -88,7 +91,7 @@ def plan_evaluation(
         cache_dir=str(config.cache_dir),
         device=device,
         dtype=choose_dtype(config.dtype, device=device, model=model),
-        choices=options.choices,
+        choices=choices,
         texts=options.texts,
         context_tokens=options.context_tokens,
         scored_tokens=options.scored_tokens,
@@ -137,14 +140,17 @@ def check_calibration(options: EvaluateOptions) -> None:
 
 
 def needs_calibration(choice: Choice) -> bool:
-    """Whether a choice uses what is learned of a model."""
-    is_rotated = choice.kept_dims is not None and choice.method not in _NEVER_ROTATED
-    is_gate = choice.method is RankMethod.GATE
-    is_uneven = choice.method is not RankMethod.CLUSTERS and choice.budgets is not BudgetRule.EQUAL
-    return is_rotated or is_gate or is_uneven
+    """Whether a choice uses what is learned of a model, but for a basis, which any run learns."""
+    return choice.method is RankMethod.GATE or choice.budgets is not BudgetRule.EQUAL
 
 
-_NEVER_ROTATED: Final = (RankMethod.ORACLE, RankMethod.RANDOM, RankMethod.CLUSTERS)
+def fit_default(choice: Choice, shape: ModelShape) -> Choice:
+    """As an engine does, with fewer dims in small heads."""
+    if choice != replace(MEAN_KEY, share=choice.share):
+        return choice
+    return replace(
+        choice, kept_dims=Geometry.of(shape, dtype="float32", page_size=choice.page_size).kept_dims
+    )
 
 
 def _check_context(options: EvaluateOptions, *, most: int) -> None:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from sparsed.controller.bench.plots import DOTS_PER_INCH, new_figure
-from sparsed.controller.evaluate.choices import format_choice
 from sparsed.controller.evaluate.report import needle_lengths, share_in_words
 from sparsed.core import RESIDENCIES, Choice, EvaluationReport, NeedleScore, Quality, RankMethod
 
@@ -159,7 +158,7 @@ def _by_name(rows: Iterable[Quality]) -> list[tuple[str, list[Quality]]]:
     """Rows of choices that differ in their share alone, together."""
     found: dict[str, list[Quality]] = {}
     for row in rows:
-        found.setdefault(format_choice(row.choice, share=False), []).append(row)
+        found.setdefault(row.choice.written(share=False), []).append(row)
     return list(found.items())
 
 
@@ -168,7 +167,7 @@ def _middle(rows: Sequence[Quality]) -> Quality:
 
 
 def _name_and_share(choice: Choice) -> str:
-    name = format_choice(choice, share=False)
+    name = choice.written(share=False)
     is_dense = choice.method is RankMethod.DENSE
     return name if is_dense else f"{name} at {share_in_words(choice.share)}"
 

@@ -10,7 +10,6 @@ from fractions import Fraction
 from typing import Final
 
 from sparsed import __version__
-from sparsed.controller.evaluate.choices import format_choice
 from sparsed.controller.evaluate.gaps import gap_closed
 from sparsed.core import RESIDENCIES, EvaluationReport, NeedleScore, Quality, RankMethod
 
@@ -50,7 +49,7 @@ def quality_rows(report: EvaluationReport) -> Iterator[tuple[str | None, ...]]:
         at = RESIDENCIES.index(SHOWN_RESIDENCY)
         yield (
             row.text,
-            format_choice(row.choice, share=False),
+            row.choice.written(share=False),
             None if is_dense else share_in_words(row.choice.share),
             f"{row.perplexity:.3f}",
             f"{row.ratio:.4f}",
@@ -77,7 +76,7 @@ def needle_rows(report: EvaluationReport) -> Iterator[tuple[str | None, ...]]:
         scores = [score for score in report.needles if score.choice == choice]
         is_dense = choice.method is RankMethod.DENSE
         yield (
-            format_choice(choice, share=False),
+            choice.written(share=False),
             None if is_dense else share_in_words(choice.share),
             *(_found(scores, length) for length in needle_lengths(report)),
         )
@@ -94,11 +93,13 @@ def in_plain_words(report: EvaluationReport) -> str | None:
     real = [row for row in report.quality if row.choice.method not in _ENDS]
     if not real:
         return None
-    name = format_choice(real[0].choice, share=False)
-    alike = [row for row in real if format_choice(row.choice, share=False) == name]
+    name = real[0].choice.written(share=False)
+    alike = [row for row in real if row.choice.written(share=False) == name]
     share = min(row.choice.share for row in alike)
-    costs = [f"{_cost(row)} on {row.text}" for row in alike if row.choice.share == share]
-    return f"{name} at {share_in_words(share)}: perplexity {', '.join(costs)}"
+    least = [row for row in alike if row.choice.share == share]
+    costs = ", ".join(f"{_cost(row)} on {row.text}" for row in least)
+    reads = max(row.reads for row in least)  # more than the share where pages are few
+    return f"{name} at {share_in_words(share)} (reads {reads:.3f}): perplexity {costs}"
 
 
 def share_in_words(share: float) -> str:

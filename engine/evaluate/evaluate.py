@@ -24,6 +24,7 @@ from sparsed.engine.evaluate.texts import (
 )
 from sparsed.engine.models.config import ModelConfig, load_config
 from sparsed.engine.models.decoder import Decoder
+from sparsed.engine.sparse.learned import learn_model_basis
 
 HAYSTACK = "documentation"
 NEEDLE_LENGTHS = (4, 2, 1)  # the context over these
@@ -53,6 +54,10 @@ def evaluate(wanted: Evaluate, *, on_progress: Progress) -> EvaluationReport:
         calibration = learn(wanted, decoder, held_out, on_progress=on_progress)
         save_calibration(calibration, Path(wanted.calibration))
         seconds["calibrate"] = time.perf_counter() - started_s
+    elif calibration is None and any(choice.kept_dims for choice in wanted.choices):
+        started_s = time.perf_counter()
+        calibration = borrow_basis(wanted, decoder, on_progress=on_progress)
+        seconds["basis"] = time.perf_counter() - started_s
     race = Race(decoder, wanted.choices, calibration=calibration)
     quality = [
         row
@@ -138,6 +143,20 @@ def learn(
     made = calibrate(decoder, windows, gate_dims=gate_dims, on_progress=on_progress)
     learned_from = {name: _describe_cut(wanted) for name in wanted.texts if name != QUESTIONS}
     return Calibration(made.tensors, learned_from=learned_from)
+
+
+def borrow_basis(wanted: Evaluate, decoder: Decoder, *, on_progress: Progress) -> Calibration:
+    """A calibration of nothing but a basis: the one that an engine learns by itself."""
+    keys_LHDD, queries_LHDD, centre_LHD = learn_model_basis(
+        wanted.model,
+        decoder,
+        max_tokens=wanted.context_tokens + wanted.scored_tokens,
+        num_dims=decoder.config.head_dim,
+        on_progress=lambda frac: on_progress("learning a basis of keys", frac),
+    )
+    return Calibration(
+        {"basis.keys": keys_LHDD, "basis.queries": queries_LHDD, "basis.centre": centre_LHD}
+    )
 
 
 def _has_gate(wanted: Evaluate) -> bool:

@@ -18,6 +18,8 @@ from sparsed.engine.evaluate.locality import LocalityMeter
 from sparsed.engine.evaluate.parallel import Scores
 
 NUM_RESAMPLES = 2_000
+BLOCK_TOKENS = 64
+MIN_BLOCKS = 8  # of a window
 CONFIDENCE = 0.95
 
 Floats = npt.NDArray[np.float32]
@@ -66,7 +68,9 @@ def measure_quality(
 ) -> Quality:
     """Pool the windows of one text."""
     logprobs, base = (np.concatenate([w.logprobs_N for w in each]) for each in (windows, dense))
-    low, high = bootstrap_ratio(base - logprobs)
+    low, high = bootstrap_ratio(
+        [b.logprobs_N - w.logprobs_N for b, w in zip(dense, windows, strict=True)]
+    )
     recall, error = (
         np.concatenate(each, axis=1).astype(np.float32)
         for each in ([w.recall_LNH for w in windows], [w.error_LNH for w in windows])
@@ -92,15 +96,33 @@ def measure_quality(
     )
 
 
-def bootstrap_ratio(losses_N: Floats) -> tuple[float, float]:
-    """Interval of exp(mean) of what each token loses against dense (nats). Tokens count as
-    independent: neighbours are not quite, so the true interval is somewhat wider."""
+def bootstrap_ratio(losses: Sequence[Floats]) -> tuple[float, float]:
+    """Interval of exp(mean) of what each token loses against dense (nats), a row for each window.
+
+    Neighbours are alike, so whole blocks of them are drawn, of BLOCK_TOKENS or of an eighth of a
+    window that is short, inside their window, whose end is followed by its start.
+    Source: circular blocks, Politis and Romano, 1992.
+    """
     generator = np.random.default_rng(0)
-    count = len(losses_N)
-    means = [losses_N[generator.integers(count, size=count)].mean() for _ in range(NUM_RESAMPLES)]
+    totals = sum(_resampled_totals(losses_N, generator) for losses_N in losses)
+    means = totals / sum(len(losses_N) for losses_N in losses)
     tail = (1 - CONFIDENCE) / 2
     low, high = np.exp(np.quantile(means, (tail, 1 - tail))).tolist()
     return low, high
+
+
+def _resampled_totals(losses_N: Floats, generator: np.random.Generator) -> npt.NDArray[np.float64]:
+    """Of one window, as many tokens as it has, NUM_RESAMPLES times."""
+    count = len(losses_N)
+    size = max(1, min(BLOCK_TOKENS, count // MIN_BLOCKS))
+    num_blocks = -(-count // size)
+    starts = generator.integers(count, size=(NUM_RESAMPLES, num_blocks))
+    ends = starts + size
+    ends[:, -1] -= num_blocks * size - count
+    sums = np.zeros(count + size + 1)  # of all tokens before each
+    np.cumsum(np.concatenate((losses_N, losses_N[:size])), dtype=np.float64, out=sums[1:])
+    totals: npt.NDArray[np.float64] = (sums[ends] - sums[starts]).sum(1)
+    return totals
 
 
 def _is_sparse(choice: Choice, layer: int) -> bool:

@@ -1,5 +1,8 @@
 """Two passes of scoring: the summaries of super-pages, then the pages of the best ones alone.
 
+No engine ranks so: it is the measured alternative of ADR 9, timed by a benchmark; the evaluation has
+one of its own (``engine.evaluate.rankers``).
+
 A super-page is a run of neighbouring frames of a lane, hence of whole rows of the summaries. Its
 own summary is made of those of its pages.
 

@@ -58,25 +58,37 @@ def find_basis(
 def _learn(
     spec: EngineSpec, decoder: Decoder, *, geometry: Geometry, on_progress: Progress
 ) -> Basis:
-    on_progress(0.0)
-    tokens = _tokens(spec, decoder)
-    return learn_basis(
+    return learn_model_basis(
+        spec.model,
         decoder,
-        tokens,
         max_tokens=spec.knobs.max_model_len,
         num_dims=geometry.kept_dims,
         on_progress=on_progress,
     )
 
 
-def _tokens(spec: EngineSpec, decoder: Decoder) -> list[int]:
+def learn_model_basis(
+    model: str, decoder: Decoder, *, max_tokens: int, num_dims: int, on_progress: Progress
+) -> Basis:
+    """The basis that an engine with that ``max_model_len`` learns of ``model``; not kept."""
+    on_progress(0.0)
+    return learn_basis(
+        decoder,
+        _tokens(model, decoder),
+        max_tokens=max_tokens,
+        num_dims=num_dims,
+        on_progress=on_progress,
+    )
+
+
+def _tokens(model: str, decoder: Decoder) -> list[int]:
     """Half documentation, half code, of the ends of texts that every Python carries; random ones
     of a model without a tokenizer."""
-    config, directory = decoder.config, Path(spec.model)
-    if spec.model.startswith(DUMMY_PREFIX) or not (directory / "tokenizer.json").is_file():
+    config, directory = decoder.config, Path(model)
+    if model.startswith(DUMMY_PREFIX) or not (directory / "tokenizer.json").is_file():
         count = min(RANDOM_TOKENS, config.max_position)
         return random.Random(0).choices(range(config.vocab_size), k=count)
-    count = min(TEXT_TOKENS[torch.device(spec.device).type], config.max_position)
+    count = min(TEXT_TOKENS[decoder.weights.embedding_VD.device.type], config.max_position)
     tokenizer = load_tokenizer(directory)
     tokens = opening_tokens(tokenizer)
     part = (count - len(tokens)) // 2

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from sparsed.core import MetadataFormat
+from sparsed.kernels.levels import as_kept, to_levels
 
 SCALE_BYTES: Final = 2
-MIN_SCALE: Final = 2.0**-24  # of float16
 FP8_MAX: Final = 448.0  # of e4m3
 UNSCALED: Final = (MetadataFormat.FP32, MetadataFormat.BF16)
 LEVELS: Final = {MetadataFormat.INT8: 127, MetadataFormat.INT4: 7}
@@ -46,16 +46,9 @@ def unit_bytes(num_values: int, kind: MetadataFormat, *, num_parts: int) -> floa
 
 
 def _read_back(part_HUE: Tensor, kind: MetadataFormat, *, signed: bool) -> Tensor:
-    largest_HU1 = part_HUE.abs().amax(-1, keepdim=True)
     if kind is MetadataFormat.FP8:
-        scale_HU1 = _as_kept(largest_HU1 / FP8_MAX)
+        scale_HU1 = as_kept(part_HUE.abs().amax(-1, keepdim=True) / FP8_MAX)
         values_HUE = (part_HUE / scale_HU1).clamp(-FP8_MAX, FP8_MAX)
         return values_HUE.to(torch.float8_e4m3fn).float() * scale_HU1
-    levels = LEVELS[kind] if signed else 2 * LEVELS[kind] + 1
-    scale_HU1 = _as_kept(largest_HU1 / levels)
-    return (part_HUE / scale_HU1).round().clamp(-levels, levels) * scale_HU1
-
-
-def _as_kept(scale_HU1: Tensor) -> Tensor:
-    """A scale in float16, never 0."""
-    return scale_HU1.half().float().clamp(min=MIN_SCALE)
+    steps_HUE, scale_HU1 = to_levels(part_HUE, LEVELS[kind] if signed else 2 * LEVELS[kind] + 1)
+    return steps_HUE * scale_HU1

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from enum import IntEnum, StrEnum
+from fractions import Fraction
 from math import isfinite
 
 BLOCK_TOKENS = 128
@@ -1145,17 +1146,43 @@ class Choice:
             )
 
     def __str__(self) -> str:
-        if self.method is RankMethod.DENSE:
-            return str(self.method)
+        return self.written()
+
+    def written(self, *, share: bool = True) -> str:
+        """What ``--choice`` of ``sparsed eval`` reads as the same choice; ``share`` False leaves
+        that out."""
+        is_default = self == replace(MEAN_KEY, share=self.share)
         changed = [
-            f"{f.name}={getattr(self, f.name):g}"
-            if isinstance(getattr(self, f.name), float)
-            else f"{f.name}={getattr(self, f.name)}"
+            f"{f.name}={_written(f.name, getattr(self, f.name))}"
             for f in fields(self)
-            if f.name not in ("method", "share", "page_size") and getattr(self, f.name) != f.default
+            if f.name not in ("method", "share") and getattr(self, f.name) != f.default
         ]
-        head = f"{self.method} {self.share:.4g} T={self.page_size}"
-        return " ".join([head, *changed])
+        has_share = share and self.method is not RankMethod.DENSE
+        shares = [f"share={format_share(self.share)}"] if has_share else []
+        rest = ",".join(shares if is_default else shares + changed)
+        name = SparseMethod.MEAN_KEY if is_default else self.method
+        return f"{name}:{rest}" if rest else str(name)
+
+
+def format_share(share: float) -> str:
+    """As a fraction where one with a small denominator is exactly it."""
+    near = Fraction(share).limit_denominator(_MAX_DENOMINATOR)
+    return str(near) if near.numerator / near.denominator == share else repr(share)
+
+
+def _written(name: str, value: object) -> str:
+    return format_share(value) if name == "estimated" and isinstance(value, float) else str(value)
+
+
+_MAX_DENOMINATOR = 4096
+MEAN_KEY = Choice(  # as an engine ranks by default; see engine/sparse/mean_key.py
+    method=RankMethod.MEAN,
+    page_size=8,
+    group_rule=GroupRule.SOFTMAX_SUM,
+    metadata=MetadataFormat.INT4,
+    kept_dims=40,
+    recent_pages=8,
+)
 
 
 RESIDENCIES = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)  # resident pages per selected page
@@ -1275,7 +1302,7 @@ class Evaluate:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Quality:
     """One choice on one text. ``ratio``: perplexity over that of dense attention; its interval of
-    95 % is a bootstrap over tokens, each paired with itself under dense. ``reads``: tokens whose K
+    95 % is a bootstrap over blocks of tokens, each paired with itself under dense. ``reads``: tokens whose K
     and V were read over tokens of the context, the mean over all layers. ``metadata_bytes``: per
     token of the context, all lanes. ``recall``: share of dense softmax mass on what was attended
     to, over sparse layers, query heads and positions; ``error``: distance of the output of

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -15,6 +16,7 @@ from sparsed.controller.cli.main import app, run
 from sparsed.controller.evaluate import plan
 from sparsed.controller.state_dir import StateLock, resolve_state_dir
 from sparsed.core import (
+    MEAN_KEY,
     Choice,
     EngineFailed,
     Evaluate,
@@ -84,12 +86,14 @@ def test_through_the_real_process(
 
 @pytest.mark.slow
 def test_a_table_and_plain_words(evaluate: Eval, capsys: pytest.CaptureFixture[str]) -> None:
-    assert evaluate(f"{QUICK} --choice quest:page_size=16 --share 1/4") == 0
+    assert evaluate(f"{QUICK} --choice quest:page_size=16 --choice mean-key --share 1/4") == 0
     out, err = capsys.readouterr()
-    assert "loading weights" in err and "documentation, window 1" in err
-    for word in ("gap closed", "quest:page_size=16", "1/4", "33 tokens scored after 512"):
+    assert "loading weights" in err and "learning a basis of keys" in err
+    assert "documentation, window 1: quest:share=1/4,page_size=16" in err
+    assert "documentation, window 1: mean-key:share=1/4" in err
+    for word in ("gap closed", "quest:page_size=16", "mean-key", "33 tokens scored after 512"):
         assert word in out
-    assert "quest:page_size=16 at 1/4: perplexity" in out.splitlines()[-1]
+    assert "quest:page_size=16 at 1/4 (reads 0.2" in out.splitlines()[-1]
 
 
 @pytest.mark.slow
@@ -127,10 +131,10 @@ def test_what_the_process_is_asked_for(
     wanted = asked()
     assert (wanted.model, wanted.device, wanted.dtype) == (str(smollm2), "cpu", "float32")
     assert (wanted.texts, wanted.context_tokens) == (("documentation", "prose"), 2048)
-    methods = [RankMethod.CUBOID_MEAN, RankMethod.ORACLE, RankMethod.MEAN]
-    assert [(c.method, c.share) for c in wanted.choices] == [
-        (method, share) for method in methods for share in (1 / 8, 1 / 4)
-    ]
+    plain = [MEAN_KEY, *(Choice(method=m) for m in (RankMethod.CUBOID_MEAN, RankMethod.ORACLE))]
+    assert wanted.choices == tuple(
+        replace(choice, share=share) for choice in plain for share in (1 / 8, 1 / 4)
+    )
     assert (wanted.needles, wanted.calibration, wanted.calibrate) == (0, None, False)
 
 
@@ -147,7 +151,7 @@ def test_what_the_process_is_asked_for(
         ("--calibration /no/such/file --calibrate", "there is no such directory"),
         ("--calibrate", "name its file with --calibration"),
         ("--choice gate", "needs a calibration of this model"),
-        ("--choice mean:kept_dims=16", "needs a calibration of this model"),
+        ("--choice oracle:metadata=int4", "oracle takes no metadata; leave it out, or take one"),
         ("--choice quest:budgets=layer", "needs a calibration of this model"),
         ("--choice mean:dense_layers=4,share=1/8", "dense_layers=4 of 30 layers alone read"),
         ("--calibration / --calibrate", "--calibration /: is a directory"),
@@ -219,5 +223,5 @@ def test_it_does_not_run_beside_a_daemon(
 def test_help_names_the_defaults() -> None:
     shown = CliRunner().invoke(app, ["eval", "--help"], env={"COLUMNS": "200", "TERM": "dumb"})
     words = " ".join(shown.output.replace("│", " ").split())
-    for default in ("documentation and prose", "cuboid-mean; oracle; mean:page_size=16", "2048"):
+    for default in ("documentation and prose", "mean-key; cuboid-mean; oracle", "2048"):
         assert default in words

@@ -170,10 +170,16 @@ def test_plain_words() -> None:
         row("mean:share=1/8", -0.005, text="code"),
     ]
     assert in_plain_words(report(*rows)) == (
-        "mean at 1/8: perplexity 3.1 % above dense on prose, "
+        "mean at 1/8 (reads 0.125): perplexity 3.1 % above dense on prose, "
         "0.5 % below dense (may be chance) on code"
     )
     assert in_plain_words(report(rows[0], rows[1])) is None
+
+
+def test_plain_words_tell_what_was_read_rather_than_asked_for() -> None:
+    wide = replace(row("mean-key:share=1/64", 0.02), reads=0.1875)
+    words = in_plain_words(report(row("dense", 0.0), wide))
+    assert words == "mean-key at 1/64 (reads 0.188): perplexity 2.0 % above dense on prose"
 
 
 def test_json_has_the_report_the_command_and_versions() -> None:

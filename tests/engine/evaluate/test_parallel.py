@@ -210,10 +210,31 @@ def test_the_race_always_has_dense_first(runner: Runner, tokens: list[int]) -> N
 
 
 def test_interval_holds_the_ratio() -> None:
-    losses = np.random.default_rng(1).normal(0.03, 0.2, size=3000).astype(np.float32)
-    low, high = bootstrap_ratio(losses)
+    losses = np.random.default_rng(1).normal(0.03, 0.2, size=(3, 4000)).astype(np.float32)
+    low, high = bootstrap_ratio(list(losses))
     assert low < np.exp(losses.mean()) < high
-    assert high - low == pytest.approx(2 * 1.96 * 0.2 / 3000**0.5, rel=0.15)
+    assert high - low == pytest.approx(2 * 1.96 * 0.2 / losses.size**0.5, rel=0.15)
+
+
+@pytest.mark.parametrize("run", [1, 4, 16])
+def test_interval_is_wider_where_neighbours_are_alike(run: int) -> None:
+    """Of runs of equal losses as wide as of as many independent ones as there are runs."""
+    losses = np.random.default_rng(run).normal(0.0, 0.2, size=(4, 4096 // run))
+    low, high = bootstrap_ratio(list(losses.repeat(run, axis=1).astype(np.float32)))
+    assert high - low == pytest.approx(2 * 1.96 * 0.2 / losses.size**0.5, rel=0.2)
+
+
+def test_windows_are_not_drawn_only_what_is_in_them() -> None:
+    losses = [np.full(n, loss, dtype=np.float32) for n, loss in ((1, 0.9), (300, 0.1), (700, 0.4))]
+    ratio = np.exp(np.concatenate(losses).mean(dtype=np.float64))
+    assert bootstrap_ratio(losses) == pytest.approx((ratio, ratio), rel=1e-6)
+
+
+def test_a_short_window_has_an_interval_too() -> None:
+    losses = np.random.default_rng(2).normal(0.0, 0.2, size=33).astype(np.float32)
+    low, high = bootstrap_ratio([losses])
+    assert high - low == pytest.approx(2 * 1.96 * losses.std() / 33**0.5, rel=0.5)
+    assert low < np.exp(losses.mean()) < high
 
 
 # -- the future ------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from sparsed.engine.evaluate.select import select_pages
 from sparsed.engine.kvcache.geometry import Geometry
 from sparsed.engine.sparse.bounds import BoundSelector
 from sparsed.engine.sparse.groups import agree
-from sparsed.engine.sparse.metadata import MIN_SCALE, round_trip, unit_bytes
+from sparsed.engine.sparse.metadata import round_trip, unit_bytes
 from sparsed.engine.sparse.summaries import (
     CuboidMean,
     EveryKey,
@@ -36,6 +36,7 @@ from sparsed.engine.sparse.summaries import (
     Summary,
     Variance,
 )
+from sparsed.kernels.levels import MIN_SCALE
 
 H, G, D, M, N = 2, 3, 16, 512, 24
 SCALE = D**-0.5
