@@ -47,6 +47,10 @@ class Attention:
         self._tiers = Tiers(cache, staging_NX=staging_NX, scale=scale, recall_stride=recall_stride)
 
     @property
+    def tiers(self) -> Tiers:
+        return self._tiers
+
+    @property
     def counts(self) -> DecodeCounts:
         return self._tiers.counts
 

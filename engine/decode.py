@@ -252,12 +252,10 @@ class SparseGroup:
         return pages_BHK
 
     def _measure_recall(self, layer: int, q_BHGD: Tensor, lse_BHG: Tensor) -> None:
-        """Share of the dense softmax mass on the attended tokens, mean over query heads."""
         counts = self._tiers.counts
         for b, row in enumerate(self.batch.rows):
-            alone = one_row(self.batch, b)
-            _, dense_1HG = attend_all(self._tiers, alone, layer, q_BHGD[b : b + 1])
-            recall = float(torch.exp(lse_BHG[b : b + 1] - dense_1HG).mean())
+            alone, own = one_row(self.batch, b), slice(b, b + 1)
+            recall = float(attention_recall(self._tiers, alone, layer, q_BHGD[own], lse_BHG[own]))
             row.recalls.append(recall)
             counts.recall_sum += recall
             counts.recall_samples += 1
@@ -285,6 +283,15 @@ def attend_all(tiers: Tiers, batch: Batch, layer: int, q_1HGD: Tensor) -> tuple[
     pages_1HK = torch.arange(num_full, device=device).expand(1, q_1HGD.shape[1], -1)
     slots_1HK = tables.slots_in_order(batch.rows_B, layer, num_full)
     return tiers.attend_in_passes(batch, layer, q_1HGD, pages_1HK, slots_1HK)
+
+
+def attention_recall(
+    tiers: Tiers, batch: Batch, layer: int, q_1HGD: Tensor, lse_1HG: Tensor
+) -> Tensor:
+    """Share of the dense softmax mass on what one request has attended to, whose softmax sums have
+    the logs ``lse``: mean over query heads, a scalar on the device."""
+    _, dense_1HG = attend_all(tiers, batch, layer, q_1HGD)
+    return torch.exp(lse_1HG - dense_1HG).mean()
 
 
 def make_groups(

@@ -26,6 +26,7 @@ from sparsed.engine.batch import DecodeRow, PromptChunk, StepPlan
 from sparsed.engine.draws import draw_step
 from sparsed.engine.kvcache.cache import KVCache
 from sparsed.engine.kvcache.upload import upload
+from sparsed.engine.recall import RecallSampler
 from sparsed.engine.sparse.replay import SelectionTrace, load_trace
 from sparsed.engine.step_decoder import Drawn, StepDecoder
 from sparsed.engine.step_input import StepRow
@@ -68,6 +69,7 @@ class Runner:
         self.vocab_size = config.vocab_size
         self.kv = make_cache(spec, self.decoder, pool_fd=pool_fd, on_progress=on_progress)
         self.attention = make_attention(spec, self.kv)
+        self.recall = RecallSampler(self.attention.tiers)
         self._last_token_R = torch.zeros(
             self.kv.tables.spare_row + 1, dtype=torch.int64, device=self._device
         )
@@ -111,6 +113,7 @@ class Runner:
             assert self.steps is not None
             self.kv.transfer.wait_for_saves()
             parts.append(self.steps.run(queued, step=self._step))
+            self.recall.sample(queued, self.steps.trail, step=self._step)
         self.attention.finish(others, step=self._step)
         self.attention.count(plan.decodes)
         if len(parts) == 1:
@@ -167,6 +170,7 @@ class Runner:
 
     def stats(self) -> EngineStats:
         """Counters and gauges of the tiers; the caller adds those of requests and steps."""
+        self.recall.collect()
         counts, kv = self.attention.counts, self.kv
         queued = self.steps.tiered if self.steps is not None else None
         on_device = queued.counters.read() if queued is not None else [0] * 4
