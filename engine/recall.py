@@ -6,13 +6,12 @@ K pages.
 
 from __future__ import annotations
 
-import math
+import random
 from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from sparsed.engine.batch import DecodeRow
 from sparsed.engine.decode import Tiers, attention_recall, sampled_layer
@@ -89,6 +88,6 @@ class RecallSampler:
 
 
 def sampled_place(turn: int, count: int) -> int:
-    """Which of ``count`` requests the ``turn``-th measurement is of: all in turn, but in steps of
-    an irrational number, so that no number of requests falls in step with the layers."""
-    return int(turn * math.sqrt(2) % 1 * count)
+    """Which of ``count`` requests the ``turn``-th measurement is of: drawn, the same in every run,
+    so that no number of requests falls in step with the layers."""
+    return random.Random(turn).randrange(count)
