@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
-from itertools import accumulate
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -21,16 +21,17 @@ from sparsed.engine.decode_batch import (
     Batch,
     is_sparse,
     make_batch,
+    make_columns,
     one_row,
     similar_lengths,
 )
 from sparsed.engine.kvcache.cache import KVCache, Row
 from sparsed.engine.kvcache.residency import Residency
-from sparsed.engine.kvcache.upload import upload
 from sparsed.engine.sparse.base import SINK_PAGES, recent_pages
+from sparsed.engine.sparse.replay import SelectionTrace
+from sparsed.engine.step_input import Pages
 from sparsed.kernels.attend import attend_pages
 from sparsed.kernels.merge import merge_states
-from sparsed.kernels.reference_select import COLUMN_ALIGN
 from sparsed.kernels.select import select_pages
 
 GOLDEN_RATIO = 0.618
@@ -73,15 +74,23 @@ class Group(Protocol):
 
 
 class Tiers:
-    """What every group works with: the cache, the staging area, the scale, the totals."""
+    """What every group works with: the cache, the staging area, the scale, the totals, and the
+    trace that replaces selections, if any."""
 
     def __init__(
-        self, cache: KVCache, *, staging_NX: Tensor, scale: float, recall_stride: int
+        self,
+        cache: KVCache,
+        *,
+        staging_NX: Tensor,
+        scale: float,
+        recall_stride: int,
+        trace: SelectionTrace | None,
     ) -> None:
         self.cache = cache
         self.staging_NX = staging_NX
         self.scale = scale
         self.recall_stride = recall_stride  # steps between two measurements of attention recall
+        self.trace = trace
         self.residency = Residency(cache)
         self.counts = DecodeCounts(self.residency.counters_4)
 
@@ -172,15 +181,6 @@ class StreamedGroup:
         return attend_all(self._tiers, self.batch, layer, q_BHGD)[0]
 
 
-class Columns(NamedTuple):
-    """Where the logits of each request lie; int32, as kernels take them."""
-
-    rows_B: Tensor
-    num_full_B: Tensor
-    first_B: Tensor
-    num_columns: int
-
-
 class SparseGroup:
     """The ``count`` best pages of every lane, made resident, and the partial page."""
 
@@ -198,6 +198,7 @@ class SparseGroup:
         self._positions_B = (
             self._columns.num_full_B * cache.geometry.page_size + batch.tail_tokens_B - 1
         )
+        self._trace = self._begin_trace()
         turn, rest = divmod(step, tiers.recall_stride)
         self._sampled_layer = -1 if rest else sampled_layer(turn, cache.geometry.num_layers)
 
@@ -217,7 +218,9 @@ class SparseGroup:
             o, lse = tiers.attend(batch, q_BHGD, slots_BHK)
         else:
             # Pages without a slot pass through the staging: which, the table knows.
-            slots_BHK = tiers.cache.tables.selected_slots(batch.rows_B, layer, pages_BHK)
+            slots_BHK = tiers.cache.tables.selected_slots(
+                batch.rows_B, layer, pages_BHK.clamp(min=0)
+            ).masked_fill_(pages_BHK < 0, -1)
             o, lse = tiers.attend_in_passes(batch, layer, q_BHGD, pages_BHK, slots_BHK)
         if layer == self._sampled_layer:
             self._measure_recall(layer, q_BHGD, lse)
@@ -249,7 +252,23 @@ class SparseGroup:
             max_pages=cache.tables.frames_RF.shape[1] * geometry.pages_per_block,
             out_BHK=pages_BHK,
         )
+        if self._trace is not None:
+            self._trace.overwrite(layer, pages_BHK)
         return pages_BHK
+
+    def _begin_trace(self) -> SelectionTrace | None:
+        """What replaces the selections of these requests in this step: groups of one step run side
+        by side, and each needs a trace of its own."""
+        if self._tiers.trace is None:
+            return None
+        columns, trace = self._columns, copy(self._tiers.trace)
+        trace.begin(
+            columns.rows_B,
+            positions_B=self._positions_B,
+            pages=Pages(columns.num_full_B, self._count_B, columns.first_B),
+            width=self._count,
+        )
+        return trace
 
     def _measure_recall(self, layer: int, q_BHGD: Tensor, lse_BHG: Tensor) -> None:
         counts = self._tiers.counts
@@ -259,13 +278,6 @@ class SparseGroup:
             row.recalls.append(recall)
             counts.recall_sum += recall
             counts.recall_samples += 1
-
-
-def make_columns(batch: Batch, *, device: torch.device) -> Columns:
-    """A place for the logits of every request of a batch, one after the other."""
-    sizes = [-(-num_full // COLUMN_ALIGN) * COLUMN_ALIGN for num_full in batch.num_full]
-    first_B = upload([0, *accumulate(sizes[:-1])], device=device).int()
-    return Columns(batch.rows_B.int(), batch.num_full_B.int(), first_B, sum(sizes))
 
 
 def sampled_layer(turn: int, num_layers: int) -> int:

@@ -26,6 +26,7 @@ from sparsed.engine.batch import DecodeRow, PromptChunk, StepPlan
 from sparsed.engine.draws import draw_step
 from sparsed.engine.kvcache.cache import KVCache
 from sparsed.engine.kvcache.upload import upload
+from sparsed.engine.kvcache.working_set import WorkingSet
 from sparsed.engine.recall import RecallSampler
 from sparsed.engine.sparse.replay import SelectionTrace, load_trace
 from sparsed.engine.step_decoder import Drawn, StepDecoder
@@ -68,13 +69,14 @@ class Runner:
         config = self.decoder.config
         self.vocab_size = config.vocab_size
         self.kv = make_cache(spec, self.decoder, pool_fd=pool_fd, on_progress=on_progress)
-        self.attention = make_attention(spec, self.kv)
+        self._trace = _load_trace(spec, self.kv)
+        self.attention = make_attention(spec, self.kv, trace=self._trace)
+        self._working_set = WorkingSet(self.kv.tables)
         self.recall = RecallSampler(self.attention.tiers)
         self._last_token_R = torch.zeros(
             self.kv.tables.spare_row + 1, dtype=torch.int64, device=self._device
         )
         self._spec = spec
-        self._trace = _load_trace(spec, self.kv)
         self.steps = self._make_steps(spec.knobs) if self.runs_ahead else None
         link, calibration = measure_link(spec, self.kv, on_progress=on_progress)
         if self.steps is not None:
@@ -89,6 +91,7 @@ class Runner:
             versions=library_versions(),
             copies=self.kv.transfer.ways.entries(block_bytes=self.kv.geometry.layer_bytes),
             calibration=calibration,
+            selection_trace=spec.selection_trace,
         )
 
     @property
@@ -176,6 +179,7 @@ class Runner:
         on_device = queued.counters.read() if queued is not None else [0] * 4
         h2d_bytes, h2d_s = kv.transfer.h2d
         d2h_bytes, d2h_s = kv.transfer.d2h
+        window_pages = self._working_set.num_pages()
         missed = int(counts.missed) + on_device[1]
         verified = kv.transfer.verified
         return EngineStats(
@@ -195,6 +199,10 @@ class Runner:
             hot_total_bytes=kv.arena.total_bytes,
             dram_used_bytes=kv.pool.used_bytes,
             dram_total_bytes=kv.pool.total_bytes,
+            working_set_pages=window_pages,
+            working_set_bytes=window_pages * kv.geometry.page_bytes,
+            metadata_bytes=kv.metadata_bytes,
+            copies=kv.transfer.copies,
         )
 
     def _make_steps(self, knobs: Knobs) -> StepDecoder:

@@ -98,7 +98,6 @@ class TieredAttention:
         self._lane_slots = cache.arena.blocks.size // geometry.num_lanes * geometry.pages_per_block
         self._stream = new_stream(device, priority=FETCH_PRIORITY)
         self.counters = DeviceCounters(4, device=device)
-        self.window_RLH = torch.zeros_like(cache.tables.num_blocks_RLH)
         num_heads, num_layers = geometry.num_kv_heads, geometry.num_layers
         pool_pages = len(cache.pool.pages_RX) // geometry.num_lanes
         columns = min(pool_pages, max_rows * max_pages) + COLUMN_ALIGN * max_rows
@@ -225,7 +224,7 @@ class TieredAttention:
             miss_dst_M=buffers.miss_dst_M,
             miss_src_M=buffers.miss_src_M,
             num_misses_1=buffers.misses_L[layer : layer + 1],
-            window_RLH=self.window_RLH,
+            window_RLH=cache.tables.window_RLH,
             counters_4=self.counters.values_C,
         )
         resolve_pages(
