@@ -41,7 +41,7 @@ def find_selection_trace(file: Path | None, *, knobs: Knobs) -> str | None:
 def _check_fits(recording: Recording, file: Path, *, knobs: Knobs) -> None:
     page_size, token_budget = knobs.page_size, knobs.token_budget
     try:
-        recording.selection(range(1), page_size=page_size, token_budget=token_budget)
+        recording.full_selection(range(1), page_size=page_size, token_budget=token_budget)
     except InputError as error:
         raise InputError(
             f"{FIELD}: {file}: {error}; give such a page_size and token_budget, or another "

@@ -96,7 +96,7 @@ def make_cache(
             verifier=Verifier(spec.verify_kv, num_page_rows=num_page_rows, device=device),
         ),
         knobs=knobs,
-        replays=spec.selection_trace is not None,
+        replayed_budget=knobs.token_budget if spec.selection_trace else None,
     )
 
 

@@ -218,9 +218,7 @@ class SparseGroup:
             o, lse = tiers.attend(batch, q_BHGD, slots_BHK)
         else:
             # Pages without a slot pass through the staging: which, the table knows.
-            slots_BHK = tiers.cache.tables.selected_slots(
-                batch.rows_B, layer, pages_BHK.clamp(min=0)
-            ).masked_fill_(pages_BHK < 0, -1)
+            slots_BHK = tiers.cache.tables.selected_slots(batch.rows_B, layer, pages_BHK)
             o, lse = tiers.attend_in_passes(batch, layer, q_BHGD, pages_BHK, slots_BHK)
         if layer == self._sampled_layer:
             self._measure_recall(layer, q_BHGD, lse)

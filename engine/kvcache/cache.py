@@ -67,8 +67,8 @@ class Row:
 class KVCache:
     """Admits requests to both tiers, gives pages their slots, seals full pages, frees.
 
-    Not thread-safe: owned by the thread that runs the engine's steps. ``replays``: what is selected
-    comes from a recording; only told on.
+    Not thread-safe: owned by the thread that runs the engine's steps. ``replayed_budget``:
+    requests with this token budget replay recorded selections; only told on.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class KVCache:
         selector: Selector | None,
         transfer: Transfer,
         knobs: Knobs,
-        replays: bool = False,
+        replayed_budget: int | None = None,
     ) -> None:
         self.geometry = geometry
         self.arena = arena
@@ -91,7 +91,7 @@ class KVCache:
         self.transfer = transfer
         self.rows: dict[int, Row] = {}
         self._knobs = knobs
-        self._replays = replays
+        self._replayed_budget = replayed_budget
         self._device = arena.pages_NX.device
         self._free_rows = list(range(knobs.max_num_seqs - 1, -1, -1))
 
@@ -170,7 +170,7 @@ class KVCache:
             token_budget=row.token_budget,
             **reads._asdict(),
             coverage=float(np.mean(row.recalls)) if row.recalls else None,
-            replayed=self._replays and reads.sparse_steps > 0,
+            replayed=row.token_budget == self._replayed_budget and reads.sparse_steps > 0,
         )
 
     @property

@@ -734,7 +734,7 @@ class SparseDetails:
     tokens_read: int  # K/V tokens read per lane, summed over steps
     tokens_dense: int  # what dense attention would have read
     coverage: float | None  # mean attention recall on sampled steps; None if never sampled
-    replayed: bool = False  # selections of a recording took the place of the request's own
+    replayed: bool = False  # a recording selected for it, where it was long enough for that
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
