@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -11,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sparsed.core import EngineFacts, EngineSpec, EngineStats, Knobs
+from sparsed.core import CopyTotal, Direction, EngineFacts, EngineSpec, EngineStats, Knobs
 from sparsed.engine.assembly import (
     Progress,
     device_name,
@@ -177,8 +178,9 @@ class Runner:
         counts, kv = self.attention.counts, self.kv
         queued = self.steps.tiered if self.steps is not None else None
         on_device = queued.counters.read() if queued is not None else [0] * 4
-        h2d_bytes, h2d_s = kv.transfer.h2d
-        d2h_bytes, d2h_s = kv.transfer.d2h
+        copies = kv.transfer.copies
+        h2d_bytes, h2d_s = _sum(copies, Direction.H2D)
+        d2h_bytes, d2h_s = _sum(copies, Direction.D2H)
         window_pages = self._working_set.num_pages()
         missed = int(counts.missed) + on_device[1]
         verified = kv.transfer.verified
@@ -202,7 +204,7 @@ class Runner:
             working_set_pages=window_pages,
             working_set_bytes=window_pages * kv.geometry.page_bytes,
             metadata_bytes=kv.metadata_bytes,
-            copies=kv.transfer.copies,
+            copies=copies,
         )
 
     def _make_steps(self, knobs: Knobs) -> StepDecoder:
@@ -289,6 +291,12 @@ def _logits_index(chunk: PromptChunk, *, first: int) -> range:
 def _max_count(knobs: Knobs) -> int:
     """Most full pages that a request with the budget of the knob selects."""
     return knobs.token_budget // knobs.page_size - 1
+
+
+def _sum(copies: Sequence[CopyTotal], direction: Direction) -> tuple[int, float]:
+    """Bytes and seconds of all copies one way."""
+    found = [item for item in copies if item.direction is direction]
+    return sum(item.num_bytes for item in found), sum(item.seconds for item in found)
 
 
 def _load_trace(spec: EngineSpec, kv: KVCache) -> SelectionTrace | None:
