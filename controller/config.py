@@ -53,6 +53,7 @@ class DaemonConfig:
     no_profile: bool = False
     enforce_eager: bool = False
     verify_kv: str = VerifyMode.OFF.value
+    selection_trace: Path | None = None  # a recording whose selections replace the model's own
     tensor_parallel_size: int = 1
     knobs: Mapping[str, KnobValue] = field(default_factory=dict)
     origins: Mapping[str, KnobSource] = field(default_factory=dict)
@@ -313,6 +314,7 @@ _OPTIONS: Mapping[str, Callable[[_Given], object]] = {
     "no_profile": _boolean,
     "enforce_eager": _boolean,
     "verify_kv": _pattern("|".join(VerifyMode), allowed=", ".join(VerifyMode)),
+    "selection_trace": _path,
     "tensor_parallel_size": _one_gpu,
 }
 

@@ -297,6 +297,7 @@ class Daemon:
                 "model": self._model_ids[0],
                 "device": spec.device,
                 "dtype": spec.dtype,
+                "selections": "replayed" if spec.selection_trace else "own",
             },
         )
 

@@ -45,6 +45,11 @@ def log_plan(plan: StartPlan) -> None:
     """The model, the profile with its reason, and knobs that an earlier daemon was told."""
     logger.info("model: %s, %s on %s", plan.model_id, plan.spec.dtype, plan.spec.device)
     logger.info("profile: %s", plan.profile)
+    if plan.spec.selection_trace:
+        logger.warning(
+            "selections of pages are replayed from %s: texts are not the model's own",
+            plan.spec.selection_trace,
+        )
     told = [name for name, source in plan.sources.items() if source is KnobSource.LIVE]
     if told:
         logger.info("set for this start while the last daemon ran: %s", ", ".join(told))

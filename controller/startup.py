@@ -18,10 +18,13 @@ from sparsed.controller.lookups import (
     calibrations_of,
     profiles_of,
 )
+from sparsed.controller.selection_trace import find_selection_trace
 from sparsed.controller.tokenizer import Tokenizer
 from sparsed.core import (
     GIB,
     KNOB_SPECS,
+    QUEUED_RECALL_STRIDE,
+    RECALL_STRIDE,
     EngineSpec,
     InputError,
     Knobs,
@@ -101,7 +104,9 @@ def prepare(
             plan=sized.plan,
             seed=config.seed,
             enforce_eager=config.enforce_eager,
+            recall_stride=RECALL_STRIDE if device == "cpu" else QUEUED_RECALL_STRIDE,
             verify_kv=VerifyMode(config.verify_kv),
+            selection_trace=find_selection_trace(config.selection_trace, knobs=sized.knobs),
             link=link,
             calibration=find_calibration(link) if link else None,
             cache_dir=str(config.cache_dir),
@@ -119,13 +124,15 @@ def prepare(
 def check_next_start(plan: StartPlan, values: Mapping[str, KnobValue]) -> None:
     """InputError naming the knob if a start like ``plan``, but with ``values``, would fail."""
     spec = plan.spec
-    _size(
+    sized = _size(
         values,
         shape=plan.model.shape,
         machine=plan.machine,
         device=spec.device,
         dtype=spec.dtype,
     )
+    trace = Path(spec.selection_trace) if spec.selection_trace else None
+    find_selection_trace(trace, knobs=sized.knobs)
 
 
 def _size(
@@ -166,6 +173,7 @@ def describe_plan(plan: StartPlan) -> str:
             f"model    {plan.model_id} ({plan.model.shape.num_parameters / 1e6:,.0f} M parameters)",
             f"device   {spec.device}, {spec.dtype}, {plan.machine.fingerprint}",
             f"profile  {plan.profile}",
+            *([f"selections replayed from {spec.selection_trace}"] if spec.selection_trace else []),
             "memory",
             *(f"  {name:<20}{num_bytes / GIB:>10.3f} GiB" for name, num_bytes in parts),
             "knobs",

@@ -93,6 +93,11 @@ def _check(options: TuneOptions) -> Workload:
             "goodput counts requests that meet their targets: give --slo-ttft-ms or --slo-tpot-ms",
             field="objective",
         )
+    if options.config.selection_trace is not None:
+        raise InputError(
+            "trials of replayed selections say nothing about the model: drop selection_trace",
+            field="selection_trace",
+        )
     if options.export is not None and options.export.suffix not in FORMAT_BY_SUFFIX:
         known = ", ".join(FORMAT_BY_SUFFIX)
         raise InputError(f"--export {options.export}: end it in one of {known}", field="export")

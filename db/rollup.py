@@ -19,6 +19,7 @@ ROLLUP_METRICS: Final = (
     "prompt_tokens_per_s",
     "generated_tokens_per_s",
     "hot_hit_frac",
+    "misses_per_step",
     "miss_bytes_per_step",
     "h2d_bytes",
     "d2h_bytes",
@@ -29,6 +30,8 @@ ROLLUP_METRICS: Final = (
     "num_waiting",
     "hot_used_frac",
     "dram_used_frac",
+    "working_set_bytes",
+    "metadata_bytes",
     "ttft_p95_s",
     "tpot_p95_s",
 )

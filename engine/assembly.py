@@ -24,6 +24,7 @@ from sparsed.engine.models.decoder import Decoder
 from sparsed.engine.models.dummy import DUMMY_PREFIX, dummy_config
 from sparsed.engine.models.weights import load_weights, random_weights
 from sparsed.engine.sparse.learned import find_basis
+from sparsed.engine.sparse.replay import SelectionTrace
 from sparsed.engine.sparse.selectors import make_selector
 
 Progress = Callable[[str, float], None]
@@ -95,10 +96,11 @@ def make_cache(
             verifier=Verifier(spec.verify_kv, num_page_rows=num_page_rows, device=device),
         ),
         knobs=knobs,
+        replayed_budget=knobs.token_budget if spec.selection_trace else None,
     )
 
 
-def make_attention(spec: EngineSpec, kv: KVCache) -> Attention:
+def make_attention(spec: EngineSpec, kv: KVCache, *, trace: SelectionTrace | None) -> Attention:
     """The attention of a cache, with the staging area that was planned."""
     num_staged = spec.plan.staging_bytes // kv.geometry.page_bytes
     return Attention(
@@ -107,6 +109,7 @@ def make_attention(spec: EngineSpec, kv: KVCache) -> Attention:
         dense_layers=spec.knobs.dense_layers,
         scale=kv.geometry.head_dim**-0.5,
         recall_stride=spec.recall_stride,
+        trace=trace,
     )
 
 

@@ -14,6 +14,7 @@ from sparsed.engine.decode import DecodeCounts, Group, Tiers, make_groups
 from sparsed.engine.decode_batch import is_sparse, make_batch
 from sparsed.engine.kvcache.cache import KVCache, Reads
 from sparsed.engine.prefill import ChunkPlan, PrefillAttention
+from sparsed.engine.sparse.replay import SelectionTrace
 from sparsed.kernels.store import store_tokens
 
 
@@ -40,11 +41,22 @@ class Attention:
         dense_layers: int,
         scale: float,
         recall_stride: int = RECALL_STRIDE,
+        trace: SelectionTrace | None = None,
     ) -> None:
         self._cache = cache
         self._dense_layers = dense_layers
         self._prefill = PrefillAttention(cache, staging_NX=staging_NX, scale=scale)
-        self._tiers = Tiers(cache, staging_NX=staging_NX, scale=scale, recall_stride=recall_stride)
+        self._tiers = Tiers(
+            cache,
+            staging_NX=staging_NX,
+            scale=scale,
+            recall_stride=recall_stride,
+            trace=trace,
+        )
+
+    @property
+    def tiers(self) -> Tiers:
+        return self._tiers
 
     @property
     def counts(self) -> DecodeCounts:

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
-from itertools import accumulate
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -21,16 +21,17 @@ from sparsed.engine.decode_batch import (
     Batch,
     is_sparse,
     make_batch,
+    make_columns,
     one_row,
     similar_lengths,
 )
 from sparsed.engine.kvcache.cache import KVCache, Row
 from sparsed.engine.kvcache.residency import Residency
-from sparsed.engine.kvcache.upload import upload
 from sparsed.engine.sparse.base import SINK_PAGES, recent_pages
+from sparsed.engine.sparse.replay import SelectionTrace
+from sparsed.engine.step_input import Pages
 from sparsed.kernels.attend import attend_pages
 from sparsed.kernels.merge import merge_states
-from sparsed.kernels.reference_select import COLUMN_ALIGN
 from sparsed.kernels.select import select_pages
 
 GOLDEN_RATIO = 0.618
@@ -73,15 +74,23 @@ class Group(Protocol):
 
 
 class Tiers:
-    """What every group works with: the cache, the staging area, the scale, the totals."""
+    """What every group works with: the cache, the staging area, the scale, the totals, and the
+    trace that replaces selections, if any."""
 
     def __init__(
-        self, cache: KVCache, *, staging_NX: Tensor, scale: float, recall_stride: int
+        self,
+        cache: KVCache,
+        *,
+        staging_NX: Tensor,
+        scale: float,
+        recall_stride: int,
+        trace: SelectionTrace | None,
     ) -> None:
         self.cache = cache
         self.staging_NX = staging_NX
         self.scale = scale
         self.recall_stride = recall_stride  # steps between two measurements of attention recall
+        self.trace = trace
         self.residency = Residency(cache)
         self.counts = DecodeCounts(self.residency.counters_4)
 
@@ -172,15 +181,6 @@ class StreamedGroup:
         return attend_all(self._tiers, self.batch, layer, q_BHGD)[0]
 
 
-class Columns(NamedTuple):
-    """Where the logits of each request lie; int32, as kernels take them."""
-
-    rows_B: Tensor
-    num_full_B: Tensor
-    first_B: Tensor
-    num_columns: int
-
-
 class SparseGroup:
     """The ``count`` best pages of every lane, made resident, and the partial page."""
 
@@ -198,6 +198,7 @@ class SparseGroup:
         self._positions_B = (
             self._columns.num_full_B * cache.geometry.page_size + batch.tail_tokens_B - 1
         )
+        self._trace = self._begin_trace()
         turn, rest = divmod(step, tiers.recall_stride)
         self._sampled_layer = -1 if rest else sampled_layer(turn, cache.geometry.num_layers)
 
@@ -249,25 +250,32 @@ class SparseGroup:
             max_pages=cache.tables.frames_RF.shape[1] * geometry.pages_per_block,
             out_BHK=pages_BHK,
         )
+        if self._trace is not None:
+            self._trace.overwrite(layer, pages_BHK)
         return pages_BHK
 
+    def _begin_trace(self) -> SelectionTrace | None:
+        """What replaces the selections of these requests in this step: groups of one step run side
+        by side, and each needs a trace of its own."""
+        if self._tiers.trace is None:
+            return None
+        columns, trace = self._columns, copy(self._tiers.trace)
+        trace.begin(
+            columns.rows_B,
+            positions_B=self._positions_B,
+            pages=Pages(columns.num_full_B, self._count_B, columns.first_B),
+            width=self._count,
+        )
+        return trace
+
     def _measure_recall(self, layer: int, q_BHGD: Tensor, lse_BHG: Tensor) -> None:
-        """Share of the dense softmax mass on the attended tokens, mean over query heads."""
         counts = self._tiers.counts
         for b, row in enumerate(self.batch.rows):
-            alone = one_row(self.batch, b)
-            _, dense_1HG = attend_all(self._tiers, alone, layer, q_BHGD[b : b + 1])
-            recall = float(torch.exp(lse_BHG[b : b + 1] - dense_1HG).mean())
+            alone, own = one_row(self.batch, b), slice(b, b + 1)
+            recall = float(attention_recall(self._tiers, alone, layer, q_BHGD[own], lse_BHG[own]))
             row.recalls.append(recall)
             counts.recall_sum += recall
             counts.recall_samples += 1
-
-
-def make_columns(batch: Batch, *, device: torch.device) -> Columns:
-    """A place for the logits of every request of a batch, one after the other."""
-    sizes = [-(-num_full // COLUMN_ALIGN) * COLUMN_ALIGN for num_full in batch.num_full]
-    first_B = upload([0, *accumulate(sizes[:-1])], device=device).int()
-    return Columns(batch.rows_B.int(), batch.num_full_B.int(), first_B, sum(sizes))
 
 
 def sampled_layer(turn: int, num_layers: int) -> int:
@@ -285,6 +293,15 @@ def attend_all(tiers: Tiers, batch: Batch, layer: int, q_1HGD: Tensor) -> tuple[
     pages_1HK = torch.arange(num_full, device=device).expand(1, q_1HGD.shape[1], -1)
     slots_1HK = tables.slots_in_order(batch.rows_B, layer, num_full)
     return tiers.attend_in_passes(batch, layer, q_1HGD, pages_1HK, slots_1HK)
+
+
+def attention_recall(
+    tiers: Tiers, batch: Batch, layer: int, q_1HGD: Tensor, lse_1HG: Tensor
+) -> Tensor:
+    """Share of the dense softmax mass on what one request has attended to, whose softmax sums have
+    the logs ``lse``: mean over query heads, a scalar on the device."""
+    _, dense_1HG = attend_all(tiers, batch, layer, q_1HGD)
+    return torch.exp(lse_1HG - dense_1HG).mean()
 
 
 def make_groups(

@@ -1,4 +1,4 @@
-"""Tokens on their way from the device to the host."""
+"""Numbers on their way from the device to the host."""
 
 from __future__ import annotations
 
@@ -6,21 +6,41 @@ import torch
 from torch import Tensor
 
 
-class PendingTokens:
-    """Reads ``tokens_N`` without keeping the device from going on; the copy is queued at once, on
+class _Pending:
+    """Reads ``values`` without keeping the device from going on; the copy is queued at once, on
     the current stream."""
 
-    def __init__(self, tokens_N: Tensor) -> None:
+    def __init__(self, values: Tensor) -> None:
         self._copied: torch.cuda.Event | None = None
-        self._tokens_N = tokens_N
-        if tokens_N.is_cuda:
-            self._tokens_N = torch.empty_like(tokens_N, device="cpu", pin_memory=True)
-            self._tokens_N.copy_(tokens_N, non_blocking=True)
-            self._copied = torch.cuda.current_stream(tokens_N.device).record_event()
+        self._values = values
+        if values.is_cuda:
+            self._values = torch.empty_like(values, device="cpu", pin_memory=True)
+            self._values.copy_(values, non_blocking=True)
+            self._copied = torch.cuda.current_stream(values.device).record_event()
+
+    def _wait(self) -> Tensor:
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self._values
+
+
+class PendingTokens(_Pending):
+    """The tokens (n,) of a step."""
 
     def read(self) -> list[int]:
         """The tokens; waits for the step that draws them."""
-        if self._copied is not None:
-            self._copied.synchronize()
-        tokens: list[int] = self._tokens_N.tolist()
+        tokens: list[int] = self._wait().tolist()
         return tokens
+
+
+class PendingValue(_Pending):
+    """One number, a tensor without dims."""
+
+    @property
+    def has_arrived(self) -> bool:
+        """Whether ``read`` would return at once."""
+        return self._copied is None or bool(self._copied.query())  # type: ignore[no-untyped-call]  # torch's
+
+    def read(self) -> float:
+        """The number; waits for the work that makes it."""
+        return float(self._wait())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sparsed.core import EngineFacts, EngineSpec, EngineStats, Knobs
+from sparsed.core import CopyTotal, Direction, EngineFacts, EngineSpec, EngineStats, Knobs
 from sparsed.engine.assembly import (
     Progress,
     device_name,
@@ -27,6 +28,8 @@ from sparsed.engine.batch import DecodeRow, PromptChunk, StepPlan
 from sparsed.engine.draws import draw_step
 from sparsed.engine.kvcache.cache import KVCache
 from sparsed.engine.kvcache.upload import upload
+from sparsed.engine.kvcache.working_set import WorkingSet
+from sparsed.engine.recall import RecallSampler
 from sparsed.engine.sparse.replay import SelectionTrace, load_trace
 from sparsed.engine.step_decoder import Drawn, StepDecoder
 from sparsed.engine.step_input import StepRow
@@ -68,12 +71,14 @@ class Runner:
         config = self.decoder.config
         self.vocab_size = config.vocab_size
         self.kv = make_cache(spec, self.decoder, pool_fd=pool_fd, on_progress=on_progress)
-        self.attention = make_attention(spec, self.kv)
+        self._trace = _load_trace(spec, self.kv)
+        self.attention = make_attention(spec, self.kv, trace=self._trace)
+        self._working_set = WorkingSet(self.kv.tables)
+        self.recall = RecallSampler(self.attention.tiers)
         self._last_token_R = torch.zeros(
             self.kv.tables.spare_row + 1, dtype=torch.int64, device=self._device
         )
         self._spec = spec
-        self._trace = _load_trace(spec, self.kv)
         self.steps = self._make_steps(spec.knobs) if self.runs_ahead else None
         link, calibration = measure_link(spec, self.kv, on_progress=on_progress)
         if self.steps is not None:
@@ -88,6 +93,7 @@ class Runner:
             versions=library_versions(),
             copies=self.kv.transfer.ways.entries(block_bytes=self.kv.geometry.layer_bytes),
             calibration=calibration,
+            selection_trace=spec.selection_trace,
         )
 
     @property
@@ -112,6 +118,7 @@ class Runner:
             assert self.steps is not None
             self.kv.transfer.wait_for_saves()
             parts.append(self.steps.run(queued, step=self._step))
+            self.recall.sample(queued, self.steps.trail, step=self._step)
         self.attention.finish(others, step=self._step)
         self.attention.count(plan.decodes)
         if len(parts) == 1:
@@ -176,11 +183,14 @@ class Runner:
 
     def stats(self) -> EngineStats:
         """Counters and gauges of the tiers; the caller adds those of requests and steps."""
+        self.recall.collect()
         counts, kv = self.attention.counts, self.kv
         queued = self.steps.tiered if self.steps is not None else None
         on_device = queued.now.counters.read() if queued is not None else [0] * 4
-        h2d_bytes, h2d_s = kv.transfer.h2d
-        d2h_bytes, d2h_s = kv.transfer.d2h
+        copies = kv.transfer.copies
+        h2d_bytes, h2d_s = _sum(copies, Direction.H2D)
+        d2h_bytes, d2h_s = _sum(copies, Direction.D2H)
+        window_pages = self._working_set.num_pages()
         missed = int(counts.missed) + on_device[1]
         verified = kv.transfer.verified
         return EngineStats(
@@ -200,6 +210,10 @@ class Runner:
             hot_total_bytes=kv.arena.total_bytes,
             dram_used_bytes=kv.pool.used_bytes,
             dram_total_bytes=kv.pool.total_bytes,
+            working_set_pages=window_pages,
+            working_set_bytes=window_pages * kv.geometry.page_bytes,
+            metadata_bytes=kv.metadata_bytes,
+            copies=copies,
         )
 
     def _make_steps(self, knobs: Knobs) -> StepDecoder:
@@ -287,6 +301,12 @@ def _logits_index(chunk: PromptChunk, *, first: int) -> range:
 def _max_count(knobs: Knobs) -> int:
     """Most full pages that a request with the budget of the knob selects."""
     return knobs.token_budget // knobs.page_size - 1
+
+
+def _sum(copies: Sequence[CopyTotal], direction: Direction) -> tuple[int, float]:
+    """Bytes and seconds of all copies one way."""
+    found = [item for item in copies if item.direction is direction]
+    return sum(item.num_bytes for item in found), sum(item.seconds for item in found)
 
 
 def _load_trace(spec: EngineSpec, kv: KVCache) -> SelectionTrace | None:

@@ -34,13 +34,11 @@ class LayerSelection:
         max_count: int,
         max_pages: int,
         group: int,
-        window_RLH: Tensor,
     ) -> None:
         device, geometry = cache.arena.pages_NX.device, cache.geometry
         self._cache = cache
         self._selector = selector
         self._max_pages = max_pages
-        self._window_RLH = window_RLH
         self._lane_slots = cache.arena.blocks.size // geometry.num_lanes * geometry.pages_per_block
         num_heads = geometry.num_kv_heads
         pool_pages = len(cache.pool.pages_RX) // geometry.num_lanes
@@ -104,7 +102,7 @@ class LayerSelection:
             miss_dst_M=self._miss_dst_M,
             miss_src_M=self._miss_src_M,
             num_misses_1=self.misses_L[layer : layer + 1],
-            window_RLH=self._window_RLH,
+            window_RLH=cache.tables.window_RLH,
             counters_4=self.counters.values_C,
         )
         resolve_pages(

@@ -91,7 +91,6 @@ class TieredAttention:
         self._trace = trace
         self._fetch_stream = new_stream(device, priority=FETCH_PRIORITY)
         self._ahead_stream = new_stream(device)
-        self.window_RLH = torch.zeros_like(cache.tables.num_blocks_RLH)
 
         def selection() -> LayerSelection:
             return LayerSelection(
@@ -101,7 +100,6 @@ class TieredAttention:
                 max_count=max_count,
                 max_pages=max_pages,
                 group=group,
-                window_RLH=self.window_RLH,
             )
 
         self.now = selection()

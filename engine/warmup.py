@@ -10,6 +10,7 @@ from sparsed.engine.attention import Attention
 from sparsed.engine.batch import DecodeRow, PromptChunk, StepPlan
 from sparsed.engine.kvcache.cache import KVCache
 from sparsed.engine.models.decoder import Decoder
+from sparsed.engine.recall import RecallSampler
 from sparsed.engine.step_decoder import Drawn
 
 NUM_CHUNKS = 2  # the second one has a context
@@ -22,6 +23,7 @@ class Runs(Protocol):
     decoder: Decoder
     kv: KVCache
     attention: Attention
+    recall: RecallSampler
 
     def run(self, plan: StepPlan) -> Drawn: ...
 
@@ -54,7 +56,9 @@ def warm_up(runner: Runs, knobs: Knobs, *, on_progress: Progress) -> None:
         )
         runner.run(StepPlan(chunks=(part,), decodes=()))
     for position in range(length, length + NUM_STEPS):
-        runner.run(StepPlan(chunks=(), decodes=(DecodeRow(row=row, token=0, position=position),)))
+        decode = DecodeRow(row=row, token=0, position=position)
+        runner.run(StepPlan(chunks=(), decodes=(decode,)))
+    runner.recall.warm_up(decode, num_query_heads=config.num_heads)
     kv.free(row)
 
 

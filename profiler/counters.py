@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
-from sparsed.core import EngineStats
+from sparsed.core import CopyTotal, EngineStats
 
 COUNTERS = (
     "steps",
@@ -39,13 +40,28 @@ def advance(totals: EngineStats, *, before: EngineStats, now: EngineStats) -> En
         name: getattr(totals, name) + getattr(now, name) - getattr(before, name)
         for name in COUNTERS
     }
-    return replace(now, **grown)
+    copies = _combined((totals.copies, 1), (now.copies, 1), (before.copies, -1))
+    return replace(now, **grown, copies=copies)
 
 
 def difference(before: EngineStats, *, now: EngineStats) -> EngineStats:
     """Growth of every counter between two totals; gauges are of ``now``."""
     growth = {name: getattr(now, name) - getattr(before, name) for name in COUNTERS}
-    return replace(now, **growth)
+    return replace(now, **growth, copies=_combined((now.copies, 1), (before.copies, -1)))
+
+
+def _combined(*terms: tuple[Sequence[CopyTotal], int]) -> tuple[CopyTotal, ...]:
+    """Copies of each kind added up, each list as often as its factor says."""
+    found: dict[tuple[str, str], CopyTotal] = {}
+    for copies, factor in terms:
+        for item in copies:
+            known = found.get((item.direction, item.path))
+            found[item.direction, item.path] = replace(
+                item,
+                num_bytes=factor * item.num_bytes + (known.num_bytes if known else 0),
+                seconds=factor * item.seconds + (known.seconds if known else 0.0),
+            )
+    return tuple(found.values())
 
 
 def has_restarted(*, before: EngineStats, now: EngineStats) -> bool:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from sparsed.core import EngineStats, HostGauges, LinkProbe, Slo, Snapshot
+from sparsed.core import CopyTotal, EngineStats, HostGauges, LinkProbe, Slo, Snapshot
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 TTFT_BUCKETS_S = (
@@ -115,7 +115,11 @@ def _counters(telemetry: Telemetry) -> Iterator[Metric]:
         ),
         ("kv_overflow_pages", "Selected pages attended in passes.", totals.overflow_pages),
         ("h2d_bytes", "Bytes copied into the hot tier.", totals.h2d_bytes),
-        ("h2d_seconds", "Seconds copies into the hot tier were under way.", totals.h2d_s),
+        (
+            "h2d_seconds",
+            "Seconds copies into the hot tier were under way, CUDA graphs not counted.",
+            totals.h2d_s,
+        ),
         ("d2h_bytes", "Bytes copied into the DRAM tier.", totals.d2h_bytes),
         ("d2h_seconds", "Seconds copies into the DRAM tier were under way.", totals.d2h_s),
         ("kv_verified_pages", "Pages hashed again after a copy.", totals.verify_checked_pages),
@@ -124,6 +128,25 @@ def _counters(telemetry: Telemetry) -> Iterator[Metric]:
         ("store_lost_writes", "Rows the store could not keep.", telemetry.store_lost_writes),
     ):
         yield CounterMetricFamily(f"sparsed_{name}", text, value=value)
+    yield from _copies(totals.copies)
+
+
+def _copies(copies: Iterable[CopyTotal]) -> Iterator[Metric]:
+    labels = ["direction", "path"]
+    num_bytes = CounterMetricFamily(
+        "sparsed_copied_bytes",
+        "Bytes copied between the tiers, by the way they took.",
+        labels=labels,
+    )
+    seconds = CounterMetricFamily(
+        "sparsed_copied_seconds",
+        "Seconds such copies were under way, CUDA graphs not counted.",
+        labels=labels,
+    )
+    for item in copies:
+        num_bytes.add_metric([item.direction, item.path], item.num_bytes)
+        seconds.add_metric([item.direction, item.path], item.seconds)
+    yield from (num_bytes, seconds)
 
 
 def _engine_gauges(snapshot: Snapshot) -> Iterator[Metric]:
@@ -132,6 +155,10 @@ def _engine_gauges(snapshot: Snapshot) -> Iterator[Metric]:
         ("requests_waiting", "Requests in the queue.", snapshot.num_waiting),
         ("kv_hot_usage_ratio", "Share of the hot tier in use.", snapshot.hot_used_frac),
         ("host_cache_usage_ratio", "Share of the DRAM tier in use.", snapshot.dram_used_frac),
+        ("kv_working_set_pages", "Pages used in the newest 12 steps.", snapshot.working_set_pages),
+        ("kv_working_set_bytes", "Bytes of these pages.", snapshot.working_set_bytes),
+        ("kv_metadata_bytes", "Summaries of pages in use.", snapshot.metadata_bytes),
+        ("kv_misses_per_step", "Mean pages fetched in a step.", snapshot.misses_per_step),
         ("attention_recall", "Attention mass on the tokens read.", snapshot.attention_recall),
         ("last_report_timestamp_seconds", "Time of the engine's last report.", snapshot.ended_at),
     ):

@@ -83,6 +83,8 @@ def _print(report: DecodeReport) -> None:
         f"{report.model}, {report.dtype}, {method} on {report.device_name}; a copy in its memory: "
         f"{report.copy_bytes_per_s / 1e9:.1f} GB/s read and written"
     )
+    if report.selection_trace:
+        print(f"selections replayed from {report.selection_trace}")
     if report.skipped:
         words = ", ".join(f"{point.requests} x {point.tokens}" for point in report.skipped)
         complain(f"left out, for the tiers do not hold them at once: {words}")

@@ -54,6 +54,7 @@ DECODE_FLAGS: Final = choose_flags(
     "kv_hbm_gib",
     "kv_dram_gib",
     "enforce_eager",
+    "selection_trace",
     sparse_method=SparseMethod.DENSE.value,
     kv_dram_gib="what the largest measurement needs",
 )

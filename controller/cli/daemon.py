@@ -22,7 +22,7 @@ from sparsed.core import ExitCode, StartError
 
 if TYPE_CHECKING:
     from sparsed.controller.control import DaemonStatus
-    from sparsed.core import EngineStats, Snapshot
+    from sparsed.core import CopyTotal, EngineStats, Snapshot
 
 POLL_S = 0.2
 
@@ -99,6 +99,8 @@ def _lines(now: DaemonStatus) -> Iterator[tuple[str, object]]:
     yield "address", now.http_url
     yield "model", f"{now.model}, {now.dtype} on {now.device}"
     yield "profile", now.profile
+    if now.facts and now.facts.selection_trace:
+        yield "selections", f"replayed from {now.facts.selection_trace}"
     yield "tuner", now.tuner_mode.value
     yield "engine restarts", now.engine_restarts
     yield "failed requests", now.requests_failed
@@ -119,6 +121,12 @@ def _tier_lines(stats: EngineStats) -> Iterator[tuple[str, object]]:
     yield "requests", f"{stats.num_running} running, {stats.num_waiting} waiting"
     yield "hot tier", f"{gib(stats.hot_used_bytes)} of {gib(stats.hot_total_bytes)}"
     yield "DRAM tier", f"{gib(stats.dram_used_bytes)} of {gib(stats.dram_total_bytes)}"
+    yield "working set", f"{stats.working_set_pages} pages, {gib(stats.working_set_bytes)}"
+    yield "summaries", gib(stats.metadata_bytes)
+    if stats.overflow_pages:
+        yield "overflow pages", stats.overflow_pages
+    for item in stats.copies:
+        yield f"{item.direction} by {item.path}", _copied(item)
     if stats.verify_checked_pages:
         checked, broken = stats.verify_checked_pages, stats.verify_mismatches
         yield "verified pages", f"{checked}, {broken} of them broken"
@@ -132,9 +140,16 @@ def _traffic_lines(last: Snapshot) -> Iterator[tuple[str, object]]:
     yield "TTFT p50/p95", _quantiles(last.ttft_p50_s, last.ttft_p95_s)
     yield "TPOT p50/p95", _quantiles(last.tpot_p50_s, last.tpot_p95_s)
     yield "hot hits", "-" if last.hot_hit_frac is None else f"{100 * last.hot_hit_frac:.1f} %"
+    missed = last.misses_per_step
+    yield "misses a step", "-" if missed is None else f"{missed:.1f} pages"
     yield "link H2D / D2H", f"{_rate(last.h2d_gb_per_s)} / {_rate(last.d2h_gb_per_s)}"
     recall = last.attention_recall
     yield "attention recall", "-" if recall is None else f"{recall:.4f}"
+
+
+def _copied(item: CopyTotal) -> str:
+    timed = f" in {item.seconds:.1f} s" if item.seconds else ""
+    return f"{gib(item.num_bytes)}{timed}"
 
 
 def _quantiles(*seconds: float | None) -> str:

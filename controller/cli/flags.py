@@ -114,6 +114,11 @@ SERVING_FLAGS = (
     _option(
         "verify_kv", "MODE", "off, sample or full: hash pages on both tiers to find broken copies"
     ),
+    _option(
+        "selection_trace",
+        "FILE",
+        "For measurements: replay a recording's selections of pages in place of the model's own",
+    ),
 )
 
 

@@ -53,4 +53,5 @@ def _sum(details: Sequence[SparseDetails]) -> SparseDetails:
         tokens_read=sum(item.tokens_read for item in details),
         tokens_dense=sum(item.tokens_dense for item in details),
         coverage=weighted / num_steps if num_steps else None,
+        replayed=any(item.replayed for item in details),
     )

@@ -90,6 +90,18 @@ class Recording:
         candidates_SLC[candidates_SLC >= num_full_S[:, None, None]] = PAD
         return _first_distinct(candidates_SLC, count=count)
 
+    def full_selection(self, step_range: range, *, page_size: int, token_budget: int) -> Pages:
+        """``selection`` without padding. Errors: as there, and InputError for a context that was no
+        longer than the budget."""
+        selection = self.selection(step_range, page_size=page_size, token_budget=token_budget)
+        if (selection == PAD).any():
+            raise InputError(
+                f"token_budget={token_budget} takes all of the {self.header.context_tokens} tokens "
+                "that were recorded, so that there was nothing to select",
+                field="token_budget",
+            )
+        return selection
+
     def _forced(self, num_full_S: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Pages always selected, (S, X); those that do not exist are beyond the full ones or
         negative."""

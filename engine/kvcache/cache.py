@@ -67,7 +67,8 @@ class Row:
 class KVCache:
     """Admits requests to both tiers, gives pages their slots, seals full pages, frees.
 
-    Not thread-safe: owned by the thread that runs the engine's steps.
+    Not thread-safe: owned by the thread that runs the engine's steps. ``replayed_budget``:
+    requests with this token budget replay recorded selections; only told on.
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class KVCache:
         selector: Selector | None,
         transfer: Transfer,
         knobs: Knobs,
+        replayed_budget: int | None = None,
     ) -> None:
         self.geometry = geometry
         self.arena = arena
@@ -89,6 +91,7 @@ class KVCache:
         self.transfer = transfer
         self.rows: dict[int, Row] = {}
         self._knobs = knobs
+        self._replayed_budget = replayed_budget
         self._device = arena.pages_NX.device
         self._free_rows = list(range(knobs.max_num_seqs - 1, -1, -1))
 
@@ -167,7 +170,16 @@ class KVCache:
             token_budget=row.token_budget,
             **reads._asdict(),
             coverage=float(np.mean(row.recalls)) if row.recalls else None,
+            replayed=row.token_budget == self._replayed_budget and reads.sparse_steps > 0,
         )
+
+    @property
+    def metadata_bytes(self) -> int:
+        """Bytes of the summaries of all frames in use, full or yet to fill."""
+        if self.selector is None:
+            return 0
+        frames = self.pool.frames
+        return self.selector.store_bytes // (frames.size + 1) * (frames.size - len(frames))
 
     # -- pages -------------------------------------------------------------------------------
 

@@ -21,7 +21,6 @@ class Residency:
         self._cache = cache
         self._tables = cache.tables.with_arena(cache.arena)
         self._step_1 = torch.zeros(1, dtype=torch.int32, device=device)
-        self._window_RLH = torch.zeros_like(cache.tables.num_blocks_RLH)
         self.counters_4 = torch.zeros(4, dtype=torch.int64, device=device)
 
     def begin(self, step: int) -> None:
@@ -64,6 +63,6 @@ class Residency:
             miss_dst_M=torch.empty(pages_BHK.numel(), dtype=torch.int64, device=heads_BH.device),
             miss_src_M=torch.empty(pages_BHK.numel(), dtype=torch.int64, device=heads_BH.device),
             num_misses_1=torch.zeros_like(self._step_1),
-            window_RLH=self._window_RLH,
+            window_RLH=self._cache.tables.window_RLH,
             counters_4=self.counters_4,
         )

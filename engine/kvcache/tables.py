@@ -28,6 +28,8 @@ class PageTables:
     entry of the spare segment takes the writes of lanes that have nothing to write: readers mask.
     ``lane_blocks_RLHN`` (R + 1, L, H, F): arena blocks a lane owns, in order, -1 after the last of
     its ``num_blocks_RLH``. Slot s of a lane is ``lane_blocks[s // P] * P + s % P``.
+    ``window_RLH`` (R + 1, L, H): pages of a lane that its newest steps used, as
+    ``kernels.resolve.Resolved`` has it; 0 while nothing was selected.
     ``displaced``: pages that lost their slot to a shrinking row or to a page that had to be open;
     selections count theirs themselves, and a request that ends evicts nothing.
     """
@@ -52,6 +54,7 @@ class PageTables:
         self.page_slot_X = self.page_slot_MLHP.view(-1)
         self.lane_blocks_RLHN = _filled((num_rows + 1, *lanes, columns), -1, device=device)
         self.num_blocks_RLH = _filled((num_rows + 1, *lanes), 0, device=device)
+        self.window_RLH = torch.zeros_like(self.num_blocks_RLH)
         self.displaced = torch.zeros((), dtype=torch.int64, device=device)
         self._head_H = torch.arange(geometry.num_kv_heads, device=device)
         self._lane_LH = torch.arange(geometry.num_lanes, device=device).view(lanes)
@@ -78,6 +81,7 @@ class PageTables:
         released."""
         self.page_slot_MLHP.index_fill_(0, frames_F, -1)
         self.frames_RF[row].fill_(self.spare_frame)
+        self.window_RLH[row].fill_(0)
 
     def give_blocks(self, row: int, first_block: int, blocks_LHn: Tensor) -> None:
         """Add arena blocks to every lane of ``row``, each of which has ``first_block`` so far."""

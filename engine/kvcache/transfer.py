@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from sparsed.core import Direction, LinkCalibration, LinkProbe, VerifyMode
+from sparsed.core import CopyTotal, Direction, LinkCalibration, LinkProbe, VerifyMode
 from sparsed.engine.kvcache.dram import DramPool
 from sparsed.engine.kvcache.link_policy import CopyChoice
 from sparsed.engine.kvcache.order import Saved, SaveOrder
@@ -216,6 +216,14 @@ class Transfer:
     def d2h(self) -> CopyTotals:
         """Bytes and seconds of all saves so far."""
         return self._sum(Direction.D2H)
+
+    @property
+    def copies(self) -> tuple[CopyTotal, ...]:
+        """The same by direction and path, of the ways that were taken."""
+        return tuple(
+            CopyTotal(direction=direction, path=path, num_bytes=num_bytes, seconds=seconds)
+            for (direction, path), (num_bytes, seconds) in self.totals().items()
+        )
 
     @property
     def verified(self) -> Verified:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import random
 import time
 from collections import Counter
+from dataclasses import replace
 
 import torch
 
@@ -43,13 +44,15 @@ from sparsed.engine.measure.points import (
 )
 from sparsed.engine.runner import Runner
 
+NEVER = 1 << 30  # steps between two measurements of recall, which would be timed with a step
+
 
 def measure_decode(wanted: MeasureDecode, *, on_progress: Progress) -> DecodeReport:
     """Make an engine and measure every point that fits it.
 
     Errors: InputError for the model's files, StartError for memory, or if no point fits.
     """
-    spec = wanted.spec
+    spec = replace(wanted.spec, recall_stride=NEVER)
     device = torch.device(spec.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -79,6 +82,7 @@ def measure_decode(wanted: MeasureDecode, *, on_progress: Progress) -> DecodeRep
         copy_bytes_per_s=copy_rate,
         steps=tuple(steps),
         skipped=tuple(point for point in wanted.points if point not in fitting),
+        selection_trace=spec.selection_trace,
     )
 
 

@@ -28,8 +28,8 @@ class SelectionTrace:
     """Every lane replays one of the recorded lanes, shifted in time.
 
     A lane's recorded pages are spread evenly over the pages that a request has: as many as it ever
-    touches, in their order. A request with fewer keeps its own selections. ``selection_SYK``: page
-    ids, none twice in a step, -1: no page.
+    touches, in their order. A request with fewer, or one that selects another number of pages than
+    was recorded, keeps its own selections. ``selection_SYK``: page ids, none twice in a step.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class SelectionTrace:
         spread_LBHK = torch.where(ranks_LBHK < 0, -1, spread_LBHK)
         spread_LBHK = F.pad(spread_LBHK, (0, max(0, width - num_columns)), value=-1)
         self._pages_LBHK = spread_LBHK[..., :width].contiguous()
-        replays_B = (pages.count_B > 0) & (anchor_B >= self.num_pages)
+        replays_B = (pages.count_B == num_columns) & (anchor_B >= self.num_pages)
         self._replays_B11 = replays_B[:, None, None]
 
     def overwrite(self, layer: int, pages_BHK: Tensor) -> None:
@@ -106,7 +106,7 @@ def load_trace(
     this page size and budget."""
     recording = read_recording(path)
     steps = range(len(recording.ranked_SLR))
-    selection = recording.selection(steps, page_size=page_size, token_budget=token_budget)
+    selection = recording.full_selection(steps, page_size=page_size, token_budget=token_budget)
     return SelectionTrace(
         selection.astype(np.int64), num_layers=num_layers, num_heads=num_heads, device=device
     )

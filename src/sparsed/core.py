@@ -493,7 +493,10 @@ class CalibrateLink:
     quick: bool = False
 
 
-RECALL_STRIDE = 32  # of a daemon: a measurement costs dense attention in one layer
+# Of a daemon: a measurement costs dense attention in one layer. Where steps are queued on a device
+# it also waits for it, and pages that are not hot cross the link.
+RECALL_STRIDE = 32
+QUEUED_RECALL_STRIDE = 256
 
 
 class VerifyMode(StrEnum):
@@ -536,6 +539,7 @@ class EngineFacts:
     versions: Mapping[str, str]  # torch, triton, cuda
     copies: tuple[LinkEntry, ...] = ()  # how pages are loaded and saved, and blocks saved
     calibration: LinkCalibration | None = None  # made at this start
+    selection_trace: str | None = None  # the recording whose selections are replayed
 
 
 # --------------------------------------------------------------------------------------------
@@ -591,6 +595,7 @@ class DecodeReport:
     copy_bytes_per_s: float
     steps: tuple[DecodeSpeed, ...]
     skipped: tuple[DecodePoint, ...]
+    selection_trace: str | None = None  # the recording whose selections were replayed
 
 
 class Ceiling(StrEnum):
@@ -731,6 +736,7 @@ class SparseDetails:
     tokens_read: int  # K/V tokens read per lane, summed over steps
     tokens_dense: int  # what dense attention would have read
     coverage: float | None  # mean attention recall on sampled steps; None if never sampled
+    replayed: bool = False  # a recording selected for it, where it was long enough for that
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -801,6 +807,17 @@ class Heartbeat:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class CopyTotal:
+    """Copies of one kind since the start. ``seconds`` are those such copies were under way; what a
+    CUDA graph copies has bytes and no seconds."""
+
+    direction: Direction
+    path: CopyPath
+    num_bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class EngineStats:
     """Counters since the engine started (they only grow) and gauges of now."""
 
@@ -815,9 +832,10 @@ class EngineStats:
     evicted_pages: int = 0  # pages that lost their slot while their request went on
     overflow_pages: int = 0  # selected pages that did not fit their lane, attended in passes
     h2d_bytes: int = 0
-    h2d_s: float = 0.0
+    h2d_s: float = 0.0  # without those of loads inside CUDA graphs
     d2h_bytes: int = 0
     d2h_s: float = 0.0
+    copies: tuple[CopyTotal, ...] = ()  # the same by direction and path
     recall_sum: float = 0.0
     recall_samples: int = 0
     verify_checked_pages: int = 0  # looked at again after a copy
@@ -829,6 +847,9 @@ class EngineStats:
     hot_total_bytes: int = 0
     dram_used_bytes: int = 0
     dram_total_bytes: int = 0
+    working_set_pages: int = 0  # used in the newest 12 steps of each lane, all requests
+    working_set_bytes: int = 0
+    metadata_bytes: int = 0  # summaries of pages, of all frames in use
     recent_step_s: tuple[float, ...] = ()  # durations of the steps since the last report
     knobs: Knobs | None = None
 
@@ -864,6 +885,7 @@ class Snapshot:
     prompt_tokens_per_s: float
     generated_tokens_per_s: float
     hot_hit_frac: float | None
+    misses_per_step: float | None  # pages
     miss_bytes_per_step: float | None
     h2d_bytes: int
     d2h_bytes: int
@@ -874,6 +896,9 @@ class Snapshot:
     num_waiting: int
     hot_used_frac: float
     dram_used_frac: float
+    working_set_pages: int
+    working_set_bytes: int
+    metadata_bytes: int
     requests_finished: int
     ttft_p50_s: float | None = None
     ttft_p95_s: float | None = None

@@ -80,6 +80,7 @@ SNAPSHOT = Snapshot(
     prompt_tokens_per_s=0.0,
     generated_tokens_per_s=33.3,
     hot_hit_frac=0.97,
+    misses_per_step=16.0,
     miss_bytes_per_step=4096.0,
     h2d_bytes=1 << 40,
     d2h_bytes=0,
@@ -90,6 +91,9 @@ SNAPSHOT = Snapshot(
     num_waiting=0,
     hot_used_frac=0.5,
     dram_used_frac=0.25,
+    working_set_pages=640,
+    working_set_bytes=640 << 12,
+    metadata_bytes=4096,
     requests_finished=3,
     knobs=KNOBS,
 )

@@ -218,6 +218,7 @@ def test_decode_in_a_table(
             ),
         ),
         skipped=(DecodePoint(requests=64, tokens=32768),),
+        selection_trace="/recordings/r.npz",
     )
     measured(report)
     verb = ["bench", "decode", "--model", "dummy:tiny", "--device", "cpu"]
@@ -225,7 +226,10 @@ def test_decode_in_a_table(
     captured = capsys.readouterr()
     for word in ("6.432", "6.250", "0.182", "15.00 GiB", "5.369", "1.20", "1244", "3000.0 GB/s"):
         assert word in captured.out
+    assert "selections replayed from /recordings/r.npz" in captured.out
     assert "do not hold them at once: 64 x 32768" in captured.err
+    assert run([*verb, "--state-dir", str(tmp_path), "-o", "json"]) == 0
+    assert json.loads(capsys.readouterr().out)["selection_trace"] == "/recordings/r.npz"
 
 
 def test_kernels_in_a_table(

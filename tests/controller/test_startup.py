@@ -10,11 +10,14 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from sparsed.controller import startup
 from sparsed.controller.config import DaemonConfig
 from sparsed.controller.control import KnobSource
 from sparsed.controller.startup import StartPlan, describe_plan, num_fitting, prepare
 from sparsed.core import (
     GIB,
+    QUEUED_RECALL_STRIDE,
+    RECALL_STRIDE,
     InputError,
     KnobValue,
     Objective,
@@ -60,6 +63,17 @@ def test_a_start_without_wishes(plan_start: PlanStart) -> None:
     assert plan.sources["token_budget"] is KnobSource.DEFAULT
     assert plan.sources["kv_hbm_gib"] is KnobSource.FLAG
     assert plan.sources["max_num_seqs"] is KnobSource.MACHINE
+
+
+def test_a_gpu_samples_recall_less_often(
+    plan_start: PlanStart, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each sample there holds up the steps that are queued."""
+    assert plan_start(no_profile=True).spec.recall_stride == RECALL_STRIDE
+    monkeypatch.setattr(startup, "find_device", lambda _asked: ("cuda:0", startup.read_machine()))
+    monkeypatch.setattr(startup, "link_key", lambda _machine: None)
+    plan = plan_start(no_profile=True, kv_dram_gib=0.1, dtype="bfloat16")
+    assert plan.spec.recall_stride == QUEUED_RECALL_STRIDE > RECALL_STRIDE
 
 
 def test_a_profile_fills_in_what_was_not_asked_for(plan_start: PlanStart) -> None:
@@ -165,11 +179,11 @@ def make_cache(plan: StartPlan) -> KVCache:
     """The cache that an engine of ``plan`` has."""
     knobs, memory, parts = plan.spec.knobs, plan.spec.plan, {"device": torch.device("cpu")}
     geometry = Geometry.of(plan.model.shape, dtype=plan.spec.dtype, page_size=knobs.page_size)
-    num_frames = memory.num_frames
+    num_frames, max_model_len = memory.num_frames, knobs.max_model_len
     tables = PageTables(
         geometry,
         num_rows=knobs.max_num_seqs,
-        max_model_len=knobs.max_model_len,
+        max_model_len=max_model_len,
         pool_frames=num_frames,
         **parts,
     )

@@ -101,6 +101,7 @@ def make_snapshot(ended_at: float, *, recall: float | None = 0.9) -> Snapshot:
         prompt_tokens_per_s=0.0,
         generated_tokens_per_s=ended_at % 60,
         hot_hit_frac=0.9,
+        misses_per_step=16.0,
         miss_bytes_per_step=10.0,
         h2d_bytes=100,
         d2h_bytes=10,
@@ -111,6 +112,9 @@ def make_snapshot(ended_at: float, *, recall: float | None = 0.9) -> Snapshot:
         num_waiting=0,
         hot_used_frac=0.5,
         dram_used_frac=0.1,
+        working_set_pages=640,
+        working_set_bytes=640 << 12,
+        metadata_bytes=4096,
         requests_finished=0,
     )
 

@@ -7,7 +7,16 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from sparsed.core import EngineStats, HostGauges, Knobs, LinkProbe, Slo
+from sparsed.core import (
+    CopyPath,
+    CopyTotal,
+    Direction,
+    EngineStats,
+    HostGauges,
+    Knobs,
+    LinkProbe,
+    Slo,
+)
 from sparsed.profiler.export import Exporter, Telemetry
 from sparsed.profiler.window import Window
 
@@ -29,7 +38,18 @@ KNOBS = Knobs(
 
 def telemetry(**changes: object) -> Telemetry:
     window = Window(clock=iter([0.0, 1.0, 1.5]).__next__)
-    stats = EngineStats(steps=7, h2d_bytes=4096, recall_sum=0.9, recall_samples=1, knobs=KNOBS)
+    copy = {"direction": Direction.H2D, "path": CopyPath.KERNEL}
+    stats = EngineStats(
+        steps=7,
+        hot_misses=14,
+        h2d_bytes=4096,
+        copies=(CopyTotal(num_bytes=4096, seconds=0.5, **copy),),
+        recall_sum=0.9,
+        recall_samples=1,
+        working_set_bytes=1 << 20,
+        metadata_bytes=1 << 10,
+        knobs=KNOBS,
+    )
     host = HostGauges(process_rss_bytes=10, gpu_used_bytes=20, pcie_d2h_bytes_per_s=30.0)
     window.close(stats, ended_at=5.0, host=host)
     values: dict[str, object] = {
@@ -63,6 +83,11 @@ def test_values_reach_the_text_and_zero_is_a_value() -> None:
     assert found["sparsed_kv_hot_hits_total", ()] == 0
     assert found["sparsed_requests_running", ()] == 0
     assert found["sparsed_attention_recall", ()] == 0.9
+    assert found["sparsed_kv_working_set_bytes", ()] == 1 << 20
+    assert found["sparsed_kv_metadata_bytes", ()] == 1 << 10
+    assert found["sparsed_kv_misses_per_step", ()] == 2
+    assert found["sparsed_copied_bytes_total", ("h2d", "kernel")] == 4096
+    assert found["sparsed_copied_seconds_total", ("h2d", "kernel")] == 0.5
     assert found["sparsed_link_capacity_bytes_per_second", ("d2h",)] == 3
     assert found["sparsed_pcie_bytes_per_second", ("d2h",)] == 30
     assert ("sparsed_pcie_bytes_per_second", ("h2d",)) not in found

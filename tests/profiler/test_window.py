@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparsed.core import EngineStats, Snapshot
+from sparsed.core import CopyPath, CopyTotal, Direction, EngineStats, Snapshot
 from sparsed.profiler.counters import COUNTERS, advance
 from sparsed.profiler.span import percentile
 from sparsed.profiler.window import Window
@@ -58,6 +58,9 @@ def test_rates_are_growth_over_the_time_between_reports(window: Window, clock: C
         num_running=3,
         hot_used_bytes=1,
         hot_total_bytes=4,
+        working_set_pages=6,
+        working_set_bytes=600,
+        metadata_bytes=50,
     )
     snapshot = close(window, clock, second, after_s=2.0)
     assert snapshot.window_s == 2.0
@@ -65,7 +68,10 @@ def test_rates_are_growth_over_the_time_between_reports(window: Window, clock: C
     assert snapshot.generated_tokens_per_s == 8.0
     assert snapshot.prompt_tokens_per_s == 25.0
     assert snapshot.hot_hit_frac == 0.75
+    assert snapshot.misses_per_step == 2.5
     assert snapshot.miss_bytes_per_step == 1e9
+    assert (snapshot.working_set_pages, snapshot.working_set_bytes) == (6, 600)
+    assert snapshot.metadata_bytes == 50
     assert snapshot.h2d_gb_per_s == 8.0
     assert snapshot.attention_recall == pytest.approx(0.9)
     assert (snapshot.num_running, snapshot.hot_used_frac) == (3, 0.25)
@@ -74,7 +80,10 @@ def test_rates_are_growth_over_the_time_between_reports(window: Window, clock: C
 def test_an_idle_window_has_no_figures(window: Window, clock: Clock) -> None:
     snapshot = close(window, clock, EngineStats())
     assert snapshot.generated_tokens_per_s == 0.0
-    for name in ("step_p50_s", "hot_hit_frac", "miss_bytes_per_step", "h2d_gb_per_s", "ttft_p50_s"):
+    for name in (
+        *("step_p50_s", "hot_hit_frac", "misses_per_step", "miss_bytes_per_step"),
+        *("h2d_gb_per_s", "ttft_p50_s"),
+    ):
         assert getattr(snapshot, name) is None
 
 
@@ -118,9 +127,24 @@ def test_every_counter_of_the_engine_is_carried() -> None:
     gauges = {
         *("num_running", "num_waiting", "hot_used_bytes", "hot_total_bytes"),
         *("dram_used_bytes", "dram_total_bytes", "recent_step_s", "knobs"),
+        *("working_set_pages", "working_set_bytes", "metadata_bytes"),
     }
     names = {item.name for item in dataclasses.fields(EngineStats)}
-    assert names == gauges | set(COUNTERS)
+    assert names == gauges | set(COUNTERS) | {"copies"}
+
+
+def copied(path: CopyPath, num_bytes: int, seconds: float = 0.0) -> CopyTotal:
+    return CopyTotal(direction=Direction.H2D, path=path, num_bytes=num_bytes, seconds=seconds)
+
+
+def test_copies_of_every_way_are_carried_over_a_restart(window: Window, clock: Clock) -> None:
+    kernel, engine = CopyPath.KERNEL, CopyPath.COPY_ENGINE
+    close(window, clock, EngineStats(steps=9, copies=(copied(kernel, 100, 1.0),)))
+    close(window, clock, EngineStats(steps=12, copies=(copied(kernel, 150, 1.5),)))
+    assert window.totals.copies == (copied(kernel, 150, 1.5),)
+    after = EngineStats(steps=1, copies=(copied(engine, 7), copied(kernel, 20, 0.25)))
+    close(window, clock, after)
+    assert set(window.totals.copies) == {copied(engine, 7), copied(kernel, 170, 1.75)}
 
 
 counts = st.integers(min_value=0, max_value=1 << 40)

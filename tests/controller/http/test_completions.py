@@ -32,6 +32,7 @@ async def test_whole_answer(open_edge: Any, engine: Any) -> None:
             "tokens_read": 300,
             "tokens_dense": 400,
             "coverage": 0.9,
+            "replayed": False,
         },
     }
     assert engine.received[0].prompt_tokens == tuple(b"Say")

@@ -1,0 +1,96 @@
+"""What an engine tells of the pages its requests use, and of their summaries."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+from sparsed.core import SparseMethod
+from sparsed.engine.batch import DecodeRow, PromptChunk, StepPlan
+from sparsed.engine.kvcache.geometry import num_frames
+from sparsed.engine.runner import Runner
+from sparsed.kernels.buckets import WINDOW_STEPS
+
+MakeRunner = Callable[..., Runner]
+LENGTHS = (700, 620)
+Selections = dict[tuple[int, int, int], list[set[int]]]  # of (row, layer, head), step by step
+
+
+def prefilled(runner: Runner) -> list[int]:
+    rows = []
+    for number, length in enumerate(LENGTHS):
+        row = runner.kv.add(length + 60, method=SparseMethod.MEAN_KEY, token_budget=None)
+        tokens = tuple((i * i + number) % 199 for i in range(length))
+        chunk = PromptChunk(
+            row=row, tokens=tokens, start=0, prompt_length=length, logits_from=length - 1
+        )
+        runner.run(StepPlan(chunks=(chunk,), decodes=()))
+        rows.append(row)
+    return rows
+
+
+def test_the_working_set_is_what_the_newest_steps_selected(
+    make_runner: MakeRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = make_runner(page_size=8, token_budget=256)
+    assert runner.stats().working_set_pages == 0
+    rows = prefilled(runner)
+    residency = runner.attention.tiers.residency
+    bring_in, selected = residency.bring_in, Selections()
+
+    def spy(pages_BHK: Tensor, *, layer: int, rows_B: Tensor, **values: Any) -> Any:
+        for row, pages_HK in zip(rows_B.tolist(), pages_BHK.tolist(), strict=True):
+            for head, pages in enumerate(pages_HK):
+                selected.setdefault((row, layer, head), []).append(set(pages))
+        return bring_in(pages_BHK, layer=layer, rows_B=rows_B, **values)
+
+    monkeypatch.setattr(residency, "bring_in", spy)
+
+    def expected(*of: int) -> int:
+        lanes = [steps for (row, _, _), steps in selected.items() if row in of]
+        return sum(len(set().union(*steps[-WINDOW_STEPS:])) for steps in lanes)
+
+    for turn in range(2 * WINDOW_STEPS):
+        decodes = [
+            DecodeRow(row=row, token=7 * turn, position=length + turn)
+            for row, length in zip(rows, LENGTHS, strict=True)
+        ]
+        runner.run(StepPlan(chunks=(), decodes=tuple(decodes)))
+    stats = runner.stats()
+    assert stats.working_set_pages == expected(*rows) > 2 * 31 * runner.kv.geometry.num_lanes
+    assert stats.working_set_bytes == stats.working_set_pages * runner.kv.geometry.page_bytes
+    runner.kv.free(rows[0])
+    assert runner.stats().working_set_pages == expected(rows[1]) > 0
+    runner.kv.free(rows[1])
+    assert runner.stats().working_set_pages == 0
+
+
+@pytest.mark.parametrize("method", [SparseMethod.MEAN_KEY, SparseMethod.QUEST, SparseMethod.DENSE])
+def test_metadata_is_the_summaries_of_frames_in_use(
+    make_runner: MakeRunner, method: SparseMethod
+) -> None:
+    runner = make_runner(page_size=8, token_budget=256, sparse_method=method)
+    assert runner.stats().metadata_bytes == 0
+    prefilled(runner)
+    frames = sum(num_frames(length + 60) for length in LENGTHS)
+    per_frame = runner.kv.geometry.summary_bytes_per_frame(method)
+    assert runner.stats().metadata_bytes == frames * per_frame
+    assert (per_frame > 0) == (method is not SparseMethod.DENSE)
+
+
+def test_copies_by_way_add_up(make_runner: MakeRunner) -> None:
+    runner = make_runner(page_size=8, token_budget=256, lane_blocks=6)
+    rows = prefilled(runner)
+    decode = DecodeRow(row=rows[0], token=1, position=LENGTHS[0])
+    runner.run(StepPlan(chunks=(), decodes=(decode,)))
+    stats = runner.stats()
+    for direction, num_bytes, seconds in (
+        ("h2d", stats.h2d_bytes, stats.h2d_s),
+        ("d2h", stats.d2h_bytes, stats.d2h_s),
+    ):
+        found = [item for item in stats.copies if item.direction == direction]
+        assert sum(item.num_bytes for item in found) == num_bytes > 0
+        assert sum(item.seconds for item in found) == seconds > 0
