@@ -46,6 +46,7 @@ def step_decoder(runner: Runner) -> StepDecoder:
         group=config.num_heads // config.num_kv_heads,
         scale=scale,
         trace=None,
+        looks_ahead=False,
     )
     return StepDecoder(
         runner.decoder,

@@ -197,6 +197,7 @@ def step_decoder(runner: Runner) -> StepDecoder:
         group=config.num_heads // config.num_kv_heads,
         scale=scale,
         trace=runner.attention.tiers.trace,
+        looks_ahead=False,
     )
     return StepDecoder(
         runner.decoder,
