@@ -24,7 +24,7 @@ from sparsed.engine.models.rope_config import RopeConfig
 from sparsed.engine.runner import Runner
 from sparsed.engine.sparse import learned
 from sparsed.engine.sparse.basis import Basis, Moments, learn_basis, product_basis
-from sparsed.engine.sparse.learned import find_basis
+from sparsed.engine.sparse.learned import find_basis, learn_model_basis
 from sparsed.kernels.rotate import rotate_heads
 
 MakeSpec = Callable[..., EngineSpec]
@@ -80,6 +80,23 @@ def test_a_basis_is_learned_once(finder: Finder) -> None:
     assert finder.reports == [], "read, not learned"
     assert equal(finder.find(cache_dir=None), made), "always the same"
     assert finder.reports[-1] == 1.0
+
+
+def test_what_an_evaluation_borrows_begins_with_the_basis_of_an_engine(finder: Finder) -> None:
+    model, most = finder.spec.model, finder.spec.knobs.max_model_len
+    head_dim, kept_dims = finder.decoder.config.head_dim, finder.geometry.kept_dims
+    whole = learn_model_basis(
+        model,
+        finder.decoder,
+        max_tokens=most,
+        num_dims=head_dim,
+        on_progress=finder.reports.append,
+    )
+    assert whole.keys_LHDR.shape[-1] == head_dim
+    first = whole._replace(
+        keys_LHDR=whole.keys_LHDR[..., :kept_dims], queries_LHDR=whole.queries_LHDR[..., :kept_dims]
+    )
+    assert equal(finder.find(), first)
 
 
 def test_another_model_has_another_basis(finder: Finder) -> None:

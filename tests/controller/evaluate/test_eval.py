@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from sparsed.controller.cli.main import app, run
 from sparsed.controller.evaluate import plan
+from sparsed.controller.evaluate.plan import fit_default
 from sparsed.controller.state_dir import StateLock, resolve_state_dir
 from sparsed.core import (
     MEAN_KEY,
@@ -25,6 +26,7 @@ from sparsed.core import (
     RankMethod,
     StartError,
 )
+from sparsed.engine.models.dummy import dummy_config
 
 Eval = Callable[..., int]
 QUICK = "--text documentation --context 512 --scored 33 --windows 1 --device cpu"
@@ -136,6 +138,14 @@ def test_what_the_process_is_asked_for(
         replace(choice, share=share) for choice in plain for share in (1 / 8, 1 / 4)
     )
     assert (wanted.needles, wanted.calibration, wanted.calibrate) == (0, None, False)
+
+
+def test_the_default_keeps_fewer_dims_of_small_heads() -> None:
+    shape = replace(dummy_config("dummy:tiny").shape, head_dim=30)
+    assert fit_default(MEAN_KEY, shape) == replace(MEAN_KEY, kept_dims=28)
+    assert fit_default(MEAN_KEY, replace(shape, head_dim=64)) == MEAN_KEY
+    given = replace(MEAN_KEY, kept_dims=39)  # not the default: as it was asked for
+    assert fit_default(given, shape) == given
 
 
 @pytest.mark.parametrize(
