@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,6 +30,8 @@ from sparsed.engine.measure.clock import Clock
 from sparsed.engine.models.dummy import dummy_config
 from sparsed.engine.planner import plan_memory, resolve_knobs
 from sparsed.engine.runner import Runner
+from sparsed.engine.tiered import Placed
+from sparsed.kernels.selected import Selected
 from sparsed.profiler.machine import read_machine
 
 WARM_STEPS: Final = 48
@@ -42,6 +44,17 @@ class Point(NamedTuple):
     requests: int
     context: int
     method: SparseMethod
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """Parts of a step, each captured alone: milliseconds of all layers together. ``attend_frac``:
+    bytes of the selected pages over the time to attend to them, over the rate of a copy."""
+
+    estimate_select_ms: float
+    resolve_ms: float
+    attend_ms: float
+    attend_frac: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +74,7 @@ class Row:
     link_bytes: int
     hbm_floor_ms: float
     link_floor_ms: float
+    parts: Parts | None  # of sparse steps
 
     @property
     def ratio(self) -> float:
@@ -73,7 +87,16 @@ class Row:
             f"{'look-ahead' if self.looks_ahead else '          '} "
             f"{self.hot_gib:5.1f} GiB {self.resident_ratio:5.2f}x misses {self.miss_frac:6.2%} "
             f"step {self.step_ms:7.3f} ms, HBM {self.hbm_floor_ms:6.3f}, link "
-            f"{self.link_floor_ms:6.3f}: {self.ratio:.2f} of {binds}"
+            f"{self.link_floor_ms:6.3f}: {self.ratio:.2f} of {binds}{self._told_parts()}"
+        )
+
+    def _told_parts(self) -> str:
+        if self.parts is None:
+            return ""
+        parts = self.parts
+        return (
+            f"; select {parts.estimate_select_ms:.3f}, resolve {parts.resolve_ms:.3f}, attend "
+            f"{parts.attend_ms:.3f} ms ({parts.attend_frac:.2f} of a copy)"
         )
 
 
@@ -136,7 +159,61 @@ class Bench:
             link_bytes=link_bytes,
             hbm_floor_ms=hbm_bytes / self.copy_rate * 1e3,
             link_floor_ms=link_bytes / self.link_rate * 1e3,
+            parts=None if point.method is SparseMethod.DENSE else self._parts(selected // steps),
         )
+
+    @torch.inference_mode()
+    def _parts(self, selected_pages: int) -> Parts:
+        """Parts of the last step, whose pages are all hot by now."""
+        steps, kv = self.runner.steps, self.runner.kv
+        assert steps is not None and steps.tiered is not None
+        now, inputs = steps.tiered.now, steps.last_inputs()
+        shape, arena_NTCD = self.runner.decoder.config.shape, kv.arena.pages_NTCD
+        size, group = len(inputs.rows_B), shape.num_heads // shape.num_kv_heads
+        q_BHGD = torch.randn((size, shape.num_kv_heads, group, shape.head_dim), device="cuda:0").to(
+            arena_NTCD.dtype
+        )
+        step = steps.tiered.begin(inputs, fetches=False)
+        pages_L, placed_L = [], []
+        for layer in range(shape.num_layers):
+            pages_L.append(now.select(layer, q_BHGD, inputs).clone())
+            for _ in range(2):  # all are hits the second time
+                resolved = now.resolve(layer, pages_L[-1], inputs, step_1=inputs.step_1)
+            selected = Selected(
+                slots_BHK=resolved.slots_BHK.clone(),
+                num_hits_BH=resolved.num_hits_BH.clone(),
+                count_B=step.count_B,
+                tail_slots_BH=resolved.tail_slots_BH.clone(),
+                tail_tokens_B=step.tail_tokens_B,
+            )
+            placed_L.append(Placed(selected, None, None, False))
+        tiered, out_BHGD = steps.tiered, torch.zeros_like(q_BHGD)
+        select_s = self._captured_s(lambda layer: now.select(layer, q_BHGD, inputs))
+        resolve_s = self._captured_s(
+            lambda layer: now.resolve(layer, pages_L[layer], inputs, step_1=inputs.step_1)
+        )
+        attend_s = self._captured_s(
+            lambda layer: tiered.attend(placed_L[layer], q_BHGD, out_BHGD=out_BHGD)
+        )
+        rate = selected_pages * kv.geometry.page_bytes / attend_s
+        return Parts(
+            estimate_select_ms=select_s * 1e3,
+            resolve_ms=resolve_s * 1e3,
+            attend_ms=attend_s * 1e3,
+            attend_frac=rate / self.copy_rate,
+        )
+
+    def _captured_s(self, run_layer: Callable[[int], object]) -> float:
+        """Seconds of all layers, captured and replayed."""
+        layers = range(self.runner.decoder.config.shape.num_layers)
+        with torch.inference_mode():
+            run_layer(0)
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                for layer in layers:
+                    run_layer(layer)
+            return self.clock.median_s(graph.replay)
 
     def _hbm_bytes(self, point: Point, rows: list[list[int]], selected_pages: int) -> int:
         """Weights once, what is attended to, and summaries of all pages."""

@@ -176,6 +176,11 @@ class StepDecoder:
         assert self._last is not None
         self._captured[self._last].graph.replay()
 
+    def last_inputs(self) -> StepInput:
+        """The inputs of the last step, as they lie on the device. Only for measurements."""
+        assert self._last is not None
+        return self._inputs.view(self._last.size, self._max_items(self._last.size))
+
     def _max_items(self, size: int) -> int:
         """Items that ``size`` requests can be cut into, all of them in the arena."""
         arena_items = self._lane_blocks * BLOCK_TOKENS // MIN_SPLIT_TOKENS
