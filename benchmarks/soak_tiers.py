@@ -9,8 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparsed.engine.kvcache.cache import KVCache, Row
+from sparsed.engine.kvcache.cache import KVCache
 from sparsed.engine.kvcache.hbm import FREE_STEP, LOCKED_STEP, slots_of_blocks
+from sparsed.engine.kvcache.row import Row
 
 
 class TierCheck:

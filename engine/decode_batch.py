@@ -12,7 +12,8 @@ from torch import Tensor
 
 from sparsed.core import SparseMethod
 from sparsed.engine.batch import DecodeRow
-from sparsed.engine.kvcache.cache import KVCache, Row
+from sparsed.engine.kvcache.cache import KVCache
+from sparsed.engine.kvcache.row import Row
 from sparsed.engine.kvcache.upload import upload
 
 PADDING_FRAC = 0.25  # most padding a group of unequal lengths may carry

@@ -25,6 +25,7 @@ from sparsed.engine.assembly import (
 from sparsed.engine.batch import DecodeRow, PromptChunk, StepPlan
 from sparsed.engine.draws import draw_step
 from sparsed.engine.kvcache.cache import KVCache
+from sparsed.engine.kvcache.rebalance import Rebalancer
 from sparsed.engine.kvcache.upload import upload
 from sparsed.engine.sparse.replay import SelectionTrace, load_trace
 from sparsed.engine.step_decoder import Drawn, StepDecoder
@@ -68,6 +69,7 @@ class Runner:
         self.vocab_size = config.vocab_size
         self.kv = make_cache(spec, self.decoder, pool_fd=pool_fd, on_progress=on_progress)
         self.attention = make_attention(spec, self.kv)
+        self._rebalancer = Rebalancer(self.kv)
         self._last_token_R = torch.zeros(
             self.kv.tables.spare_row + 1, dtype=torch.int64, device=self._device
         )
@@ -100,6 +102,7 @@ class Runner:
         row, and the token drawn from each. On a CUDA device queued and not awaited; valid
         until the next call."""
         self._step += 1
+        self._rebalancer.step(self._step)
         for decode in plan.decodes:
             self.kv.make_room(decode.row, decode.position)
         queued, others = self._split(plan.decodes)

@@ -211,6 +211,7 @@ class TieredAttention:
             miss_src_M=buffers.miss_src_M,
             num_misses_1=buffers.misses_L[layer : layer + 1],
             window_RLH=self.window_RLH,
+            demand_RLH2=cache.tables.demand_RLH2,
             counters_4=self.counters.values_C,
         )
         resolve_pages(
