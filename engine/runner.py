@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -163,16 +164,24 @@ class Runner:
     def apply(self, knobs: Knobs) -> None:
         self.kv.apply(knobs)
         self.kv.transfer.ways.set_programs(knobs.copy_programs)
-        if self.steps is not None and self.steps.tiered is not None:
-            if _max_count(knobs) > self.steps.tiered.max_count:
-                self.steps = self._make_steps(knobs)
-                self.steps.capture(lambda _frac: None)
+        tiered = self.steps.tiered if self.steps is not None else None
+        if tiered is not None and _max_count(knobs) > tiered.max_count:
+            self._rebuild_steps(knobs)
+
+    def look_ahead(self, looks_ahead: bool) -> None:
+        """Turn look-ahead on or off: all steps are captured anew."""
+        self._spec = replace(self._spec, look_ahead=looks_ahead)
+        self._rebuild_steps(self._spec.knobs)
+
+    def _rebuild_steps(self, knobs: Knobs) -> None:
+        self.steps = self._make_steps(knobs)
+        self.steps.capture(lambda _frac: None)
 
     def stats(self) -> EngineStats:
         """Counters and gauges of the tiers; the caller adds those of requests and steps."""
         counts, kv = self.attention.counts, self.kv
         queued = self.steps.tiered if self.steps is not None else None
-        on_device = queued.counters.read() if queued is not None else [0] * 4
+        on_device = queued.now.counters.read() if queued is not None else [0] * 4
         h2d_bytes, h2d_s = kv.transfer.h2d
         d2h_bytes, d2h_s = kv.transfer.d2h
         missed = int(counts.missed) + on_device[1]
@@ -209,6 +218,7 @@ class Runner:
                 group=self.decoder.config.num_heads // self.decoder.config.num_kv_heads,
                 scale=scale,
                 trace=self._trace,
+                looks_ahead=spec.look_ahead,
             )
         return StepDecoder(
             self.decoder,

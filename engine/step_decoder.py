@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -36,6 +37,8 @@ from sparsed.kernels.sample import draw_tokens
 from sparsed.kernels.store import store_tokens
 
 SPARE_SLOTS = 2  # of a lane beside a selection: the partial page, and the one before it
+IN_PLACE_KINDS = ((True, False, False),)  # as in GraphKey
+TIERED_KINDS = (*IN_PLACE_KINDS, (False, True, False), (False, True, True), (True, True, True))
 PROGRAMS_PER_PROCESSOR = 2  # attention programs that fit one multiprocessor together
 
 
@@ -47,10 +50,13 @@ class Drawn(NamedTuple):
 
 
 class GraphKey(NamedTuple):
-    """What a graph is for: a batch size, with requests that select or without."""
+    """What a graph is for: a batch size, and what its requests do: whether some attend to all
+    their tokens in place, some select, and some of these may have pages to fetch."""
 
     size: int
+    in_place: bool
     selects: bool
+    fetches: bool
 
 
 @dataclass(slots=True)
@@ -123,14 +129,14 @@ class StepDecoder:
         has_room = row.blocks.least * geometry.pages_per_block >= count + SPARE_SLOTS
         if self.tiered is None or not 0 < count <= self.tiered.max_count or not has_room:
             return None
-        return StepRow(decode, in_place=0, num_full=num_full, count=count)
+        return StepRow(decode, 0, num_full=num_full, num_selected=count, is_hot=row.complete)
 
     @torch.inference_mode()
     def run(self, rows: Sequence[StepRow], *, step: int) -> Drawn:
         """One token for each of ``rows``. ``trail`` is that of this step until the next."""
         count = len(rows)
         size = next(size for size in self._sizes if size >= count)
-        key = GraphKey(size, selects=any(row.count for row in rows))
+        key = GraphKey(size, *step_kind(rows))
         self._inputs.fill(rows, size=size, step=step)
         self._last = key
         if key not in self._captured:
@@ -146,8 +152,8 @@ class StepDecoder:
         if not self._use_graphs:
             return
         pool = None
-        kinds = (True, False) if self.tiered else (False,)
-        keys = [GraphKey(size, selects) for size in reversed(self._sizes) for selects in kinds]
+        kinds = TIERED_KINDS if self.tiered else IN_PLACE_KINDS
+        keys = [GraphKey(size, *kind) for size in reversed(self._sizes) for kind in kinds]
         for done, key in enumerate(keys):
             on_progress(done / len(keys))
             self._inputs.fill([], size=key.size, step=0)
@@ -181,13 +187,16 @@ class StepDecoder:
         tokens_B = torch.where(
             inputs.known_B < 0, self._last_token_R[rows_B], inputs.known_B.long()
         )
-        trail = Trail()
+        trail, foresee = Trail(), None
         if key.selects:
             assert self.tiered is not None
-            attend = self._attend_tiered(self.tiered.begin(inputs), self.tiered, trail)
+            step = self.tiered.begin(inputs, fetches=key.fetches)
+            attend = self._attend_tiered(key, step, self.tiered, trail)
+            if key.fetches and self.tiered.ahead is not None:
+                foresee = partial(self.tiered.foresee, step)
         else:
             attend = self._attend_in_place(inputs)
-        hidden_BD = self._decoder.forward(tokens_B, positions_B, attend)
+        hidden_BD = self._decoder.forward(tokens_B, positions_B, attend, foresee=foresee)
         self._seal.run(inputs)
         if key.selects and self.tiered is not None:
             self.tiered.finish()
@@ -215,14 +224,21 @@ class StepDecoder:
         return attend
 
     def _attend_tiered(
-        self, step: Step, tiered: TieredAttention, trail: Trail
+        self, key: GraphKey, step: Step, tiered: TieredAttention, trail: Trail
     ) -> Callable[..., Tensor]:
         num_heads, head_dim = self._cache.geometry.num_kv_heads, self._cache.geometry.head_dim
+        nothing_BHD: Tensor | None = None  # of requests that are padding
 
         def attend(layer: int, q_BHD: Tensor, k_BHD: Tensor, v_BHD: Tensor) -> Tensor:
             q_BHGD = q_BHD.reshape(len(q_BHD), num_heads, -1, head_dim).contiguous()
             placed = tiered.place(step, layer, q_BHGD, k_BHD, v_BHD)
-            o_BHD = self._attend_resident(layer, q_BHD, step.inputs)
+            if key.in_place:
+                o_BHD = self._attend_resident(layer, q_BHD, step.inputs)
+            else:
+                nonlocal nothing_BHD
+                if nothing_BHD is None:
+                    nothing_BHD = torch.zeros_like(q_BHD, memory_format=torch.contiguous_format)
+                o_BHD = nothing_BHD
             lse_BHG = tiered.attend(placed, q_BHGD, out_BHGD=o_BHD.view(q_BHGD.shape))
             trail.queries.append(q_BHGD)
             trail.lses.append(lse_BHG)
@@ -250,3 +266,11 @@ def attention_programs(device: torch.device, *, num_heads: int) -> int:
         return 1
     processors = torch.cuda.get_device_properties(device).multi_processor_count
     return max(1, PROGRAMS_PER_PROCESSOR * processors // num_heads)
+
+
+def step_kind(rows: Sequence[StepRow]) -> tuple[bool, bool, bool]:
+    """What the requests of a step do, as in ``GraphKey``: one of the kinds there are graphs of."""
+    in_place = any(row.in_place for row in rows)
+    selects = any(row.num_selected for row in rows)
+    fetches = selects and (in_place or any(row.num_selected and not row.is_hot for row in rows))
+    return in_place or not selects, selects, fetches

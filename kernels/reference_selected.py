@@ -50,7 +50,10 @@ def merge_selected(
 ) -> None:
     half = partials.lse_BHSG.shape[2] // 2
     o_BHSGD, lse_BHSG = (part[:, :, half : half + 2] for part in partials)
-    lse_BHSG = lse_BHSG * math.log(2)
+    is_hit_BH = selected.count_B[:, None] <= selected.num_hits_BH  # no misses, maybe never written
+    no_misses_BHS1 = torch.stack((torch.zeros_like(is_hit_BH), is_hit_BH), dim=-1)[..., None]
+    o_BHSGD = o_BHSGD.masked_fill(no_misses_BHS1[..., None], 0.0)
+    lse_BHSG = (lse_BHSG * math.log(2)).masked_fill(no_misses_BHS1, -math.inf)
     total_BHG = lse_BHSG.logsumexp(2)
     merged = (o_BHSGD * (lse_BHSG - total_BHG[:, :, None]).exp()[..., None]).sum(2)
     runs_B = selected.count_B > 0

@@ -516,6 +516,7 @@ class EngineSpec:
     enforce_eager: bool = False  # launch every operation of a step, capture no graph
     recall_stride: int = RECALL_STRIDE  # steps between two measurements of attention recall
     verify_kv: VerifyMode = VerifyMode.OFF
+    look_ahead: bool = False  # fetch a layer early what the layer will probably select
     selection_trace: str | None = None  # a recording whose selections replace the model's own
     link: LinkKey | None = None  # of the device; None for a CPU
     calibration: LinkCalibration | None = None  # None: the engine makes one, unless on a CPU
