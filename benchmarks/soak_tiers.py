@@ -9,8 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparsed.engine.kvcache.cache import KVCache, Row
+from sparsed.engine.kvcache.cache import KVCache
 from sparsed.engine.kvcache.hbm import FREE_STEP, LOCKED_STEP, slots_of_blocks
+from sparsed.engine.kvcache.row import Row
 
 
 class TierCheck:
@@ -31,8 +32,9 @@ class TierCheck:
         is_owned_N[: kv.geometry.pages_per_block] = True  # the spare block takes any writes
         for row in kv.rows.values():
             owned_LHS = self._owned(row)
-            assert not is_owned_N[owned_LHS].any(), "a slot has two owners"
-            is_owned_N[owned_LHS] = True
+            owned_M = owned_LHS[owned_LHS >= 0]
+            assert not is_owned_N[owned_M].any(), "a slot has two owners"
+            is_owned_N[owned_M] = True
             self._check_lanes(row, owned_LHS)
         assert (kv.arena.slot_page_N[~is_owned_N] == -1).all(), "a free slot holds a page"
 
@@ -48,24 +50,29 @@ class TierCheck:
         assert (tables.frames_RF == tables.spare_frame).all() and not tables.num_blocks_RLH.any()
 
     def _owned(self, row: Row) -> Tensor:
-        tables, count = self._kv.tables, row.num_blocks
-        blocks_LHN = tables.lane_blocks_RLHN[row.index]
-        assert (tables.num_blocks_RLH[row.index] == count).all()
-        assert (blocks_LHN[..., :count] > 0).all() and (blocks_LHN[..., count:] == -1).all()
+        """Slots (L, H, S), negative where a lane has fewer than the largest one."""
+        tables, most = self._kv.tables, row.blocks.most
+        blocks_LHN = tables.lane_blocks_RLHN[row.index].long()
+        counts_L = tables.num_blocks_RLH[row.index].flatten()
+        assert counts_L.tolist() == row.blocks.counts_L.tolist()
+        width = row.blocks.ids_LN.shape[1]
+        assert blocks_LHN[..., :width].flatten(0, 1).tolist() == row.blocks.ids_LN.tolist()
+        assert (blocks_LHN[..., most:] == -1).all()
         per_block = self._kv.geometry.pages_per_block
-        return slots_of_blocks(blocks_LHN[..., :count].long(), pages_per_block=per_block)
+        return slots_of_blocks(blocks_LHN[..., :most], pages_per_block=per_block)
 
     def _check_lanes(self, row: Row, owned_LHS: Tensor) -> None:
         kv, arena = self._kv, self._kv.arena
         assert kv.tables.frames_RF[row.index, : len(row.frames)].tolist() == row.frames.tolist()
         num_pages = len(row.frames) * kv.geometry.pages_per_block
         table_LHP = kv.tables.slots_of(row.index, 0, num_pages)
-        pages_LHS = arena.slot_page_N[owned_LHS].long()
+        is_slot_LHS, owned_LHS = owned_LHS >= 0, owned_LHS.clamp(min=0)
+        pages_LHS = torch.where(is_slot_LHS, arena.slot_page_N[owned_LHS].long(), -1)
         placed_LHS = pages_LHS >= 0
         assert torch.equal((table_LHP >= 0).sum(-1), placed_LHS.sum(-1)), "pages without a slot"
         found_LHS = table_LHP.gather(-1, pages_LHS.clamp(min=0))
         assert torch.equal(found_LHS[placed_LHS].long(), owned_LHS[placed_LHS])
-        locked_LHS = arena.slot_step_N[owned_LHS] == LOCKED_STEP
+        locked_LHS = (arena.slot_step_N[owned_LHS] == LOCKED_STEP) & is_slot_LHS
         assert (locked_LHS.sum(-1) <= 1).all() and (placed_LHS | ~locked_LHS).all()
         begun_LHS = arena.slot_step_N[owned_LHS] != FREE_STEP
         self._compare(row, owned_LHS, pages_LHS, placed_LHS & begun_LHS & ~locked_LHS)

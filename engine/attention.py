@@ -12,7 +12,8 @@ from sparsed.core import RECALL_STRIDE
 from sparsed.engine.batch import DecodeRow, StepPlan
 from sparsed.engine.decode import DecodeCounts, Group, Tiers, make_groups
 from sparsed.engine.decode_batch import is_sparse, make_batch
-from sparsed.engine.kvcache.cache import KVCache, Reads
+from sparsed.engine.kvcache.cache import KVCache
+from sparsed.engine.kvcache.row import Reads
 from sparsed.engine.prefill import ChunkPlan, PrefillAttention
 from sparsed.engine.sparse.replay import SelectionTrace
 from sparsed.kernels.store import store_tokens

@@ -25,8 +25,9 @@ from sparsed.engine.decode_batch import (
     one_row,
     similar_lengths,
 )
-from sparsed.engine.kvcache.cache import KVCache, Row
+from sparsed.engine.kvcache.cache import KVCache
 from sparsed.engine.kvcache.residency import Residency
+from sparsed.engine.kvcache.row import Row
 from sparsed.engine.sparse.base import SINK_PAGES, recent_pages
 from sparsed.engine.sparse.replay import SelectionTrace
 from sparsed.engine.step_input import Pages
@@ -191,9 +192,9 @@ class SparseGroup:
         self._columns = make_columns(batch, device=batch.rows_B.device)
         self._count_B = torch.full_like(self._columns.rows_B, count)
         self._count = count
-        self._max_blocks = max(row.num_blocks for row in batch.rows)
+        self._max_blocks = max(row.blocks.most for row in batch.rows)
         self._fits = all(
-            row.num_blocks * cache.geometry.pages_per_block > count for row in batch.rows
+            row.blocks.least * cache.geometry.pages_per_block > count for row in batch.rows
         )
         self._positions_B = (
             self._columns.num_full_B * cache.geometry.page_size + batch.tail_tokens_B - 1

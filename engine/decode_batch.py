@@ -16,7 +16,8 @@ from torch import Tensor
 
 from sparsed.core import SparseMethod
 from sparsed.engine.batch import DecodeRow
-from sparsed.engine.kvcache.cache import KVCache, Row
+from sparsed.engine.kvcache.cache import KVCache
+from sparsed.engine.kvcache.row import Row
 from sparsed.engine.kvcache.upload import upload
 from sparsed.kernels.reference_select import COLUMN_ALIGN
 

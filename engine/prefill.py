@@ -18,9 +18,10 @@ from torch import Tensor
 from sparsed.core import BLOCK_TOKENS
 from sparsed.engine.batch import PromptChunk
 from sparsed.engine.dense import DenseAttention
-from sparsed.engine.kvcache.cache import KVCache, Row
+from sparsed.engine.kvcache.cache import KVCache
 from sparsed.engine.kvcache.geometry import Geometry, num_frames
 from sparsed.engine.kvcache.order import Saved
+from sparsed.engine.kvcache.row import Row
 from sparsed.engine.kvcache.upload import upload
 from sparsed.kernels.merge import merge_states
 from sparsed.kernels.store import store_tokens

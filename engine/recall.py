@@ -16,7 +16,7 @@ import torch
 from sparsed.engine.batch import DecodeRow
 from sparsed.engine.decode import Tiers, attention_recall, sampled_layer
 from sparsed.engine.decode_batch import make_batch
-from sparsed.engine.kvcache.cache import Row
+from sparsed.engine.kvcache.row import Row
 from sparsed.engine.readback import PendingValue
 from sparsed.engine.step_decoder import Trail
 from sparsed.engine.step_input import StepRow

@@ -27,6 +27,7 @@ from sparsed.engine.assembly import (
 from sparsed.engine.batch import DecodeRow, PromptChunk, StepPlan
 from sparsed.engine.draws import draw_step
 from sparsed.engine.kvcache.cache import KVCache
+from sparsed.engine.kvcache.rebalance import Rebalancer
 from sparsed.engine.kvcache.upload import upload
 from sparsed.engine.kvcache.working_set import WorkingSet
 from sparsed.engine.recall import RecallSampler
@@ -75,6 +76,7 @@ class Runner:
         self.attention = make_attention(spec, self.kv, trace=self._trace)
         self._working_set = WorkingSet(self.kv.tables)
         self.recall = RecallSampler(self.attention.tiers)
+        self._rebalancer = Rebalancer(self.kv)
         self._last_token_R = torch.zeros(
             self.kv.tables.spare_row + 1, dtype=torch.int64, device=self._device
         )
@@ -107,6 +109,7 @@ class Runner:
         row, and the token drawn from each. On a CUDA device queued and not awaited; valid
         until the next call."""
         self._step += 1
+        self._rebalancer.step(self._step)
         for decode in plan.decodes:
             self.kv.make_room(decode.row, decode.position)
         queued, others = self._split(plan.decodes)

@@ -126,7 +126,7 @@ class StepDecoder:
             return StepRow(decode, in_place=decode.position + 1)
         num_full = decode.position // geometry.page_size
         count = row.selected_pages(geometry.page_size) if selects else num_full
-        has_room = row.num_blocks * geometry.pages_per_block >= count + SPARE_SLOTS
+        has_room = row.blocks.least * geometry.pages_per_block >= count + SPARE_SLOTS
         if self.tiered is None or not 0 < count <= self.tiered.max_count or not has_room:
             return None
         return StepRow(decode, 0, num_full=num_full, num_selected=count, is_hot=row.complete)

@@ -103,6 +103,7 @@ class LayerSelection:
             miss_src_M=self._miss_src_M,
             num_misses_1=self.misses_L[layer : layer + 1],
             window_RLH=cache.tables.window_RLH,
+            demand_RLH2=cache.tables.demand_RLH2,
             counters_4=self.counters.values_C,
         )
         resolve_pages(

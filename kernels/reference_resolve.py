@@ -45,6 +45,7 @@ def resolve_pages(
     is_hit_BHP = (slot_BHP >= 0).logical_and_(is_page_BHP)
     is_miss_BHP = is_page_BHP.logical_xor_(is_hit_BHP)
     slot_BHP.masked_fill_(~is_hit_BHP, -1)
+    _add_demand(slot_BHP[..., 1:], is_miss_BHP[..., 1:], rows_B, layer, tables, step, out)
     _use(slot_BHP, is_hit_BHP.flatten().nonzero()[:, 0], tables, step)
 
     slot_BHS, class_BHS = _classes(rows_B, layer, tables, step, page_size)
@@ -80,6 +81,22 @@ def _page_rows(
     frames = tables.frames_RF.view(-1).index_select(0, blocks.flatten()).view(blocks.shape)
     lanes = frames.mul_(num_layers).add_(layer).mul_(num_heads).add_(heads)
     return lanes.mul_(pages_per_block).add_(pages % pages_per_block)
+
+
+def _add_demand(
+    slot_BHK: Tensor,
+    is_miss_BHK: Tensor,
+    rows_B: Tensor,
+    layer: int,
+    tables: PageTables,
+    step: int,
+    out: Resolved,
+) -> None:
+    """Count misses, and hits on pages not used in the step before, lane by lane."""
+    last_X = tables.slot_step_N.index_select(0, slot_BHK.clamp(min=0).flatten())
+    is_return_BHK = (last_X.view(slot_BHK.shape) < step - 1).logical_and_(slot_BHK >= 0)
+    demand_BH2 = torch.stack((is_miss_BHK.sum(2), is_return_BHK.sum(2)), dim=2)
+    out.demand_RLH2[:, layer].index_add_(0, rows_B, demand_BH2.int())
 
 
 def _use(slot_BHP: Tensor, place_W: Tensor, tables: PageTables, step: int) -> None:

@@ -41,9 +41,11 @@ class Resolved(NamedTuple):
     in the order of theirs, then -1. ``num_hits_BH`` int32. ``tail_slots_BH`` int32, -1: none.
     ``miss_dst_M``, ``miss_src_M`` int64: slot and page row of every page to load, room for B * H *
     K; ``num_misses_1`` int32: how many there are. ``window_RLH`` int32: slots of a lane used in the
-    last 12 steps, this one included, locked ones left out. ``counters_4`` int64: sums since
-    somebody cleared them of pages selected, pages missed (served or not), slots taken from
-    another page, and pages (tails included) that found no slot: an error in admission.
+    last 12 steps, this one included, locked ones left out. ``demand_RLH2`` int32: sums since
+    somebody cleared them of pages that a lane missed (served or not), and of hits on pages that it
+    did not use in the step before. ``counters_4`` int64: the same of pages selected, pages missed,
+    slots taken from another page, and pages (tails included) that found no slot: an error in
+    admission.
     """
 
     slots_BHK: Tensor
@@ -53,6 +55,7 @@ class Resolved(NamedTuple):
     miss_src_M: Tensor
     num_misses_1: Tensor
     window_RLH: Tensor
+    demand_RLH2: Tensor
     counters_4: Tensor
 
 
@@ -82,8 +85,8 @@ def resolve_pages(
     int32, not negative, above every other step in the tables or equal to it.
     Units: ``page_size`` tokens, 8 to 128; ``max_slots`` slots of a lane that suffice on this host,
     at most 32,768: it shapes the program, all slots are looked at.
-    Changes: the tables and ``out``, on the current stream; ``num_misses_1`` and ``counters_4``
-    are added to, and cleared by the caller. The order of lanes in the list of misses is free.
+    Changes: the tables and ``out``, on the current stream; ``num_misses_1``, ``demand_RLH2`` and
+    ``counters_4`` are added to, and cleared by the caller. The order of lanes in the list of misses is free.
     Errors: AssertionError on other shapes or dtypes. What found no slot is counted.
     Source: ours; the buckets are those of SPIN, arXiv 2604.26837, a step wide.
     """
@@ -105,6 +108,7 @@ def _check_out(out: Resolved, pages_BHK: Tensor, tables: PageTables) -> None:
     assert out.slots_BHK.shape == pages_BHK.shape
     assert out.num_hits_BH.shape == out.tail_slots_BH.shape == pages_BHK.shape[:2]
     assert out.window_RLH.shape == tables.num_blocks_RLH.shape
+    assert out.demand_RLH2.shape == (*tables.num_blocks_RLH.shape, 2)
     assert out.miss_dst_M.shape == out.miss_src_M.shape and out.miss_dst_M.ndim == 1
     assert out.miss_dst_M.numel() >= pages_BHK.numel()
     assert out.num_misses_1.numel() == 1 and out.counters_4.shape == (4,)
@@ -162,7 +166,7 @@ _COUNTS = [
 # Some are a part of a larger tensor, wherever it begins: a CUDA graph cannot compile a variant.
 _VIEWS = [
     "pages_BHK", "rows_B", "positions_B", "step_1", "slots_BHK", "num_hits_BH", "tail_slots_BH",
-    "miss_dst_M", "miss_src_M", "num_misses_1", "window_RLH", "counters_4",
+    "miss_dst_M", "miss_src_M", "num_misses_1", "window_RLH", "demand_RLH2", "counters_4",
 ]  # fmt: skip
 
 
@@ -185,6 +189,7 @@ def _resolve_kernel(
     miss_src_M: tl.tensor,
     num_misses_1: tl.tensor,
     window_RLH: tl.tensor,
+    demand_RLH2: tl.tensor,
     counters_4: tl.tensor,
     victims_BHP: tl.tensor,
     layer: tl.int32,
@@ -214,9 +219,7 @@ def _resolve_kernel(
 
     row_K, slot_K = _look_up(page_K, page_K >= 0, page_slot_X, place)
     tail_row, tail_slot = _look_up(tail_page, is_used, page_slot_X, place)
-    tl.store(slot_step_N + slot_K, step, mask=slot_K >= 0)
-    tl.store(slot_step_N + tail_slot, _LOCKED_STEP, mask=tail_slot >= 0)
-    tl.debug_barrier()  # what is used now, before any thread looks for victims
+    num_returns = _use(slot_K, tail_slot, slot_step_N, step)
     is_miss_K, num_tails = (page_K >= 0) & (slot_K < 0), (is_used & (tail_slot < 0)).to(tl.int32)
     hit_rank_K, miss_rank_K, num_hits, num_misses = _rank(slot_K >= 0, is_miss_K)
     tl.store(slots_K + hit_rank_K, slot_K, mask=slot_K >= 0)
@@ -243,6 +246,9 @@ def _resolve_kernel(
     tl.store(slots_K + k, -1, mask=(k >= num_hits + num_placed) & (k < num_columns))
     tl.store(tail_slots_BH + tl.program_id(0), tl.maximum(tail_slot, new_tail_slot))
     tl.store(window_RLH + lane, recent_slots(count_C, num_given) + num_placed, mask=is_used)
+    i = tl.arange(0, 2)
+    demand_2 = tl.where(i == 0, num_misses, num_returns)
+    tl.atomic_add(demand_RLH2 + lane * 2 + i, demand_2, mask=demand_2 > 0, sem="relaxed")
     _report(counters_4, count_C, num_hits + num_misses, num_misses, num_wanted, num_given)
 
 
@@ -253,6 +259,21 @@ def _look_up(
     """Page rows, and slots (-1: absent), of many pages or one."""
     rows = page_rows(pages, wanted, *place)
     return rows, tl.load(page_slot_X + rows, mask=wanted, other=-1)
+
+
+@triton.jit
+def _use(
+    slot_K: tl.tensor, tail_slot: tl.tensor, slot_step_N: tl.tensor, step: tl.tensor
+) -> tl.tensor:
+    """Mark the hits as used in this step, the partial page as locked; how many of the hits were
+    last used before the step before."""
+    last_K = tl.load(slot_step_N + slot_K, mask=slot_K >= 0, other=step)
+    num_returns = tl.sum((last_K < step - 1).to(tl.int32), 0)
+    tl.debug_barrier()  # the last uses: threads may hold the same column, and one of them stores
+    tl.store(slot_step_N + slot_K, step, mask=slot_K >= 0)
+    tl.store(slot_step_N + tail_slot, _LOCKED_STEP, mask=tail_slot >= 0)
+    tl.debug_barrier()  # what is used now, before any thread looks for victims
+    return num_returns
 
 
 @triton.jit

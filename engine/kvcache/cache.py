@@ -7,8 +7,6 @@ done by ``tables`` on the device.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -18,50 +16,13 @@ from sparsed.core import BLOCK_TOKENS, CapacityError, Knobs, SparseDetails, Spar
 from sparsed.engine.kvcache.dram import DramPool
 from sparsed.engine.kvcache.geometry import Geometry, num_frames
 from sparsed.engine.kvcache.hbm import LOCKED_STEP, HotArena
+from sparsed.engine.kvcache.lane_blocks import LaneBlocks
+from sparsed.engine.kvcache.quotas import Demand, divide_blocks, level
+from sparsed.engine.kvcache.row import Row
 from sparsed.engine.kvcache.tables import PageTables
 from sparsed.engine.kvcache.transfer import Transfer
 from sparsed.engine.kvcache.upload import upload
 from sparsed.engine.sparse.base import Selector
-
-
-class Reads(NamedTuple):
-    """What the decode steps of a request have attended to; see ``SparseDetails``."""
-
-    decode_steps: int = 0
-    sparse_steps: int = 0
-    tokens_read: int = 0
-    tokens_dense: int = 0
-
-
-@dataclass(slots=True)
-class Row:
-    """One request's place in both tiers. Filled by KVCache; attention reads it and counts in it.
-
-    ``complete`` means that page i sits in slot i of every lane, for all pages of every block that
-    the request has reached; once a page has no slot it is false for good. ``blocks`` (lanes, n) are the arena blocks the lanes own. ``own_budget`` None:
-    ``token_budget`` follows the knob.
-    """
-
-    index: int
-    max_tokens: int
-    method: SparseMethod
-    own_budget: int | None
-    token_budget: int
-    frames: npt.NDArray[np.int64]
-    blocks: npt.NDArray[np.int64]
-    complete: bool = True
-    num_placed: int = 0  # pages placed in order while complete: whole blocks
-    reads: Reads = field(default_factory=Reads)
-    reads_before: Reads = field(default_factory=Reads)  # without the newest step
-    recalls: list[float] = field(default_factory=list)
-
-    def selected_pages(self, page_size: int) -> int:
-        """Full pages a sparse step selects; the partial page comes on top."""
-        return self.token_budget // page_size - 1
-
-    @property
-    def num_blocks(self) -> int:
-        return int(self.blocks.shape[1])
 
 
 class KVCache:
@@ -135,20 +96,20 @@ class KVCache:
             own_budget=token_budget,
             token_budget=token_budget or self._knobs.token_budget,
             frames=frames,
-            blocks=np.empty((self.geometry.num_lanes, 0), dtype=np.int64),
+            blocks=LaneBlocks(self.geometry.num_lanes),
         )
         self.rows[row.index] = row
         self.tables.open(row.index, upload(frames, device=self._device))
         mandatory = self._mandatory_of(row)
         self._reclaim(mandatory * self.geometry.num_lanes)
-        self._take_blocks(row, mandatory)
+        self._resize(row, mandatory)
         return row.index
 
     def free(self, index: int) -> None:
         """Give everything of the row back."""
         row = self.rows.pop(index)
         self.transfer.wait_for_saves()  # or a late one lands in the next owner's frames
-        self._release_blocks(row, keep=0)
+        self._resize(row, 0)
         self.pool.frames.give(row.frames)
         self.tables.clear(index, upload(row.frames, device=self._device))
         self._free_rows.append(index)
@@ -159,7 +120,7 @@ class KVCache:
         for row in self.rows.values():
             row.token_budget = row.own_budget or knobs.token_budget
             if row.num_blocks > self._quota_blocks(row):
-                self._release_blocks(row, keep=self._quota_blocks(row))
+                self._resize(row, self._quota_blocks(row))
 
     def details(self, index: int, *, num_dropped: int = 0) -> SparseDetails:
         """What sparsity did to a request; ``num_dropped`` (0 or 1) newest steps do not count."""
@@ -242,11 +203,29 @@ class KVCache:
         self.pool.frames.check_integrity()
         self.arena.blocks.check_integrity()
         frames = sum(len(row.frames) for row in self.rows.values())
-        blocks = sum(row.blocks.size for row in self.rows.values())
+        blocks = sum(len(row.blocks.ids_X) for row in self.rows.values())
         assert frames + len(self.pool.frames) == self.pool.frames.size
         assert blocks + len(self.arena.blocks) == self.arena.blocks.size
 
     # -- blocks ------------------------------------------------------------------------------
+
+    def rebalance(self, index: int, demand: Demand) -> None:
+        """Move blocks from lanes that gain little of them to lanes that gain more, in a row that
+        is not complete."""
+        row, geometry = self.rows[index], self.geometry
+        assert not row.complete
+        counts_L = row.blocks.counts_L.copy()
+        selecting = slice(self._knobs.dense_layers * geometry.num_kv_heads, None)
+        counts_L[selecting] = divide_blocks(
+            demand.of(selecting),
+            counts_L[selecting],
+            pages_per_block=geometry.pages_per_block,
+            selected_pages=row.selected_pages(geometry.page_size),
+            least=self._mandatory_of(row),
+            most=len(row.frames),
+        )
+        if (counts_L != row.blocks.counts_L).any():
+            self._divide(row, counts_L)
 
     def _mandatory_of(self, row: Row) -> int:
         return self._mandatory_blocks(
@@ -290,28 +269,40 @@ class KVCache:
                 return
             floor = max(share, self._mandatory_of(row))
             if row.num_blocks > floor:
-                self._release_blocks(row, keep=floor)
+                self._resize(row, floor)
 
     def _grow(self, row: Row, wanted_blocks: int) -> None:
         """Take blocks up to ``wanted_blocks`` per lane, as far as quota and arena allow."""
         room = len(self.arena.blocks) // self.geometry.num_lanes
-        target = min(wanted_blocks, self._quota_blocks(row), row.num_blocks + room)
+        target = min(wanted_blocks, self._quota_blocks(row), row.num_blocks + room, len(row.frames))
         if target > row.num_blocks:
-            self._take_blocks(row, target - row.num_blocks)
+            self._resize(row, target)
 
-    def _take_blocks(self, row: Row, count: int) -> None:
-        geometry = self.geometry
-        blocks = self.arena.blocks.take(count * geometry.num_lanes).reshape(-1, count)
-        blocks_LHn = upload(blocks, device=self._device).view(-1, geometry.num_kv_heads, count)
-        self.tables.give_blocks(row.index, row.num_blocks, blocks_LHn)
-        row.blocks = np.concatenate((row.blocks, blocks), axis=1)
+    def _resize(self, row: Row, num_blocks: int) -> None:
+        """Bring ``row`` to so many blocks per lane; unequal lanes lose and gain alike."""
+        least = min(self._mandatory_of(row), num_blocks)
+        total = num_blocks * self.geometry.num_lanes
+        counts_L = row.blocks.counts_L
+        self._divide(row, level(counts_L, total, least=least, most=len(row.frames)))
 
-    def _release_blocks(self, row: Row, *, keep: int) -> None:
-        """Pages of the last block placed may be yet to begin; it leaves first, and they with it."""
-        self.tables.release(self.arena, row.index, keep, row.num_blocks)
-        self.arena.blocks.give(row.blocks[:, keep:].reshape(-1))
-        row.blocks = row.blocks[:, :keep]
-        if row.num_placed > keep * self.geometry.pages_per_block:
+    def _divide(self, row: Row, counts_L: npt.NDArray[np.int64]) -> None:
+        """Give each lane so many blocks. Lanes lose their last ones: where a row is complete,
+        pages of the last block placed may be yet to begin, and they leave with it."""
+        blocks, kept_L = row.blocks, np.minimum(row.blocks.counts_L, counts_L)
+        first = int(kept_L.min())
+        leaving_Ln = blocks.drop(kept_L)
+        self.arena.blocks.give(leaving_Ln[leaving_Ln >= 0])
+        blocks.add(self.arena.blocks.take(int((counts_L - kept_L).sum())), counts_L - kept_L)
+        self.tables.set_blocks(
+            row.index,
+            first,
+            upload(blocks.ids_LN[:, first:], device=self._device),
+            upload(counts_L, device=self._device),
+        )
+        if leaving_Ln.size:
+            leaving = upload(leaving_Ln, device=self._device)
+            self.tables.release(self.arena, row.index, leaving, max_blocks=blocks.most)
+        if row.num_placed > blocks.least * self.geometry.pages_per_block:
             row.complete = False
 
     # -- slots -------------------------------------------------------------------------------
@@ -333,7 +324,7 @@ class KVCache:
 
     def _place_page(self, row: Row, page: int) -> None:
         row.complete = False
-        self.tables.place_page(self.arena, row.index, page, max_blocks=row.num_blocks)
+        self.tables.place_page(self.arena, row.index, page, max_blocks=row.blocks.most)
 
     def _set_step(self, row: Row, page: int, step: int) -> None:
         frame = int(row.frames[page // self.geometry.pages_per_block])

@@ -92,10 +92,10 @@ class Geometry:
         return rows_bytes + (pool_frames + 1) * self.table_bytes_per_frame
 
     def table_bytes_per_row(self, max_model_len: int) -> int:
-        """Of one request, all int32: its frame ids, and of every lane the blocks and their
-        number."""
+        """Of one request, all int32: its frame ids, and of every lane the blocks, their number
+        and two counts of demand."""
         frames = num_frames(max_model_len)
-        return (frames + self.num_lanes * (frames + 1)) * 4
+        return (frames + self.num_lanes * (frames + 3)) * 4
 
     @property
     def table_bytes_per_frame(self) -> int:

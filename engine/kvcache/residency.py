@@ -64,5 +64,6 @@ class Residency:
             miss_src_M=torch.empty(pages_BHK.numel(), dtype=torch.int64, device=heads_BH.device),
             num_misses_1=torch.zeros_like(self._step_1),
             window_RLH=self._cache.tables.window_RLH,
+            demand_RLH2=self._cache.tables.demand_RLH2,
             counters_4=self.counters_4,
         )

@@ -29,7 +29,8 @@ class PageTables:
     ``lane_blocks_RLHN`` (R + 1, L, H, F): arena blocks a lane owns, in order, -1 after the last of
     its ``num_blocks_RLH``. Slot s of a lane is ``lane_blocks[s // P] * P + s % P``.
     ``window_RLH`` (R + 1, L, H): pages of a lane that its newest steps used, as
-    ``kernels.resolve.Resolved`` has it; 0 while nothing was selected.
+    ``kernels.resolve.Resolved`` has it; 0 while nothing was selected. ``demand_RLH2`` as there, over
+    all steps of a row since it was last read.
     ``displaced``: pages that lost their slot to a shrinking row or to a page that had to be open;
     selections count theirs themselves, and a request that ends evicts nothing.
     """
@@ -55,6 +56,7 @@ class PageTables:
         self.lane_blocks_RLHN = _filled((num_rows + 1, *lanes, columns), -1, device=device)
         self.num_blocks_RLH = _filled((num_rows + 1, *lanes), 0, device=device)
         self.window_RLH = torch.zeros_like(self.num_blocks_RLH)
+        self.demand_RLH2 = _filled((num_rows + 1, *lanes, 2), 0, device=device)
         self.displaced = torch.zeros((), dtype=torch.int64, device=device)
         self._head_H = torch.arange(geometry.num_kv_heads, device=device)
         self._lane_LH = torch.arange(geometry.num_lanes, device=device).view(lanes)
@@ -74,6 +76,7 @@ class PageTables:
 
     def open(self, row: int, frames_F: Tensor) -> None:
         """Note the frames of a new request."""
+        self.demand_RLH2[row].zero_()
         self.frames_RF[row, : len(frames_F)] = frames_F
 
     def clear(self, row: int, frames_F: Tensor) -> None:
@@ -83,11 +86,13 @@ class PageTables:
         self.frames_RF[row].fill_(self.spare_frame)
         self.window_RLH[row].fill_(0)
 
-    def give_blocks(self, row: int, first_block: int, blocks_LHn: Tensor) -> None:
-        """Add arena blocks to every lane of ``row``, each of which has ``first_block`` so far."""
-        last_block = first_block + blocks_LHn.shape[-1]
-        self.lane_blocks_RLHN[row, :, :, first_block:last_block] = blocks_LHn
-        self.num_blocks_RLH[row].fill_(last_block)
+    def set_blocks(self, row: int, first_block: int, blocks_Ln: Tensor, counts_L: Tensor) -> None:
+        """Note the blocks of every lane of ``row`` from its ``first_block``-th on, -1 after the
+        last, and how many it has; before that, and after all, nothing has changed."""
+        lanes = self.num_blocks_RLH.shape[1:]
+        last_block = first_block + blocks_Ln.shape[1]
+        self.lane_blocks_RLHN[row, :, :, first_block:last_block] = blocks_Ln.view(*lanes, -1)
+        self.num_blocks_RLH[row] = counts_L.view(lanes)
 
     # -- page rows and slots -----------------------------------------------------------------
 
@@ -185,49 +190,48 @@ class PageTables:
 
     # -- release -----------------------------------------------------------------------------
 
-    def release(self, arena: HotArena, row: int, first_block: int, last_block: int) -> None:
-        """Drop the pages in blocks first_block .. last_block - 1 of every lane of ``row``, and the
-        blocks. Pages that are locked there move to the oldest slot that stays; with none that
-        stays the request is over, and ``clear`` is to follow."""
-        per_block = self._geometry.pages_per_block
-        blocks_LHn = self.lane_blocks_RLHN[row, :, :, first_block:last_block]
-        leaving_LHS = slots_of_blocks(blocks_LHn, pages_per_block=per_block).long()
-        blocks_LHn.fill_(-1)
-        self.num_blocks_RLH[row].fill_(first_block)
-        locked_LHS = arena.slot_step_N[leaving_LHS] == LOCKED_STEP
-        if first_block and bool(locked_LHS.any()):
-            self._move_locked(arena, row, leaving_LHS, locked_LHS, first_block)
-        pages_LHS = arena.slot_page_N[leaving_LHS].long()
-        if first_block:
-            begun_LHS = (pages_LHS >= 0) & (arena.slot_step_N[leaving_LHS] != FREE_STEP)
+    def release(self, arena: HotArena, row: int, leaving_Ln: Tensor, *, max_blocks: int) -> None:
+        """Drop the pages in blocks that lanes of ``row`` own no longer (-1: none). The page that is
+        locked in one moves to the oldest slot that its lane still owns, one of ``max_blocks``
+        blocks; 0: the request is over, and ``clear`` is to follow."""
+        lanes, per_block = self.num_blocks_RLH.shape[1:], self._geometry.pages_per_block
+        slots_LHS = slots_of_blocks(leaving_Ln.view(*lanes, -1), pages_per_block=per_block)
+        is_slot_LHS = slots_LHS >= 0
+        slots_LHS = slots_LHS.clamp(min=0)  # the first slot of the block that is nobody's
+        if max_blocks:
+            self._move_locked(arena, row, slots_LHS, is_slot_LHS, max_blocks)
+            pages_LHS = torch.where(is_slot_LHS, arena.slot_page_N[slots_LHS].long(), -1)
+            begun_LHS = (pages_LHS >= 0) & (arena.slot_step_N[slots_LHS] != FREE_STEP)
             self.displaced += begun_LHS.sum()
             self._forget(row, self._lane_LH[..., None], pages_LHS)
-        arena.slot_page_N.index_fill_(0, leaving_LHS.flatten(), -1)
-        arena.slot_step_N.index_fill_(0, leaving_LHS.flatten(), FREE_STEP)
+        arena.slot_page_N.index_fill_(0, slots_LHS.flatten(), -1)
+        arena.slot_step_N.index_fill_(0, slots_LHS.flatten(), FREE_STEP)
 
     def _move_locked(
-        self, arena: HotArena, row: int, leaving_LHS: Tensor, locked_LHS: Tensor, num_kept: int
+        self, arena: HotArena, row: int, slots_LHS: Tensor, is_slot_LHS: Tensor, max_blocks: int
     ) -> None:
-        """Lanes with a locked page among the leaving ones give it the oldest of the slots in their
-        first ``num_kept`` blocks."""
-        layers, heads, index = locked_LHS.nonzero(as_tuple=True)
-        source_M = leaving_LHS[layers, heads, index]
-        page_M = arena.slot_page_N[source_M].long()
-        kept_MS = self._owned_slots(
-            self.lane_blocks_RLHN[row, layers, heads, :num_kept],
-            self.num_blocks_RLH[row, layers, heads],
+        """Lanes with a locked page, one at most, in these slots give it the oldest of their own.
+        Others move what is in nobody's first slot to where it is."""
+        is_locked_LHS = (arena.slot_step_N[slots_LHS] == LOCKED_STEP) & is_slot_LHS
+        is_moved_LH1 = is_locked_LHS.any(dim=-1, keepdim=True)
+        source_LH1 = slots_LHS.gather(-1, is_locked_LHS.byte().argmax(dim=-1, keepdim=True))
+        owned_LHS = self._owned_slots(
+            self.lane_blocks_RLHN[row, :, :, :max_blocks], self.num_blocks_RLH[row]
         )
-        target_M = _oldest(arena, kept_MS)[:, 0]
-        evicted_M = arena.slot_page_N[target_M].long()
-        self.displaced += (evicted_M >= 0).sum()
-        lanes_M = layers * self._geometry.num_kv_heads + heads
-        self._forget(row, lanes_M, evicted_M)
-        self.page_slot_X[self._page_rows(row, lanes_M, page_M)] = target_M.int()
-        arena.pages_NX[target_M] = arena.pages_NX[source_M]
-        arena.slot_page_N[target_M] = page_M.int()
-        arena.slot_step_N[target_M] = LOCKED_STEP
-        arena.slot_page_N[source_M] = -1
-        arena.slot_step_N[source_M] = FREE_STEP
+        source_LH1 = torch.where(is_moved_LH1, source_LH1, 0)
+        target_LH1 = torch.where(is_moved_LH1, _oldest(arena, owned_LHS), 0)
+        page_LH1 = torch.where(is_moved_LH1, arena.slot_page_N[source_LH1].long(), -1)
+        evicted_LH1 = torch.where(is_moved_LH1, arena.slot_page_N[target_LH1].long(), -1)
+        self.displaced += (evicted_LH1 >= 0).sum()
+        self._forget(row, self._lane_LH[..., None], evicted_LH1)
+        entries_LH1 = self._page_rows(row, self._lane_LH[..., None], page_LH1.clamp(min=0))
+        entries_LH1 = torch.where(is_moved_LH1, entries_LH1, self.spare_entry)
+        self.page_slot_X[entries_LH1] = target_LH1.int()
+        arena.pages_NX[target_LH1] = arena.pages_NX[source_LH1]
+        arena.slot_step_N[target_LH1] = torch.where(is_moved_LH1, LOCKED_STEP, FREE_STEP).int()
+        arena.slot_page_N[target_LH1] = page_LH1.int()
+        arena.slot_page_N.index_fill_(0, source_LH1.flatten(), -1)
+        arena.slot_step_N.index_fill_(0, source_LH1.flatten(), FREE_STEP)
 
 
 def _filled(shape: tuple[int, ...], value: int, *, device: torch.device) -> Tensor:

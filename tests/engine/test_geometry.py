@@ -152,7 +152,8 @@ def test_tables_take_the_bytes_that_are_planned(
         device=torch.device("cpu"),
     )
     parts = (
-        tables.frames_RF, tables.page_slot_X, tables.lane_blocks_RLHN, tables.num_blocks_RLH
+        tables.frames_RF, tables.page_slot_X, tables.lane_blocks_RLHN, tables.num_blocks_RLH,
+        tables.demand_RLH2,
     )  # fmt: skip
     assert all(part.dtype == torch.int32 for part in parts)
     made = sum(part.nbytes for part in parts)

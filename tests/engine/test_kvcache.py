@@ -21,9 +21,11 @@ from hypothesis.stateful import (
 )
 
 from sparsed.core import PAGE_SIZES, CapacityError, SparseMethod
-from sparsed.engine.kvcache.cache import KVCache, Row
+from sparsed.engine.kvcache.cache import KVCache
 from sparsed.engine.kvcache.hbm import FREE_STEP, LOCKED_STEP, slots_of_blocks
+from sparsed.engine.kvcache.quotas import Demand
 from sparsed.engine.kvcache.residency import Residency
+from sparsed.engine.kvcache.row import Row
 from sparsed.engine.sparse.bounds import BoundSelector
 
 MakeCache = Callable[..., KVCache]
@@ -101,6 +103,7 @@ class CacheMachine(RuleBasedStateMachine):
         decodes = [(i, life) for i, life in lives if life.length >= life.prompt]
         for index, life in decodes:
             with self.losses_counted(index, life.length + 1):
+                self.cache.make_room(index, life.length)
                 self.cache.open_token(index, life.length)
         for index, life in lives:
             if life.length < life.prompt:
@@ -126,7 +129,7 @@ class CacheMachine(RuleBasedStateMachine):
         pages = [[rng.permutation(num_full[i])[:count] for _ in range(2)] for i in rows]
         pages_BHK, rows_B = torch.tensor(np.array(pages)), torch.tensor(rows)
         tables, per_block = self.cache.tables, self.cache.geometry.pages_per_block
-        num_blocks = [self.cache.rows[index].num_blocks for index in rows]
+        lanes = [self.cache.rows[index].blocks for index in rows]
         num_pages = max(num_full.values())
         was_hot = tables.slots_in_order(rows_B, layer, num_pages).gather(-1, pages_BHK) >= 0
         self.residency.begin(self.step)
@@ -135,7 +138,7 @@ class CacheMachine(RuleBasedStateMachine):
             layer=layer,
             rows_B=rows_B.int(),
             positions_B=torch.tensor([self.lives[i].length for i in rows], dtype=torch.int32),
-            max_blocks=max(num_blocks),
+            max_blocks=max(blocks.most for blocks in lanes),
         )
         slots_BHK = tables.slots_in_order(rows_B, layer, num_pages).gather(-1, pages_BHK)
         assert torch.equal(slots_BHK.sort(-1).values, resolved.slots_BHK.sort(-1).values)
@@ -144,10 +147,24 @@ class CacheMachine(RuleBasedStateMachine):
         assert int(resolved.num_misses_1) == placed
         tail_B = torch.tensor([self.lives[i].length // self.page_size for i in rows])
         assert torch.equal(resolved.tail_slots_BH, tables.slots_at(rows_B, tail_B)[layer])
-        room_B1 = (
-            torch.tensor(num_blocks)[:, None] * per_block - 1
-        )  # the page of the token is locked
-        assert torch.equal((slots_BHK >= 0).sum(-1), room_B1.clamp(max=count).expand(-1, 2))
+        counts_BH = np.array([blocks.counts_L.reshape(2, 2)[layer] for blocks in lanes])
+        room_BH = torch.from_numpy(counts_BH) * per_block - 1  # the page of the token is locked
+        assert torch.equal((slots_BHK >= 0).sum(-1), room_BH.clamp(max=count))
+
+    @precondition(lambda self: any(not row.complete for row in self.cache.rows.values()))
+    @rule(data=st.data(), num_steps=st.integers(1, 100))
+    def rebalance(self, data: st.DataObject, num_steps: int) -> None:
+        rows = [index for index, row in self.cache.rows.items() if not row.complete]
+        index = data.draw(st.sampled_from(rows))
+        counts = st.lists(st.integers(0, 500), min_size=4, max_size=4)
+        misses_L, returns_L = np.array(data.draw(counts)), np.array(data.draw(counts))
+        row = self.cache.rows[index]
+        before_L = row.blocks.counts_L.copy()
+        with self.losses_counted():
+            self.cache.rebalance(index, Demand(misses_L, returns_L, num_steps))
+        after_L, mandatory = row.blocks.counts_L, self.cache._mandatory_of(row)
+        assert after_L.sum() == before_L.sum()
+        assert (after_L >= np.minimum(before_L, mandatory)).all()
 
     @precondition(lambda self: self.lives)
     @rule(budgets=st.sampled_from((None, 1, 1.5, 2.5)))
@@ -220,8 +237,10 @@ class CacheMachine(RuleBasedStateMachine):
         arena, per_block = self.cache.arena, self.cache.geometry.pages_per_block
         owned = torch.zeros(len(arena.slot_page_N), dtype=torch.int64)
         for row in self.cache.rows.values():
-            slots = slots_of_blocks(torch.from_numpy(row.blocks), pages_per_block=per_block)
-            owned[slots.flatten()] += 1
+            slots = slots_of_blocks(torch.from_numpy(row.blocks.ids_LN), pages_per_block=per_block)
+            owned[slots[slots >= 0]] += 1
+            assert row.blocks.counts_L.sum() == 4 * row.num_blocks
+            assert not row.complete or row.blocks.least == row.blocks.most
             self.check_lanes(row, slots.view(2, 2, -1))
         assert int(owned.max()) <= 1
         unowned = owned == 0
@@ -233,13 +252,17 @@ class CacheMachine(RuleBasedStateMachine):
     def check_lanes(self, row: Row, slots_LHS: torch.Tensor) -> None:
         tables, arena = self.cache.tables, self.cache.arena
         per_block, life = self.cache.geometry.pages_per_block, self.lives[row.index]
-        blocks_LHN = tables.lane_blocks_RLHN[row.index]
-        owned_LHn = blocks_LHN[..., : row.num_blocks]
-        assert torch.equal(slots_of_blocks(owned_LHn, pages_per_block=per_block), slots_LHS)
-        assert bool((blocks_LHN[..., row.num_blocks :] == -1).all())
-        assert bool((tables.num_blocks_RLH[row.index] == row.num_blocks).all())
+        blocks_LHN = tables.lane_blocks_RLHN[row.index].view(4, -1)
+        width = row.blocks.ids_LN.shape[1]
+        assert blocks_LHN[:, :width].tolist() == row.blocks.ids_LN.tolist()
+        assert bool((blocks_LHN[:, width:] == -1).all())
+        counts_L = tables.num_blocks_RLH[row.index].flatten()
+        assert counts_L.tolist() == row.blocks.counts_L.tolist()
+        assert torch.equal((blocks_LHN >= 0).sum(-1), counts_L)
         table_LHP = self.table(row)
-        page_of_slot = arena.slot_page_N[slots_LHS].long()
+        is_slot = slots_LHS >= 0
+        slots_LHS = slots_LHS.clamp(min=0)
+        page_of_slot = torch.where(is_slot, arena.slot_page_N[slots_LHS].long(), -1)
         hot_LHP = table_LHP >= 0
         held = page_of_slot >= 0
         assert torch.equal(hot_LHP.sum(-1), held.sum(-1))
@@ -247,7 +270,7 @@ class CacheMachine(RuleBasedStateMachine):
         assert torch.equal(found[held], slots_LHS[held])
         num_pages = -(-life.length // self.page_size)
         assert not bool(self.begun(row)[..., num_pages:].any())
-        locked = arena.slot_step_N[slots_LHS] == LOCKED_STEP
+        locked = (arena.slot_step_N[slots_LHS] == LOCKED_STEP) & is_slot
         assert bool((locked.sum(-1) == bool(life.length % self.page_size)).all())
         assert bool((page_of_slot[locked] == life.length // self.page_size).all())
         num_placed = -(-num_pages // per_block) * per_block if row.complete else 0
@@ -268,6 +291,7 @@ def test_summaries_and_copies_of_sealed_pages(make_cache: MakeCache) -> None:
     cache = make_cache(lane_blocks=2, num_frames=2, page_size=8, sparse_method="cuboid-mean")
     row = cache.add(200, method=SparseMethod.CUBOID_MEAN, token_budget=None)
     for position in range(16):
+        cache.make_room(row, position)
         cache.open_token(row, position)
     slots = cache.tables.slots_of(row, 0, 2).long()
     cache.arena.pages_NTCD[slots] = torch.randn(2, 2, 2, 8, 2, 4)
@@ -294,6 +318,7 @@ def test_pages_of_a_block_are_placed_with_it(make_cache: MakeCache, page_size: i
     per_block = 128 // page_size
     for position in range(300):
         before = cache.tables.page_slot_X.clone()
+        cache.make_room(index, position)
         cache.open_token(index, position)
         assert torch.equal(cache.tables.page_slot_X, before) == bool(position % 128)
     slots_LHS = cache.tables.slots_of(index, 0, 3 * per_block).long()
@@ -387,6 +412,7 @@ def test_an_own_budget_does_not_follow_the_knob(make_cache: MakeCache) -> None:
 def test_integrity_notices_a_lost_block(make_cache: MakeCache) -> None:
     cache = make_cache(lane_blocks=4, num_frames=4)
     index = cache.add(300, method=SparseMethod.DENSE, token_budget=None)
-    cache.rows[index].blocks = cache.rows[index].blocks[:, 1:]
+    blocks = cache.rows[index].blocks
+    blocks.drop(blocks.counts_L - 1)
     with pytest.raises(AssertionError):
         cache.check_integrity()

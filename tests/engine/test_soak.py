@@ -112,7 +112,7 @@ def test_a_page_that_arrives_changed_is_found(
 
 
 def test_slots_that_an_ended_request_keeps_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(PageTables, "release", lambda *args: None)
+    monkeypatch.setattr(PageTables, "release", lambda *args, **options: None)
     with pytest.raises(AssertionError, match="slot"):
         soak(seed=11)
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from sparsed.core import BLOCK_TOKENS, SparseMethod
 from sparsed.engine.batch import DecodeRow, DrawParams, PromptChunk, StepPlan
 from sparsed.engine.draws import draw
+from sparsed.engine.kvcache.rebalance import ROUND_STEPS
 from sparsed.engine.runner import Runner
 from sparsed.engine.step_decoder import Drawn, StepDecoder
 from sparsed.engine.step_input import (
@@ -158,8 +159,14 @@ def step_decoder(runner: Runner, *, looks_ahead: bool = False) -> StepDecoder:
     )
 
 
-def prefill(runner: Runner, tokens: list[int], *, method: SparseMethod = SparseMethod.DENSE) -> int:
-    row = runner.kv.add(len(tokens) + 64, method=method, token_budget=None)
+def prefill(
+    runner: Runner,
+    tokens: list[int],
+    *,
+    method: SparseMethod = SparseMethod.DENSE,
+    output: int = 64,
+) -> int:
+    row = runner.kv.add(len(tokens) + output, method=method, token_budget=None)
     chunk = PromptChunk(
         row=row,
         tokens=tuple(tokens),
@@ -247,3 +254,32 @@ def test_a_step_over_both_tiers_draws_what_the_runner_draws(
     selected, missed, evicted, overflow = steps.tiered.now.counters.read()
     assert selected > 0 and overflow == 0
     assert (missed > 0) == (hot_blocks == 11) == (evicted > 0)
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_lanes_that_lose_their_balance_change_no_token(
+    make_runner: MakeRunner, monkeypatch: pytest.MonkeyPatch, ahead: bool
+) -> None:
+    """Rounds move blocks between two steps of a request; what it attends to stays the same."""
+    settings = {"page_size": 8, "token_budget": 256, "lane_blocks": 4}
+    one, other = (make_runner(**settings) for _ in range(2))
+    monkeypatch.setattr(one._rebalancer, "step", lambda _step: None)
+    if ahead:
+        other.steps = step_decoder(other)
+    prompt = [i * i % 199 for i in range(700)]
+    for runner in (one, other):
+        prefill(runner, prompt, method=SparseMethod.MEAN_KEY, output=ROUND_STEPS + 30)
+    (row,) = one.kv.rows
+    for step in range(ROUND_STEPS + 30):
+        plan = StepPlan(
+            chunks=(), decodes=(DecodeRow(row=row, token=step, position=len(prompt) + step),)
+        )
+        other.kv.tables.demand_RLH2[row, 0, 0] += 20  # random weights tell lanes little apart
+        expected, got = one.run(plan), other.run(plan)
+        torch.testing.assert_close(got.logits_NV, expected.logits_NV, atol=1e-4, rtol=1e-4)
+    blocks = [runner.kv.rows[row].blocks for runner in (one, other)]
+    assert blocks[0].least == blocks[0].most == 4
+    assert blocks[1].counts_L.sum() == blocks[0].counts_L.sum()
+    assert blocks[1].least < blocks[1].most
+    assert other.stats().overflow_pages == 0
+    other.kv.check_integrity()

@@ -547,6 +547,7 @@ def resolved(requests: int, columns: int, tables: PageTables) -> Resolved:
         miss_src_M=room_M.clone(),
         num_misses_1=torch.zeros(1, dtype=torch.int32),
         window_RLH=torch.zeros(num_rows, layers, heads, dtype=torch.int32),
+        demand_RLH2=torch.zeros(num_rows, layers, heads, 2, dtype=torch.int32),
         counters_4=torch.zeros(4, dtype=torch.int64),
     )
 

@@ -190,6 +190,7 @@ def launch_resolve(columns: int, max_slots: int, page_size: int = 32, first: int
         miss_src_M=list_M,
         num_misses_1=counts[first : first + 1],
         window_RLH=torch.zeros(5, 3, 2, dtype=torch.int32),
+        demand_RLH2=torch.zeros(5, 3, 2, 2, dtype=torch.int32),
         counters_4=torch.zeros(4, dtype=torch.int64),
     )
     rows_B, step_1 = ints_BH[:, 0].clone(), ints_BH[0, :1]

@@ -27,6 +27,7 @@ class Given(NamedTuple):
     misses: list[tuple[int, int]]  # slot, page
     counts: tuple[int, int, int, int]
     window: int
+    num_returns: int
 
 
 class Lane:
@@ -40,6 +41,7 @@ class Lane:
         hits = [page for page in pages if page in self.slot_of]
         missed = [page for page in pages if page not in self.slot_of]
         wanting = [tail] * (tail not in self.slot_of) + missed
+        num_returns = sum(self.last[self.slot_of[page]] < now - 1 for page in hits)
         self.last |= {self.slot_of[page]: now for page in hits}
         if tail in self.slot_of:
             self.last[self.slot_of[tail]] = LOCKED_STEP
@@ -60,6 +62,7 @@ class Lane:
             misses=misses,
             counts=(len(pages), len(missed), len(evicted), len(wanting) - len(served)),
             window=sum(max(now - 12, -1) < last <= now for last in self.last.values()),
+            num_returns=num_returns,
         )
 
     def victims(self, most: int, now: int) -> list[int]:
@@ -134,12 +137,13 @@ def check_layer(cases, lanes: Lanes, step: int, rows: list[int], positions: list
     misses, counts = [], np.zeros(4, dtype=int)
     for b, row in enumerate(rows):
         for head, chosen in enumerate(pages_BHK[b].tolist()):
-            want = Given([], 0, -1, [], (0, 0, 0, 0), 0)
+            want = Given([], 0, -1, [], (0, 0, 0, 0), 0, 0)
             place = (row, layer, head)
             if place in lanes.of:
                 pages = [page for page in chosen if page >= 0]
                 want = lanes.of[place].step(pages, positions[b] // page_size, step)
                 assert out.window_RLH[place] == want.window
+                assert out.demand_RLH2[place].tolist() == [want.counts[1], want.num_returns]
             slots = want.slots + [-1] * (len(chosen) - len(want.slots))
             assert out.slots_BHK[b, head].tolist() == slots
             assert out.num_hits_BH[b, head] == want.num_hits
@@ -151,6 +155,7 @@ def check_layer(cases, lanes: Lanes, step: int, rows: list[int], positions: list
     assert list(zip(*listed, strict=True)) == misses
     assert (out.miss_dst_M[len(misses) :] == -77).all()
     assert out.counters_4.tolist() == counts.tolist()
+    assert out.demand_RLH2[..., 0].sum() == counts[1]
     lanes.check()
     return out.counters_4
 
