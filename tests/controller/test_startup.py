@@ -70,7 +70,8 @@ def test_a_gpu_samples_recall_less_often(
 ) -> None:
     """Each sample there holds up the steps that are queued."""
     assert plan_start(no_profile=True).spec.recall_stride == RECALL_STRIDE
-    monkeypatch.setattr(startup, "find_device", lambda _asked: ("cuda:0", startup.read_machine()))
+    machine = replace(startup.read_machine(), hbm_total_bytes=80 * GIB, hbm_free_bytes=70 * GIB)
+    monkeypatch.setattr(startup, "find_device", lambda _asked: ("cuda:0", machine))
     monkeypatch.setattr(startup, "link_key", lambda _machine: None)
     plan = plan_start(no_profile=True, kv_dram_gib=0.1, dtype="bfloat16")
     assert plan.spec.recall_stride == QUEUED_RECALL_STRIDE > RECALL_STRIDE
