@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 import torch
 from report import environment
@@ -33,7 +33,15 @@ from sparsed.engine.runner import Runner
 from sparsed.profiler.machine import read_machine
 
 WARM_STEPS: Final = 48
-SPARE_TOKENS: Final = 512  # of a request, for the steps that are measured
+SPARE_TOKENS: Final = 192  # of a request, for the steps that are measured
+
+
+class Point(NamedTuple):
+    """A batch of requests of equal contexts, all of one method."""
+
+    requests: int
+    context: int
+    method: SparseMethod
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +52,7 @@ class Row:
     context_tokens: int
     method: str
     selections: str  # "replayed", "scored", or "dense"
+    looks_ahead: bool
     hot_gib: float
     resident_ratio: float  # slots of a lane over pages selected
     miss_frac: float
@@ -61,6 +70,7 @@ class Row:
         binds = "link" if self.link_floor_ms > self.hbm_floor_ms else "HBM"
         return (
             f"{self.requests:3} x {self.context_tokens:6} {self.selections:9} "
+            f"{'look-ahead' if self.looks_ahead else '          '} "
             f"{self.hot_gib:5.1f} GiB {self.resident_ratio:5.2f}x misses {self.miss_frac:6.2%} "
             f"step {self.step_ms:7.3f} ms, HBM {self.hbm_floor_ms:6.3f}, link "
             f"{self.link_floor_ms:6.3f}: {self.ratio:.2f} of {binds}"
@@ -79,11 +89,17 @@ class Bench:
         self.load_s = time.perf_counter() - started_s
         self.copy_rate = copy_bytes_per_s(self.clock)
         self.link_rate = self.runner.facts.link.h2d_bytes_per_s
+        self.looks_ahead = self._spec.look_ahead
         self._step = 0
 
-    def measure(self, requests: int, context: int) -> Row:
-        """One batch of equal contexts."""
-        with self._requests(requests, context) as rows:
+    def look_ahead(self) -> None:
+        """From now on."""
+        self.looks_ahead = True
+        self.runner.look_ahead(True)
+
+    def measure(self, point: Point) -> Row:
+        """One batch."""
+        with self._requests(point) as rows:
             for _ in range(WARM_STEPS):
                 self._run(rows)
             before = self._counts()
@@ -93,23 +109,25 @@ class Bench:
                 self._run(rows)
             self.clock.synchronize()
             step_s = (time.perf_counter() - started_s) / self._options.steps
-            selected, missed = (a - b for a, b in zip(self._counts(), before, strict=True))
-            return self._row(rows, context, step_s=step_s, selected=selected, missed=missed)
+            counted = [a - b for a, b in zip(self._counts(), before, strict=True)]
+            return self._row(point, rows, step_s=step_s, counted=counted)
 
     def _row(
-        self, rows: list[list[int]], context: int, *, step_s: float, selected: int, missed: int
+        self, point: Point, rows: list[list[int]], *, step_s: float, counted: Sequence[int]
     ) -> Row:
         options, kv, steps = self._options, self.runner.kv, self._options.steps
-        hbm_bytes = self._hbm_bytes(rows, selected // steps)
-        link_bytes = missed * kv.geometry.page_bytes // steps
+        selected, missed, loaded_bytes = counted
+        hbm_bytes = self._hbm_bytes(point, rows, selected // steps)
+        link_bytes = loaded_bytes // steps
         count = max(1, options.budget // kv.geometry.page_size - 1)
         slots = kv.rows[rows[0][0]].num_blocks * kv.geometry.pages_per_block
         kind = "replayed" if options.trace else "scored"
         return Row(
-            requests=len(rows),
-            context_tokens=context,
-            method=options.method,
-            selections="dense" if options.method == "dense" else kind,
+            requests=point.requests,
+            context_tokens=point.context,
+            method=point.method.value,
+            looks_ahead=self.looks_ahead,
+            selections="dense" if point.method is SparseMethod.DENSE else kind,
             hot_gib=options.hot_gib,
             resident_ratio=slots / count,
             miss_frac=missed / max(1, selected),
@@ -120,25 +138,26 @@ class Bench:
             link_floor_ms=link_bytes / self.link_rate * 1e3,
         )
 
-    def _hbm_bytes(self, rows: list[list[int]], selected_pages: int) -> int:
+    def _hbm_bytes(self, point: Point, rows: list[list[int]], selected_pages: int) -> int:
         """Weights once, what is attended to, and summaries of all pages."""
         kv, shape = self.runner.kv, self.runner.decoder.config.shape
         embedding = shape.vocab_size * shape.hidden_size * 2
         weights = self.runner.decoder.weights.num_bytes - embedding
         tokens = sum(position for _, position in rows)
-        if self._options.method == "dense":
+        if point.method is SparseMethod.DENSE:
             return weights + tokens * shape.kv_bytes_per_token("bfloat16")
         frames = sum(num_frames(position) for _, position in rows)
-        summaries = frames * kv.geometry.summary_bytes_per_frame(self._options.method)
+        summaries = frames * kv.geometry.summary_bytes_per_frame(point.method)
         tails = len(rows) * kv.geometry.num_lanes * kv.geometry.page_bytes // 2
         return weights + selected_pages * kv.geometry.page_bytes + tails + summaries
 
-    def _counts(self) -> tuple[int, int]:
+    def _counts(self) -> tuple[int, int, int]:
+        """Pages selected, those that were missing, bytes loaded."""
         self.clock.synchronize()
         stats = self.runner.stats()
         time.sleep(0.002)
         stats = self.runner.stats()
-        return stats.hot_hits + stats.hot_misses, stats.hot_misses
+        return stats.hot_hits + stats.hot_misses, stats.hot_misses, stats.h2d_bytes
 
     def _run(self, rows: list[list[int]]) -> None:
         decodes = tuple(DecodeRow(row=row, token=None, position=at) for row, at in rows)
@@ -147,12 +166,11 @@ class Bench:
             row[1] += 1
 
     @contextmanager
-    def _requests(self, requests: int, context: int) -> Iterator[list[list[int]]]:
-        kv = self.runner.kv
-        method = SparseMethod(self._options.method)
+    def _requests(self, point: Point) -> Iterator[list[list[int]]]:
+        kv, context = self.runner.kv, point.context
         indices = [
-            kv.add(context + SPARE_TOKENS, method=method, token_budget=None)
-            for _ in range(requests)
+            kv.add(context + SPARE_TOKENS, method=point.method, token_budget=None)
+            for _ in range(point.requests)
         ]
         for index in indices:
             if self._options.prefill:
@@ -177,17 +195,18 @@ class Bench:
 
 def make_spec(options: argparse.Namespace) -> EngineSpec:
     shape = dummy_config(options.model).shape
-    most = max(context for _, context in options.points) + SPARE_TOKENS
-    tokens = max(requests * (context + SPARE_TOKENS) for requests, context in options.points)
+    most = max(point.context for point in options.points) + SPARE_TOKENS
+    tokens = max(point.requests * (point.context + SPARE_TOKENS) for point in options.points)
     dram = tokens * shape.kv_bytes_per_token("bfloat16") / GIB * 1.01
     asked = {
-        "sparse_method": options.method,
+        "sparse_method": SparseMethod.MEAN_KEY.value,
         "token_budget": options.budget,
         "page_size": options.page_size,
-        "max_num_seqs": max(requests for requests, _ in options.points),
+        "max_num_seqs": max(point.requests for point in options.points),
         "max_model_len": most,
         "kv_hbm_gib": options.hot_gib,
         "kv_dram_gib": dram,
+        "hbm_budget": options.hbm_budget,
     }
     knobs = resolve_knobs(
         asked, shape=shape, machine=read_machine(), device="cuda:0", dtype="bfloat16"
@@ -199,24 +218,30 @@ def make_spec(options: argparse.Namespace) -> EngineSpec:
         knobs=knobs,
         plan=plan_memory(knobs, shape=shape, dtype="bfloat16"),
         selection_trace=options.trace,
+        look_ahead=options.look_ahead == "on",
     )
 
 
-def parse_point(text: str) -> tuple[int, int]:
-    requests, context = text.split("x")
-    return int(requests), int(context)
+def parse_point(text: str) -> Point:
+    """``8x32768``, or ``8x32768:dense``."""
+    batch, _, method = text.partition(":")
+    requests, context = batch.split("x")
+    return Point(int(requests), int(context), SparseMethod(method or SparseMethod.MEAN_KEY))
 
 
 def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="dummy:llama-3.1-8b")
-    parser.add_argument("--method", default="mean-key")
     parser.add_argument("--trace", help="a recording whose selections are replayed")
+    parser.add_argument("--look-ahead", choices=("off", "on", "both"), default="off")
+    parser.add_argument(
+        "--hbm-budget", type=int, help="tokens a lane may hold (default: an even share)"
+    )
     parser.add_argument("--prefill", action="store_true", help="compute the prompts")
     parser.add_argument("--budget", type=int, default=2048)
     parser.add_argument("--page-size", type=int, default=8)
     parser.add_argument("--hot-gib", type=float, default=18.0)
-    parser.add_argument("--points", nargs="+", type=parse_point, default=[(1, 32768), (8, 32768)])
+    parser.add_argument("--points", nargs="+", type=parse_point, required=True)
     parser.add_argument("--steps", type=int, default=64)
     parser.add_argument("--output", type=Path, required=True)
     return parser.parse_args(arguments)
@@ -231,9 +256,14 @@ def main() -> None:
         flush=True,
     )
     rows = []
-    for requests, context in options.points:
-        rows.append(bench.measure(requests, context))
+    for point in options.points:
+        rows.append(bench.measure(point))
         print(rows[-1], flush=True)
+    if options.look_ahead == "both":
+        bench.look_ahead()
+        for point in options.points:
+            rows.append(bench.measure(point))
+            print(rows[-1], flush=True)
     rates = {"copy_bytes_per_s": bench.copy_rate, "link_bytes_per_s": bench.link_rate}
     result = environment() | rates | {"rows": [asdict(row) | {"ratio": row.ratio} for row in rows]}
     options.output.write_text(json.dumps(result, indent=1) + "\n")

@@ -46,7 +46,7 @@ class RecallSampler:
         (B, H, G, D) and logs of softmax sums (B, H, G) of ``rows`` in their order."""
         self.collect()
         turn, rest = divmod(step, self._tiers.recall_stride)
-        sparse = [b for b, row in enumerate(rows) if 0 < row.count < row.num_full]
+        sparse = [b for b, row in enumerate(rows) if 0 < row.num_selected < row.num_full]
         if rest or not sparse:
             return
         cache = self._tiers.cache

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -169,15 +170,24 @@ class Runner:
         self.kv.transfer.ways.set_programs(knobs.copy_programs)
         tiered = self.steps.tiered if self.steps is not None else None
         if tiered is not None and _max_count(knobs) > tiered.max_count:
-            self.steps = self._make_steps(knobs)
-            self.steps.capture(lambda _frac: None)
+            self._rebuild_steps(knobs)
+
+    def look_ahead(self, looks_ahead: bool) -> None:
+        """Turn look-ahead on or off: all steps are captured anew."""
+        self._spec = replace(self._spec, look_ahead=looks_ahead)
+        self._rebuild_steps(self._spec.knobs)
+
+    def _rebuild_steps(self, knobs: Knobs) -> None:
+        self.steps = self._make_steps(knobs)
+        self.steps.capture(lambda _frac: None)
 
     def stats(self) -> EngineStats:
         """Counters and gauges of the tiers; the caller adds those of requests and steps."""
         self.recall.collect()
         counts, kv = self.attention.counts, self.kv
         queued = self.steps.tiered if self.steps is not None else None
-        on_device = queued.counters.read() if queued is not None else [0] * 4
+        on_device = queued.now.counters.read() if queued is not None else [0] * 4
+        ahead = queued.ahead.counters.read() if queued and queued.ahead else [0] * 4
         copies = kv.transfer.copies
         h2d_bytes, h2d_s = _sum(copies, Direction.H2D)
         d2h_bytes, d2h_s = _sum(copies, Direction.D2H)
@@ -187,7 +197,8 @@ class Runner:
         return EngineStats(
             hot_hits=counts.selected + on_device[0] - missed,
             hot_misses=missed,
-            evicted_pages=int(counts.evicted + kv.tables.displaced) + on_device[2],
+            foreseen_pages=ahead[1] - ahead[3],  # not those that found no slot
+            evicted_pages=int(counts.evicted + kv.tables.displaced) + on_device[2] + ahead[2],
             overflow_pages=counts.overflow + on_device[3],
             h2d_bytes=h2d_bytes,
             h2d_s=h2d_s,
@@ -220,6 +231,7 @@ class Runner:
                 group=self.decoder.config.num_heads // self.decoder.config.num_kv_heads,
                 scale=scale,
                 trace=self._trace,
+                looks_ahead=spec.look_ahead,
             )
         return StepDecoder(
             self.decoder,

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -128,7 +129,7 @@ class StepDecoder:
         has_room = row.num_blocks * geometry.pages_per_block >= count + SPARE_SLOTS
         if self.tiered is None or not 0 < count <= self.tiered.max_count or not has_room:
             return None
-        return StepRow(decode, 0, num_full=num_full, count=count, is_hot=row.complete)
+        return StepRow(decode, 0, num_full=num_full, num_selected=count, is_hot=row.complete)
 
     @torch.inference_mode()
     def run(self, rows: Sequence[StepRow], *, step: int) -> Drawn:
@@ -186,13 +187,16 @@ class StepDecoder:
         tokens_B = torch.where(
             inputs.known_B < 0, self._last_token_R[rows_B], inputs.known_B.long()
         )
-        trail = Trail()
+        trail, foresee = Trail(), None
         if key.selects:
             assert self.tiered is not None
-            attend = self._attend_tiered(key, self.tiered.begin(inputs), self.tiered, trail)
+            step = self.tiered.begin(inputs, fetches=key.fetches)
+            attend = self._attend_tiered(key, step, self.tiered, trail)
+            if key.fetches and self.tiered.ahead is not None:
+                foresee = partial(self.tiered.foresee, step)
         else:
             attend = self._attend_in_place(inputs)
-        hidden_BD = self._decoder.forward(tokens_B, positions_B, attend)
+        hidden_BD = self._decoder.forward(tokens_B, positions_B, attend, foresee=foresee)
         self._seal.run(inputs)
         if key.selects and self.tiered is not None:
             self.tiered.finish()
@@ -227,7 +231,7 @@ class StepDecoder:
 
         def attend(layer: int, q_BHD: Tensor, k_BHD: Tensor, v_BHD: Tensor) -> Tensor:
             q_BHGD = q_BHD.reshape(len(q_BHD), num_heads, -1, head_dim).contiguous()
-            placed = tiered.place(step, layer, q_BHGD, k_BHD, v_BHD, fetches=key.fetches)
+            placed = tiered.place(step, layer, q_BHGD, k_BHD, v_BHD)
             if key.in_place:
                 o_BHD = self._attend_resident(layer, q_BHD, step.inputs)
             else:
@@ -267,6 +271,6 @@ def attention_programs(device: torch.device, *, num_heads: int) -> int:
 def step_kind(rows: Sequence[StepRow]) -> tuple[bool, bool, bool]:
     """What the requests of a step do, as in ``GraphKey``: one of the kinds there are graphs of."""
     in_place = any(row.in_place for row in rows)
-    selects = any(row.count for row in rows)
-    fetches = selects and (in_place or any(row.count and not row.is_hot for row in rows))
+    selects = any(row.num_selected for row in rows)
+    fetches = selects and (in_place or any(row.num_selected and not row.is_hot for row in rows))
     return in_place or not selects, selects, fetches

@@ -32,14 +32,14 @@ Ints = npt.NDArray[np.int32]
 
 
 class StepRow(NamedTuple):
-    """A decode row and how it attends: to ``in_place`` tokens where they lie, or to ``count`` of
-    its ``num_full`` full pages and the partial one. One of the two is 0. ``is_hot``: all its pages
+    """A decode row and how it attends: to ``in_place`` tokens where they lie, or to
+    ``num_selected`` of its ``num_full`` full pages and the partial one. One of the two is 0. ``is_hot``: all its pages
     have their slots."""
 
     decode: DecodeRow
     in_place: int
     num_full: int = 0
-    count: int = 0
+    num_selected: int = 0
     is_hot: bool = False
 
 
@@ -92,7 +92,7 @@ class InputBuffer:
             :NUM_SECTIONS
         ]
         items = self._device_X[self._first_item :][: 3 * max_items]
-        num_items_1, step_1 = self._device_X[self._scalars : self._first_item].split(1)
+        num_items_1, step_1 = self._device_X[self._scalars : self._first_item].view(-1, 1).unbind()
         return StepInput(
             known_B=known,
             rows_B=rows,
@@ -138,7 +138,7 @@ class InputBuffer:
 def _words(row: StepRow) -> tuple[int, ...]:
     decode = row.decode
     token = -1 if decode.token is None else decode.token
-    return token, decode.row, decode.position, row.in_place, row.num_full, row.count
+    return token, decode.row, decode.position, row.in_place, row.num_full, row.num_selected
 
 
 def first_columns(num_full_B: Ints) -> Ints:

@@ -2,15 +2,16 @@
 
 A layer ranks its pages, selects, finds out which of the selected pages are in the hot tier and
 gives the others slots; they are fetched on a stream of their own while attention reads those that
-are there. Nothing waits for the host, so that a CUDA graph can hold all of it.
+are there. With look-ahead the same is done a layer early for the pages that the layer will probably
+select: what was foreseen wrongly costs bytes, and never changes a result. Nothing waits for the
+host, so that a CUDA graph can hold all of it.
 
-Shape legend: B requests, padded, H KV heads, G query heads per KV head, V rows of logits per KV head, D head dim, K selected
-pages of a lane, L layers, X columns (pages of all requests), M pages to move.
+Shape legend: B requests, padded, H KV heads, G query heads per KV head, D head dim.
 """
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -18,12 +19,11 @@ from torch import Tensor
 
 from sparsed.engine.kvcache.cache import KVCache
 from sparsed.engine.kvcache.streams import new_stream
-from sparsed.engine.kvcache.totals import DeviceCounters
-from sparsed.engine.sparse.base import SINK_PAGES, Selector, recent_pages
+from sparsed.engine.sparse.base import Selector
 from sparsed.engine.sparse.replay import SelectionTrace
-from sparsed.engine.step_input import COLUMN_ALIGN, StepInput
-from sparsed.kernels.resolve import Resolved, resolve_pages
-from sparsed.kernels.select import select_pages
+from sparsed.engine.step_input import StepInput
+from sparsed.engine.step_selection import LayerSelection
+from sparsed.kernels.resolve import Resolved
 from sparsed.kernels.selected import (
     Selected,
     attend_hits,
@@ -36,45 +36,40 @@ from sparsed.kernels.store import store_tokens
 FETCH_PRIORITY = -1  # before the attention it runs beside
 
 
-class Buffers(NamedTuple):
-    """What one layer hands on inside a step, for as many requests as there are rows; every layer
-    uses the same. ``misses_L`` counts the pages that each layer of the step had to fetch."""
-
-    logits_HVX: Tensor
-    pages_BHK: Tensor
-    slots_BHK: Tensor
-    num_hits_BH: Tensor
-    tail_slots_BH: Tensor
-    miss_dst_M: Tensor
-    miss_src_M: Tensor
-    misses_L: Tensor
-
-
 class Step(NamedTuple):
     """A step's inputs, and what all its layers make of them: pages that each request attends to,
-    place of the token in its partial page, tokens of that page."""
+    place of the token in its partial page, tokens of that page, the step before. ``fetches``
+    false: no page can be missing."""
 
     inputs: StepInput
     count_B: Tensor
     offsets_B: Tensor
     tail_tokens_B: Tensor
+    before_1: Tensor
+    fetches: bool
+
+
+class Coming(NamedTuple):
+    """Pages on their way: when they have their slots, and when they are there."""
+
+    has_slots: torch.cuda.Event
+    fetched: torch.cuda.Event
 
 
 class Placed(NamedTuple):
-    """Where the pages of a layer are, once ``fetched`` (None: now) is over; without ``fetches`` all
-    are hits."""
+    """Where the pages of a layer are. Hits may be read after ``foreseen``, misses after ``fetched``
+    (None: at once); without ``fetches`` all are hits."""
 
     selected: Selected
+    foreseen: torch.cuda.Event | None
     fetched: torch.cuda.Event | None
     fetches: bool
 
 
 class TieredAttention:
-    """Call ``begin``, then ``place`` and ``attend`` for every layer in order, then ``finish``. What
-    ``place`` gives holds until it is called again. One stream.
-
-    ``max_count``: most full pages that a request selects. ``counters``: pages selected, missed,
-    evicted, and those that found no slot, since the start.
+    """Call ``begin``, then for every layer in order ``place`` and ``attend``, then ``finish``; with
+    look-ahead, ``foresee`` the next layer before ``place``. What ``place`` gives holds until it is
+    called again. ``ahead`` None: no look-ahead. One stream of the caller.
     """
 
     def __init__(
@@ -88,44 +83,40 @@ class TieredAttention:
         group: int,
         scale: float,
         trace: SelectionTrace | None,
+        looks_ahead: bool,
     ) -> None:
-        device, geometry = cache.arena.pages_NX.device, cache.geometry
+        device = cache.arena.pages_NX.device
         self._cache = cache
-        self._selector = selector
         self._scale = scale
         self._trace = trace
-        self._max_pages = max_pages
-        self._lane_slots = cache.arena.blocks.size // geometry.num_lanes * geometry.pages_per_block
-        self._stream = new_stream(device, priority=FETCH_PRIORITY)
-        self.counters = DeviceCounters(4, device=device)
-        num_heads, num_layers = geometry.num_kv_heads, geometry.num_layers
-        pool_pages = len(cache.pool.pages_RX) // geometry.num_lanes
-        columns = min(pool_pages, max_rows * max_pages) + COLUMN_ALIGN * max_rows
-        columns = -(-columns // COLUMN_ALIGN) * COLUMN_ALIGN
-        lanes = (max_rows, num_heads)
+        self._fetch_stream = new_stream(device, priority=FETCH_PRIORITY)
+        self._ahead_stream = new_stream(device)
 
-        def ints(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
-            return torch.zeros(shape, dtype=dtype, device=device)
+        def selection() -> LayerSelection:
+            return LayerSelection(
+                cache,
+                selector,
+                max_rows=max_rows,
+                max_count=max_count,
+                max_pages=max_pages,
+                group=group,
+            )
 
-        self._buffers = Buffers(
-            logits_HVX=torch.zeros((num_heads, selector.num_scores(group), columns), device=device),
-            pages_BHK=ints(*lanes, max_count),
-            slots_BHK=ints(*lanes, max_count),
-            num_hits_BH=ints(*lanes),
-            tail_slots_BH=ints(*lanes),
-            miss_dst_M=ints(max_rows * num_heads * max_count, dtype=torch.int64),
-            miss_src_M=ints(max_rows * num_heads * max_count, dtype=torch.int64),
-            misses_L=ints(num_layers),
-        )
+        self.now = selection()
+        self.ahead = selection() if looks_ahead else None
+        self._coming: dict[int, Coming] = {}  # by layer
+        self._kept: list[Callable[[], Tensor]] = []  # what another stream may still be reading
 
     @property
     def max_count(self) -> int:
         """Most full pages that a request may select here."""
-        return self._buffers.pages_BHK.shape[2]
+        return self.now.max_count
 
-    def begin(self, inputs: StepInput) -> Step:
+    def begin(self, inputs: StepInput, *, fetches: bool) -> Step:
         """Start a step: forget what the last one had to fetch."""
-        self._buffers.misses_L.zero_()
+        for selection in (self.now, self.ahead):
+            if selection is not None:
+                selection.misses_L.zero_()
         if self._trace is not None:
             self._trace.begin(
                 inputs.rows_B,
@@ -133,28 +124,46 @@ class TieredAttention:
                 pages=inputs.pages,
                 width=self.max_count,
             )
+        self._coming.clear()
+        self._kept.clear()
         offsets_B = inputs.positions_B % self._cache.geometry.page_size
         return Step(
             inputs=inputs,
             count_B=torch.minimum(inputs.pages.count_B, inputs.pages.num_full_B),
             offsets_B=offsets_B,
             tail_tokens_B=offsets_B + 1,
+            before_1=inputs.step_1 - 1,
+            fetches=fetches,
         )
 
-    def place(
-        self,
-        step: Step,
-        layer: int,
-        q_BHGD: Tensor,
-        k_BHD: Tensor,
-        v_BHD: Tensor,
-        *,
-        fetches: bool,
-    ) -> Placed:
+    def foresee(self, step: Step, layer: int, make_query: Callable[[], Tensor]) -> None:
+        """Fetch what ``layer`` will probably select. Its pages count as used in the step before, so
+        that those that it does select may take their slots."""
+        if self.ahead is None:
+            return
+        stream = self._ahead_stream
+        if stream is None:
+            self._fetch(self._resolve_ahead(self.ahead, step, layer, make_query()))
+            return
+        self._kept.append(make_query)
+        stream.wait_stream(torch.cuda.current_stream(stream.device))
+        with torch.cuda.stream(stream):
+            resolved = self._resolve_ahead(self.ahead, step, layer, make_query())
+            has_slots = stream.record_event()
+            self._fetch(resolved)
+            self._coming[layer] = Coming(has_slots, stream.record_event())
+
+    def place(self, step: Step, layer: int, q_BHGD: Tensor, k_BHD: Tensor, v_BHD: Tensor) -> Placed:
         """Select the pages of a layer, give them slots, have those fetched that are missing, and
-        store the token in its partial page. ``fetches`` false: none can be missing."""
-        resolved = self._resolve(layer, self._select(layer, q_BHGD, step.inputs), step.inputs)
-        fetched = self._fetch(resolved) if fetches else None
+        store the token in its partial page."""
+        pages_BHK = self.now.select(layer, q_BHGD, step.inputs)
+        if self._trace is not None:
+            self._trace.overwrite(layer, pages_BHK)
+        coming = self._coming.pop(layer, None)
+        if coming is not None:
+            torch.cuda.current_stream(q_BHGD.device).wait_event(coming.has_slots)
+        resolved = self.now.resolve(layer, pages_BHK, step.inputs, step_1=step.inputs.step_1)
+        fetched = self._fetch_beside(resolved, after=coming) if step.fetches else None
         store_tokens(
             self._cache.arena.pages_NTCD,
             slots_BH=resolved.tail_slots_BH,
@@ -169,7 +178,8 @@ class TieredAttention:
             tail_slots_BH=resolved.tail_slots_BH,
             tail_tokens_B=step.tail_tokens_B,
         )
-        return Placed(selected, fetched, fetches)
+        foreseen = None if coming is None else coming.fetched
+        return Placed(selected, foreseen, fetched, step.fetches)
 
     def attend(self, placed: Placed, q_BHGD: Tensor, *, out_BHGD: Tensor) -> Tensor:
         """Attend to the placed pages and to the partial one: into ``out``, for requests that
@@ -177,10 +187,10 @@ class TieredAttention:
         cache, scale, selected = self._cache, self._scale, placed.selected
         arena_NTCD, page_size = cache.arena.pages_NTCD, cache.geometry.page_size
         partials = make_partials(selected, q_BHGD, page_size=page_size)
+        _wait(placed.foreseen)
         attend_hits(q_BHGD, arena_NTCD, selected=selected, partials=partials, scale=scale)
-        if placed.fetched is not None:
-            torch.cuda.current_stream(q_BHGD.device).wait_event(placed.fetched)
         if placed.fetches:
+            _wait(placed.fetched)
             attend_misses(q_BHGD, arena_NTCD, selected=selected, partials=partials, scale=scale)
         lse_BHG = torch.empty(q_BHGD.shape[:3], device=q_BHGD.device)
         merge_selected(selected, partials, page_size=page_size, out_BHGD=out_BHGD, lse_BHG=lse_BHG)
@@ -188,73 +198,48 @@ class TieredAttention:
 
     def finish(self) -> None:
         """End a step: count what was fetched."""
-        self._cache.transfer.count_fetched(self._buffers.misses_L.sum())
+        for selection in (self.now, self.ahead):
+            if selection is not None:
+                self._cache.transfer.count_fetched(selection.misses_L.sum())
 
-    def _select(self, layer: int, q_BHGD: Tensor, inputs: StepInput) -> Tensor:
-        buffers, pages = self._buffers, inputs.pages
-        self._selector.estimate(
-            q_BHGD,
-            layer=layer,
-            rows_B=inputs.rows_B,
-            num_full_B=pages.num_full_B,
-            first_B=pages.first_B,
-            out_HVX=buffers.logits_HVX,
-        )
-        pages_BHK = buffers.pages_BHK[: len(q_BHGD)]
-        select_pages(
-            buffers.logits_HVX,
-            first_B=pages.first_B,
-            num_full_B=pages.num_full_B,
-            count_B=pages.count_B,
-            sink_pages=SINK_PAGES,
-            recent_pages=recent_pages(self._cache.geometry.page_size),
-            max_pages=self._max_pages,
-            out_BHK=pages_BHK,
-        )
+    def _resolve_ahead(
+        self, ahead: LayerSelection, step: Step, layer: int, q_BHD: Tensor
+    ) -> Resolved:
+        """Slots for the pages that these queries of the layer before select."""
+        num_heads, head_dim = self._cache.geometry.num_kv_heads, self._cache.geometry.head_dim
+        q_BHGD = q_BHD.view(len(q_BHD), num_heads, -1, head_dim)
+        pages_BHK = ahead.select(layer, q_BHGD, step.inputs)
         if self._trace is not None:
-            self._trace.overwrite(layer, pages_BHK)
-        return pages_BHK
+            self._trace.foretell(layer, pages_BHK)
+        return ahead.resolve(layer, pages_BHK, step.inputs, step_1=step.before_1)
 
-    def _resolve(self, layer: int, pages_BHK: Tensor, inputs: StepInput) -> Resolved:
-        buffers, cache, size = self._buffers, self._cache, len(pages_BHK)
-        resolved = Resolved(
-            slots_BHK=buffers.slots_BHK[:size],
-            num_hits_BH=buffers.num_hits_BH[:size],
-            tail_slots_BH=buffers.tail_slots_BH[:size],
-            miss_dst_M=buffers.miss_dst_M,
-            miss_src_M=buffers.miss_src_M,
-            num_misses_1=buffers.misses_L[layer : layer + 1],
-            window_RLH=cache.tables.window_RLH,
-            counters_4=self.counters.values_C,
-        )
-        resolve_pages(
-            pages_BHK,
-            rows_B=inputs.rows_B,
-            positions_B=inputs.positions_B,
-            layer=layer,
-            tables=cache.tables.with_arena(cache.arena),
-            step_1=inputs.step_1,
-            page_size=cache.geometry.page_size,
-            max_slots=self._lane_slots,
-            out=resolved,
-        )
-        return resolved
+    def _fetch_beside(self, resolved: Resolved, *, after: Coming | None) -> torch.cuda.Event | None:
+        """Fetch missing pages on the stream of fetches; what to wait for. ``after``: an earlier
+        fetch that may still be writing to slots that were taken from it."""
+        stream = self._fetch_stream
+        if stream is None:
+            self._fetch(resolved)
+            return None
+        stream.wait_stream(torch.cuda.current_stream(stream.device))
+        if after is not None:
+            stream.wait_event(after.fetched)
+        with torch.cuda.stream(stream):
+            self._fetch(resolved)
+            event: torch.cuda.Event = stream.record_event()
+            return event
 
-    def _fetch(self, resolved: Resolved) -> torch.cuda.Event | None:
-        """Fetch the missing pages, on the stream of fetches; what to wait for."""
-        cache, stream = self._cache, self._stream
-        fetch = partial(
-            cache.transfer.fetch,
+    def _fetch(self, resolved: Resolved) -> None:
+        cache = self._cache
+        cache.transfer.fetch(
             cache.arena.pages_NX,
             cache.pool.pages_RX,
             dst_rows_M=resolved.miss_dst_M,
             src_rows_M=resolved.miss_src_M,
             count_1=resolved.num_misses_1,
         )
-        if stream is None:
-            fetch()
-            return None
-        stream.wait_stream(torch.cuda.current_stream(stream.device))
-        with torch.cuda.stream(stream):
-            fetch()
-            return stream.record_event()
+
+
+def _wait(event: torch.cuda.Event | None) -> None:
+    """The current stream goes on once the event is over."""
+    if event is not None:
+        torch.cuda.current_stream().wait_event(event)

@@ -100,7 +100,7 @@ def _launch(
     if not num_requests:
         return
     most_tiles = triton.cdiv(frames_RF.shape[1] * pages_per_frame, _TILE_PAGES)
-    splits = min(triton.cdiv(_WANTED_PROGRAMS, num_requests * num_heads), most_tiles)
+    splits = max(1, min(_WANTED_PROGRAMS // (num_requests * num_heads), most_tiles))
     _estimate_kernel[(num_requests * num_heads, splits)](
         q_BHGD,
         store_MY,

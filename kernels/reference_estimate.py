@@ -67,8 +67,8 @@ def summarise_pages(
     half_dims = basis_NDR.shape[2] // 2
     code_row_R = torch.arange(half_dims, device=store_SY.device) * pages_per_frame
     first_scale = half_dims // 2 * pages_per_frame
-    parts = zip(pages_MTCD.split(_PART_PAGES), page_rows_M.split(_PART_PAGES), strict=True)
-    for part_MTCD, part_M in parts:
+    pages, rows = (torch.split(part, _PART_PAGES) for part in (pages_MTCD, page_rows_M))
+    for part_MTCD, part_M in zip(pages, rows, strict=True):
         rows_M, places_M = part_M // pages_per_frame, part_M % pages_per_frame
         lanes_M = rows_M % len(basis_NDR)
         means_MD = part_MTCD[:, :, 0].mean(1, dtype=torch.float32) - centre_ND[lanes_M]

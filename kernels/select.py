@@ -16,6 +16,7 @@ from sparsed.kernels.threshold import bisect, page_keys, write_ids
 _MAX_TILE = 8192  # pages that a program keeps in registers; of more, it reads the keys anew
 _WARP_PAGES = 512
 _MIN_WARPS, _MAX_WARPS = 4, 16
+_WIDE_REGISTERS = 64  # a thread of the largest program: two of them fit one multiprocessor
 _FILL = 1024
 _MIN_TILE = 128
 _LOG2_E = tl.constexpr(1.4426950408889634)
@@ -94,6 +95,7 @@ def _launch(
     _, group, num_columns = logits_HGX.shape
     tile = min(max(_MIN_TILE, triton.next_power_of_2(max_pages)), max_tile)
     one_tile = max_pages <= tile
+    num_warps = min(max(_MIN_WARPS, tile // _WARP_PAGES), _MAX_WARPS)
     # Room for keys that registers cannot hold; where they can, any tensor stands for it.
     keys_HX = logits_HGX if one_tile else out_BHK.new_empty((num_heads, num_columns))
     if num_requests:
@@ -115,7 +117,8 @@ def _launch(
             ONE_TILE=one_tile,
             FILL=_FILL,
             ALIGN=COLUMN_ALIGN,
-            num_warps=min(max(_MIN_WARPS, tile // _WARP_PAGES), _MAX_WARPS),
+            num_warps=num_warps,
+            maxnreg=_WIDE_REGISTERS if num_warps == _MAX_WARPS else None,
             enable_fp_fusion=True,
         )
 

@@ -47,7 +47,7 @@ class Partials(NamedTuple):
 
 def num_splits(num_columns: int, page_size: int) -> int:
     """Splits of the hits of a lane, or of its misses."""
-    return triton.cdiv(num_columns * page_size, SPLIT_TOKENS)
+    return -(-num_columns * page_size // SPLIT_TOKENS)
 
 
 def make_partials(selected: Selected, q_BHGD: Tensor, *, page_size: int) -> Partials:

@@ -56,13 +56,12 @@ class Residency:
 
     def _empty(self, pages_BHK: Tensor) -> Resolved:
         heads_BH = pages_BHK[..., 0]
-        wide = {"dtype": torch.int64, "device": pages_BHK.device}
         return Resolved(
             slots_BHK=torch.empty_like(pages_BHK),
             num_hits_BH=torch.empty_like(heads_BH, memory_format=torch.contiguous_format),
             tail_slots_BH=torch.empty_like(heads_BH, memory_format=torch.contiguous_format),
-            miss_dst_M=torch.empty(pages_BHK.numel(), **wide),
-            miss_src_M=torch.empty(pages_BHK.numel(), **wide),
+            miss_dst_M=torch.empty(pages_BHK.numel(), dtype=torch.int64, device=heads_BH.device),
+            miss_src_M=torch.empty(pages_BHK.numel(), dtype=torch.int64, device=heads_BH.device),
             num_misses_1=torch.zeros_like(self._step_1),
             window_RLH=self._cache.tables.window_RLH,
             counters_4=self.counters_4,

@@ -6,6 +6,8 @@ D head dim (hidden states: their width), V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -31,6 +33,17 @@ class Attend(Protocol):
     def __call__(self, layer: int, q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor, /) -> Tensor: ...
 
 
+class Foresee(Protocol):
+    """Told, before a layer runs, how to make queries that foretell those of the next layer.
+
+    ``make_query`` gives q (N, H, D), contiguous: the next layer's own maps, of the hidden states
+    that go into this layer instead of those that come out of it. It may be called on another
+    stream, and need not be called.
+    """
+
+    def __call__(self, layer: int, make_query: Callable[[], Tensor], /) -> None: ...
+
+
 class Decoder:
     """Llama, Mistral, Qwen2 and Qwen3 differ in biases and in the norm of Q and K only.
 
@@ -50,6 +63,7 @@ class Decoder:
         attend: Attend,
         *,
         lengths_N: Tensor | None = None,
+        foresee: Foresee | None = None,
     ) -> Tensor:
         """Hidden states (N, D) before the last norm, of tokens in any mixture of requests.
 
@@ -60,6 +74,10 @@ class Decoder:
         hidden_ND = F.embedding(tokens_N, self.weights.embedding_VD)
         tables = self.rope.tables(positions_N, lengths_N=lengths_N, dtype=hidden_ND.dtype)
         for number, layer in enumerate(self.weights.layers):
+            if foresee is not None and number + 1 < len(self.weights.layers):
+                after = self.weights.layers[number + 1]
+                normed_ND = self._norm(hidden_ND, after.input_norm_D)
+                foresee(number + 1, partial(self._query, normed_ND, after, tables))
             normed_ND = self._norm(hidden_ND, layer.input_norm_D)
             o_NHD = attend(number, *self._project(normed_ND, layer, tables))
             layer.output.add_to(hidden_ND, o_NHD.flatten(1))
@@ -83,6 +101,16 @@ class Decoder:
         rotated, v_NKD = heads[:, :num_rotated], heads[:, num_rotated:]
         rotated = rotate_heads(rotated, *tables, norm_HD=layer.qk_norm_HD, eps=config.rms_norm_eps)
         return rotated[:, : config.num_heads], rotated[:, config.num_heads :], v_NKD
+
+    def _query(
+        self, normed_ND: Tensor, layer: LayerWeights, tables: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        """q of ``_project`` alone."""
+        num_heads, head_dim = self.config.num_heads, self.config.head_dim
+        heads = layer.qkv.first_rows(normed_ND, num_heads * head_dim)
+        norm_HD = None if layer.qk_norm_HD is None else layer.qk_norm_HD[:num_heads]
+        heads = heads.view(len(normed_ND), num_heads, head_dim)
+        return rotate_heads(heads, *tables, norm_HD=norm_HD, eps=self.config.rms_norm_eps)
 
     def _norm(self, x_ND: Tensor, weight_D: Tensor) -> Tensor:
         return rms_norm(x_ND, weight_D, eps=self.config.rms_norm_eps)

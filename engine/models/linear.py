@@ -42,6 +42,13 @@ class Linear:
         )
         return product
 
+    def first_rows(self, x_NI: Tensor, num_rows: int) -> Tensor:
+        """The first ``num_rows`` columns of the product, (N, num_rows)."""
+        if self._packed:
+            return self(x_NI)[:, :num_rows].contiguous()
+        bias_O = None if self._bias_O is None else self._bias_O[:num_rows]
+        return F.linear(x_NI, self._weight[:num_rows], bias_O)
+
     def add_to(self, out_NO: Tensor, x_NI: Tensor) -> None:
         """Add the product to ``out_NO``; on CUDA within it, so that the sum is rounded once."""
         if not out_NO.is_cuda:

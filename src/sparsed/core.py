@@ -519,6 +519,7 @@ class EngineSpec:
     enforce_eager: bool = False  # launch every operation of a step, capture no graph
     recall_stride: int = RECALL_STRIDE  # steps between two measurements of attention recall
     verify_kv: VerifyMode = VerifyMode.OFF
+    look_ahead: bool = False  # fetch a layer early what the layer will probably select
     selection_trace: str | None = None  # a recording whose selections replace the model's own
     link: LinkKey | None = None  # of the device; None for a CPU
     calibration: LinkCalibration | None = None  # None: the engine makes one, unless on a CPU
@@ -827,6 +828,7 @@ class EngineStats:
     requests_finished: int = 0
     hot_hits: int = 0  # pages
     hot_misses: int = 0  # pages
+    foreseen_pages: int = 0  # fetched a layer ahead; selected then, they are hits
     evicted_pages: int = 0  # pages that lost their slot while their request went on
     overflow_pages: int = 0  # selected pages that did not fit their lane, attended in passes
     h2d_bytes: int = 0

@@ -180,11 +180,11 @@ def make_cache(plan: StartPlan) -> KVCache:
     """The cache that an engine of ``plan`` has."""
     knobs, memory, parts = plan.spec.knobs, plan.spec.plan, {"device": torch.device("cpu")}
     geometry = Geometry.of(plan.model.shape, dtype=plan.spec.dtype, page_size=knobs.page_size)
-    num_frames, max_model_len = memory.num_frames, knobs.max_model_len
+    num_frames = memory.num_frames
     tables = PageTables(
         geometry,
         num_rows=knobs.max_num_seqs,
-        max_model_len=max_model_len,
+        max_model_len=knobs.max_model_len,
         pool_frames=num_frames,
         **parts,
     )
@@ -199,7 +199,7 @@ def make_cache(plan: StartPlan) -> KVCache:
     )
 
 
-@pytest.mark.parametrize("method", [SparseMethod.DENSE, SparseMethod.CUBOID_MEAN])
+@pytest.mark.parametrize("method", [SparseMethod.DENSE, SparseMethod.MEAN_KEY])
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(data=st.data())
 def test_as_many_requests_fit_as_the_cache_admits(

@@ -21,6 +21,7 @@ from sparsed.engine.kvcache.geometry import Geometry
 from sparsed.engine.models.decoder import Decoder
 from sparsed.engine.models.rope import Rope
 from sparsed.engine.models.rope_config import RopeConfig
+from sparsed.engine.runner import Runner
 from sparsed.engine.sparse import learned
 from sparsed.engine.sparse.basis import Basis, Moments, learn_basis, product_basis
 from sparsed.engine.sparse.learned import find_basis
@@ -136,6 +137,16 @@ def test_what_cannot_be_kept_is_used(finder: Finder, caplog: pytest.LogCaptureFi
     made = finder.find(cache_dir=str(blocked))
     assert "cannot be kept" in caplog.text
     assert equal(finder.find(), made)
+
+
+def test_an_engine_says_that_it_learns(make_spec: MakeSpec, tmp_path: Path) -> None:
+    heard: list[str] = []
+    starts = (("mean-key", True), ("mean-key", False), ("quest", False))
+    for sparse_method, learns in starts:
+        spec = replace(make_spec(sparse_method=sparse_method), cache_dir=str(tmp_path))
+        heard.clear()
+        Runner(spec, on_progress=lambda phase, _: heard.append(phase))
+        assert ("learning the basis of keys" in heard) == learns
 
 
 # -- what it is learned from ---------------------------------------------------------------------

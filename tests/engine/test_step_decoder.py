@@ -85,7 +85,7 @@ def step_rows(draw: st.DrawFn) -> StepRow:
     )
     if draw(st.booleans()):
         return StepRow(decode, in_place=decode.position + 1)
-    return StepRow(decode, 0, num_full=decode.position // 8, count=draw(st.integers(1, 255)))
+    return StepRow(decode, 0, num_full=decode.position // 8, num_selected=draw(st.integers(1, 255)))
 
 
 @settings(deadline=None)
@@ -109,7 +109,7 @@ def test_the_input_buffer_gives_back_what_was_put_in(data: st.DataObject, size: 
         assert plan.num_items_1.tolist() == [len(items_I3)]
         assert plan.items_I3[: len(items_I3)].tolist() == items_I3.tolist()
         assert pages.num_full_B.tolist() == [row.num_full for row in rows] + [0] * padding
-        assert pages.count_B.tolist() == [row.count for row in rows] + [0] * padding
+        assert pages.count_B.tolist() == [row.num_selected for row in rows] + [0] * padding
         assert pages.first_B.tolist() == first_columns(pages.num_full_B.numpy()).tolist()
         check_draws(inputs.draws, [row.decode.draw or MOST_LIKELY for row in rows], padding)
 
@@ -130,7 +130,7 @@ def test_the_pages_of_requests_do_not_overlap(pages: list[int]) -> None:
     assert all(end <= begin < end + 4 for end, begin in zip(ends, first[1:], strict=False))
 
 
-def step_decoder(runner: Runner) -> StepDecoder:
+def step_decoder(runner: Runner, *, looks_ahead: bool = False) -> StepDecoder:
     kv, config = runner.kv, runner.decoder.config
     scale = config.head_dim**-0.5
     tiered = None
@@ -144,6 +144,7 @@ def step_decoder(runner: Runner) -> StepDecoder:
             group=config.num_heads // config.num_kv_heads,
             scale=scale,
             trace=None,
+            looks_ahead=looks_ahead,
         )
     return StepDecoder(
         runner.decoder,
@@ -208,10 +209,11 @@ def test_a_resident_step_draws_what_the_runner_draws(
         known = [None, int(drawn[1]), None, None]  # the device's own token, or the host's
 
 
+@pytest.mark.parametrize("looks_ahead", [False, True])
 @pytest.mark.parametrize("hot_blocks", [11, 40])
 @pytest.mark.parametrize("page_size", [8, 32])
 def test_a_step_over_both_tiers_draws_what_the_runner_draws(
-    make_runner: MakeRunner, page_size: int, hot_blocks: int
+    make_runner: MakeRunner, page_size: int, hot_blocks: int, looks_ahead: bool
 ) -> None:
     """Evictions or none, beside a row that attends to everything and one that grows sparse."""
     settings = {"page_size": page_size, "token_budget": 256, "lane_blocks": hot_blocks}
@@ -232,7 +234,7 @@ def test_a_step_over_both_tiers_draws_what_the_runner_draws(
         for tokens, method in zip(prompts, methods, strict=True):
             prefill(runner, tokens, method=method)
     rows = sorted(one.kv.rows)
-    steps = step_decoder(other)
+    steps = step_decoder(other, looks_ahead=looks_ahead)
     for step in range(40):
         decodes = [
             DecodeRow(row=row, token=step + b, position=len(prompts[b]) + step)
@@ -242,7 +244,6 @@ def test_a_step_over_both_tiers_draws_what_the_runner_draws(
         got = run_queued(other, steps, decodes, step=1000 + step)
         torch.testing.assert_close(got.logits_NV, expected.logits_NV, atol=1e-4, rtol=1e-4)
     assert steps.tiered is not None
-    selected, missed, evicted, overflow = steps.tiered.counters.read()
-    mine = other.stats()
+    selected, missed, evicted, overflow = steps.tiered.now.counters.read()
     assert selected > 0 and overflow == 0
     assert (missed > 0) == (hot_blocks == 11) == (evicted > 0)

