@@ -496,6 +496,7 @@ class CalibrateLink:
 # it also waits for it, and pages that are not hot cross the link.
 RECALL_STRIDE = 32
 QUEUED_RECALL_STRIDE = 256
+NO_RECALL = 1 << 30  # a stride for measurements, which a sample would be part of
 
 
 class VerifyMode(StrEnum):
