@@ -22,7 +22,7 @@ from typing import Final, NamedTuple
 import torch
 from report import environment
 
-from sparsed.core import GIB, EngineSpec, SparseMethod
+from sparsed.core import GIB, NO_RECALL, EngineSpec, SparseMethod
 from sparsed.engine.batch import DecodeRow, PromptChunk, StepPlan
 from sparsed.engine.kvcache.geometry import num_frames
 from sparsed.engine.measure.ceilings import copy_bytes_per_s
@@ -294,6 +294,7 @@ def make_spec(options: argparse.Namespace) -> EngineSpec:
         dtype="bfloat16",
         knobs=knobs,
         plan=plan_memory(knobs, shape=shape, dtype="bfloat16"),
+        recall_stride=NO_RECALL,
         selection_trace=options.trace,
         look_ahead=options.look_ahead == "on",
     )

@@ -131,7 +131,7 @@ class Tiers:
         self, row: Row, layer: int, q_1HGD: Tensor, pages_Hn: Tensor
     ) -> tuple[Tensor, Tensor]:
         cache, device = self.cache, pages_Hn.device
-        rows_B = torch.tensor([row.index], device=device)
+        rows_B = torch.full((1,), row.index, device=device)  # copied from the host it would wait
         page_rows = cache.tables.selected_page_rows(rows_B, layer, pages_Hn.clamp(min=0)[None])
         slots_Hn = torch.arange(pages_Hn.numel(), device=device).view_as(pages_Hn)
         cache.transfer.load(
@@ -145,7 +145,7 @@ class Tiers:
             q_1HGD,
             self.staging_NX.view(-1, *cache.arena.pages_NTCD.shape[1:]),
             slots_BHK=torch.where(pages_Hn >= 0, slots_Hn, -1).int()[None],
-            tail_tokens_B=torch.tensor([page_size], dtype=torch.int32, device=device),
+            tail_tokens_B=torch.full((1,), page_size, dtype=torch.int32, device=device),
             scale=self.scale,
         )
 

@@ -190,6 +190,7 @@ class Runner:
         counts, kv = self.attention.counts, self.kv
         queued = self.steps.tiered if self.steps is not None else None
         on_device = queued.now.counters.read() if queued is not None else [0] * 4
+        ahead = queued.ahead.counters.read() if queued and queued.ahead else [0] * 4
         copies = kv.transfer.copies
         h2d_bytes, h2d_s = _sum(copies, Direction.H2D)
         d2h_bytes, d2h_s = _sum(copies, Direction.D2H)
@@ -199,7 +200,8 @@ class Runner:
         return EngineStats(
             hot_hits=counts.selected + on_device[0] - missed,
             hot_misses=missed,
-            evicted_pages=int(counts.evicted + kv.tables.displaced) + on_device[2],
+            foreseen_pages=ahead[1] - ahead[3],  # not those that found no slot
+            evicted_pages=int(counts.evicted + kv.tables.displaced) + on_device[2] + ahead[2],
             overflow_pages=counts.overflow + on_device[3],
             h2d_bytes=h2d_bytes,
             h2d_s=h2d_s,

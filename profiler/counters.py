@@ -15,6 +15,7 @@ COUNTERS = (
     "requests_finished",
     "hot_hits",
     "hot_misses",
+    "foreseen_pages",
     "evicted_pages",
     "overflow_pages",
     "h2d_bytes",

@@ -108,6 +108,7 @@ def _counters(telemetry: Telemetry) -> Iterator[Metric]:
         ("requests_failed", "Requests that ended with an error.", telemetry.requests_failed),
         ("kv_hot_hits", "Selected pages found in the hot tier.", totals.hot_hits),
         ("kv_hot_misses", "Selected pages fetched from the DRAM tier.", totals.hot_misses),
+        ("kv_foreseen_pages", "Pages fetched a layer ahead.", totals.foreseen_pages),
         (
             "kv_evicted_pages",
             "Pages of running requests dropped from the hot tier.",

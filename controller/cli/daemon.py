@@ -123,6 +123,8 @@ def _tier_lines(stats: EngineStats) -> Iterator[tuple[str, object]]:
     yield "DRAM tier", f"{gib(stats.dram_used_bytes)} of {gib(stats.dram_total_bytes)}"
     yield "working set", f"{stats.working_set_pages} pages, {gib(stats.working_set_bytes)}"
     yield "summaries", gib(stats.metadata_bytes)
+    if stats.foreseen_pages:
+        yield "foreseen pages", stats.foreseen_pages
     if stats.overflow_pages:
         yield "overflow pages", stats.overflow_pages
     for item in stats.copies:

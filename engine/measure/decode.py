@@ -17,6 +17,7 @@ from dataclasses import replace
 import torch
 
 from sparsed.core import (
+    NO_RECALL,
     AddRequest,
     DecodePoint,
     DecodeReport,
@@ -44,15 +45,13 @@ from sparsed.engine.measure.points import (
 )
 from sparsed.engine.runner import Runner
 
-NEVER = 1 << 30  # steps between two measurements of recall, which would be timed with a step
-
 
 def measure_decode(wanted: MeasureDecode, *, on_progress: Progress) -> DecodeReport:
     """Make an engine and measure every point that fits it.
 
     Errors: InputError for the model's files, StartError for memory, or if no point fits.
     """
-    spec = replace(wanted.spec, recall_stride=NEVER)
+    spec = replace(wanted.spec, recall_stride=NO_RECALL)
     device = torch.device(spec.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)

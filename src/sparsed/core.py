@@ -497,6 +497,7 @@ class CalibrateLink:
 # it also waits for it, and pages that are not hot cross the link.
 RECALL_STRIDE = 32
 QUEUED_RECALL_STRIDE = 256
+NO_RECALL = 1 << 30  # a stride for measurements, which a sample would be part of
 
 
 class VerifyMode(StrEnum):
@@ -829,6 +830,7 @@ class EngineStats:
     requests_finished: int = 0
     hot_hits: int = 0  # pages
     hot_misses: int = 0  # pages
+    foreseen_pages: int = 0  # fetched a layer ahead; selected then, they are hits
     evicted_pages: int = 0  # pages that lost their slot while their request went on
     overflow_pages: int = 0  # selected pages that did not fit their lane, attended in passes
     h2d_bytes: int = 0

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import openai
 import pytest
 
 from sparsed.controller.client import AdminClient
 from sparsed.core import InputError
+from sparsed.engine.evaluate.recording import Recording, RecordingHeader, write_recording
 
 pytestmark = pytest.mark.slow
 
@@ -72,6 +74,47 @@ def test_from_start_to_a_clean_end(daemon: StartDaemon) -> None:
     assert '"state":"serving"' in log  # SIGUSR1
     assert not list((running.state_dir / "run").iterdir())  # sockets are gone
     assert (running.state_dir / "sparsed.pid").read_text() == ""
+
+
+def write_recording_of_random_pages(path: Path) -> Path:
+    """Of 1,000 tokens in pages of 8."""
+    rng = np.random.default_rng(1)
+    lanes = [rng.permutation(1000 // 8)[:60] for _ in range(5 * 4)]
+    header = RecordingHeader(
+        model="tiny",
+        text="words",
+        method="quest",
+        commit="0123abc",
+        context_tokens=1000,
+        page_size=8,
+        token_budget=256,
+        sink_pages=1,
+        recent_pages=1,
+        num_kv_heads=2,
+        dense_layers=0,
+    )
+    ranked = np.stack(lanes).reshape(5, 4, 60).astype(np.int32)
+    write_recording(path, Recording(header=header, ranked_SLR=ranked))
+    return path
+
+
+def test_replayed_selections_are_labelled_wherever_there_are_figures(
+    daemon: StartDaemon, tmp_path: Path
+) -> None:
+    file = write_recording_of_random_pages(tmp_path / "recording.npz")
+    sizes = ("--page-size", "8", "--token-budget", "256")
+    running = daemon(*SMALL, *sizes, "--selection-trace", str(file))
+    with running.client() as client:
+        answer = client.completions.create(model="dummy:tiny", prompt="x" * 3000, max_tokens=5)
+    assert answer.usage is not None
+    assert answer.usage.sparse_details["replayed"] is True
+    metrics = httpx.get(f"{running.url}/metrics").text
+    assert 'selections="replayed"' in metrics
+    with AdminClient(running.state_dir / "run" / "sparsed.sock") as admin:
+        status = admin.status()
+    assert status.facts is not None and status.facts.selection_trace == str(file)
+    assert running.stop() == 0
+    assert f"replayed from {file}" in running.log.read_text()
 
 
 def test_sigterm_lets_answers_end_and_takes_no_new_ones(daemon: StartDaemon) -> None:

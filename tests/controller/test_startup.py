@@ -70,7 +70,8 @@ def test_a_gpu_samples_recall_less_often(
 ) -> None:
     """Each sample there holds up the steps that are queued."""
     assert plan_start(no_profile=True).spec.recall_stride == RECALL_STRIDE
-    monkeypatch.setattr(startup, "find_device", lambda _asked: ("cuda:0", startup.read_machine()))
+    machine = replace(startup.read_machine(), hbm_total_bytes=80 * GIB, hbm_free_bytes=70 * GIB)
+    monkeypatch.setattr(startup, "find_device", lambda _asked: ("cuda:0", machine))
     monkeypatch.setattr(startup, "link_key", lambda _machine: None)
     plan = plan_start(no_profile=True, kv_dram_gib=0.1, dtype="bfloat16")
     assert plan.spec.recall_stride == QUEUED_RECALL_STRIDE > RECALL_STRIDE
@@ -179,11 +180,11 @@ def make_cache(plan: StartPlan) -> KVCache:
     """The cache that an engine of ``plan`` has."""
     knobs, memory, parts = plan.spec.knobs, plan.spec.plan, {"device": torch.device("cpu")}
     geometry = Geometry.of(plan.model.shape, dtype=plan.spec.dtype, page_size=knobs.page_size)
-    num_frames, max_model_len = memory.num_frames, knobs.max_model_len
+    num_frames = memory.num_frames
     tables = PageTables(
         geometry,
         num_rows=knobs.max_num_seqs,
-        max_model_len=max_model_len,
+        max_model_len=knobs.max_model_len,
         pool_frames=num_frames,
         **parts,
     )

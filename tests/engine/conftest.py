@@ -24,12 +24,15 @@ from sparsed.engine.planner import plan_memory, resolve_knobs
 from sparsed.engine.runner import Runner
 from sparsed.engine.sparse.basis import Basis
 from sparsed.engine.sparse.selectors import make_selector
+from sparsed.engine.step_decoder import StepDecoder
+from sparsed.engine.tiered import TieredAttention
 
 MakeBasis = Callable[[Geometry], Basis]
 MakeCache = Callable[..., KVCache]
 MakeSpec = Callable[..., EngineSpec]
 MakeRunner = Callable[..., Runner]
 MakeEngine = Callable[..., Engine]
+MakeSteps = Callable[..., StepDecoder]
 
 SHAPE = ModelShape(
     num_layers=2,
@@ -162,5 +165,38 @@ def make_engine(make_spec: MakeSpec) -> MakeEngine:
     def make(*arguments: Any, **values: Any) -> Engine:
         spec = make_spec(*arguments, **values)
         return Engine(Runner(spec, on_progress=lambda *_: None), knobs=spec.knobs)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_steps() -> MakeSteps:
+    """``make_steps(runner, looks_ahead=False)`` -> queued steps of its cache, without graphs."""
+
+    def make(runner: Runner, *, looks_ahead: bool = False) -> StepDecoder:
+        kv, config = runner.kv, runner.decoder.config
+        scale = config.head_dim**-0.5
+        assert kv.selector is not None
+        tiered = TieredAttention(
+            kv,
+            kv.selector,
+            max_rows=8,
+            max_count=64,
+            max_pages=kv.geometry.max_pages(4096),
+            group=config.num_heads // config.num_kv_heads,
+            scale=scale,
+            trace=runner.attention.tiers.trace,
+            looks_ahead=looks_ahead,
+        )
+        return StepDecoder(
+            runner.decoder,
+            kv,
+            tiered=tiered,
+            last_token_R=torch.zeros(kv.tables.spare_row + 1, dtype=torch.int64),
+            max_rows=8,
+            max_tokens=4096,
+            scale=scale,
+            use_graphs=False,
+        )
 
     return make

@@ -14,9 +14,9 @@ from sparsed.engine.decode import sampled_layer
 from sparsed.engine.recall import RecallSampler, sampled_place
 from sparsed.engine.runner import Runner
 from sparsed.engine.step_decoder import StepDecoder
-from sparsed.engine.tiered import TieredAttention
 
 MakeSpec = Callable[..., EngineSpec]
+MakeSteps = Callable[..., StepDecoder]
 
 PROMPTS = (
     tuple(i * i % 199 for i in range(700)),
@@ -31,33 +31,6 @@ METHODS = (
     SparseMethod.MEAN_KEY,
 )
 FIRST_SPARSE = {0: 0, 1: 10**6, 2: 0, 3: 256 - 250}  # step from which a row selects
-
-
-def step_decoder(runner: Runner) -> StepDecoder:
-    kv, config = runner.kv, runner.decoder.config
-    scale = config.head_dim**-0.5
-    assert kv.selector is not None
-    tiered = TieredAttention(
-        kv,
-        kv.selector,
-        max_rows=8,
-        max_count=64,
-        max_pages=kv.geometry.max_pages(4096),
-        group=config.num_heads // config.num_kv_heads,
-        scale=scale,
-        trace=None,
-        looks_ahead=False,
-    )
-    return StepDecoder(
-        runner.decoder,
-        kv,
-        tiered=tiered,
-        last_token_R=torch.zeros(kv.tables.spare_row + 1, dtype=torch.int64),
-        max_rows=8,
-        max_tokens=4096,
-        scale=scale,
-        use_graphs=False,
-    )
 
 
 def prefilled(spec: EngineSpec) -> Runner:
@@ -82,10 +55,18 @@ def decodes_of(runner: Runner, step: int) -> list[DecodeRow]:
     ]
 
 
-@pytest.mark.parametrize(("stride", "hot_blocks"), [(1, 11), (1, 40), (3, 11)])
+@pytest.mark.parametrize(
+    ("stride", "hot_blocks", "looks_ahead"),
+    [(1, 11, False), (1, 11, True), (1, 40, False), (3, 11, False)],
+)
 @pytest.mark.parametrize("page_size", [8, 32])
 def test_a_queued_step_has_the_recall_of_an_eager_one(
-    make_spec: MakeSpec, page_size: int, stride: int, hot_blocks: int
+    make_spec: MakeSpec,
+    make_steps: MakeSteps,
+    page_size: int,
+    stride: int,
+    hot_blocks: int,
+    looks_ahead: bool,
 ) -> None:
     """Pages cold or hot, ends of pages, dense rows beside it: each sample is that of the step, of
     one sparse row, and changes nothing."""
@@ -93,7 +74,10 @@ def test_a_queued_step_has_the_recall_of_an_eager_one(
     spec = make_spec(**asked)
     one, other = prefilled(replace(spec, recall_stride=1)), prefilled(spec)
     other.attention.tiers.recall_stride = stride
-    steps, sampler = step_decoder(other), RecallSampler(other.attention.tiers)
+    steps, sampler = (
+        make_steps(other, looks_ahead=looks_ahead),
+        RecallSampler(other.attention.tiers),
+    )
     rows, sampled = sorted(one.kv.rows), 0
     for turn in range(40):
         step = len(PROMPTS) + 1 + turn  # as the runner counts them
@@ -125,9 +109,9 @@ def test_a_queued_step_has_the_recall_of_an_eager_one(
     other.kv.check_integrity()
 
 
-def test_a_request_that_ends_still_counts(make_spec: MakeSpec) -> None:
+def test_a_request_that_ends_still_counts(make_spec: MakeSpec, make_steps: MakeSteps) -> None:
     runner = prefilled(replace(make_spec(page_size=8, token_budget=256), recall_stride=1))
-    steps, sampler = step_decoder(runner), RecallSampler(runner.attention.tiers)
+    steps, sampler = make_steps(runner), RecallSampler(runner.attention.tiers)
     decodes = decodes_of(runner, 0)[:1]
     queued = [found for found in map(steps.row_of, decodes) if found is not None]
     steps.run(queued, step=9)
@@ -137,10 +121,10 @@ def test_a_request_that_ends_still_counts(make_spec: MakeSpec) -> None:
     assert runner.stats().recall_samples == 1
 
 
-def test_a_runner_tells_what_was_sampled(make_spec: MakeSpec) -> None:
+def test_a_runner_tells_what_was_sampled(make_spec: MakeSpec, make_steps: MakeSteps) -> None:
     """The runner samples its queued steps, and its eager ones as before."""
     runner = prefilled(replace(make_spec(page_size=8, token_budget=256), recall_stride=2))
-    runner.steps = step_decoder(runner)
+    runner.steps = make_steps(runner)
     for turn in range(6):  # several rows are sparse: of queued steps one is sampled
         runner.run(StepPlan(chunks=(), decodes=tuple(decodes_of(runner, turn))))
     assert runner.stats().recall_samples == 3

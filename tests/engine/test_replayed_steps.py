@@ -18,9 +18,9 @@ from sparsed.engine.evaluate.recording import Recording, RecordingHeader, write_
 from sparsed.engine.runner import Runner
 from sparsed.engine.sparse.replay import ANCHOR_PAGES, LANE_SHIFT, ROW_SHIFT
 from sparsed.engine.step_decoder import StepDecoder
-from sparsed.engine.tiered import TieredAttention
 
 MakeSpec = Callable[..., EngineSpec]
+MakeSteps = Callable[..., StepDecoder]
 
 PAGE_SIZE, BUDGET = 8, 256
 STEPS, LANES, RECORDED_TOKENS = 7, 6, 1000
@@ -137,15 +137,15 @@ def test_a_runner_attends_to_what_was_recorded(
     assert told == [True, True, True, False, False]
 
 
-@pytest.mark.parametrize("lane_blocks", [17, 60])
+@pytest.mark.parametrize(("lane_blocks", "looks_ahead"), [(17, False), (17, True), (60, False)])
 def test_queued_steps_replay_as_eager_ones_do(
-    make_spec: MakeSpec, file: Path, lane_blocks: int
+    make_spec: MakeSpec, make_steps: MakeSteps, file: Path, lane_blocks: int, looks_ahead: bool
 ) -> None:
     asked = {"page_size": PAGE_SIZE, "token_budget": BUDGET, "lane_blocks": lane_blocks}
     own = make_spec(**asked)
     spec = replace(own, selection_trace=str(file))
     one, other, free = prefilled(spec), prefilled(spec), prefilled(own)
-    steps = step_decoder(other)
+    steps = make_steps(other, looks_ahead=looks_ahead)
     differs = False
     for turn in range(6):
         decodes = decodes_of(one, turn)
@@ -182,30 +182,3 @@ def test_a_context_within_the_budget_cannot_be_replayed(
             replace(spec, selection_trace=str(tmp_path / "short.npz")), on_progress=lambda *_: None
         )
     assert caught.value.field == "token_budget"
-
-
-def step_decoder(runner: Runner) -> StepDecoder:
-    kv, config = runner.kv, runner.decoder.config
-    scale = config.head_dim**-0.5
-    assert kv.selector is not None
-    tiered = TieredAttention(
-        kv,
-        kv.selector,
-        max_rows=8,
-        max_count=64,
-        max_pages=kv.geometry.max_pages(4096),
-        group=config.num_heads // config.num_kv_heads,
-        scale=scale,
-        trace=runner.attention.tiers.trace,
-        looks_ahead=False,
-    )
-    return StepDecoder(
-        runner.decoder,
-        kv,
-        tiered=tiered,
-        last_token_R=torch.zeros(kv.tables.spare_row + 1, dtype=torch.int64),
-        max_rows=8,
-        max_tokens=4096,
-        scale=scale,
-        use_graphs=False,
-    )

@@ -20,7 +20,7 @@ from test_tokens_gpu import (
     run,
 )
 
-from sparsed.core import AddRequest, SparseOptions, VerifyMode
+from sparsed.core import NO_RECALL, AddRequest, SparseOptions, VerifyMode
 from sparsed.engine.runner import Runner
 
 __all__ = ["make_runner"]  # a fixture
@@ -86,7 +86,9 @@ def test_float32_tokens_are_the_same_wherever_the_pages_lie(
 
 
 def test_sparse_steps_do_not_wait_for_the_device(make_runner: MakeRunner) -> None:
+    """But for samples of attention recall, of which there are none here."""
     runner = make_runner("dummy:tiny", "bfloat16", lane_blocks=LANE_BLOCKS, page_size=8, **KNOBS)
+    runner.attention.tiers.recall_stride = NO_RECALL
     engine = engine_of(runner)
     for one in sparse_requests(runner.vocab_size)[:4]:
         engine.add(replace(one, sampling=replace(one.sampling, max_tokens=400)))
@@ -99,6 +101,21 @@ def test_sparse_steps_do_not_wait_for_the_device(make_runner: MakeRunner) -> Non
     while engine.has_work:
         engine.step()
     assert settled(runner).stats().hot_misses > 0
+
+
+def test_recall_is_the_same_wherever_the_pages_lie(make_runner: MakeRunner) -> None:
+    """Samples of captured steps, read late: through the staging area for what is cold."""
+    means = []
+    for lane_blocks in (None, LANE_BLOCKS):
+        runner = make_runner("dummy:tiny", lane_blocks=lane_blocks, page_size=8, **KNOBS)
+        runner.attention.tiers.recall_stride = 4
+        run(engine_of(runner), sparse_requests(runner.vocab_size))
+        stats = settled(runner).stats()
+        assert stats.recall_samples > NUM_TOKENS // 8
+        means.append(stats.recall_sum / stats.recall_samples)
+        assert stats.working_set_pages == 0, "all requests have ended"
+    assert 0.1 < means[0] < 0.9999
+    assert means[1] == pytest.approx(means[0], abs=1e-3)
 
 
 def test_requests_of_other_budgets_run_beside(make_runner: MakeRunner) -> None:

@@ -12,9 +12,11 @@ from sparsed.core import SparseMethod
 from sparsed.engine.batch import DecodeRow, PromptChunk, StepPlan
 from sparsed.engine.kvcache.geometry import num_frames
 from sparsed.engine.runner import Runner
+from sparsed.engine.step_decoder import StepDecoder
 from sparsed.kernels.buckets import WINDOW_STEPS
 
 MakeRunner = Callable[..., Runner]
+MakeSteps = Callable[..., StepDecoder]
 LENGTHS = (700, 620)
 Selections = dict[tuple[int, int, int], list[set[int]]]  # of (row, layer, head), step by step
 
@@ -94,3 +96,26 @@ def test_copies_by_way_add_up(make_runner: MakeRunner) -> None:
         found = [item for item in stats.copies if item.direction == direction]
         assert sum(item.num_bytes for item in found) == num_bytes > 0
         assert sum(item.seconds for item in found) == seconds > 0
+
+
+@pytest.mark.parametrize("looks_ahead", [False, True])
+def test_pages_fetched_a_layer_ahead_are_counted_apart(
+    make_runner: MakeRunner, make_steps: MakeSteps, looks_ahead: bool
+) -> None:
+    """What is waited for and what was foreseen together are all that crossed the link."""
+    runner = make_runner(page_size=8, token_budget=256, lane_blocks=6)
+    rows = prefilled(runner)
+    runner.steps = make_steps(runner, looks_ahead=looks_ahead)
+    before = runner.stats()
+    for turn in range(6):
+        decodes = [
+            DecodeRow(row=row, token=7 * turn, position=length + turn)
+            for row, length in zip(rows, LENGTHS, strict=True)
+        ]
+        runner.run(StepPlan(chunks=(), decodes=tuple(decodes)))
+    stats = runner.stats()
+    assert (stats.foreseen_pages > 0) == looks_ahead
+    fetched = (stats.h2d_bytes - before.h2d_bytes) / runner.kv.geometry.page_bytes
+    assert fetched == stats.hot_misses + stats.foreseen_pages > 0
+    assert stats.hot_hits + stats.hot_misses == 6 * 2 * 31 * runner.kv.geometry.num_lanes
+    assert stats.working_set_pages > 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from sparsed.profiler.export import Exporter, Telemetry
 from sparsed.profiler.window import Window
 
 GOLDEN = Path(__file__).parent / "metric_names.txt"
+DOCUMENT = Path(__file__).parents[2] / "docs" / "metrics.md"
 KNOBS = Knobs(
     token_budget=1024,
     hbm_budget=None,
@@ -73,6 +75,12 @@ def test_names_are_the_promised_ones() -> None:
     text = Exporter(lambda: telemetry()).render().decode()
     families = [line.split()[2:4] for line in text.splitlines() if line.startswith("# TYPE")]
     assert [" ".join(family) for family in families] == GOLDEN.read_text().splitlines()
+
+
+def test_all_of_them_are_documented() -> None:
+    names = {line.split()[0] for line in GOLDEN.read_text().splitlines()}
+    documented = set(re.findall(r"`(sparsed_\w+)`", DOCUMENT.read_text()))
+    assert documented == names
 
 
 def test_values_reach_the_text_and_zero_is_a_value() -> None:
