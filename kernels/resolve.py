@@ -224,10 +224,9 @@ def _resolve_kernel(
     hit_rank_K, miss_rank_K, num_hits, num_misses = _rank(slot_K >= 0, is_miss_K)
     tl.store(slots_K + hit_rank_K, slot_K, mask=slot_K >= 0)
     tl.store(num_hits_BH + tl.program_id(0), num_hits)
-
     count_C = count_classes(slots, TILE)
-    num_wanted, num_left = num_misses + num_tails, slots_between(count_C, 0, _USED_CLASS)
-    num_given = tl.minimum(num_wanted, num_left)
+    num_wanted = num_misses + num_tails
+    num_given = tl.minimum(num_wanted, slots_between(count_C, 0, _USED_CLASS))
     give_away(count_C, num_given, victims_P, slots, TILE)
     tl.debug_barrier()  # the victims, before they are read
     num_placed = tl.maximum(num_given - num_tails, 0)
@@ -246,9 +245,9 @@ def _resolve_kernel(
     tl.store(slots_K + k, -1, mask=(k >= num_hits + num_placed) & (k < num_columns))
     tl.store(tail_slots_BH + tl.program_id(0), tl.maximum(tail_slot, new_tail_slot))
     tl.store(window_RLH + lane, recent_slots(count_C, num_given) + num_placed, mask=is_used)
-    i = tl.arange(0, 2)
-    demand_2 = tl.where(i == 0, num_misses, num_returns)
-    tl.atomic_add(demand_RLH2 + lane * 2 + i, demand_2, mask=demand_2 > 0, sem="relaxed")
+    demand_2 = tl.where(tl.arange(0, 2) == 0, num_misses, num_returns)
+    demand = demand_RLH2 + lane * 2 + tl.arange(0, 2)
+    tl.atomic_add(demand, demand_2, mask=demand_2 > 0, sem="relaxed")
     _report(counters_4, count_C, num_hits + num_misses, num_misses, num_wanted, num_given)
 
 

@@ -427,7 +427,7 @@ def test_scores_read_16_bytes_an_access(name: str, page_bytes: int, arch: int) -
 
 
 @pytest.mark.parametrize("arch", SHARED_LIMIT_BYTES)
-@pytest.mark.parametrize("name", [name for name in LAUNCHES if name.startswith("select")])
+@pytest.mark.parametrize("name", [name for name in LAUNCHES if name.startswith("select of")])
 def test_selections_read_16_bytes_an_access(name: str, arch: int) -> None:
     with compiled_for(arch) as compiled:
         LAUNCHES[name]()
@@ -464,8 +464,9 @@ def test_slots_are_read_as_they_are_written(name: str) -> None:
     kinds = {"tt.load": "r", "tt.store": "w", "gpu.barrier": "|", "ttg.barrier": "|"}
     found = re.findall(r"(tt\.load|tt\.store|gpu\.barrier|ttg\.barrier) ", code["ttgir"] + " ")
     order = "".join(kinds[kind] for kind in found)
-    # Used slots marked | classes read, victims written | they and their pages read | replaced.
-    assert re.fullmatch(r"r+ww\|[rw]*r+w\|r+\|[rw]+", order), order
+    # Steps of used slots read | marked | classes read, victims written | they and their pages read |
+    # replaced.
+    assert re.fullmatch(r"r+\|ww\|[rw]*r+w\|r+\|[rw]+", order), order
     assert "ld.global.nc" not in code["ptx"]
 
 
