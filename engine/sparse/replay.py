@@ -28,8 +28,9 @@ class SelectionTrace:
     """Every lane replays one of the recorded lanes, shifted in time.
 
     A lane's recorded pages are spread evenly over the pages that a request has: as many as it ever
-    touches, in their order. A request with fewer, or one that selects another number of pages than
-    was recorded, keeps its own selections. ``selection_SYK``: page ids, none twice in a step.
+    touches, in their order. Recorded lanes that touch more than a request has are left to longer
+    ones. A request that has too few for every lane, or that selects another number of pages than was
+    recorded, keeps its own selections. ``selection_SYK``: page ids, none twice in a step.
     """
 
     def __init__(
@@ -41,7 +42,9 @@ class SelectionTrace:
         device: torch.device,
     ) -> None:
         ranks_SYK, touched_Y = rank_pages(selection_SYK)
-        self.num_pages = int(touched_Y.max())  # that a request needs
+        by_need_Y = np.argsort(touched_Y, kind="stable")
+        ranks_SYK, touched_Y = ranks_SYK[:, by_need_Y], touched_Y[by_need_Y]
+        self.num_pages = int(touched_Y.min())  # that a request needs, for one lane to be replayed
         self._ranks_SYK = torch.from_numpy(ranks_SYK).int().to(device)
         self._touched_Y = torch.from_numpy(touched_Y).int().to(device)
         lanes = torch.arange(num_layers * num_heads, device=device)
@@ -51,12 +54,13 @@ class SelectionTrace:
 
     def begin(self, rows_B: Tensor, *, positions_B: Tensor, pages: Pages, width: int) -> None:
         """Look up the pages of all layers for a step; ``width``: columns of its selections."""
-        num_steps, num_lanes, num_columns = self._ranks_SYK.shape
+        num_steps, _, num_columns = self._ranks_SYK.shape
         rows_B1, positions_B1 = rows_B.long()[:, None], positions_B.long()[:, None]
         steps_LBH = positions_B1 + rows_B1 * ROW_SHIFT + self._lanes_L1H * LANE_SHIFT
-        lanes_LBH = (self._lanes_L1H + rows_B1) % num_lanes
-        ranks_LBHK = self._ranks_SYK[steps_LBH % num_steps, lanes_LBH]
         anchor_B = pages.num_full_B // ANCHOR_PAGES * ANCHOR_PAGES
+        num_lanes_B1 = (self._touched_Y <= anchor_B[:, None]).sum(1, keepdim=True)
+        lanes_LBH = (self._lanes_L1H + rows_B1) % num_lanes_B1.clamp(min=1)
+        ranks_LBHK = self._ranks_SYK[steps_LBH % num_steps, lanes_LBH]
         spread_LBHK = ranks_LBHK * anchor_B[:, None, None]
         spread_LBHK = spread_LBHK // self._touched_Y[lanes_LBH][..., None]
         spread_LBHK = torch.where(ranks_LBHK < 0, -1, spread_LBHK)

@@ -87,9 +87,11 @@ def replayed_pages(
     selection = recording.selection(range(STEPS), page_size=PAGE_SIZE, token_budget=BUDGET)
     touched = [sorted({int(page) for page in selection[:, y].ravel()}) for y in range(LANES)]
     anchor = num_full // ANCHOR_PAGES * ANCHOR_PAGES
-    if anchor < max(map(len, touched)):
+    by_need = sorted(range(LANES), key=lambda y: len(touched[y]))
+    fitting = [y for y in by_need if len(touched[y]) <= anchor]
+    if not fitting:
         return None
-    recorded = (lane + row) % LANES
+    recorded = fitting[(lane + row) % len(fitting)]
     step = (position + row * ROW_SHIFT + lane * LANE_SHIFT) % STEPS
     ranks = sorted(touched[recorded].index(int(page)) for page in selection[step, recorded])
     return [rank * anchor // len(touched[recorded]) for rank in ranks]
