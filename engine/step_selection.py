@@ -14,7 +14,7 @@ from sparsed.engine.kvcache.cache import KVCache
 from sparsed.engine.kvcache.totals import DeviceCounters
 from sparsed.engine.sparse.base import SINK_PAGES, Selector, recent_pages
 from sparsed.engine.step_input import COLUMN_ALIGN, StepInput
-from sparsed.kernels.resolve import Resolved, resolve_pages
+from sparsed.kernels.resolve import MAX_SLOTS, Resolved, resolve_pages
 from sparsed.kernels.select import select_pages
 
 
@@ -39,7 +39,8 @@ class LayerSelection:
         self._cache = cache
         self._selector = selector
         self._max_pages = max_pages
-        self._lane_slots = cache.arena.blocks.size // geometry.num_lanes * geometry.pages_per_block
+        lane_slots = cache.arena.blocks.size // geometry.num_lanes * geometry.pages_per_block
+        self._lane_slots = min(lane_slots, max_pages, MAX_SLOTS)  # that one request can own
         num_heads = geometry.num_kv_heads
         pool_pages = len(cache.pool.pages_RX) // geometry.num_lanes
         columns = min(pool_pages, max_rows * max_pages) + COLUMN_ALIGN * max_rows

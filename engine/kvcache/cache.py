@@ -23,6 +23,7 @@ from sparsed.engine.kvcache.tables import PageTables
 from sparsed.engine.kvcache.transfer import Transfer
 from sparsed.engine.kvcache.upload import upload
 from sparsed.engine.sparse.base import Selector
+from sparsed.kernels.resolve import MAX_SLOTS
 
 
 class KVCache:
@@ -246,10 +247,13 @@ class KVCache:
         return self.arena.blocks.size // self.geometry.num_lanes
 
     def _quota_blocks(self, row: Row) -> int:
-        """Blocks per lane ``row`` may hold: the knob, or an even share of the arena."""
+        """Blocks per lane ``row`` may hold: the knob, or an even share of the arena, and of a row
+        that selects no more slots than ``resolve_pages`` looks through."""
         budget = self._knobs.hbm_budget
         share = self._lane_blocks // max(1, len(self.rows))
         quota = share if budget is None else num_frames(budget)
+        if row.method is not SparseMethod.DENSE:
+            quota = min(quota, MAX_SLOTS // self.geometry.pages_per_block)
         return max(quota, self._mandatory_of(row))
 
     def _reclaimable_blocks(self) -> int:
