@@ -245,9 +245,7 @@ def _resolve_kernel(
     tl.store(slots_K + k, -1, mask=(k >= num_hits + num_placed) & (k < num_columns))
     tl.store(tail_slots_BH + tl.program_id(0), tl.maximum(tail_slot, new_tail_slot))
     tl.store(window_RLH + lane, recent_slots(count_C, num_given) + num_placed, mask=is_used)
-    demand_2 = tl.where(tl.arange(0, 2) == 0, num_misses, num_returns)
-    demand = demand_RLH2 + lane * 2 + tl.arange(0, 2)
-    tl.atomic_add(demand, demand_2, mask=demand_2 > 0, sem="relaxed")
+    _add_demand(demand_RLH2 + lane * 2, num_misses, num_returns)
     _report(counters_4, count_C, num_hits + num_misses, num_misses, num_wanted, num_given)
 
 
@@ -320,6 +318,13 @@ def _replace(
     tl.store(page_slot_X + row, slot, mask=wanted)
     tl.store(slot_page_N + slot, page, mask=wanted)
     tl.store(slot_step_N + slot, step, mask=wanted)
+
+
+@triton.jit
+def _add_demand(demand_2: tl.tensor, num_misses: tl.tensor, num_returns: tl.tensor) -> None:
+    i = tl.arange(0, 2)
+    more_2 = tl.where(i == 0, num_misses, num_returns)
+    tl.atomic_add(demand_2 + i, more_2, mask=more_2 > 0, sem="relaxed")
 
 
 @triton.jit

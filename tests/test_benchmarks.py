@@ -8,10 +8,13 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import lane_quotas
+import numpy as np
 import pytest
 import quality
 from acceptance_run import STEPS, command_of, environment_of
 
+from sparsed.engine.evaluate.recording import Recording, RecordingHeader
 from sparsed.engine.evaluate.texts import Window
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
@@ -77,3 +80,18 @@ def test_every_file_can_be_imported_and_says_what_it_does(
             module.main()
         assert ended.value.code == 0
         assert "usage:" in capsys.readouterr().out
+
+
+def test_rebalanced_lanes_miss_less_of_a_recording() -> None:
+    """One lane of four selects pages at random, the others always the same ones."""
+    header = RecordingHeader(
+        model="any", text="any", method="any", commit="any", context_tokens=2048, page_size=8,
+        token_budget=256, sink_pages=1, recent_pages=1, num_kv_heads=2, dense_layers=0,
+    )  # fmt: skip
+    numbers = np.random.default_rng(0)
+    ranked_SLR = np.tile(np.arange(1, 41, dtype=np.int32), (200, 4, 1))
+    ranked_SLR[:, 2] = [1 + numbers.permutation(150)[:40] for _ in range(200)]
+    shares = lane_quotas.compare(Recording(header=header, ranked_SLR=ranked_SLR), 3)
+    assert shares.rebalanced < 0.9 * shares.equal
+    assert shares.simulated_divided < 0.9 * shares.simulated_equal
+    assert abs(shares.simulated_equal - shares.equal) < 0.1 * shares.equal

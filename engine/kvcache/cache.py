@@ -223,7 +223,7 @@ class KVCache:
             pages_per_block=geometry.pages_per_block,
             selected_pages=row.selected_pages(geometry.page_size),
             least=self._mandatory_of(row),
-            most=len(row.frames),
+            most=self._most_of(row),
         )
         if (counts_L != row.blocks.counts_L).any():
             self._divide(row, counts_L)
@@ -247,14 +247,18 @@ class KVCache:
         return self.arena.blocks.size // self.geometry.num_lanes
 
     def _quota_blocks(self, row: Row) -> int:
-        """Blocks per lane ``row`` may hold: the knob, or an even share of the arena, and of a row
-        that selects no more slots than ``resolve_pages`` looks through."""
+        """Blocks per lane ``row`` may hold: the knob, or an even share of the arena."""
         budget = self._knobs.hbm_budget
         share = self._lane_blocks // max(1, len(self.rows))
         quota = share if budget is None else num_frames(budget)
-        if row.method is not SparseMethod.DENSE:
-            quota = min(quota, MAX_SLOTS // self.geometry.pages_per_block)
-        return max(quota, self._mandatory_of(row))
+        return max(min(quota, self._most_of(row)), self._mandatory_of(row))
+
+    def _most_of(self, row: Row) -> int:
+        """Blocks that a lane of ``row`` can use: all of the request, or where it selects as many
+        slots as ``resolve_pages`` looks through."""
+        if row.method is SparseMethod.DENSE:
+            return len(row.frames)
+        return min(len(row.frames), MAX_SLOTS // self.geometry.pages_per_block)
 
     def _reclaimable_blocks(self) -> int:
         """Blocks above the shares that hold once another request is there."""
@@ -278,7 +282,9 @@ class KVCache:
     def _grow(self, row: Row, wanted_blocks: int) -> None:
         """Take blocks up to ``wanted_blocks`` per lane, as far as quota and arena allow."""
         room = len(self.arena.blocks) // self.geometry.num_lanes
-        target = min(wanted_blocks, self._quota_blocks(row), row.num_blocks + room, len(row.frames))
+        target = min(
+            wanted_blocks, self._quota_blocks(row), row.num_blocks + room, self._most_of(row)
+        )
         if target > row.num_blocks:
             self._resize(row, target)
 
@@ -287,7 +293,7 @@ class KVCache:
         least = min(self._mandatory_of(row), num_blocks)
         total = num_blocks * self.geometry.num_lanes
         counts_L = row.blocks.counts_L
-        self._divide(row, level(counts_L, total, least=least, most=len(row.frames)))
+        self._divide(row, level(counts_L, total, least=least, most=self._most_of(row)))
 
     def _divide(self, row: Row, counts_L: npt.NDArray[np.int64]) -> None:
         """Give each lane so many blocks. Lanes lose their last ones: where a row is complete,

@@ -21,14 +21,17 @@ class LaneBlocks:
 
     @property
     def mean(self) -> int:
+        """Blocks per lane."""
         return int(self.counts_L.sum()) // len(self.counts_L)
 
     @property
     def least(self) -> int:
+        """Blocks of the smallest lane."""
         return int(self.counts_L.min())
 
     @property
     def most(self) -> int:
+        """Blocks of the largest lane."""
         return int(self.counts_L.max())
 
     @property
@@ -52,7 +55,7 @@ class LaneBlocks:
         return dropped_Ln
 
     def add(self, ids_X: Ints, more_L: Ints) -> None:
-        """Append to every lane so many of ``ids``, lane after lane."""
+        """Append ``more`` blocks to every lane, from ``ids``, lane after lane."""
         counts_L = self.counts_L + more_L
         wider = max(0, int(counts_L.max(initial=0)) - self.ids_LN.shape[1])
         self.ids_LN = np.pad(self.ids_LN, ((0, 0), (0, wider)), constant_values=-1)

@@ -29,6 +29,7 @@ class Demand(NamedTuple):
     num_steps: int
 
     def of(self, lanes: slice) -> Demand:
+        """That of some lanes."""
         return Demand(self.misses_L[lanes], self.returns_L[lanes], self.num_steps)
 
 

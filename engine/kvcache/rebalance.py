@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Final
 
 import torch
-from torch import Tensor
 
 from sparsed.core import SparseMethod
 from sparsed.engine.kvcache.cache import KVCache
@@ -29,7 +28,10 @@ class Rebalancer:
     def __init__(self, cache: KVCache) -> None:
         self._cache = cache
         self._due: list[tuple[Row, int]] = []  # and the steps it was measured over
-        self._demand_RLH2: Tensor | None = None
+        demand_RLH2 = cache.tables.demand_RLH2
+        self._seen_RLH2 = torch.empty_like(
+            demand_RLH2, device="cpu", pin_memory=demand_RLH2.is_cuda
+        )
         self._copied: torch.cuda.Event | None = None
 
     def step(self, step: int) -> None:
@@ -51,15 +53,13 @@ class Rebalancer:
                 self._due.append((row, num_steps))
         demand_RLH2 = self._cache.tables.demand_RLH2
         if self._due:
-            is_cuda = demand_RLH2.is_cuda
-            self._demand_RLH2 = torch.empty_like(demand_RLH2, device="cpu", pin_memory=is_cuda)
-            self._demand_RLH2.copy_(demand_RLH2, non_blocking=True)
-            self._copied = torch.cuda.current_stream().record_event() if is_cuda else None
+            self._seen_RLH2.copy_(demand_RLH2, non_blocking=True)
+            if demand_RLH2.is_cuda:
+                self._copied = torch.cuda.current_stream(demand_RLH2.device).record_event()
         demand_RLH2.zero_()
 
     def _rebalance(self, row: Row, num_steps: int) -> None:
-        assert self._demand_RLH2 is not None
         if self._cache.rows.get(row.index) is not row:
             return  # its request is over
-        misses_L, returns_L = self._demand_RLH2[row.index].view(-1, 2).T.long().numpy()
+        misses_L, returns_L = self._seen_RLH2[row.index].view(-1, 2).T.long().numpy()
         self._cache.rebalance(row.index, Demand(misses_L, returns_L, num_steps))

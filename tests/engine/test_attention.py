@@ -155,6 +155,7 @@ class World:
             ),
         )
         for decode in plan.decodes:
+            self.cache.make_room(decode.row, decode.position)
             self.cache.open_token(decode.row, decode.position)
         attention = self.attention.plan(plan, step=self.step)
         num_tokens = [*sizes, *[1] * len(decodes)]
@@ -171,7 +172,7 @@ class World:
             for life, q_nHGD, kv_nHCD, o_nHGD in parts:
                 life.kv_MHCD[layer] = torch.cat((life.kv_MHCD[layer], kv_nHCD))
                 self.check(life, layer, q_nHGD, o_nHGD)
-        self.attention.finish(plan, step=self.step)
+        self.attention.finish(plan.decodes, step=self.step)
         for life in self.lives:
             life.length = len(life.kv_MHCD[0])
 

@@ -192,6 +192,8 @@ def test_a_round_gives_to_the_lane_that_misses(make_cache: MakeCache) -> None:
     assert not decode.row.complete
     decode.run(range(1, ROUND_STEPS + 1))
     assert decode.row.blocks.counts_L.tolist() == [5] * 4, "measured, but not yet moved"
+    demand_LH2 = decode.cache.tables.demand_RLH2[decode.index]
+    assert 0 < int(demand_LH2.sum()) <= 7, "counted anew: what one lane did in one step"
     decode.run(range(ROUND_STEPS + 1, 2 * ROUND_STEPS))
     counts_L = decode.row.blocks.counts_L
     assert counts_L.sum() == 20

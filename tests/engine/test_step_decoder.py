@@ -283,3 +283,10 @@ def test_lanes_that_lose_their_balance_change_no_token(
     assert blocks[1].least < blocks[1].most
     assert other.stats().overflow_pages == 0
     other.kv.check_integrity()
+    if ahead:  # the smallest lane says whether a selection fits: beside it two pages
+        assert other.steps is not None
+        last = DecodeRow(row=row, token=0, position=len(prompt) + ROUND_STEPS)
+        for spare, fits in ((2, True), (1, False)):
+            selected = 16 * blocks[1].least - spare
+            other.kv.rows[row].token_budget = 8 * (selected + 1)
+            assert (other.steps.row_of(last) is not None) == fits

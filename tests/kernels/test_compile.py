@@ -464,8 +464,8 @@ def test_slots_are_read_as_they_are_written(name: str) -> None:
     kinds = {"tt.load": "r", "tt.store": "w", "gpu.barrier": "|", "ttg.barrier": "|"}
     found = re.findall(r"(tt\.load|tt\.store|gpu\.barrier|ttg\.barrier) ", code["ttgir"] + " ")
     order = "".join(kinds[kind] for kind in found)
-    # Steps of used slots read | marked | classes read, victims written | they and their pages read |
-    # replaced.
+    # Last uses read | used slots marked | classes read, victims written | they and their pages
+    # read | replaced.
     assert re.fullmatch(r"r+\|ww\|[rw]*r+w\|r+\|[rw]+", order), order
     assert "ld.global.nc" not in code["ptx"]
 
