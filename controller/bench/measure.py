@@ -31,7 +31,7 @@ from sparsed.core import (
 )
 from sparsed.engine.kvcache.geometry import Geometry, num_frames
 from sparsed.engine.measure.points import SPARE_TOKENS, fits, total_tokens
-from sparsed.engine.planner import plan_memory
+from sparsed.engine.planner import PAGE_TOKENS, plan_memory
 
 Report = TypeVar("Report", DecodeReport, KernelReport)
 
@@ -39,7 +39,7 @@ COMMAND: Final = (sys.executable, "-P", "-m", "sparsed.engine.measure")
 BATCHES: Final = {"cpu": (1, 4), "cuda": (1, 8, 32, 64)}
 CONTEXTS: Final = {"cpu": (512, 2048), "cuda": (2048, 8192, 32768)}
 KERNELS_MODEL: Final = "dummy:llama-3.1-8b"
-KERNELS_PAGE_SIZE: Final = 32
+KERNEL_BATCHES: Final = {"cpu": (1, 4), "cuda": (1, 8, 24, 32, 64)}
 
 
 def bench_decode(
@@ -115,8 +115,8 @@ def plan_kernels(
         device=device,
         dtype=choose_dtype(config.dtype, device=device, model=model),
         shape=model.shape,
-        page_size=int(_explicit_knobs(config).get("page_size") or KERNELS_PAGE_SIZE),
-        batches=tuple(batches or BATCHES[kind]),
+        page_size=int(_explicit_knobs(config).get("page_size") or PAGE_TOKENS),
+        batches=tuple(batches or KERNEL_BATCHES[kind]),
         contexts=tuple(contexts or CONTEXTS[kind]),
     )
 

@@ -62,7 +62,8 @@ class Setting(NamedTuple):
 class Case(NamedTuple):
     """One kernel on inputs of one size. ``make``: the same work on one rotated input after the
     other; none where the device has no implementation. ``amount``: bytes or FLOP of one, in the
-    unit of its ceiling. ``capture``: whether it may run as a graph."""
+    unit of its ceiling. ``capture``: whether it may run as a graph. ``prepared``: the first work
+    comes ahead of every turn of the others, and is not timed."""
 
     kernel: str
     words: str
@@ -70,6 +71,7 @@ class Case(NamedTuple):
     amount: float
     make: Callable[[], Sequence[Work]]
     capture: bool = True
+    prepared: bool = False
 
 
 def token_cases(setting: Setting) -> Iterator[Case]:

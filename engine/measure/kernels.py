@@ -35,6 +35,7 @@ from sparsed.engine.measure.ceilings import (
     matmul_flop_per_s,
 )
 from sparsed.engine.measure.clock import Clock
+from sparsed.engine.measure.sparse_cases import sparse_cases
 
 COPY_PROGRAMS: Final = (8, 16, 32)
 
@@ -58,7 +59,7 @@ def measure_kernels(wanted: MeasureKernels, *, on_progress: Progress) -> KernelR
     ceilings[Ceiling.COPY] = copy_bytes_per_s(clock)
     ceilings[Ceiling.MATMUL] = matmul_flop_per_s(clock, dtype=setting.dtype)
     skipped = []
-    cases = [*attention_cases(setting), *token_cases(setting)]
+    cases = [*attention_cases(setting), *sparse_cases(setting), *token_cases(setting)]
     for number, case in enumerate(cases, start=1):
         speed = measure_case(case, clock=clock, ceilings=ceilings)
         if speed is None:
@@ -81,11 +82,9 @@ def measure_case(
 ) -> KernelSpeed | None:
     """None where the device has no memory or no implementation for the case."""
     try:
-        works = case.make()
-        seconds = clock.each_s(works, capture=case.capture) if works else None
+        seconds = _case_s(case, clock=clock)
     except torch.OutOfMemoryError:
-        works, seconds = (), None
-    del works  # and all its inputs
+        seconds = None
     gc.collect()
     give_back_memory(clock.device)
     if seconds is None:
@@ -99,6 +98,15 @@ def measure_case(
         ceiling=case.ceiling,
         ratio=rate / ceilings[case.ceiling],
     )
+
+
+def _case_s(case: Case, *, clock: Clock) -> float | None:
+    """Seconds of one work, if there is any; all inputs are gone afterwards."""
+    works = case.make()
+    if not works:
+        return None
+    before, works = (works[0], works[1:]) if case.prepared else (None, works)
+    return clock.each_s(works, before=before, capture=case.capture)
 
 
 def measure_copies(setting: Setting) -> tuple[dict[Ceiling, float], list[KernelSpeed]]:

@@ -144,8 +144,9 @@ def test_kernels_have_the_sizes_of_a_model(configure: Callable[..., DaemonConfig
     def plan(config: DaemonConfig) -> Any:
         return plan_kernels(config, batches=(), contexts=(), on_progress=lambda *_: None)
 
-    tiny = plan(configure(page_size=8))
-    assert (tiny.shape.head_dim, tiny.page_size, tiny.batches) == (16, 8, (1, 4))
+    tiny = plan(configure(page_size=16))
+    assert (tiny.shape.head_dim, tiny.page_size, tiny.batches) == (16, 16, (1, 4))
+    assert plan(configure()).page_size == 8, "as an engine has them"
     config = configure(model=None)
     assert plan(config) == plan(replace(configure(), model=KERNELS_MODEL))
     assert plan(config).shape.num_kv_heads == 8

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -28,10 +29,10 @@ from sparsed.core import (
 )
 from sparsed.engine.engine import Engine
 from sparsed.engine.measure.attention_cases import attention_cases, resident_plan
-from sparsed.engine.measure.cases import MAX_ROTATIONS, Setting, token_cases
+from sparsed.engine.measure.cases import MAX_ROTATIONS, Case, Setting, token_cases
 from sparsed.engine.measure.clock import Clock
 from sparsed.engine.measure.decode import DecodeMeter, measure_decode
-from sparsed.engine.measure.kernels import measure_kernels
+from sparsed.engine.measure.kernels import measure_case, measure_kernels
 from sparsed.engine.measure.points import (
     AHEAD_STEPS,
     NUM_STEPS,
@@ -49,6 +50,8 @@ from sparsed.profiler.machine import read_machine
 MakeSpec = Callable[..., EngineSpec]
 TINY = dummy_config("dummy:tiny").shape
 LLAMA = dummy_config("dummy:llama-3.1-8b").shape
+SPARSE_KERNELS = {"estimate_pages", "select_pages", "resolve_pages", "summarise_pages"}
+HOT_KERNELS = {"attend_hits", "merge_selected"}  # where a sparse step is one graph
 
 
 # -- arithmetic ------------------------------------------------------------------------------
@@ -165,7 +168,8 @@ def test_kernels_of_a_cpu_in_plain_torch() -> None:
     assert seen[0] == 0 and seen[-1] == 1
     assert set(report.ceilings) == set(Ceiling) and report.skipped == ()
     names = {speed.kernel for speed in report.kernels}
-    assert "attend_resident" not in names and {"copy_pages h2d", "attend_pages"} <= names
+    assert {"copy_pages h2d", "attend_pages", *SPARSE_KERNELS} <= names
+    assert not {"attend_resident", *HOT_KERNELS} & names
     for speed in report.kernels:
         assert speed.ratio == pytest.approx(speed.rate / report.ceilings[speed.ceiling])
         assert speed.rate > 0 and (speed.time_us or 1) > 0
@@ -207,6 +211,21 @@ def test_time_is_of_one_of_all_that_run() -> None:
     clock = Clock(torch.device("cpu"))
     assert clock.each_s([lambda: done.append(1), lambda: done.append(2)]) > 0
     assert done == [1, 2] * 6  # once to warm up, five times in earnest
+
+
+def test_what_comes_before_is_not_timed() -> None:
+    done: list[str] = []
+
+    def prepare() -> None:
+        done.append("before")
+        time.sleep(0.02)
+
+    works = [prepare, lambda: done.append("first"), lambda: done.append("second")]
+    case = Case("kernel", "", Ceiling.COPY, 1.0, lambda: works, prepared=True)
+    clock = Clock(torch.device("cpu"))
+    speed = measure_case(case, clock=clock, ceilings={Ceiling.COPY: 1.0})
+    assert done == ["before", "first", "second"] * 6
+    assert speed is not None and speed.time_us is not None and speed.time_us < 5e3
 
 
 # -- the process -----------------------------------------------------------------------------
@@ -292,6 +311,7 @@ class TestOnAGpu:
         report = measure_kernels(kernels_on("cuda:0", "bfloat16"), on_progress=lambda *_: None)
         names = {speed.kernel for speed in report.kernels}
         assert {"attend_resident", "copy_pages h2d", "copy_pages d2h", "store_tokens"} <= names
+        assert SPARSE_KERNELS | HOT_KERNELS <= names
         for speed in report.kernels:
             print(speed)
             assert 0 < speed.ratio < 3

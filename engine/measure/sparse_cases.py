@@ -1,0 +1,245 @@
+"""Inputs of the kernels of sparse steps, but for those of ``resolve_cases``.
+
+Legend: I inputs in turn, B requests, H KV heads, G query heads per KV head, D head dim, R kept
+dims, X pages of all requests, K selected pages and E = K + 1 of them with the partial one, N lanes,
+M pages, S rows of a store of mean keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from sparsed.core import Ceiling
+from sparsed.engine.measure.cases import Case, Setting, permutation
+from sparsed.engine.measure.clock import Work
+from sparsed.engine.measure.resolve_cases import resolve_cases
+from sparsed.engine.measure.sparse_step import SparseStep
+from sparsed.engine.sparse.base import SINK_PAGES, recent_pages
+from sparsed.kernels.estimate import estimate_pages, row_bytes
+from sparsed.kernels.select import select_pages
+from sparsed.kernels.selected import (
+    SPLIT_TOKENS,
+    Partials,
+    Selected,
+    attend_hits,
+    make_partials,
+    merge_selected,
+)
+from sparsed.kernels.summarise import summarise_pages
+
+FLOAT_BYTES: Final = 4  # of logits and of parts of attention
+BYTE_LIMIT: Final = 60  # two bytes below it are a float16 below 1.25: a scale like any other
+
+
+def sparse_cases(setting: Setting) -> Iterator[Case]:
+    """In the order of a step, at the longest context."""
+    on_cpu = setting.device.type == "cpu"
+    steps = [SparseStep(setting, batch) for batch in setting.batches]
+    yield from map(estimate_case, steps)
+    yield from map(select_case, steps)
+    for step in steps:
+        yield from resolve_cases(step)
+    if not on_cpu:  # there a step attends to all its pages at once
+        yield from map(hits_case, steps)
+        yield from map(merge_case, steps)
+    for step in steps:
+        lanes = step.geometry.num_lanes
+        yield summarise_case(setting, frames=step.batch, lanes=lanes, frame_pages=1)
+    per_frame, heads = steps[0].geometry.pages_per_block, setting.shape.num_kv_heads
+    frames = setting.rows[1] // (per_frame * setting.page_size)
+    yield summarise_case(setting, frames=frames, lanes=heads, frame_pages=per_frame)
+
+
+def estimate_case(step: SparseStep) -> Case:
+    """Logits of all pages from their mean keys; every input is another layer of the store."""
+    setting, shape, geometry = step.setting, step.setting.shape, step.geometry
+    heads, dim, kept = shape.num_kv_heads, shape.head_dim, geometry.kept_dims
+    page_bytes = row_bytes(1, kept) + setting.group * FLOAT_BYTES
+    amount = step.num_lanes * step.num_full * page_bytes + heads * dim * kept * FLOAT_BYTES
+
+    def make() -> Sequence[Work]:
+        layers = setting.rotations(amount)
+        frames_RF = permutation(setting, step.batch * step.frames).view(step.batch, -1).int()
+        size = (frames_RF.numel() * layers * heads, row_bytes(geometry.pages_per_block, kept))
+        store_MY = torch.randint(BYTE_LIMIT, size, device=setting.device, dtype=torch.uint8)
+        q_BHGD = setting.random(step.batch, heads, setting.group, dim)
+        basis_IHDR = setting.random(layers, heads, dim, kept).float()
+        out_IHGX = torch.empty(
+            (layers, heads, setting.group, step.batch * step.request_columns),
+            device=setting.device,
+        )
+        return [
+            partial(
+                estimate_pages,
+                q_BHGD,
+                store_MY,
+                basis_HDR=basis_IHDR[layer],
+                rows_B=step.numbers(),
+                frames_RF=frames_RF,
+                num_full_B=step.same(step.num_full),
+                first_B=step.numbers(step.request_columns),
+                layer=layer,
+                num_layers=layers,
+                pages_per_frame=geometry.pages_per_block,
+                scale=dim**-0.5,
+                out_HGX=out_IHGX[layer],
+            )
+            for layer in range(layers)
+        ]
+
+    return Case("estimate_pages", f"{step.batch} x {step.context}", Ceiling.COPY, amount, make)
+
+
+def select_case(step: SparseStep) -> Case:
+    """The best pages by the logits of all."""
+    setting, heads, num_selected = step.setting, step.setting.shape.num_kv_heads, step.num_selected
+    logits = setting.group * step.num_full
+    amount = step.num_lanes * (logits + num_selected) * FLOAT_BYTES
+
+    def make() -> Sequence[Work]:
+        count, columns = setting.rotations(amount), step.batch * step.request_columns
+        logits_IHGX = torch.empty((count, heads, setting.group, columns), device=setting.device)
+        size = (count, step.batch, heads, num_selected)
+        out_IBHK = torch.empty(size, device=setting.device, dtype=torch.int32)
+        return [
+            partial(
+                select_pages,
+                logits_HGX,
+                first_B=step.numbers(step.request_columns),
+                num_full_B=step.same(step.num_full),
+                count_B=step.same(num_selected),
+                sink_pages=SINK_PAGES,
+                recent_pages=recent_pages(setting.page_size),
+                max_pages=step.geometry.max_pages(step.context),
+                out_BHK=out_BHK,
+            )
+            for logits_HGX, out_BHK in zip(logits_IHGX.normal_(), out_IBHK, strict=True)
+        ]
+
+    words = f"{step.batch} x {step.context}, {num_selected} of {step.num_full} pages"
+    return Case("select_pages", words, Ceiling.COPY, amount, make)
+
+
+def hits_case(step: SparseStep) -> Case:
+    """Attention to selected pages, all of them hot, and to a partial page that is just full."""
+    setting, heads, dim = step.setting, step.setting.shape.num_kv_heads, step.setting.shape.head_dim
+    pages = step.num_selected + 1
+    amount = step.num_lanes * pages * step.geometry.page_bytes + _partial_bytes(step)
+
+    def make() -> Sequence[Work]:
+        size = (setting.rotations(amount), step.batch, heads, pages)
+        num_pages = size[0] * step.num_lanes * pages
+        slots_IBHE = permutation(setting, num_pages).int().view(size)
+        arena_NTCD = setting.random(num_pages, setting.page_size, 2, dim)
+        q_BHGD = setting.random(step.batch, heads, setting.group, dim)
+        return [
+            partial(
+                attend_hits,
+                q_BHGD,
+                arena_NTCD,
+                selected=(selected := _all_hits(step, slots_BHE)),
+                partials=make_partials(selected, q_BHGD, page_size=setting.page_size),
+                scale=dim**-0.5,
+            )
+            for slots_BHE in slots_IBHE
+        ]
+
+    return Case("attend_hits", _attended(step), Ceiling.COPY, amount, make)
+
+
+def merge_case(step: SparseStep) -> Case:
+    """The parts that ``attend_hits`` leaves, into one."""
+    setting, heads, dim = step.setting, step.setting.shape.num_kv_heads, step.setting.shape.head_dim
+    rows = step.num_lanes * setting.group
+    amount = _partial_bytes(step) + rows * (dim * setting.dtype.itemsize + FLOAT_BYTES)
+
+    def make() -> Sequence[Work]:
+        count = setting.rotations(amount)
+        out_IBHGD = setting.random(count, step.batch, heads, setting.group, dim)
+        lse_IBHG = torch.empty(out_IBHGD.shape[:4], device=setting.device)
+        size = (step.batch, heads, step.num_selected + 1)
+        selected = _all_hits(step, torch.zeros(size, device=setting.device, dtype=torch.int32))
+        return [
+            partial(
+                merge_selected,
+                selected,
+                _random_partials(selected, out_BHGD, page_size=setting.page_size),
+                page_size=setting.page_size,
+                out_BHGD=out_BHGD,
+                lse_BHG=lse_BHG,
+            )
+            for out_BHGD, lse_BHG in zip(out_IBHGD, lse_IBHG, strict=True)
+        ]
+
+    return Case("merge_selected", _attended(step), Ceiling.COPY, amount, make)
+
+
+def summarise_case(setting: Setting, *, frames: int, lanes: int, frame_pages: int) -> Case:
+    """Mean keys of ``frame_pages`` pages of each lane of each frame: one as in a decode step of so
+    many requests, all of them as in a prompt chunk. Keys are read, values are not."""
+    step = SparseStep(setting, batch=1)
+    geometry, dim, page_size = step.geometry, setting.shape.head_dim, setting.page_size
+    kept, per_frame = geometry.kept_dims, geometry.pages_per_block
+    num_pages = frames * lanes * frame_pages
+    amount = num_pages * (geometry.page_bytes // 2 + row_bytes(1, kept))
+    amount += lanes * dim * (kept + 1) * FLOAT_BYTES
+
+    def make() -> Sequence[Work]:
+        count = setting.rotations(amount)
+        pages_IMTCD = setting.random(count, num_pages, page_size, 2, dim)
+        basis_INDR = setting.random(count, lanes, dim, kept).float()
+        centre_IND = setting.random(count, lanes, dim).float()
+        size = (count, frames * lanes, row_bytes(per_frame, kept))
+        store_ISY = torch.zeros(size, device=setting.device, dtype=torch.uint8)
+        rows_S1 = torch.arange(frames * lanes, device=setting.device)[:, None] * per_frame
+        page_rows_M = (rows_S1 + torch.arange(frame_pages, device=setting.device)).flatten()
+        return [
+            partial(
+                summarise_pages,
+                pages_MTCD,
+                page_rows_M,
+                basis_NDR=basis_NDR,
+                centre_ND=centre_ND,
+                pages_per_frame=per_frame,
+                store_SY=store_SY,
+            )
+            for pages_MTCD, basis_NDR, centre_ND, store_SY in zip(
+                pages_IMTCD, basis_INDR, centre_IND, store_ISY, strict=True
+            )
+        ]
+
+    words = f"{num_pages} pages of {page_size}, {lanes} lanes"
+    return Case("summarise_pages", words, Ceiling.COPY, amount, make)
+
+
+def _attended(step: SparseStep) -> str:
+    return f"{step.batch} x {step.num_selected + 1} pages of {step.setting.page_size}"
+
+
+def _partial_bytes(step: SparseStep) -> int:
+    """What ``attend_hits`` writes: of each split of the hits and of the partial page."""
+    splits = -(-step.num_selected * step.setting.page_size // SPLIT_TOKENS) + 1
+    row_bytes_ = (step.setting.shape.head_dim + 1) * FLOAT_BYTES
+    return step.num_lanes * splits * step.setting.group * row_bytes_
+
+
+def _all_hits(step: SparseStep, slots_BHE: Tensor) -> Selected:
+    """The last of the slots is that of the partial page."""
+    num_selected = slots_BHE.shape[2] - 1
+    return Selected(
+        slots_BHK=slots_BHE[..., :num_selected].contiguous(),
+        num_hits_BH=torch.full_like(slots_BHE[..., 0], num_selected).contiguous(),
+        count_B=step.same(num_selected),
+        tail_slots_BH=slots_BHE[..., num_selected].contiguous(),
+        tail_tokens_B=step.same(step.setting.page_size),
+    )
+
+
+def _random_partials(selected: Selected, q_BHGD: Tensor, *, page_size: int) -> Partials:
+    partials = make_partials(selected, q_BHGD, page_size=page_size)
+    return Partials(*(part.normal_() for part in partials))
