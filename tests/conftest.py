@@ -13,6 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
+
+# Machines are slow at times; no property is about that.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 TinyCheckpoint = Callable[..., Path]
 

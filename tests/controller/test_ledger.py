@@ -451,7 +451,7 @@ class CrashingEngine(RuleBasedStateMachine):
 
 
 TestCrashingEngine = CrashingEngine.TestCase
-TestCrashingEngine.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+TestCrashingEngine.settings = settings(max_examples=60, stateful_step_count=30)
 
 
 @dataclass
@@ -555,4 +555,4 @@ class PoisonedEngine(RuleBasedStateMachine):
 
 
 TestPoisonedEngine = PoisonedEngine.TestCase
-TestPoisonedEngine.settings = settings(max_examples=60, stateful_step_count=20, deadline=None)
+TestPoisonedEngine.settings = settings(max_examples=60, stateful_step_count=20)

@@ -83,7 +83,7 @@ def knobs(token_budget: int) -> Knobs:
 
 @pytest.mark.parametrize("kind", ROOTS)
 def test_values_survive_the_wire(kind: type) -> None:
-    @settings(max_examples=15, deadline=None)
+    @settings(max_examples=15)
     @given(values_of(kind))
     def check(value: Any) -> None:
         message_type = getattr(pb, kind.__name__)

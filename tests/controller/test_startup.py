@@ -166,7 +166,7 @@ def test_the_description_shows_every_byte_and_knob(plan_start: PlanStart) -> Non
     assert plan.profile in text
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(1, 10**6), st.integers(1, 10**6))
 def test_longer_requests_never_fit_more_often(plan_start: PlanStart, one: int, other: int) -> None:
     plan = plan_start(find_verified=lambda key: None, no_profile=True)
@@ -200,7 +200,7 @@ def make_cache(plan: StartPlan) -> KVCache:
 
 
 @pytest.mark.parametrize("method", [SparseMethod.DENSE, SparseMethod.MEAN_KEY])
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_as_many_requests_fit_as_the_cache_admits(
     plan_start: PlanStart, method: SparseMethod, data: st.DataObject

@@ -228,7 +228,7 @@ class World:
 
 
 @pytest.mark.slow
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     page_size=st.sampled_from(PAGE_SIZES),
     lane_blocks=st.integers(2, 12),

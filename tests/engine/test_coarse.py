@@ -23,7 +23,7 @@ from sparsed.engine.sparse.int8 import to_int8
 from sparsed.kernels.score import score_pages
 
 HEADS, DIM, FRAME_PAGES = 2, 6, 4
-few = settings(max_examples=40, deadline=None)
+few = settings(max_examples=40)
 
 
 class Scene(NamedTuple):

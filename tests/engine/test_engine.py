@@ -267,7 +267,7 @@ def test_a_model_that_does_not_run_ahead_draws_only_the_most_likely() -> None:
 sizes = st.lists(st.integers(1, 60), min_size=1, max_size=6)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     prompts=sizes,
     chunk=st.integers(16, 70),

@@ -24,7 +24,6 @@ geometries = st.builds(
 )
 
 
-@settings(deadline=None)
 @given(geometry=geometries)
 def test_pages_tile_blocks_and_blocks_tile_frames(geometry: Geometry) -> None:
     assert geometry.page_bytes == geometry.page_size * 2 * geometry.head_dim * (
@@ -41,7 +40,6 @@ def test_pages_tile_blocks_and_blocks_tile_frames(geometry: Geometry) -> None:
     assert summaries == geometry.page_rows_per_frame * (min(40, geometry.head_dim) // 2 + 2)
 
 
-@settings(deadline=None)
 @given(geometry=geometries, num_tokens=st.integers(0, 10**7))
 def test_frames_and_pages_cover_the_tokens(geometry: Geometry, num_tokens: int) -> None:
     frames = num_frames(num_tokens)
@@ -51,7 +49,6 @@ def test_frames_and_pages_cover_the_tokens(geometry: Geometry, num_tokens: int) 
     assert pages * geometry.page_size == frames * BLOCK_TOKENS
 
 
-@settings(deadline=None)
 @given(
     num_blocks=st.integers(1, 20), pages_per_block=st.sampled_from((1, 2, 4, 8, 16)), data=st.data()
 )
@@ -80,7 +77,7 @@ def _tables(geometry: Geometry, frames_of_row: list[list[int]], *, pool_frames: 
     return tables
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(geometry=geometries, lengths=st.lists(st.integers(1, 4), min_size=1, max_size=3),
        spare=st.integers(0, 3), data=st.data())  # fmt: skip
 def test_page_rows_never_overlap_and_stay_in_the_pool(
@@ -97,7 +94,7 @@ def test_page_rows_never_overlap_and_stay_in_the_pool(
     assert rows.max() < total * geometry.page_rows_per_frame
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(geometry=geometries, frames=st.permutations(range(6)), data=st.data())
 def test_every_way_to_a_page_row_is_the_layout(
     geometry: Geometry, frames: list[int], data: st.DataObject
@@ -134,7 +131,7 @@ def test_offsets_beyond_32_bits(page_size: int) -> None:
     assert int(rows.max() + 1) * geometry.page_bytes == 2**39
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(
     geometry=geometries,
     num_rows=st.integers(1, 3),

@@ -282,7 +282,7 @@ class CacheMachine(RuleBasedStateMachine):
 def test_cache(make_cache: MakeCache) -> None:
     run_state_machine_as_test(
         lambda: CacheMachine(make_cache),
-        settings=settings(max_examples=80, stateful_step_count=25, deadline=None),
+        settings=settings(max_examples=80, stateful_step_count=25),
     )
 
 

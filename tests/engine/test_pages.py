@@ -44,10 +44,9 @@ class FreeListMachine(RuleBasedStateMachine):
 
 
 TestFreeList = FreeListMachine.TestCase
-TestFreeList.settings = settings(max_examples=40, stateful_step_count=20, deadline=None)
+TestFreeList.settings = settings(max_examples=40, stateful_step_count=20)
 
 
-@settings(deadline=None)
 @given(size=st.integers(1, 50), first=st.integers(0, 5), count=st.integers(0, 50))
 def test_low_ids_come_first(size: int, first: int, count: int) -> None:
     count = min(count, size)

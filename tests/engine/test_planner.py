@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from sparsed.core import (
@@ -96,7 +96,6 @@ def plan(
     return knobs, plan_memory(knobs, shape=shape, dtype=dtype)
 
 
-@settings(deadline=None)
 @given(shape=shapes, asked=wishes, where=machines, dtype=st.sampled_from(("float32", "bfloat16")))
 def test_a_plan_keeps_every_promise_or_names_a_knob(
     shape: ModelShape,
@@ -133,7 +132,6 @@ def test_a_plan_keeps_every_promise_or_names_a_knob(
     assert num_frames(knobs.max_model_len) <= memory.num_frames, "max_model_len always fits"
 
 
-@settings(deadline=None)
 @given(shape=shapes, dtype=st.sampled_from(("float32", "bfloat16")))
 def test_a_usual_machine_needs_no_wishes(shape: ModelShape, dtype: str) -> None:
     for machine, device in ((H100, "cuda:0"), (LAPTOP, "cpu")):
@@ -142,7 +140,6 @@ def test_a_usual_machine_needs_no_wishes(shape: ModelShape, dtype: str) -> None:
         assert memory.max_tokens >= knobs.max_model_len
 
 
-@settings(deadline=None)
 @given(shape=shapes, asked=wishes, free_gib=st.floats(4, 64))
 def test_a_cpu_machine_is_not_promised_more_than_is_free(
     shape: ModelShape, asked: dict[str, KnobValue], free_gib: float

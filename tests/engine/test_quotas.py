@@ -76,7 +76,7 @@ def misses_of(blocks_L: np.ndarray, scale_L: np.ndarray, exponent_L: np.ndarray)
     return float((scale_L * (256 / (blocks_L * 16 - 1)) ** exponent_L).sum())
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     scales=st.lists(st.integers(2000, 5000), min_size=3, max_size=3),
     exponents=st.lists(st.floats(0.8, 4), min_size=3, max_size=3),

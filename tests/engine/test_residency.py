@@ -87,7 +87,7 @@ def random_selections(
     return torch.tensor(np.array(rows)).view(num_rows, NUM_HEADS, count)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     blocks=st.lists(st.integers(1, 3), min_size=1, max_size=3),
     count=st.integers(1, 14),
@@ -124,7 +124,7 @@ def test_hits_and_victims_are_those_of_an_exact_lru(
         assert counted == [pages_BHK.numel(), missed, evicted, overflow]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     blocks=st.lists(st.integers(1, 3), min_size=2, max_size=3),
     count=st.integers(1, 14),

@@ -65,7 +65,7 @@ params_strategy = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     params=params_strategy,
     vocab=st.sampled_from([1, 7, NUM_CANDIDATES, NUM_CANDIDATES + 1, 3000]),

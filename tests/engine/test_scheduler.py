@@ -244,5 +244,5 @@ class AnyTraffic(RuleBasedStateMachine):
         assert waiting == sorted(waiting)
 
 
-AnyTraffic.TestCase.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
+AnyTraffic.TestCase.settings = settings(max_examples=40, stateful_step_count=30)
 TestAnyTraffic = AnyTraffic.TestCase

@@ -118,7 +118,7 @@ cases = {
 }
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(head_dim=st.sampled_from((4, 6, 16, 64)), **cases)
 def test_mean_keys_are_off_by_no_more_than_their_bits(
     make_basis: MakeBasis, page_size: int, head_dim: int, layer: int, seed: int
@@ -138,7 +138,7 @@ def test_mean_keys_are_off_by_no_more_than_their_bits(
         assert found_HGP.shape == exact_HGP.shape
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(minmax=st.booleans(), **cases)
 def test_bounds_keep_the_order_of_the_scores(
     make_basis: MakeBasis, page_size: int, layer: int, seed: int, minmax: bool

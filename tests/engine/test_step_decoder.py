@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from sparsed.core import BLOCK_TOKENS, SparseMethod
@@ -89,7 +89,6 @@ def step_rows(draw: st.DrawFn) -> StepRow:
     return StepRow(decode, 0, num_full=decode.position // 8, num_selected=draw(st.integers(1, 255)))
 
 
-@settings(deadline=None)
 @given(data=st.data(), size=st.integers(1, 8))
 def test_the_input_buffer_gives_back_what_was_put_in(data: st.DataObject, size: int) -> None:
     buffer = InputBuffer(max_rows=8, max_items=4096, spare_row=99, device=torch.device("cpu"))

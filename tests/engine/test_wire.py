@@ -58,7 +58,7 @@ def values(hint: Any) -> st.SearchStrategy[Any]:
     return {int: int64, float: finite}.get(hint, st.from_type(hint))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @pytest.mark.parametrize("kind", get_args(Message), ids=lambda kind: kind.__name__)
 @given(data=st.data())
 def test_messages_round_trip(kind: type[Message], data: st.DataObject) -> None:

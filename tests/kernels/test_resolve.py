@@ -184,7 +184,7 @@ def check_seal(cases, lanes: Lanes, step: int, rows: list[int], positions: list[
     return len(pairs)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     page_size=st.sampled_from([8, 16, 32, 64, 128]),
     columns=st.integers(1, 12),

@@ -23,7 +23,7 @@ from sparsed.kernels.select import select_pages
 from sparsed.kernels.store import store_tokens
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-few = settings(max_examples=25, deadline=None)
+few = settings(max_examples=25)
 
 
 def close(got: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
@@ -176,7 +176,7 @@ def to_bounds(summaries_FXE: torch.Tensor) -> torch.Tensor:
     return torch.cat((upper_FXD.maximum(lower_FXD), upper_FXD.minimum(lower_FXD)), dim=-1)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     shape=st.fixed_dictionaries(
         {
@@ -225,7 +225,7 @@ def test_merge_of_two_sets_is_attention_over_both(cases, seed, first, absent_fra
         assert_close(got, expected, atol=2e-5, rtol=2e-5)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     shape=st.fixed_dictionaries(
         {
@@ -347,7 +347,7 @@ def test_the_numbers_of_draws_are_those_of_numpy(cases, seed):
     assert got == cases.numpy_uniforms(plan)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     shape=st.fixed_dictionaries(
         {

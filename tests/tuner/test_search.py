@@ -112,7 +112,6 @@ def test_limits_that_the_workload_never_reaches_are_not_tried() -> None:
     assert {4096, 6144} <= set(budgets) and budgets[-1] == 8192, "the last one is no limit"
 
 
-@settings(deadline=None)
 @given(
     sizes=st.lists(st.tuples(st.integers(1, 9000), st.integers(1, 500)), min_size=1, max_size=40)
 )

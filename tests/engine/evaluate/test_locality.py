@@ -88,7 +88,7 @@ def lanes(min_pages: int) -> st.SearchStrategy[list[Stream]]:
 
 
 @given(streams=lanes(min_pages=1))
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_any_selections_are_counted_as_by_the_oracle(streams: list[Stream]) -> None:
     counts = count_steps(pages_of(streams)).numpy()
     np.testing.assert_array_equal(counts, sum(oracle(stream) for stream in streams))
@@ -99,7 +99,7 @@ def test_any_selections_are_counted_as_by_the_oracle(streams: list[Stream]) -> N
     count=st.integers(1, 9),
     stay=st.sampled_from([0.0, 0.5, 0.8, 0.95, 1.0]),
 )
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_drifting_selections_are_counted_as_by_the_oracle(
     seed: int, count: int, stay: float
 ) -> None:
@@ -109,7 +109,7 @@ def test_drifting_selections_are_counted_as_by_the_oracle(
 
 
 @given(streams=lanes(min_pages=0).filter(lambda streams: any(map(any, streams))))
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_lanes_and_steps_may_be_empty(streams: list[Stream]) -> None:
     counts = count_steps(pages_of(streams)).numpy()
     np.testing.assert_array_equal(counts, sum(oracle(stream) for stream in streams))

@@ -117,7 +117,7 @@ def test_the_selection_at_the_grain_is_what_was_ranked_best() -> None:
     recent_pages=st.integers(0, 2),
     data=st.data(),
 )
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_coarser_pages_rank_by_their_best_part(
     seed: int,
     ranks: int,
@@ -246,9 +246,7 @@ def test_what_is_no_recording_is_refused(tmp_path: Path, write: Callable[..., Pa
 
 
 @given(data=st.data())
-@settings(
-    deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_flipped_byte_is_seen_or_harmless(
     write: Callable[..., Path], data: st.DataObject
 ) -> None:

@@ -64,7 +64,7 @@ def test_frequencies_equal_transformers(variant: dict[str, Any]) -> None:
     assert scale == pytest.approx(expected_scale)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(length=st.integers(1, 20000), factor=st.floats(1.0, 32.0))
 def test_dynamic_follows_the_length(length: int, factor: float) -> None:
     config, oracle = _configs({"rope_type": "dynamic", "factor": factor})

@@ -25,7 +25,7 @@ def hits(trace: Trace, capacity_L: Ints) -> int:
     return int((count_steps(trace).selected_S - missed_S)[TRAINED.start : TRAINED.stop].sum())
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(seed=seeds, stay=st.sampled_from([0.3, 0.9]), ragged=st.booleans())
 def test_curves_are_what_replays_find(draw: Draw, seed: int, stay: float, ragged: bool) -> None:
     trace = draw(seed, lanes=2, stay=stay, ragged=ragged)
@@ -34,7 +34,7 @@ def test_curves_are_what_replays_find(draw: Draw, seed: int, stay: float, ragged
         assert hits_LC[:, capacity].sum() == hits(trace, np.full(2, capacity))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(seed=seeds, more=st.integers(0, 70), stay=st.sampled_from([0.3, 0.9]))
 def test_uneven_slots_find_no_less_than_equal_ones(
     draw: Draw, seed: int, more: int, stay: float
@@ -48,7 +48,7 @@ def test_uneven_slots_find_no_less_than_equal_ones(
     assert hits(trace, slots_L) >= hits(trace, equal_L)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     gains=st.lists(st.lists(st.integers(0, 50), min_size=6, max_size=6), min_size=3, max_size=3),
     more=st.integers(0, 18),

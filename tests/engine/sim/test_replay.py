@@ -109,7 +109,7 @@ def replay_slowly(trace: Trace, lane: int, policy: CachePolicy, capacity: int) -
 
 
 @pytest.mark.parametrize("policy", SLOW)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     seed=seeds,
     pages=st.sampled_from([20, 200]),  # of 200 many are long unused when they give way
@@ -153,7 +153,7 @@ def fewest_misses(trace: Trace, lane: int, capacity: int) -> int:
     return misses(0, frozenset())
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(seed=seeds, capacity=st.integers(2, 6), ragged=st.booleans())
 def test_belady_is_the_least_of_all_choices(
     draw: Draw, seed: int, capacity: int, ragged: bool
@@ -164,7 +164,7 @@ def test_belady_is_the_least_of_all_choices(
     assert loads.missed_S.sum() == fewest
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(seed=seeds, capacity=st.integers(4, 20), stay=st.sampled_from([0.3, 0.9]))
 def test_no_policy_beats_belady(draw: Draw, seed: int, capacity: int, stay: float) -> None:
     trace = draw(seed, steps=LONG, stay=stay)
@@ -175,7 +175,7 @@ def test_no_policy_beats_belady(draw: Draw, seed: int, capacity: int, stay: floa
     assert missed[CachePolicy.BELADY] == min(missed.values())
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(seed=seeds, capacity=st.integers(1, 12))
 def test_buckets_are_an_exact_lru_where_no_two_pages_are_of_one_age(
     draw: Draw, seed: int, capacity: int
@@ -216,7 +216,7 @@ def test_the_last_bin_begins_where_the_device_has_it(idle: int, asked_again: int
     assert slow.missed[-1] == ({0, 1} if idle + 1 >= LAST_BIN else {0, 2}).issuperset([asked_again])
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(seed=seeds, stay=st.sampled_from([0.3, 0.9]))
 def test_counts_are_those_of_the_evaluation(draw: Draw, seed: int, stay: float) -> None:
     trace = draw(seed, selected=4, pages=40, stay=stay)
