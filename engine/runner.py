@@ -170,9 +170,12 @@ class Runner:
 
     def apply(self, knobs: Knobs) -> None:
         self.kv.apply(knobs)
-        self.kv.transfer.ways.set_programs(knobs.copy_programs)
-        tiered = self.steps.tiered if self.steps is not None else None
-        if tiered is not None and _max_count(knobs) > tiered.max_count:
+        self._spec = replace(self._spec, knobs=knobs)
+        ways, tiered = self.kv.transfer.ways, self.steps.tiered if self.steps else None
+        load = ways.load
+        ways.set_programs(knobs.copy_programs)
+        # A graph keeps what held at its capture.
+        if tiered and (_max_count(knobs) > tiered.max_count or ways.load != load):
             self._rebuild_steps(knobs)
 
     def look_ahead(self, looks_ahead: bool) -> None:
@@ -181,7 +184,11 @@ class Runner:
         self._rebuild_steps(self._spec.knobs)
 
     def _rebuild_steps(self, knobs: Knobs) -> None:
+        before = self.steps.tiered if self.steps is not None else None
+        torch.cuda.synchronize(self._device)  # the graphs that go may still be running
         self.steps = self._make_steps(knobs)
+        if before is not None and self.steps.tiered is not None:
+            self.steps.tiered.count_on(before)
         self.steps.capture(lambda _frac: None)
 
     def stats(self) -> EngineStats:

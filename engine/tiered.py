@@ -112,6 +112,13 @@ class TieredAttention:
         """Most full pages that a request may select here."""
         return self.now.max_count
 
+    def count_on(self, before: TieredAttention) -> None:
+        """Go on with the counters of another; before the first step and any capture. What goes back
+        would look like a new engine, whose counters all count anew."""
+        self.now.counters = before.now.counters
+        if self.ahead is not None and before.ahead is not None:
+            self.ahead.counters = before.ahead.counters
+
     def begin(self, inputs: StepInput, *, fetches: bool) -> Step:
         """Start a step: forget what the last one had to fetch."""
         for selection in (self.now, self.ahead):

@@ -168,8 +168,8 @@ class KVCache:
         row = self.rows[index]
         if row.complete:
             self._place_in_order(row, position // self.geometry.page_size + 1)
-        elif position % BLOCK_TOKENS == 0:
-            self._grow(row, row.num_blocks + 1)
+        elif position % BLOCK_TOKENS == 0:  # also what others have given back meanwhile
+            self._grow(row, self._quota_blocks(row))
 
     def open_token(self, index: int, position: int) -> None:
         """Give a locked slot to the page of ``position`` if the token is its first; where a step
