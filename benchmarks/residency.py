@@ -188,12 +188,13 @@ class Bench:
             )
             placed_L.append(Placed(selected, None, None, False))
         tiered, out_BHGD = steps.tiered, torch.zeros_like(q_BHGD)
+        lse_BHG = torch.zeros(q_BHGD.shape[:3], device=q_BHGD.device)
         select_s = self._captured_s(lambda layer: now.select(layer, q_BHGD, inputs))
         resolve_s = self._captured_s(
             lambda layer: now.resolve(layer, pages_L[layer], inputs, step_1=inputs.step_1)
         )
         attend_s = self._captured_s(
-            lambda layer: tiered.attend(placed_L[layer], q_BHGD, out_BHGD=out_BHGD)
+            lambda layer: tiered.attend(placed_L[layer], q_BHGD, out_BHGD=out_BHGD, lse_BHG=lse_BHG)
         )
         rate = selected_pages * kv.geometry.page_bytes / attend_s
         return Parts(
@@ -334,14 +335,12 @@ def main() -> None:
         flush=True,
     )
     rows = []
-    for point in options.points:
+    both = options.look_ahead == "both"
+    for turn, point in enumerate(options.points * (1 + both)):
+        if turn == len(options.points):
+            bench.look_ahead()
         rows.append(bench.measure(point))
         print(rows[-1], flush=True)
-    if options.look_ahead == "both":
-        bench.look_ahead()
-        for point in options.points:
-            rows.append(bench.measure(point))
-            print(rows[-1], flush=True)
     rates = {"copy_bytes_per_s": bench.copy_rate, "link_bytes_per_s": bench.link_rate}
     result = environment() | rates | {"rows": [asdict(row) | {"ratio": row.ratio} for row in rows]}
     options.output.write_text(json.dumps(result, indent=1) + "\n")

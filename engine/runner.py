@@ -40,7 +40,7 @@ from sparsed.engine.warmup import warm_up
 Decodes = tuple[DecodeRow, ...]
 
 
-class StepInput(NamedTuple):
+class EagerInput(NamedTuple):
     """The tokens of a step, flat: all chunks, then one per decode row."""
 
     tokens_N: Tensor
@@ -185,7 +185,8 @@ class Runner:
 
     def _rebuild_steps(self, knobs: Knobs) -> None:
         before = self.steps.tiered if self.steps is not None else None
-        torch.cuda.synchronize(self._device)  # the graphs that go may still be running
+        if self.runs_ahead:
+            torch.cuda.synchronize(self._device)  # the graphs that go may still be running
         self.steps = self._make_steps(knobs)
         if before is not None and self.steps.tiered is not None:
             self.steps.tiered.count_on(before)
@@ -254,7 +255,7 @@ class Runner:
             use_graphs=not spec.enforce_eager,
         )
 
-    def _inputs(self, plan: StepPlan) -> StepInput:
+    def _inputs(self, plan: StepPlan) -> EagerInput:
         tokens: list[int] = []
         positions: list[int] = []
         lengths: list[int] = []
@@ -269,7 +270,7 @@ class Runner:
             tokens.append(-1 if decode.token is None else decode.token)
             positions.append(decode.position)
             lengths.append(decode.position + 1)
-        return StepInput(
+        return EagerInput(
             tokens_N=self._known(tokens, plan.decodes),
             positions_N=self._index(positions),
             lengths_N=self._index(lengths),

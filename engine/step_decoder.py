@@ -11,7 +11,6 @@ H KV heads, G query heads per KV head, D head dim, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
 
@@ -59,19 +58,18 @@ class GraphKey(NamedTuple):
     fetches: bool
 
 
-@dataclass(slots=True)
-class Trail:
-    """What the layers of a step leave behind for a look at it afterwards: queries (B, H, G, D) and
-    the logs of the softmax sums (B, H, G) of what was attended to."""
+class Trail(NamedTuple):
+    """What the layers of the last step that selects left behind for a look at it afterwards, one
+    entry a row: queries (L, B, H, G, D) and the logs of the softmax sums (L, B, H, G) of what was
+    attended to. All graphs write to the same."""
 
-    queries: list[Tensor] = field(default_factory=list)
-    lses: list[Tensor] = field(default_factory=list)
+    queries: Tensor
+    lses: Tensor
 
 
 class Captured(NamedTuple):
     graph: torch.cuda.CUDAGraph
     drawn: Drawn
-    trail: Trail
 
 
 class StepDecoder:
@@ -116,7 +114,7 @@ class StepDecoder:
         self._last: GraphKey | None = None
         self._use_graphs = use_graphs
         self.tiered = tiered
-        self.trail = Trail()
+        self.trail = self._make_trail(max_rows if tiered else 0)
 
     def row_of(self, decode: DecodeRow) -> StepRow | None:
         """How a row attends in a step of this kind; None: it cannot take part."""
@@ -140,9 +138,9 @@ class StepDecoder:
         self._inputs.fill(rows, size=size, step=step)
         self._last = key
         if key not in self._captured:
-            drawn, self.trail = self._step(key)
+            drawn = self._step(key)
         else:
-            graph, drawn, self.trail = self._captured[key]
+            graph, drawn = self._captured[key]
             graph.replay()
         return Drawn(*(tensor[:count] for tensor in drawn))
 
@@ -161,9 +159,9 @@ class StepDecoder:
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool):
-                drawn, trail = self._step(key)
+                drawn = self._step(key)
             pool = pool or graph.pool()
-            self._captured[key] = Captured(graph, drawn, trail)
+            self._captured[key] = Captured(graph, drawn)
 
     @property
     def has_graphs(self) -> bool:
@@ -186,17 +184,17 @@ class StepDecoder:
         arena_items = self._lane_blocks * BLOCK_TOKENS // MIN_SPLIT_TOKENS
         return min(size * self._row_items, arena_items + size)
 
-    def _step(self, key: GraphKey) -> tuple[Drawn, Trail]:
+    def _step(self, key: GraphKey) -> Drawn:
         inputs = self._inputs.view(key.size, self._max_items(key.size))
         rows_B, positions_B = inputs.rows_B.long(), inputs.positions_B.long()
         tokens_B = torch.where(
             inputs.known_B < 0, self._last_token_R[rows_B], inputs.known_B.long()
         )
-        trail, foresee = Trail(), None
+        foresee = None
         if key.selects:
             assert self.tiered is not None
             step = self.tiered.begin(inputs, fetches=key.fetches)
-            attend = self._attend_tiered(key, step, self.tiered, trail)
+            attend = self._attend_tiered(key, step, self.tiered)
             if key.fetches and self.tiered.ahead is not None:
                 foresee = partial(self.tiered.foresee, step)
         else:
@@ -208,7 +206,14 @@ class StepDecoder:
         logits_BV = self._decoder.logits(hidden_BD, out=self._logits_BV[: key.size])
         drawn_B = draw_tokens(logits_BV, plan=inputs.draws)
         self._last_token_R[rows_B] = drawn_B
-        return Drawn(logits_BV, drawn_B), trail
+        return Drawn(logits_BV, drawn_B)
+
+    def _make_trail(self, max_rows: int) -> Trail:
+        geometry, config = self._cache.geometry, self._decoder.config
+        group = config.num_heads // geometry.num_kv_heads
+        shape = (geometry.num_layers, max_rows, geometry.num_kv_heads, group)
+        q_LBHGD = self._cache.arena.pages_NX.new_zeros((*shape, geometry.head_dim))
+        return Trail(q_LBHGD, torch.zeros(shape, device=q_LBHGD.device))
 
     def _attend_in_place(self, inputs: StepInput) -> Callable[..., Tensor]:
         cache, page_size = self._cache, self._cache.geometry.page_size
@@ -229,13 +234,13 @@ class StepDecoder:
         return attend
 
     def _attend_tiered(
-        self, key: GraphKey, step: Step, tiered: TieredAttention, trail: Trail
+        self, key: GraphKey, step: Step, tiered: TieredAttention
     ) -> Callable[..., Tensor]:
-        num_heads, head_dim = self._cache.geometry.num_kv_heads, self._cache.geometry.head_dim
         nothing_BHD: Tensor | None = None  # of requests that are padding
 
         def attend(layer: int, q_BHD: Tensor, k_BHD: Tensor, v_BHD: Tensor) -> Tensor:
-            q_BHGD = q_BHD.reshape(len(q_BHD), num_heads, -1, head_dim).contiguous()
+            q_BHGD = self.trail.queries[layer, : len(q_BHD)]
+            q_BHGD.copy_(q_BHD.reshape(q_BHGD.shape))
             placed = tiered.place(step, layer, q_BHGD, k_BHD, v_BHD)
             if key.in_place:
                 o_BHD = self._attend_resident(layer, q_BHD, step.inputs)
@@ -244,9 +249,12 @@ class StepDecoder:
                 if nothing_BHD is None:
                     nothing_BHD = torch.zeros_like(q_BHD, memory_format=torch.contiguous_format)
                 o_BHD = nothing_BHD
-            lse_BHG = tiered.attend(placed, q_BHGD, out_BHGD=o_BHD.view(q_BHGD.shape))
-            trail.queries.append(q_BHGD)
-            trail.lses.append(lse_BHG)
+            tiered.attend(
+                placed,
+                q_BHGD,
+                out_BHGD=o_BHD.view(q_BHGD.shape),
+                lse_BHG=self.trail.lses[layer, : len(q_BHD)],
+            )
             return o_BHD
 
         return attend

@@ -188,9 +188,9 @@ class TieredAttention:
         foreseen = None if coming is None else coming.fetched
         return Placed(selected, foreseen, fetched, step.fetches)
 
-    def attend(self, placed: Placed, q_BHGD: Tensor, *, out_BHGD: Tensor) -> Tensor:
-        """Attend to the placed pages and to the partial one: into ``out``, for requests that
-        select. Returns the logs of the softmax sums (B, H, G)."""
+    def attend(self, placed: Placed, q_BHGD: Tensor, *, out_BHGD: Tensor, lse_BHG: Tensor) -> None:
+        """Attend to the placed pages and to the partial one: into ``out``, and the logs of the
+        softmax sums into ``lse``, for requests that select."""
         cache, scale, selected = self._cache, self._scale, placed.selected
         arena_NTCD, page_size = cache.arena.pages_NTCD, cache.geometry.page_size
         partials = make_partials(selected, q_BHGD, page_size=page_size)
@@ -199,9 +199,7 @@ class TieredAttention:
         if placed.fetches:
             _wait(placed.fetched)
             attend_misses(q_BHGD, arena_NTCD, selected=selected, partials=partials, scale=scale)
-        lse_BHG = torch.empty(q_BHGD.shape[:3], device=q_BHGD.device)
         merge_selected(selected, partials, page_size=page_size, out_BHGD=out_BHGD, lse_BHG=lse_BHG)
-        return lse_BHG
 
     def finish(self) -> None:
         """End a step: count what was fetched."""

@@ -15,6 +15,7 @@ from typing import Final, NamedTuple
 import torch
 from torch import Tensor
 
+from sparsed.core import InputError
 from sparsed.engine.models.decoder import Decoder
 from sparsed.kernels.dense import attend_dense
 
@@ -89,7 +90,10 @@ def learn_basis(
     on_progress: Progress,
 ) -> Basis:
     """The basis of a model for sequences up to ``max_tokens``, from one text, prefilled densely:
-    all its queries and keys count, at all positions."""
+    all its queries and keys count, at all positions.
+
+    Errors: InputError if a key is not a number: pages cannot be ranked by such keys.
+    """
     layers: list[LayerBasis] = []
     num_layers, scale = decoder.config.shape.num_layers, decoder.config.head_dim**-0.5
     positions_N = torch.arange(len(tokens), device=decoder.weights.embedding_VD.device)
@@ -97,6 +101,12 @@ def learn_basis(
     moves_JDD = decoder.rope.moves((steps_J * max(0, max_tokens - len(tokens))).round())
 
     def attend(layer: int, q_NHD: Tensor, k_NHD: Tensor, v_NHD: Tensor) -> Tensor:
+        if not bool(k_NHD.isfinite().all()):
+            raise InputError(
+                f"the keys of layer {layer} are not all numbers, so that pages cannot be ranked; "
+                "check the weights, take a wider dtype or start with --sparse-method dense",
+                field="model",
+            )
         q_NHGD = torch.unflatten(q_NHD, 1, (k_NHD.shape[1], -1))
         keys_HND, values_HND = k_NHD.transpose(0, 1), v_NHD.transpose(0, 1)
         layers.append(product_basis(Moments.of(q_NHGD, keys_HND).spread(moves_JDD)))

@@ -31,6 +31,8 @@ TEXT_TOKENS: Final = {"cpu": 512, "cuda": 4096}
 RANDOM_TOKENS: Final = 256  # of a model without a tokenizer
 CHARS_PER_TOKEN: Final = 16  # of a text, at most: what is tokenised is cut after
 
+PIECE_BYTES: Final = 1 << 16  # of a file of weights, to know it again
+
 _FORMAT: Final = 1
 _WEIGHTS: Final = "*.safetensors"
 
@@ -99,18 +101,27 @@ def _tokens(model: str, decoder: Decoder) -> list[int]:
 
 
 def _fingerprint(spec: EngineSpec) -> str:
-    """Of the model, as far as its files' names and sizes and its configuration tell it from
-    others, and of what its basis is learned from and for."""
+    """Of the model, as far as its configuration and the names, sizes and a piece of its files tell
+    it from others, and of what its basis is learned from and for."""
     if spec.model.startswith(DUMMY_PREFIX):
         facts = [spec.model, str(spec.seed)]
     else:
         directory = Path(spec.model)
         files = (*sorted(directory.glob(_WEIGHTS)), directory / "tokenizer.json")
         facts = [(directory / "config.json").read_text(encoding="utf-8")]
-        facts += [f"{file.name} {file.stat().st_size}" for file in files if file.is_file()]
+        facts += [_facts_of(file) for file in files if file.is_file()]
     num_tokens = TEXT_TOKENS[torch.device(spec.device).type]
     facts.append(f"{_FORMAT} {num_tokens} {spec.knobs.max_model_len}")
     return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:32]
+
+
+def _facts_of(file: Path) -> str:
+    """Name, size and a piece from the middle, where weights differ between models alike."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        stream.seek(size // 2)
+        piece = stream.read(PIECE_BYTES)
+    return f"{file.name} {size} {hashlib.sha256(piece).hexdigest()}"
 
 
 def _load(path: Path, *, device: torch.device, geometry: Geometry) -> Basis | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparsed.core import BLOCK_TOKENS, SparseMethod
+from sparsed.core import BLOCK_TOKENS, EngineSpec, SparseMethod
 from sparsed.engine.batch import DecodeRow, DrawParams, PromptChunk, StepPlan
 from sparsed.engine.draws import draw
 from sparsed.engine.kvcache.rebalance import ROUND_STEPS
@@ -289,3 +290,21 @@ def test_lanes_that_lose_their_balance_change_no_token(
             selected = 16 * blocks[1].least - spare
             other.kv.rows[row].token_budget = 8 * (selected + 1)
             assert (other.steps.row_of(last) is not None) == fits
+
+
+def test_steps_made_anew_go_on_with_their_counters_and_the_new_budget(
+    make_spec: Callable[..., EngineSpec],
+) -> None:
+    spec = replace(make_spec(page_size=8, token_budget=256, lane_blocks=40), enforce_eager=True)
+    runner = Runner(spec, on_progress=lambda *_: None)
+    runner.steps = step_decoder(runner)
+    row = prefill(runner, [i % 199 for i in range(900)], method=SparseMethod.MEAN_KEY)
+    decode = DecodeRow(row=row, token=1, position=900)
+    runner.run(StepPlan(chunks=(), decodes=(decode,)))
+    before = runner.stats()
+    assert before.hot_hits > 0
+    runner.apply(replace(spec.knobs, token_budget=640, hbm_budget=None))
+    assert runner.steps.tiered is not None and runner.steps.tiered.max_count == 640 // 8 - 1
+    assert runner.stats().hot_hits == before.hot_hits
+    runner.run(StepPlan(chunks=(), decodes=(replace(decode, position=901),)))
+    assert runner.stats().hot_hits - before.hot_hits > before.hot_hits
