@@ -56,15 +56,14 @@ class StepSeal:
             self._summarise(inputs)
 
     def _summarise(self, inputs: StepInput) -> None:
-        """Summarise the partial pages of all rows; where they are not full, for nobody."""
+        """Summarise the partial pages of all rows that are full now."""
         cache, page_size = self._cache, self._cache.geometry.page_size
         rows_B, pages_B = inputs.rows_B.long(), inputs.positions_B.long() // page_size
         slots_BLH = cache.tables.slots_at(rows_B, pages_B).transpose(0, 1)
         rows_BLH = cache.tables.page_rows_at(rows_B, pages_B)
         is_full_B = inputs.positions_B % page_size == page_size - 1
         is_full_BLH = is_full_B[:, None, None] & (slots_BLH >= 0)
-        spare_BLH = rows_BLH % cache.geometry.page_rows_per_frame + cache.tables.spare_entry
         cache.summarise(
             cache.arena.pages_NTCD[slots_BLH.clamp(min=0).flatten().long()],
-            torch.where(is_full_BLH, rows_BLH, spare_BLH).flatten(),
+            torch.where(is_full_BLH, rows_BLH, -1).flatten(),
         )

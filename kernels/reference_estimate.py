@@ -68,7 +68,9 @@ def summarise_pages(
     half_dims = basis_NDR.shape[2] // 2
     code_row_R = torch.arange(half_dims, device=store_SY.device) * pages_per_frame
     first_scale = half_dims // 2 * pages_per_frame
-    pages, rows = (torch.split(part, _PART_PAGES) for part in (pages_MTCD, page_rows_M))
+    is_kept_M = page_rows_M >= 0
+    kept = pages_MTCD[is_kept_M], page_rows_M[is_kept_M]
+    pages, rows = (torch.split(part, _PART_PAGES) for part in kept)
     for part_MTCD, part_M in zip(pages, rows, strict=True):
         rows_M, places_M = part_M // pages_per_frame, part_M % pages_per_frame
         lanes_M = rows_M % len(basis_NDR)

@@ -29,7 +29,7 @@ def summarise_pages(
     store_SY: Tensor,
 ) -> None:
     """Keep the mean key of each page, less its lane's centre and in its lane's basis. The lane of
-    a page row is ``row // P % N``. Of a page row that is given twice one page's codes stay, with
+    a page row is ``row // P % N``; of a negative one nothing is kept, nor read. Of a page row that is given twice one page's codes stay, with
     any one's scale.
 
     Shapes: pages (M, T, 2, D) contiguous, every token valid; page rows (M,) int64; basis (N, D, R)
@@ -107,6 +107,8 @@ def _summarise_kernel(
 ) -> None:
     m = tl.program_id(0).to(tl.int64)
     page_row = tl.load(page_rows_M + m)
+    if page_row < 0:
+        return
     row, place = page_row // PAGES, page_row % PAGES
     lane = row % num_lanes
     tokens, dims = tl.arange(0, PAGE_SIZE), tl.arange(0, PADDED_DIM)

@@ -39,7 +39,8 @@ class Selector(Protocol):
         ...
 
     def summarise(self, pages_MTCD: Tensor, page_rows_M: Tensor) -> None:
-        """Keep the summaries of full pages. ``page_rows_M`` int64."""
+        """Keep the summaries of full pages. ``page_rows_M`` int64; of a
+        negative one nothing is kept."""
         ...
 
     def estimate(

@@ -53,7 +53,8 @@ class BoundSelector:
 
     def summarise(self, pages_MTCD: Tensor, page_rows_M: Tensor) -> None:
         bounds = page_bounds(pages_MTCD.contiguous(), minmax=self._minmax).flatten(1)
-        self._store_SZE.view(-1, bounds.shape[1])[page_rows_M] = bounds
+        store_RE = self._store_SZE.view(-1, bounds.shape[1])
+        store_RE[torch.where(page_rows_M < 0, len(store_RE) - 1, page_rows_M)] = bounds
 
     def estimate(
         self,

@@ -170,7 +170,8 @@ def test_writes_to_the_spare_frame_change_nothing(
     before = estimate(case, layer=1)
     per_frame = case.geometry.page_rows_per_frame
     spare_M = torch.arange(FRAMES * per_frame, (FRAMES + 1) * per_frame)
-    spare_M = torch.cat((spare_M, spare_M[:5]))  # more than once, too
+    # More than once, too, and rows of nobody.
+    spare_M = torch.cat((spare_M, spare_M[:5], torch.full((7,), -1)))
     case.selector.summarise(100 * torch.randn(len(spare_M), 16, 2, 8), spare_M)
     for one, other in zip(before, estimate(case, layer=1), strict=True):
         assert torch.equal(one, other)
