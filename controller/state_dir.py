@@ -54,9 +54,10 @@ def resolve_state_dir(explicit: Path | None, *, environment: Mapping[str, str]) 
 
     Sockets live in DIR/run of an explicit directory, else in $RUNTIME_DIRECTORY, else in
     $XDG_RUNTIME_DIR/sparsed, else in the state directory's ``run``.
-    Errors: InputError when a socket path would be too long for the kernel, or is no UTF-8.
+    Errors: InputError when a socket path would be too long for the kernel, or is no UTF-8, or when
+    ``~`` names nobody.
     """
-    root = explicit.expanduser().absolute() if explicit else _default_root(environment)
+    root = _expanded(explicit) if explicit else _default_root(environment)
     run_dir = root / "run"
     if not explicit and (systemd := environment.get("RUNTIME_DIRECTORY")):
         run_dir = Path(systemd.split(":")[0])
@@ -65,6 +66,16 @@ def resolve_state_dir(explicit: Path | None, *, environment: Mapping[str, str]) 
     state_dir = StateDir(root=root, run_dir=run_dir)
     _check_socket_length(run_dir / "engine.12345678.sock")  # the longest name
     return state_dir
+
+
+def _expanded(path: Path) -> Path:
+    try:
+        return path.expanduser().absolute()
+    except RuntimeError:
+        raise InputError(
+            f"state_dir={path} is in the home of a user that is not there; give a full path",
+            field="state_dir",
+        ) from None
 
 
 def resolve_cache_dir(environment: Mapping[str, str]) -> Path:

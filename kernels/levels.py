@@ -14,7 +14,7 @@ MIN_SCALE: Final = 2.0**-24  # of float16
 
 def to_levels(values_E: Tensor, most: int) -> tuple[Tensor, Tensor]:
     """Steps from -``most`` to ``most`` and their scales, both float32; steps * scale is off by at
-    most half a scale, but where all of a row is so small that float16 hardly tells its scale.
+    most half a scale, and the largest values by ``most`` times what float16 takes from it besides.
 
     A scale is what float16 keeps of the largest value of a row over ``most``, never 0.
     Shapes: values (..., E) in floating point; returns (..., E) and (..., 1).

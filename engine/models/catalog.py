@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
@@ -60,7 +61,9 @@ def resolve_model(
     if reference in BUILTINS:
         path = fetch_builtin(reference, cache_dir=cache_dir, offline=offline, progress=progress)
         return ResolvedModel(path=path, model_id=reference)
-    path = Path(reference).expanduser()
+    path = Path(reference)
+    with suppress(RuntimeError):  # the home of a user that is not there: nothing to be found
+        path = path.expanduser()
     if path.is_dir():
         return ResolvedModel(path=path, model_id=path.resolve().name)
     if path.is_file():
