@@ -10,6 +10,7 @@ from typing import Final
 from torch import Tensor
 
 MIN_SCALE: Final = 2.0**-24  # of float16
+WHOLE: Final = 1.5 * 2**23  # added to a float32 and taken away, it leaves a whole number
 
 
 def to_levels(values_E: Tensor, most: int) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,10 @@
 """The best pages of each lane from estimated logits, on the device: no sort, no word from the host.
 
+A lane's program keeps the scores of all its pages in registers, in pieces, of which it computes
+those that the request has.
+
 Shape legend: B requests, H KV heads, G query heads per KV head, X columns (pages of all requests),
-K selected pages of the lane with most, P pages of a request, W pages of a tile.
+K selected pages of the lane with most, W pages of a piece (of a tile of logits: several).
 """
 
 import torch
@@ -11,14 +14,14 @@ from torch import Tensor
 
 from sparsed.kernels import reference_select
 from sparsed.kernels.reference_select import COLUMN_ALIGN
-from sparsed.kernels.threshold import bisect, page_keys, write_ids
+from sparsed.kernels.threshold import find_threshold, page_keys, write_ids
 
-_MAX_TILE = 8192  # pages that a program keeps in registers; of more, it reads the keys anew
-_WARP_PAGES = 512
-_MIN_WARPS, _MAX_WARPS = 4, 16
-_WIDE_REGISTERS = 64  # a thread of the largest program: two of them fit one multiprocessor
+_MIN_PIECE, _PIECE = 128, 1024
+_MAX_PIECES = 16  # of more pages, the pieces are larger
+_WARP_PAGES = 128  # of a piece: four of each thread
+_WARP_LOGITS = 1024  # of a tile: 32 of each thread
+_MAX_WARPS = 16
 _FILL = 1024
-_MIN_TILE = 128
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _LOWEST = tl.constexpr(-1e30)  # no logit comes near, and unlike -inf it is a number
 
@@ -34,7 +37,7 @@ def select_pages(
     max_pages: int,
     out_BHK: Tensor,
 ) -> None:
-    """Write the ids of the ``count`` best full pages of every lane, rising, then -1.
+    """Write the ids of the ``count`` best full pages of every lane, in any order, then -1.
 
     The pages of request b are the columns from ``first`` on, ``num_full`` of them. A page's score
     is the sum of its softmax weights over its G query heads, each over all pages of the request;
@@ -89,19 +92,17 @@ def _launch(
     recent_pages: int,
     max_pages: int,
     out_BHK: Tensor,
-    max_tile: int = _MAX_TILE,
+    max_piece: int = _PIECE,
 ) -> None:
     num_requests, num_heads, num_selected = out_BHK.shape
     _, group, num_columns = logits_HGX.shape
-    tile = min(max(_MIN_TILE, triton.next_power_of_2(max_pages)), max_tile)
-    one_tile = max_pages <= tile
-    num_warps = min(max(_MIN_WARPS, tile // _WARP_PAGES), _MAX_WARPS)
-    # Room for keys that registers cannot hold; where they can, any tensor stands for it.
-    keys_HX = logits_HGX if one_tile else out_BHK.new_empty((num_heads, num_columns))
+    piece = min(max(_MIN_PIECE, triton.next_power_of_2(max_pages)), max_piece)
+    piece = max(piece, triton.next_power_of_2(triton.cdiv(max_pages, _MAX_PIECES)))
+    num_warps = min(max(1, piece // _WARP_PAGES), _MAX_WARPS)
+    padded_group = triton.next_power_of_2(group)
     if num_requests:
         _select_kernel[(num_requests * num_heads,)](
             logits_HGX,
-            keys_HX,
             first_B,
             num_full_B,
             count_B,
@@ -112,13 +113,13 @@ def _launch(
             recent_pages,
             NUM_HEADS=num_heads,
             GROUP=group,
-            PADDED_GROUP=triton.next_power_of_2(group),
-            TILE=tile,
-            ONE_TILE=one_tile,
+            PADDED_GROUP=padded_group,
+            COLUMNS=max(_MIN_PIECE, num_warps * _WARP_LOGITS // padded_group),
+            PIECE=piece,
+            PIECES=triton.cdiv(max_pages, piece),
             FILL=_FILL,
             ALIGN=COLUMN_ALIGN,
             num_warps=num_warps,
-            maxnreg=_WIDE_REGISTERS if num_warps == _MAX_WARPS else None,
             enable_fp_fusion=True,
         )
 
@@ -131,7 +132,6 @@ _COUNTS = ["num_columns", "num_selected", "sink_pages", "recent_pages"]
 @triton.jit(do_not_specialize=[*_TABLES, *_COUNTS])
 def _select_kernel(
     logits_HGX: tl.tensor,
-    keys_HX: tl.tensor,
     first_B: tl.tensor,
     num_full_B: tl.tensor,
     count_B: tl.tensor,
@@ -143,8 +143,9 @@ def _select_kernel(
     NUM_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     PADDED_GROUP: tl.constexpr,
-    TILE: tl.constexpr,
-    ONE_TILE: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PIECE: tl.constexpr,
+    PIECES: tl.constexpr,
     FILL: tl.constexpr,
     ALIGN: tl.constexpr,
 ) -> None:
@@ -156,32 +157,20 @@ def _select_kernel(
     choose = (count > 0) & (num_full > count)
     if choose:
         # They are multiples already; now the compiler knows, and reads 16 bytes at once.
-        first = tl.load(first_B + b) // ALIGN * ALIGN
-        stride = num_columns // ALIGN * ALIGN
-        logits_GP = logits_HGX + head * GROUP * stride + first
-        num_keys = tl.cdiv(num_full, ALIGN) * ALIGN
-        first_recent = num_full - recent_pages
-        if ONE_TILE:
-            id_W = tl.arange(0, TILE)
-            score_W = _scores(logits_GP, id_W, num_full, num_keys, stride, GROUP)
-            keys = page_keys(score_W, id_W, num_full, sink_pages, first_recent)
-        else:
-            keys = keys_HX + head * stride + first
-            _store_keys(
-                logits_GP,
-                keys,
-                num_full,
-                num_keys,
-                stride,
-                sink_pages,
-                first_recent,
-                GROUP,
-                PADDED_GROUP,
-                max(1, TILE // PADDED_GROUP),
-            )
+        first, stride = tl.load(first_B + b) // ALIGN * ALIGN, num_columns // ALIGN * ALIGN
+        logits = logits_HGX + head * GROUP * stride + first, stride, num_full, ALIGN
+        softmax = _softmax(logits, GROUP, PADDED_GROUP, COLUMNS)
+        forced = sink_pages, num_full - recent_pages
+        keys = ()
+        for i in tl.static_range(PIECES):
+            if i * PIECE < num_full:
+                key_W = _keys(i * PIECE, logits, softmax, forced, GROUP, PADDED_GROUP, PIECE)
+            else:
+                key_W = tl.full([PIECE], -1, tl.int32)
+            keys = keys + (key_W,)  # noqa: RUF005  # the compiler knows no unpacking
         num_forced = tl.minimum(sink_pages + recent_pages, num_full)
-        last_key, num_last = bisect(keys, num_keys, count, num_forced, GROUP, TILE, ONE_TILE)
-        write_ids(keys, num_keys, last_key, num_last, out_K, TILE, ONE_TILE)
+        threshold = find_threshold(keys, count, num_full, num_forced, GROUP, PIECE, PIECES)
+        write_ids(keys, threshold, count, out_K, PIECE, PIECES)
     num_chosen = tl.where(choose, count, 0)
     for start in range(0, num_selected, FILL):
         place_W = start + tl.arange(0, FILL)
@@ -190,96 +179,61 @@ def _select_kernel(
 
 
 @triton.jit
-def _load(
-    logits: tl.tensor, id_W: tl.tensor, wanted: tl.tensor, num_full: tl.tensor, num_keys: tl.tensor
-) -> tl.tensor:
+def _load(logits: tl.tensor, ids: tl.tensor, wanted: tl.tensor, of: tl.tuple) -> tl.tensor:
     """Logits, -inf for what is no page. What lies beyond the last page is read and not used, since
     only a mask of whole groups leaves the reads wide."""
-    logits_W = tl.load(logits + id_W, mask=wanted & (id_W < num_keys), other=float("-inf"))
-    return tl.where(id_W < num_full, logits_W, float("-inf"))
-
-
-@triton.jit
-def _share(sum_X: tl.tensor) -> tl.tensor:
-    """What a weight of 1 is worth; 0 where the sum is not a number or nothing."""
-    return tl.where(sum_X > 0.0, 1.0 / tl.where(sum_X > 0.0, sum_X, 1.0), 0.0)
-
-
-@triton.jit
-def _scores(
-    logits_GP: tl.tensor,
-    id_W: tl.tensor,
-    num_full: tl.tensor,
-    num_keys: tl.tensor,
-    stride: tl.tensor,
-    GROUP: tl.constexpr,
-) -> tl.tensor:
-    """Sums of softmax weights, where one tile holds all pages: every logit is read once."""
-    score_W = tl.zeros([id_W.shape[0]], tl.float32)
-    ahead_W = _load(logits_GP, id_W, GROUP > 0, num_full, num_keys)
-    for g in range(GROUP):
-        logit_W = ahead_W
-        # The next head's logits travel while this one's are summed.
-        logits_GP += stride
-        ahead_W = _load(logits_GP, id_W, g + 1 < GROUP, num_full, num_keys)
-        weight_W = tl.exp2((logit_W - tl.max(logit_W, axis=0)) * _LOG2_E)
-        share = _share(tl.sum(weight_W, axis=0))
-        score_W += tl.where(share > 0.0, weight_W * share, 0.0)
-    return score_W
-
-
-@triton.jit
-def _store_keys(
-    logits_GP: tl.tensor,
-    keys_P: tl.tensor,
-    num_full: tl.tensor,
-    num_keys: tl.tensor,
-    stride: tl.tensor,
-    sink_pages: tl.int32,
-    first_recent: tl.tensor,
-    GROUP: tl.constexpr,
-    PADDED_GROUP: tl.constexpr,
-    TILE_COLUMNS: tl.constexpr,
-) -> None:
-    """Keys of any number of pages, where every logit is read twice."""
-    head_G1 = tl.arange(0, PADDED_GROUP)[:, None]
-    logits_G1 = logits_GP + head_G1 * stride
-    peak_G1, share_G1 = _softmax(
-        logits_G1, head_G1 < GROUP, num_full, num_keys, PADDED_GROUP, TILE_COLUMNS
-    )
-    for start in range(0, num_keys, TILE_COLUMNS):
-        id_W = start + tl.arange(0, TILE_COLUMNS)
-        logit_GW = _load(logits_G1, id_W[None, :], head_G1 < GROUP, num_full, num_keys)
-        weight_GW = tl.exp2((logit_GW - peak_G1) * _LOG2_E) * share_G1
-        score_W = tl.sum(tl.where(share_G1 > 0.0, weight_GW, 0.0), axis=0)
-        key_W = page_keys(score_W, id_W, num_full, sink_pages, first_recent)
-        tl.store(keys_P + id_W, key_W, mask=id_W < num_keys)
-    tl.debug_barrier()  # other threads read them
+    _, _, num_full, align = of
+    is_near = wanted & (ids < tl.cdiv(num_full, align) * align)
+    found = tl.load(logits + ids, mask=is_near, other=float("-inf"))
+    return tl.where(ids < num_full, found, float("-inf"))
 
 
 @triton.jit
 def _softmax(
-    logits_G1: tl.tensor,
-    real_G1: tl.tensor,
-    num_full: tl.tensor,
-    num_keys: tl.tensor,
-    PADDED_GROUP: tl.constexpr,
-    TILE_COLUMNS: tl.constexpr,
+    logits: tl.tuple, GROUP: tl.constexpr, PADDED_GROUP: tl.constexpr, COLUMNS: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor]:
-    """The peak of each query head, and the share of a page that has it.
+    """The peak of each query head, and the share of a page that has it (0 where the sum is not a
+    number or nothing), both (G,).
 
     Every place of the tile has a running softmax of its own: no sum over threads before the end.
     """
-    peak_GW = tl.full([PADDED_GROUP, TILE_COLUMNS], _LOWEST, tl.float32)
-    sum_GW = tl.zeros([PADDED_GROUP, TILE_COLUMNS], tl.float32)
-    for start in range(0, num_keys, TILE_COLUMNS):
-        id_1W = start + tl.arange(0, TILE_COLUMNS)[None, :]
-        logit_GW = _load(logits_G1, id_1W, real_G1, num_full, num_keys)
+    logits_GP, stride, num_full, _ = logits
+    head_G1 = tl.arange(0, PADDED_GROUP)[:, None]
+    logits_G1 = logits_GP + head_G1 * stride
+    peak_GW = tl.full([PADDED_GROUP, COLUMNS], _LOWEST, tl.float32)
+    sum_GW = tl.zeros([PADDED_GROUP, COLUMNS], tl.float32)
+    for start in range(0, num_full, COLUMNS):
+        id_1W = start + tl.arange(0, COLUMNS)[None, :]
+        logit_GW = _load(logits_G1, id_1W, head_G1 < GROUP, logits)
         rise_GW = logit_GW - peak_GW
         # Of the two weights one is 1: it is the peak's.
         weight_GW = tl.exp2(-tl.abs(rise_GW) * _LOG2_E)
         sum_GW = tl.where(rise_GW > 0.0, sum_GW * weight_GW + 1.0, sum_GW + weight_GW)
         peak_GW = tl.maximum(peak_GW, logit_GW)
-    peak_G1 = tl.max(peak_GW, axis=1)[:, None]
-    sum_G = tl.sum(sum_GW * tl.exp2((peak_GW - peak_G1) * _LOG2_E), axis=1)
-    return peak_G1, _share(sum_G)[:, None]
+    peak_G = tl.max(peak_GW, axis=1)
+    sum_G = tl.sum(sum_GW * tl.exp2((peak_GW - peak_G[:, None]) * _LOG2_E), axis=1)
+    return peak_G, tl.where(sum_G > 0.0, 1.0 / tl.where(sum_G > 0.0, sum_G, 1.0), 0.0)
+
+
+@triton.jit
+def _keys(
+    start: tl.constexpr,
+    logits: tl.tuple,
+    softmax: tl.tuple,
+    forced: tl.tuple,
+    GROUP: tl.constexpr,
+    PADDED_GROUP: tl.constexpr,
+    PIECE: tl.constexpr,
+) -> tl.tensor:
+    """Keys of the pages from ``start`` on, in the order of the sums of their softmax weights."""
+    logits_GP, stride, num_full, _ = logits
+    peak_G, share_G = softmax
+    id_W, heads = start + tl.arange(0, PIECE), tl.arange(0, PADDED_GROUP)
+    score_W = tl.zeros([PIECE], tl.float32)
+    for g in tl.static_range(GROUP):
+        logit_W = _load(logits_GP + g * stride, id_W, PIECE > 0, logits)
+        peak = tl.sum(tl.where(heads == g, peak_G, 0.0), axis=0)
+        share = tl.sum(tl.where(heads == g, share_G, 0.0), axis=0)
+        weight_W = tl.exp2((logit_W - peak) * _LOG2_E) * share
+        score_W += tl.where(share > 0.0, weight_W, 0.0)
+    return page_keys(score_W, id_W, num_full, *forced)

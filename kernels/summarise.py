@@ -10,13 +10,13 @@ import triton.language as tl
 from torch import Tensor
 
 from sparsed.kernels import reference_estimate as reference
-from sparsed.kernels.estimate import row_bytes
-from sparsed.kernels.levels import MIN_SCALE
+from sparsed.kernels.estimate import DIM_ALIGN, row_bytes
+from sparsed.kernels.levels import MIN_SCALE, WHOLE
 
 _CODE_ZERO = tl.constexpr(reference.CODE_ZERO)
 _MAX_CODE = tl.constexpr(float(reference.MAX_CODE))
 _MIN_SCALE = tl.constexpr(MIN_SCALE)
-_WHOLE = tl.constexpr(1.5 * 2**23)  # a float32 of this size has no room for less than whole steps
+_WHOLE = tl.constexpr(WHOLE)
 
 
 def summarise_pages(
@@ -29,11 +29,11 @@ def summarise_pages(
     store_SY: Tensor,
 ) -> None:
     """Keep the mean key of each page, less its lane's centre and in its lane's basis. The lane of
-    a page row is ``row // P % N``; of a negative one nothing is kept, nor read. Of a page row that is given twice one page's codes stay, with
-    any one's scale.
+    a page row is ``row // P % N``; of a negative one nothing is kept, nor read. Of a page row that is
+    given twice one page's codes stay, with any one's scale.
 
     Shapes: pages (M, T, 2, D) contiguous, every token valid; page rows (M,) int64; basis (N, D, R)
-    and centre (N, D) float32, contiguous, R a multiple of 4; store (S, Y) uint8, Y as
+    and centre (N, D) float32, contiguous, R a multiple of 8; store (S, Y) uint8, Y as
     ``kernels.estimate.row_bytes`` says.
     Changes: store, on the current stream.
     Errors: AssertionError on other shapes or dtypes.
@@ -42,7 +42,7 @@ def summarise_pages(
     num_lanes, head_dim, num_dims = basis_NDR.shape
     assert pages_MTCD.is_contiguous() and pages_MTCD.shape[2:] == (2, head_dim)
     assert page_rows_M.shape == pages_MTCD.shape[:1] and page_rows_M.dtype == torch.int64
-    assert page_rows_M.is_contiguous() and num_dims % 4 == 0
+    assert page_rows_M.is_contiguous() and num_dims % DIM_ALIGN == 0
     assert centre_ND.shape == (num_lanes, head_dim)
     assert basis_NDR.dtype == centre_ND.dtype == torch.float32
     assert basis_NDR.is_contiguous() and centre_ND.is_contiguous() and store_SY.is_contiguous()
@@ -128,7 +128,8 @@ def _summarise_kernel(
     scale = tl.maximum((peak / _MAX_CODE).to(tl.float16).to(tl.float32), _MIN_SCALE)
     code_R = _code(low_R, scale) | (_code(high_R, scale) << 4)
     row_Y = store_SY + row * (PAGES * (HALF_DIMS + 2))
-    tl.store(row_Y + halves * PAGES + place, code_R.to(tl.uint8), mask=halves < HALF_DIMS)
+    byte_R = (halves // 4 * PAGES + place) * 4 + halves % 4
+    tl.store(row_Y + byte_R, code_R.to(tl.uint8), mask=halves < HALF_DIMS)
     scales_P = (row_Y + HALF_DIMS * PAGES).to(tl.pointer_type(tl.float16))
     tl.store(scales_P + place, scale.to(tl.float16))
 

@@ -1,11 +1,9 @@
-"""The best pages of one lane without a sort: by bisection on the bits of their scores.
+"""The best pages of one lane without a sort: by search for the lowest score that is selected.
 
-Two numbers name them: the lowest key that is selected, and how many of the pages that have it.
+Scores are compared as integers, keys; ``keys`` is a tuple of pieces, one after the other, with -1
+for what is no page.
 
-``keys`` is the tile itself where one tile holds all of them, else where they are read from; then
-there are ``num_keys``, a multiple of what is read at once, -1 for what is no page.
-
-Shape legend: P pages of a request, W pages of a tile, K selected pages, X any.
+Shape legend: W pages of a piece, K selected pages, X any.
 """
 
 import triton
@@ -17,6 +15,8 @@ _SMALLEST = tl.constexpr(SMALLEST_SCORE)
 _SMALLEST_BITS = tl.constexpr((127 - 40) << 23)  # of that float32
 _FORCED = tl.constexpr(2**31 - 1)  # key of a page that is always selected
 _SLACK = tl.constexpr(1.01)  # far more than the rounding of a sum of probabilities
+_COUNT_BITS = tl.constexpr(20)  # three counts share 64 bits
+_COUNT_MASK = tl.constexpr((1 << 20) - 1)
 
 
 @triton.jit
@@ -41,100 +41,111 @@ def page_keys(
 
 
 @triton.jit
-def bisect(
-    keys: tl.tensor,
-    num_keys: tl.tensor,
+def find_threshold(
+    keys: tl.tuple,
     count: tl.tensor,
+    num_full: tl.tensor,
     num_forced: tl.tensor,
     GROUP: tl.constexpr,
-    TILE: tl.constexpr,
-    ONE_TILE: tl.constexpr,
+    PIECE: tl.constexpr,
+    PIECES: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
-    """The lowest key that is selected, and how many pages of that key at most.
+    """The highest key that ``count`` pages reach, and how many reach it: more only where some have
+    that very key.
 
-    It is the highest key that ``count`` pages reach. The weights of all pages add up to the group,
-    so n pages of score s mean n * s <= GROUP: the search begins there.
+    Every round cuts what is left into four. The weights of all pages add up to the group, so n
+    pages of score s mean n * s <= GROUP: the search begins there.
     """
     need = count - num_forced
-    low = tl.where(need > 0, 0, _FORCED)
+    low, reached = tl.where(need > 0, 0, _FORCED), tl.where(need > 0, num_full, num_forced)
     bound = _SLACK * GROUP / tl.maximum(need, 1).to(tl.float32)
     high = tl.where(need > 0, _key(bound), _FORCED)
-    above = count * 0  # pages above ``high``, once it has fallen: before, no page is on it
-    while low < high:
-        middle = low + ((high - low + 1) >> 1)
-        found = _count_from(keys, middle, num_keys, TILE, ONE_TILE)
-        above = tl.where(found < count, found, above)
-        low = tl.where(found < count, low, middle)
-        # Exactly as many as are wanted: done, there is nothing to cut.
-        high = tl.where(found < count, middle - 1, tl.where(found == count, middle, high))
-    return low, count - above
-
-
-@triton.jit
-def _load_keys(
-    keys_P: tl.tensor, start: tl.int32, num_keys: tl.tensor, TILE: tl.constexpr
-) -> tl.tensor:
-    id_W = start + tl.arange(0, TILE)
-    return tl.load(keys_P + id_W, mask=id_W < num_keys, other=-1)
+    while (low < high) & (reached > count):
+        step = ((high - low - 1) >> 2) + 1
+        first, second = low + step, tl.minimum(low + step * 2, high)
+        third = tl.minimum(second + step, high)
+        found = _count_from(keys, first, second, third, PIECE, PIECES)
+        for i in tl.static_range(3):
+            least = first if i == 0 else (second if i == 1 else third)
+            number = ((found >> (i * _COUNT_BITS)) & _COUNT_MASK).to(tl.int32)
+            reached = tl.where(number >= count, number, reached)
+            low = tl.where(number >= count, least, low)
+            high = tl.where(number < count, tl.minimum(high, least - 1), high)
+    return low, reached
 
 
 @triton.jit
 def _count_from(
-    keys: tl.tensor,
-    least: tl.tensor,
-    num_keys: tl.tensor,
-    TILE: tl.constexpr,
-    ONE_TILE: tl.constexpr,
+    keys: tl.tuple,
+    first: tl.tensor,
+    second: tl.tensor,
+    third: tl.tensor,
+    PIECE: tl.constexpr,
+    PIECES: tl.constexpr,
 ) -> tl.tensor:
-    """How many keys are ``least`` or more."""
-    if ONE_TILE:
-        found_W = (keys >= least).to(tl.int32)
-    else:
-        found_W = tl.zeros([TILE], tl.int32)
-        for start in range(0, num_keys, TILE):
-            found_W += (_load_keys(keys, start, num_keys, TILE) >= least).to(tl.int32)
-    return tl.sum(found_W, axis=0)
+    """How many keys reach each of three, in one number."""
+    first_W = tl.zeros([PIECE], tl.int32)
+    second_W, third_W = first_W, first_W
+    for i in tl.static_range(PIECES):
+        first_W += (keys[i] >= first).to(tl.int32)
+        second_W += (keys[i] >= second).to(tl.int32)
+        third_W += (keys[i] >= third).to(tl.int32)
+    found_W = first_W.to(tl.int64) + (second_W.to(tl.int64) << _COUNT_BITS)
+    return tl.sum(found_W + (third_W.to(tl.int64) << (2 * _COUNT_BITS)), axis=0)
 
 
 @triton.jit
 def write_ids(
-    keys: tl.tensor,
-    num_keys: tl.tensor,
-    last_key: tl.tensor,
-    num_last: tl.tensor,
+    keys: tl.tuple,
+    threshold: tl.tuple,
+    count: tl.tensor,
     out_K: tl.tensor,
-    TILE: tl.constexpr,
-    ONE_TILE: tl.constexpr,
+    PIECE: tl.constexpr,
+    PIECES: tl.constexpr,
 ) -> None:
-    """Write the ids of all keys above ``last_key`` and of the first ``num_last`` keys at it."""
-    if ONE_TILE:
-        _write_tile(keys, 0, last_key, num_last, num_keys * 0, num_keys * 0, out_K, TILE)
+    """Write the ids of ``count`` keys: those above the threshold, and the first of those on it."""
+    last, reached = threshold
+    if reached == count:
+        _write_all(keys, last, out_K, PIECE, PIECES)
     else:
-        above = num_keys * 0
-        equal = num_keys * 0
-        for start in range(0, num_keys, TILE):
-            key_W = _load_keys(keys, start, num_keys, TILE)
-            above, equal = _write_tile(key_W, start, last_key, num_last, above, equal, out_K, TILE)
+        _write_first(keys, last, count, out_K, PIECE, PIECES)
 
 
 @triton.jit
-def _write_tile(
-    key_W: tl.tensor,
-    start: tl.int32,
-    last_key: tl.tensor,
-    num_last: tl.tensor,
-    above: tl.tensor,
-    equal: tl.tensor,
+def _write_all(
+    keys: tl.tuple, last: tl.tensor, out_K: tl.tensor, PIECE: tl.constexpr, PIECES: tl.constexpr
+) -> None:
+    """Write the ids of all keys from ``last`` on, in the order of their places in a piece."""
+    chosen_W = tl.zeros([PIECE], tl.int32)
+    for i in tl.static_range(PIECES):
+        chosen_W += (keys[i] >= last).to(tl.int32)
+    place_W = tl.cumsum(chosen_W, axis=0) - chosen_W
+    for i in tl.static_range(PIECES):
+        is_chosen_W = keys[i] >= last
+        tl.store(out_K + place_W, i * PIECE + tl.arange(0, PIECE), mask=is_chosen_W)
+        place_W += is_chosen_W.to(tl.int32)
+
+
+@triton.jit
+def _write_first(
+    keys: tl.tuple,
+    last: tl.tensor,
+    count: tl.tensor,
     out_K: tl.tensor,
-    TILE: tl.constexpr,
-) -> tuple[tl.tensor, tl.tensor]:
-    """Write the selected ids of a tile; return how many keys above and at the last one so far."""
-    # Two counts in a word, so that one scan numbers both.
-    both_W = (key_W > last_key).to(tl.int32) + ((key_W == last_key).to(tl.int32) << 16)
-    before_W = tl.cumsum(both_W, axis=0) - both_W
-    above_W, equal_W = above + (before_W & 0xFFFF), equal + (before_W >> 16)
-    chosen_W = (key_W > last_key) | ((key_W == last_key) & (equal_W < num_last))
-    place_W = above_W + tl.minimum(equal_W, num_last)
-    tl.store(out_K + place_W, start + tl.arange(0, TILE), mask=chosen_W)
-    total = tl.sum(both_W, axis=0)
-    return above + (total & 0xFFFF), equal + (total >> 16)
+    PIECE: tl.constexpr,
+    PIECES: tl.constexpr,
+) -> None:
+    """Write the ids of all keys above ``last``, and of the first at it, until there are ``count``."""
+    above_W = tl.zeros([PIECE], tl.int32)
+    for i in tl.static_range(PIECES):
+        above_W += (keys[i] > last).to(tl.int32)
+    num_last = count - tl.sum(above_W, axis=0)
+    place, passed = count * 0, count * 0
+    for i in tl.static_range(PIECES):
+        is_last_W = (keys[i] == last).to(tl.int32)
+        rank_W = passed + tl.cumsum(is_last_W, axis=0) - is_last_W
+        is_chosen_W = ((keys[i] > last) | ((is_last_W > 0) & (rank_W < num_last))).to(tl.int32)
+        place_W = place + tl.cumsum(is_chosen_W, axis=0) - is_chosen_W
+        tl.store(out_K + place_W, i * PIECE + tl.arange(0, PIECE), mask=is_chosen_W > 0)
+        passed += tl.sum(is_last_W, axis=0)
+        place += tl.sum(is_chosen_W, axis=0)

@@ -7,7 +7,7 @@ from typing import Final
 
 from sparsed.core import BLOCK_TOKENS, DTYPE_BYTES, ModelShape, SparseMethod
 
-KEPT_DIMS: Final = 40  # of a page's mean key, four bits each; a multiple of 4
+KEPT_DIMS: Final = 40  # of a page's mean key, four bits each; a multiple of 8
 SCALE_BYTES: Final = 2  # float16
 
 
@@ -71,7 +71,7 @@ class Geometry:
     @property
     def kept_dims(self) -> int:
         """Dims in which a page's mean key is kept: fewer than ``KEPT_DIMS`` in small heads."""
-        return min(KEPT_DIMS, self.head_dim // 4 * 4)
+        return min(KEPT_DIMS, self.head_dim // 8 * 8)
 
     def summary_bytes_per_frame(self, method: str) -> int:
         """Of a page the mean key in few dims of four bits and a scale, or two vectors of head_dim;

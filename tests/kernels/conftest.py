@@ -454,10 +454,13 @@ def select_case(
 
 
 def selected_by(select: Callable[..., None], case: dict[str, object]) -> Tensor:
-    """What ``select`` writes into an output of its own."""
+    """What ``select`` writes into an output of its own, rising; -1 must come last."""
     out_BHK = torch.full_like(case["out_BHK"], 77)
     select(**{**case, "out_BHK": out_BHK})
-    return out_BHK
+    is_page_BHK, most = out_BHK >= 0, torch.iinfo(torch.int32).max
+    assert not (is_page_BHK.diff(dim=-1) & is_page_BHK[..., 1:]).any()
+    rising_BHK = out_BHK.masked_fill(~is_page_BHK, most).sort(dim=-1).values
+    return torch.where(rising_BHK == most, -1, rising_BHK)
 
 
 def _ranked_pages(case: dict[str, object]) -> Iterator[tuple[int, int, int, np.ndarray]]:
@@ -486,7 +489,7 @@ def naive_select(**case: object) -> Tensor:
 
 
 def fair_selections(out_BHK: Tensor, case: dict[str, object], *, slack: float) -> list[bool]:
-    """Whether each lane has as many as it wants, rising, and no other is better by ``slack``."""
+    """Whether each lane has as many as it wants, and no other is better by ``slack``."""
     fair = []
     for b, head, count, scores_P in _ranked_pages(case):
         ids = out_BHK[b, head, :count].tolist()
@@ -610,11 +613,12 @@ def estimate_case(
     lanes = num_frames * layers * heads
     means = random(lanes * frame_pages, num_dims, seed=seed + 1)
     codes, scales = reference_estimate.pack_means(means)
-    codes = codes.view(lanes, frame_pages, -1).transpose(1, 2).reshape(lanes, -1)
+    codes = codes.view(lanes, frame_pages, -1, 4).transpose(1, 2).reshape(lanes, -1)
     scales = scales.view(lanes, frame_pages).contiguous().view(torch.uint8)
     pages = torch.randint(1, row_frames * frame_pages, (requests,), generator=numbers)
     pages[0], pages[-1] = row_frames * frame_pages, pages[-1] if requests == 1 else 0
-    first = torch.cat((torch.tensor([4]), 4 + (pages + 3).cumsum(0)[:-1]))
+    widths = (pages + 7) // 4 * 4
+    first = 4 + widths.cumsum(0) - widths
     frames = torch.randperm(num_frames, generator=numbers).view(3, row_frames)
     return {
         "q_BHGD": random(requests, heads, group, dim, dtype=dtype, seed=seed + 2),
@@ -628,19 +632,21 @@ def estimate_case(
         "num_layers": layers,
         "pages_per_frame": frame_pages,
         "scale": 0.125,
-        "out_HGX": torch.full((heads, group, int(first[-1] + pages[-1]) + 5), math.nan),
+        "out_HGX": torch.full((heads, group, int(first[-1] + widths[-1])), math.nan),
     }
 
 
 def estimated_by(estimate: Callable[..., None], case: dict[str, object]) -> Tensor:
-    """What ``estimate`` writes into an output of its own."""
+    """What ``estimate`` writes into an output of its own, without what may be anything."""
     out_HGX = torch.full_like(case["out_HGX"], math.nan)
     estimate(**{**case, "out_HGX": out_HGX})
+    for first, pages in zip(case["first_B"].tolist(), case["num_full_B"].tolist(), strict=True):
+        out_HGX[..., first + pages : first + (pages + 3) // 4 * 4] = math.nan
     return out_HGX
 
 
 def naive_estimate(**case: object) -> Tensor:
-    """Page by page in float64."""
+    """Page by page in float64, queries in 127 steps of their largest value."""
     out_HGX = torch.full_like(case["out_HGX"], math.nan, device="cpu").double()
     q_BHGD, basis_HDR = (case[name].cpu().double() for name in ("q_BHGD", "basis_HDR"))
     store_MY, frames_RF = case["store_MY"].cpu(), case["frames_RF"].tolist()
@@ -649,10 +655,12 @@ def naive_estimate(**case: object) -> Tensor:
         for page, head in itertools.product(range(int(case["num_full_B"][b])), range(heads)):
             frame, place = frames_RF[row][page // per_frame], page % per_frame
             kept_Y = store_MY[(frame * case["num_layers"] + case["layer"]) * heads + head]
-            codes = kept_Y[: half * per_frame].view(half, per_frame)[:, place].int()
+            codes = kept_Y[: half * per_frame].view(-1, per_frame, 4)[:, place].flatten().int()
             scale = kept_Y[half * per_frame :].view(torch.float16)[place].double()
             mean_R = (torch.cat((codes & 15, codes >> 4)).double() - 8) * scale
-            logits_G = q_BHGD[b, head] @ basis_HDR[head] @ mean_R * case["scale"]
+            q_GR = q_BHGD[b, head] @ basis_HDR[head]
+            step_G1 = q_GR.abs().amax(1, keepdim=True) / 127
+            logits_G = (q_GR / step_G1).round() * step_G1 @ mean_R * case["scale"]
             out_HGX[head, :, int(case["first_B"][b]) + page] = logits_G
     return out_HGX
 

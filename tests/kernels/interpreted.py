@@ -281,11 +281,11 @@ SELECT_SHAPES = [
 ]
 
 
-@pytest.mark.parametrize("max_tile", [64, 8192])
+@pytest.mark.parametrize("max_piece", [64, 8192])
 @pytest.mark.parametrize(("seed", "shape"), list(enumerate(SELECT_SHAPES)), ids=str)
-def test_select(cases, seed, shape, max_tile):
+def test_select(cases, seed, shape, max_piece):
     def launch(**case):
-        select._launch(**case, max_tile=max_tile)
+        select._launch(**case, max_piece=max_piece)
 
     repeated = cases.select(**shape, ties=True, seed=seed)
     expected_BHK = cases.selected_by(reference_select.select_pages, repeated)
@@ -296,16 +296,16 @@ def test_select(cases, seed, shape, max_tile):
 
 # -inf - -inf is not a number, and that is what is tested.
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
-@pytest.mark.parametrize("max_tile", [64, 8192])
+@pytest.mark.parametrize("max_piece", [64, 8192])
 @pytest.mark.parametrize("broken", [float("nan"), float("inf"), float("-inf")])
-def test_select_without_broken_heads(cases, broken, max_tile):
+def test_select_without_broken_heads(cases, broken, max_piece):
     case = cases.select(pages=(200,), ties=True)
     case["count_B"][:], first = 30, int(case["first_B"])
     head_X = case["logits_HGX"][0, 1, first : first + 200]
     head_X[slice(None) if broken == float("-inf") else slice(70, 71)] = broken
     case["logits_HGX"][1, :, first : first + 200] = broken
     expected_BHK = cases.selected_by(reference_select.select_pages, case)
-    got_BHK = cases.selected_by(lambda **case: select._launch(**case, max_tile=max_tile), case)
+    got_BHK = cases.selected_by(lambda **case: select._launch(**case, max_piece=max_piece), case)
     assert torch.equal(got_BHK, expected_BHK)
     num_first = 30 - case["recent_pages"]
     assert got_BHK[0, 1, :num_first].tolist() == list(range(num_first))  # no reason to choose

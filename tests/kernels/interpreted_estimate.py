@@ -8,11 +8,11 @@ from sparsed.kernels import estimate, reference_estimate, summarise
 
 SHAPES = [
     {},
-    {"requests": 1, "group": 7, "dim": 80, "num_dims": 44, "frame_pages": 4},
+    {"requests": 1, "group": 7, "dim": 80, "num_dims": 48, "frame_pages": 4},
     {"group": 4, "dim": 128, "num_dims": 32, "frame_pages": 8, "layers": 3},
     {"heads": 3, "group": 1, "dim": 16, "num_dims": 16, "frame_pages": 1},
     {"row_frames": 40, "requests": 2},  # more pages than a tile
-    {"dim": 4, "num_dims": 4, "frame_pages": 2},
+    {"dim": 8, "num_dims": 8, "frame_pages": 2},
 ]
 
 
@@ -30,7 +30,7 @@ def test_estimate(cases, shape, dtype, seed):
 SUMMARISED = [
     {},
     {"page_size": 128, "dim": 80, "num_dims": 32, "pages": 9},
-    {"page_size": 16, "dim": 4, "num_dims": 4, "lanes": 1},
+    {"page_size": 16, "dim": 8, "num_dims": 8, "lanes": 1},
     {"page_size": 32, "dim": 128, "pages": 0},
 ]
 

@@ -14,7 +14,7 @@ from sparsed.kernels.summarise import summarise_pages
 
 SHAPES = [
     {},
-    {"requests": 1, "group": 7, "dim": 80, "num_dims": 44, "frame_pages": 4},
+    {"requests": 1, "group": 7, "dim": 80, "num_dims": 48, "frame_pages": 4},
     {"group": 4, "dim": 128, "num_dims": 32, "frame_pages": 8, "layers": 3},
     {"heads": 3, "group": 1, "num_dims": 64, "frame_pages": 1},
 ]
@@ -55,6 +55,7 @@ def test_estimate(cases, shape):
         ("rows_B", torch.zeros(3, dtype=torch.int64)),
         ("basis_HDR", torch.zeros(2, 64, 42)),
         ("out_HGX", torch.zeros(2, 4, 500)),
+        ("out_HGX", torch.zeros(2, 3, 502)),
         ("q_BHGD", torch.zeros(3, 2, 64, 3).transpose(2, 3)),
     ],
 )
