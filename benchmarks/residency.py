@@ -186,7 +186,7 @@ class Bench:
                 tail_slots_BH=resolved.tail_slots_BH.clone(),
                 tail_tokens_B=step.tail_tokens_B,
             )
-            placed_L.append(Placed(selected, None, None, False))
+            placed_L.append(Placed(selected, None, None))
         tiered, out_BHGD = steps.tiered, torch.zeros_like(q_BHGD)
         lse_BHG = torch.zeros(q_BHGD.shape[:3], device=q_BHGD.device)
         select_s = self._captured_s(lambda layer: now.select(layer, q_BHGD, inputs))

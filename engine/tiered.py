@@ -27,9 +27,8 @@ from sparsed.kernels.resolve import Resolved
 from sparsed.kernels.selected import (
     Selected,
     attend_hits,
-    attend_misses,
+    attend_rest,
     make_partials,
-    merge_selected,
 )
 from sparsed.kernels.store import store_tokens
 
@@ -57,13 +56,12 @@ class Coming(NamedTuple):
 
 
 class Placed(NamedTuple):
-    """Where the pages of a layer are. Hits may be read after ``foreseen``, misses after ``fetched``
-    (None: at once); without ``fetches`` all are hits."""
+    """Where the pages of a layer are. Hits may be read after ``foreseen``, misses and the partial
+    page after ``arrived`` (None: at once)."""
 
     selected: Selected
     foreseen: torch.cuda.Event | None
-    fetched: torch.cuda.Event | None
-    fetches: bool
+    arrived: torch.cuda.Event | None
 
 
 class TieredAttention:
@@ -170,14 +168,19 @@ class TieredAttention:
         if coming is not None:
             torch.cuda.current_stream(q_BHGD.device).wait_event(coming.has_slots)
         resolved = self.now.resolve(layer, pages_BHK, step.inputs, step_1=step.inputs.step_1)
-        fetched = self._fetch_beside(resolved, after=coming) if step.fetches else None
-        store_tokens(
-            self._cache.arena.pages_NTCD,
-            slots_BH=resolved.tail_slots_BH,
-            offsets_B=step.offsets_B,
-            k_BHD=k_BHD,
-            v_BHD=v_BHD,
-        )
+
+        def bring() -> None:
+            store_tokens(
+                self._cache.arena.pages_NTCD,
+                slots_BH=resolved.tail_slots_BH,
+                offsets_B=step.offsets_B,
+                k_BHD=k_BHD,
+                v_BHD=v_BHD,
+            )
+            if step.fetches:
+                self._fetch(resolved)
+
+        arrived = self._beside(bring, after=coming)
         selected = Selected(
             slots_BHK=resolved.slots_BHK,
             num_hits_BH=resolved.num_hits_BH,
@@ -186,7 +189,7 @@ class TieredAttention:
             tail_tokens_B=step.tail_tokens_B,
         )
         foreseen = None if coming is None else coming.fetched
-        return Placed(selected, foreseen, fetched, step.fetches)
+        return Placed(selected, foreseen, arrived)
 
     def attend(self, placed: Placed, q_BHGD: Tensor, *, out_BHGD: Tensor, lse_BHG: Tensor) -> None:
         """Attend to the placed pages and to the partial one: into ``out``, and the logs of the
@@ -196,10 +199,16 @@ class TieredAttention:
         partials = make_partials(selected, q_BHGD, page_size=page_size)
         _wait(placed.foreseen)
         attend_hits(q_BHGD, arena_NTCD, selected=selected, partials=partials, scale=scale)
-        if placed.fetches:
-            _wait(placed.fetched)
-            attend_misses(q_BHGD, arena_NTCD, selected=selected, partials=partials, scale=scale)
-        merge_selected(selected, partials, page_size=page_size, out_BHGD=out_BHGD, lse_BHG=lse_BHG)
+        _wait(placed.arrived)
+        attend_rest(
+            q_BHGD,
+            arena_NTCD,
+            selected=selected,
+            partials=partials,
+            scale=scale,
+            out_BHGD=out_BHGD,
+            lse_BHG=lse_BHG,
+        )
 
     def finish(self) -> None:
         """End a step: count what was fetched."""
@@ -218,18 +227,18 @@ class TieredAttention:
             self._trace.foretell(layer, pages_BHK)
         return ahead.resolve(layer, pages_BHK, step.inputs, step_1=step.before_1)
 
-    def _fetch_beside(self, resolved: Resolved, *, after: Coming | None) -> torch.cuda.Event | None:
-        """Fetch missing pages on the stream of fetches; what to wait for. ``after``: an earlier
-        fetch that may still be writing to slots that were taken from it."""
+    def _beside(self, run: Callable[[], None], *, after: Coming | None) -> torch.cuda.Event | None:
+        """Run on the stream of fetches; what to wait for. ``after``: an earlier fetch that may
+        still be writing to slots that were taken from it."""
         stream = self._fetch_stream
         if stream is None:
-            self._fetch(resolved)
+            run()
             return None
         stream.wait_stream(torch.cuda.current_stream(stream.device))
         if after is not None:
             stream.wait_event(after.fetched)
         with torch.cuda.stream(stream):
-            self._fetch(resolved)
+            run()
             event: torch.cuda.Event = stream.record_event()
             return event
 

@@ -227,23 +227,25 @@ def _resolve_kernel(
     count_C = count_classes(slots, TILE)
     num_wanted = num_misses + num_tails
     num_given = tl.minimum(num_wanted, slots_between(count_C, 0, _USED_CLASS))
-    give_away(count_C, num_given, victims_P, slots, TILE)
-    tl.debug_barrier()  # the victims, before they are read
     num_placed = tl.maximum(num_given - num_tails, 0)
-    is_placed_K = is_miss_K & (miss_rank_K < num_placed)
-    new_slot_K, new_tail_slot, first_miss = _serve(
-        (page_K, row_K, is_placed_K, victims_P + num_tails + miss_rank_K, step),
-        (tail_page, tail_row, num_given > num_placed, victims_P, _LOCKED_STEP),
-        (num_misses_1, num_placed),
-        tables,
-        place,
-    )
-    miss_K = first_miss + miss_rank_K
-    tl.store(miss_dst_M + miss_K, new_slot_K.to(tl.int64), mask=is_placed_K)
-    tl.store(miss_src_M + miss_K, row_K.to(tl.int64), mask=is_placed_K)
-    tl.store(slots_K + num_hits + miss_rank_K, new_slot_K, mask=is_placed_K)
+    if num_given > 0:
+        give_away(count_C, num_given, victims_P, slots, TILE)
+        tl.debug_barrier()  # the victims, before they are read
+        is_placed_K = is_miss_K & (miss_rank_K < num_placed)
+        new_slot_K, new_tail_slot, first_miss = _serve(
+            (page_K, row_K, is_placed_K, victims_P + num_tails + miss_rank_K, step),
+            (tail_page, tail_row, num_given > num_placed, victims_P, _LOCKED_STEP),
+            (num_misses_1, num_placed),
+            tables,
+            place,
+        )
+        miss_K = first_miss + miss_rank_K
+        tl.store(miss_dst_M + miss_K, new_slot_K.to(tl.int64), mask=is_placed_K)
+        tl.store(miss_src_M + miss_K, row_K.to(tl.int64), mask=is_placed_K)
+        tl.store(slots_K + num_hits + miss_rank_K, new_slot_K, mask=is_placed_K)
+        tail_slot = tl.maximum(tail_slot, new_tail_slot)
     tl.store(slots_K + k, -1, mask=(k >= num_hits + num_placed) & (k < num_columns))
-    tl.store(tail_slots_BH + tl.program_id(0), tl.maximum(tail_slot, new_tail_slot))
+    tl.store(tail_slots_BH + tl.program_id(0), tail_slot)
     tl.store(window_RLH + lane, recent_slots(count_C, num_given) + num_placed, mask=is_used)
     _add_demand(demand_RLH2 + lane * 2, num_misses, num_returns)
     _report(counters_4, count_C, num_hits + num_misses, num_misses, num_wanted, num_given)

@@ -1,8 +1,7 @@
 """Inputs of the kernels of sparse steps, but for those of ``resolve_cases``.
 
 Legend: I inputs in turn, B requests, H KV heads, G query heads per KV head, D head dim, R kept
-dims, X pages of all requests, K selected pages and E = K + 1 of them with the partial one, N lanes,
-M pages, S rows of a store of mean keys.
+dims, X pages of all requests, K selected pages, N lanes, M pages, S rows of a store of mean keys.
 """
 
 from __future__ import annotations
@@ -27,8 +26,8 @@ from sparsed.kernels.selected import (
     Partials,
     Selected,
     attend_hits,
+    attend_rest,
     make_partials,
-    merge_selected,
 )
 from sparsed.kernels.summarise import summarise_pages
 
@@ -46,7 +45,7 @@ def sparse_cases(setting: Setting) -> Iterator[Case]:
         yield from resolve_cases(step)
     if not on_cpu:  # there a step attends to all its pages at once
         yield from map(hits_case, steps)
-        yield from map(merge_case, steps)
+        yield from map(rest_case, steps)
     for step in steps:
         lanes = step.geometry.num_lanes
         yield summarise_case(setting, frames=step.batch, lanes=lanes, frame_pages=1)
@@ -126,15 +125,15 @@ def select_case(step: SparseStep) -> Case:
 
 
 def hits_case(step: SparseStep) -> Case:
-    """Attention to selected pages, all of them hot, and to a partial page that is just full."""
+    """Attention to selected pages, all of them hot."""
     setting, heads, dim = step.setting, step.setting.shape.num_kv_heads, step.setting.shape.head_dim
-    pages = step.num_selected + 1
+    pages = step.num_selected
     amount = step.num_lanes * pages * step.geometry.page_bytes + _partial_bytes(step)
 
     def make() -> Sequence[Work]:
         size = (setting.rotations(amount), step.batch, heads, pages)
         num_pages = size[0] * step.num_lanes * pages
-        slots_IBHE = permutation(setting, num_pages).int().view(size)
+        slots_IBHK = permutation(setting, num_pages).int().view(size)
         arena_NTCD = setting.random(num_pages, setting.page_size, 2, dim)
         q_BHGD = setting.random(step.batch, heads, setting.group, dim)
         return [
@@ -142,41 +141,47 @@ def hits_case(step: SparseStep) -> Case:
                 attend_hits,
                 q_BHGD,
                 arena_NTCD,
-                selected=(selected := _all_hits(step, slots_BHE)),
+                selected=(selected := _all_hits(step, slots_BHK, slots_BHK[..., 0])),
                 partials=make_partials(selected, q_BHGD, page_size=setting.page_size),
                 scale=dim**-0.5,
             )
-            for slots_BHE in slots_IBHE
+            for slots_BHK in slots_IBHK
         ]
 
-    return Case("attend_hits", _attended(step), Ceiling.COPY, amount, make)
+    words = f"{step.batch} x {pages} pages of {setting.page_size}"
+    return Case("attend_hits", words, Ceiling.COPY, amount, make)
 
 
-def merge_case(step: SparseStep) -> Case:
-    """The parts that ``attend_hits`` leaves, into one."""
+def rest_case(step: SparseStep) -> Case:
+    """A partial page that is just full, and the parts that ``attend_hits`` leaves, into one."""
     setting, heads, dim = step.setting, step.setting.shape.num_kv_heads, step.setting.shape.head_dim
     rows = step.num_lanes * setting.group
     amount = _partial_bytes(step) + rows * (dim * setting.dtype.itemsize + FLOAT_BYTES)
+    amount += step.num_lanes * step.geometry.page_bytes
 
     def make() -> Sequence[Work]:
         count = setting.rotations(amount)
         out_IBHGD = setting.random(count, step.batch, heads, setting.group, dim)
         lse_IBHG = torch.empty(out_IBHGD.shape[:4], device=setting.device)
-        size = (step.batch, heads, step.num_selected + 1)
-        selected = _all_hits(step, torch.zeros(size, device=setting.device, dtype=torch.int32))
+        arena_NTCD = setting.random(count * step.num_lanes, setting.page_size, 2, dim)
+        tails_IBH = permutation(setting, len(arena_NTCD)).int().view(count, step.batch, heads)
+        slots_BHK = tails_IBH.new_zeros((step.batch, heads, step.num_selected))
         return [
             partial(
-                merge_selected,
-                selected,
-                _random_partials(selected, out_BHGD, page_size=setting.page_size),
-                page_size=setting.page_size,
+                attend_rest,
+                out_BHGD.clone(),
+                arena_NTCD,
+                selected=(selected := _all_hits(step, slots_BHK, tails_BH)),
+                partials=_random_partials(selected, out_BHGD, page_size=setting.page_size),
+                scale=dim**-0.5,
                 out_BHGD=out_BHGD,
                 lse_BHG=lse_BHG,
             )
-            for out_BHGD, lse_BHG in zip(out_IBHGD, lse_IBHG, strict=True)
+            for out_BHGD, lse_BHG, tails_BH in zip(out_IBHGD, lse_IBHG, tails_IBH, strict=True)
         ]
 
-    return Case("merge_selected", _attended(step), Ceiling.COPY, amount, make)
+    words = f"{step.batch} x {step.num_selected} hits and a page of {setting.page_size}"
+    return Case("attend_rest", words, Ceiling.COPY, amount, make)
 
 
 def summarise_case(setting: Setting, *, frames: int, lanes: int, frame_pages: int) -> Case:
@@ -217,25 +222,19 @@ def summarise_case(setting: Setting, *, frames: int, lanes: int, frame_pages: in
     return Case("summarise_pages", words, Ceiling.COPY, amount, make)
 
 
-def _attended(step: SparseStep) -> str:
-    return f"{step.batch} x {step.num_selected + 1} pages of {step.setting.page_size}"
-
-
 def _partial_bytes(step: SparseStep) -> int:
-    """What ``attend_hits`` writes: of each split of the hits and of the partial page."""
-    splits = -(-step.num_selected * step.setting.page_size // SPLIT_TOKENS) + 1
+    """What ``attend_hits`` writes, of each split of the hits."""
+    splits = -(-step.num_selected * step.setting.page_size // SPLIT_TOKENS)
     row_bytes_ = (step.setting.shape.head_dim + 1) * FLOAT_BYTES
     return step.num_lanes * splits * step.setting.group * row_bytes_
 
 
-def _all_hits(step: SparseStep, slots_BHE: Tensor) -> Selected:
-    """The last of the slots is that of the partial page."""
-    num_selected = slots_BHE.shape[2] - 1
+def _all_hits(step: SparseStep, slots_BHK: Tensor, tail_slots_BH: Tensor) -> Selected:
     return Selected(
-        slots_BHK=slots_BHE[..., :num_selected].contiguous(),
-        num_hits_BH=torch.full_like(slots_BHE[..., 0], num_selected).contiguous(),
-        count_B=step.same(num_selected),
-        tail_slots_BH=slots_BHE[..., num_selected].contiguous(),
+        slots_BHK=slots_BHK,
+        num_hits_BH=torch.full_like(tail_slots_BH, step.num_selected).contiguous(),
+        count_B=step.same(step.num_selected),
+        tail_slots_BH=tail_slots_BH.contiguous(),
         tail_tokens_B=step.same(step.setting.page_size),
     )
 

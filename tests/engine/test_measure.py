@@ -51,7 +51,7 @@ MakeSpec = Callable[..., EngineSpec]
 TINY = dummy_config("dummy:tiny").shape
 LLAMA = dummy_config("dummy:llama-3.1-8b").shape
 SPARSE_KERNELS = {"estimate_pages", "select_pages", "resolve_pages", "summarise_pages"}
-HOT_KERNELS = {"attend_hits", "merge_selected"}  # where a sparse step is one graph
+HOT_KERNELS = {"attend_hits", "attend_rest"}  # where a sparse step is one graph
 
 
 # -- arithmetic ------------------------------------------------------------------------------

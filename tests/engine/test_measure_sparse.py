@@ -12,7 +12,7 @@ from sparsed.engine.measure.cases import Setting
 from sparsed.engine.measure.clock import MAX_RUNS, Clock
 from sparsed.engine.measure.kernels import measure_case
 from sparsed.engine.measure.resolve_cases import ResolveSteps, lane_slots, resolve_cases
-from sparsed.engine.measure.sparse_cases import hits_case, merge_case, sparse_cases
+from sparsed.engine.measure.sparse_cases import hits_case, rest_case, sparse_cases
 from sparsed.engine.measure.sparse_step import SparseStep
 from sparsed.engine.models.dummy import dummy_config
 
@@ -32,14 +32,15 @@ def test_cases_of_sparse_steps_move_what_their_names_say() -> None:
     """Two requests with 18 full pages of 16 in two lanes each, and 10 bytes for a mean key."""
     setting = setting_of(300)
     step = SparseStep(setting, 2)
-    cases = [*sparse_cases(setting), hits_case(step), merge_case(step)]
+    cases = [*sparse_cases(setting), hits_case(step), rest_case(step)]
     amounts = {(case.kernel, case.words): case.amount for case in cases}
     assert amounts == {
         ("estimate_pages", "2 x 300"): 4 * 18 * (10 + 2 * 4) + 2 * 16 * 16 * 4,
         ("select_pages", "2 x 300, 18 of 18 pages"): 4 * 18 * (2 + 1) * 4,
         ("resolve_pages", "2 x 18 pages in 24 slots, 0 new"): 4 * (24 + 3 + 4 * 18) * 4 + 2 * 3 * 4,
-        ("attend_hits", "2 x 19 pages of 16"): 4 * (19 * 16 * 2 * 16 * 4 + 3 * 2 * 17 * 4),
-        ("merge_selected", "2 x 19 pages of 16"): 4 * 2 * (3 * 17 * 4 + 17 * 4),
+        ("attend_hits", "2 x 18 pages of 16"): 4 * (18 * 16 * 2 * 16 * 4 + 2 * 2 * 17 * 4),
+        ("attend_rest", "2 x 18 hits and a page of 16"): 4
+        * (2 * (2 * 17 * 4 + 17 * 4) + 16 * 2 * 16 * 4),
         ("summarise_pages", "8 pages of 16, 4 lanes"): 8 * (16 * 16 * 4 + 10) + 4 * 16 * 17 * 4,
         ("summarise_pages", "64 pages of 16, 2 lanes"): 64 * (16 * 16 * 4 + 10) + 2 * 16 * 17 * 4,
     }
@@ -56,12 +57,12 @@ def test_some_pages_are_new_where_the_hot_tier_is_smaller() -> None:
 
 def test_attention_to_hits_and_its_merge_run() -> None:
     step = SparseStep(setting_of(300), 2)
-    for case in (hits_case(step), merge_case(step)):
+    for case in (hits_case(step), rest_case(step)):
         speed = measure_case(
             case, clock=Clock(torch.device("cpu")), ceilings=dict.fromkeys(Ceiling, 1e9)
         )
         assert speed is not None and speed.rate > 0
-    work = merge_case(step).make()[0]
+    work = rest_case(step).make()[0]
     assert isinstance(work, partial)
     out_BHGD, lse_BHG = work.keywords["out_BHGD"], work.keywords["lse_BHG"]
     lse_BHG.fill_(float("nan"))

@@ -17,6 +17,7 @@ from sparsed.kernels.resident import BLOCK_TOKENS, ResidentPlan
 from sparsed.kernels.resolve import Resolved
 from sparsed.kernels.sample import DrawPlan
 from sparsed.kernels.seal import Sealed
+from sparsed.kernels.selected import Selected, make_partials
 from sparsed.kernels.tables import FREE_STEP, PageTables
 
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -90,6 +91,41 @@ def naive_attend(
             lse_BHG[request, head] = logits_GW.logsumexp(1)
             o_BHGD[request, head] = logits_GW.softmax(1) @ v_WD
     return o_BHGD, lse_BHG
+
+
+def attended_by(
+    attend_hits: Callable[..., None],
+    attend_rest: Callable[..., None],
+    case: dict[str, object],
+    *,
+    seed: int,
+) -> tuple[Tensor, Tensor]:
+    """Attention to the pages of a case of ``attend_pages``, some of them hits, in two parts; the
+    last request does not take part, and what it has stays 7."""
+    q_BHGD, slots_BHE = case["q_BHGD"], case["slots_BHK"]
+    generator = torch.Generator().manual_seed(seed)
+    num_selected = slots_BHE.shape[2] - 1
+    hits_BH = torch.randint(0, num_selected + 1, slots_BHE.shape[:2], generator=generator)
+    hits_BH[0, 0] = num_selected
+    count_B = torch.full((len(q_BHGD),), num_selected, dtype=torch.int32)
+    count_B[-1] = 0
+    selected = Selected(
+        slots_BHK=slots_BHE[..., :-1].contiguous(),
+        num_hits_BH=hits_BH.int().to(q_BHGD.device),
+        count_B=count_B.to(q_BHGD.device),
+        tail_slots_BH=slots_BHE[..., -1].contiguous(),
+        tail_tokens_B=case["tail_tokens_B"],
+    )
+    page_size = case["arena_NTCD"].shape[1]
+    partials = make_partials(selected, q_BHGD, page_size=page_size)
+    for part in partials:
+        part.fill_(math.nan)  # what nothing was written to must not count
+    out_BHGD, lse_BHG = torch.full_like(q_BHGD, 7), q_BHGD.new_full(q_BHGD.shape[:3], 7).float()
+    given = q_BHGD, case["arena_NTCD"], selected, partials, case["scale"]
+    attend_hits(*given)
+    attend_rest(*given, out_BHGD, lse_BHG)
+    assert (out_BHGD[-1] == 7).all() and (lse_BHG[-1] == 7).all()
+    return out_BHGD[:-1], lse_BHG[:-1]
 
 
 def naive_copy(dst_RX: Tensor, src_RX: Tensor, *, dst_rows_M: Tensor, src_rows_M: Tensor) -> Tensor:
@@ -454,9 +490,14 @@ def select_case(
 
 
 def selected_by(select: Callable[..., None], case: dict[str, object]) -> Tensor:
-    """What ``select`` writes into an output of its own, rising; -1 must come last."""
+    """What ``select`` writes into an output of its own, rising."""
     out_BHK = torch.full_like(case["out_BHK"], 77)
     select(**{**case, "out_BHK": out_BHK})
+    return rising(out_BHK)
+
+
+def rising(out_BHK: Tensor) -> Tensor:
+    """Ids in order; -1 must come last, and stays there."""
     is_page_BHK, most = out_BHK >= 0, torch.iinfo(torch.int32).max
     assert not (is_page_BHK.diff(dim=-1) & is_page_BHK[..., 1:]).any()
     rising_BHK = out_BHK.masked_fill(~is_page_BHK, most).sort(dim=-1).values
@@ -733,6 +774,7 @@ def cases() -> SimpleNamespace:
         random_slots=random_slots,
         split_query=split_query,
         attend=attend_case,
+        attended_by=attended_by,
         naive_attend=naive_attend,
         naive_copy=naive_copy,
         naive_store=naive_store,
@@ -757,6 +799,7 @@ def cases() -> SimpleNamespace:
         uniforms=uniforms,
         select=select_case,
         selected_by=selected_by,
+        rising=rising,
         naive_select=naive_select,
         fair_selections=fair_selections,
         numpy_uniforms=numpy_uniforms,

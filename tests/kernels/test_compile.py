@@ -224,21 +224,15 @@ def launch_select(group: int, max_pages: int) -> None:
     )
 
 
-def launch_selected(dim: int, dtype: torch.dtype, *, page_size: int, misses: bool) -> None:
+def launch_selected(dim: int, dtype: torch.dtype, *, page_size: int) -> None:
     q_BHGD = torch.zeros(2, 8, 4, dim, dtype=dtype)
     ints_B, ints_BH = torch.zeros(2, dtype=torch.int32), torch.zeros(2, 8, dtype=torch.int32)
     chosen = selected.Selected(ints_BH.new_zeros(2, 8, 255), ints_BH, ints_B, ints_BH, ints_B)
     partials = selected.make_partials(chosen, q_BHGD, page_size=page_size)
     arena_NTCD = torch.zeros(4, page_size, 2, dim, dtype=dtype)
-    selected._launch(q_BHGD, arena_NTCD, chosen, partials, 1.0, misses=misses)
-
-
-def launch_selected_merge(dim: int) -> None:
-    q_BHGD = torch.zeros(2, 8, 4, dim, dtype=BF16)
-    ints_B, ints_BH = torch.zeros(2, dtype=torch.int32), torch.zeros(2, 8, dtype=torch.int32)
-    chosen = selected.Selected(ints_BH.new_zeros(2, 8, 255), ints_BH, ints_B, ints_BH, ints_B)
-    partials = selected.make_partials(chosen, q_BHGD, page_size=8)
-    selected._launch_merge(chosen, partials, 8, q_BHGD, torch.zeros(2, 8, 4))
+    selected._launch_hits(q_BHGD, arena_NTCD, chosen, partials, 1.0)
+    lse_BHG = torch.zeros(2, 8, 4)
+    selected._launch_rest(q_BHGD, arena_NTCD, chosen, partials, 1.0, q_BHGD, lse_BHG)
 
 
 def launch_estimate(
@@ -313,10 +307,9 @@ LAUNCHES: dict[str, Callable[[], None]] = {
     "resolve 255 in 1,024": lambda: launch_resolve(255, 1024),
     "resolve 255 in 1,024, pages of 8": lambda: launch_resolve(255, 1024, page_size=8),
     "resolve 1,024 in 4,096": lambda: launch_resolve(1024, 4096),
-    "selected hits 128 bf16": lambda: launch_selected(128, BF16, page_size=8, misses=False),
-    "selected misses 128 bf16": lambda: launch_selected(128, BF16, page_size=8, misses=True),
-    "selected hits 64 fp32": lambda: launch_selected(64, FP32, page_size=32, misses=False),
-    "selected merge": lambda: launch_selected_merge(128),
+    "selected 128 bf16": lambda: launch_selected(128, BF16, page_size=8),
+    "selected 80 fp16": lambda: launch_selected(80, FP16, page_size=16),
+    "selected 64 fp32": lambda: launch_selected(64, FP32, page_size=32),
     "estimate 128 bf16": lambda: launch_estimate(128, BF16),
     "estimate 128 bf16, 32 dims": lambda: launch_estimate(128, BF16, group=8, num_dims=32),
     "estimate 128 bf16, 8 pages": lambda: launch_estimate(128, BF16, pages=8),

@@ -1,5 +1,6 @@
 """Estimates of pages from mean keys in few bits, and these: the twins, on a GPU the kernels."""
 
+import math
 import statistics
 
 import pytest
@@ -70,7 +71,8 @@ def test_packed_means_are_half_a_step_off(seed, scale):
     means_NR[0] = 0.0
     codes, scales_N = reference_estimate.pack_means(means_NR)
     assert codes.shape == (20, 4) and scales_N.dtype == torch.float16
-    row_Y = torch.cat((codes.T.flatten(), scales_N.view(torch.uint8)))
+    words = codes.view(20, -1, 4).transpose(0, 1)
+    row_Y = torch.cat((words.flatten(), scales_N.view(torch.uint8)))
     read_NR = reference_estimate.read_means(row_Y[None, None], pages_per_frame=20)[0]
     step_N1 = scales_N.float()[:, None]
     assert ((read_NR - means_NR).abs() <= 0.51 * step_N1).all()
@@ -81,7 +83,7 @@ def test_packed_means_are_half_a_step_off(seed, scale):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [*SHAPES, LARGE], ids=str)
 def test_estimate_on_a_gpu(cases, shape, dtype):
-    """Queries and basis are multiplied in 10 bits."""
+    """Few levels of a query lie where rounding decides."""
     case = cases.estimate(**shape, dtype=dtype)
     expected = cases.estimated_by(estimate_pages, case)
     got = cases.estimated_by(estimate_pages, to_gpu(case)).cpu()
@@ -93,6 +95,7 @@ def test_estimate_on_a_gpu(cases, shape, dtype):
 def test_estimate_in_a_graph(cases):
     """Lengths, rows and places change between replays."""
     case = to_gpu(cases.estimate(**LARGE))
+    case["out_HGX"] = torch.full((8, 4, 8 * 1040), math.nan, device="cuda")  # of any lengths
     estimate_pages(**case)  # compiled before the capture
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -103,10 +106,9 @@ def test_estimate_in_a_graph(cases):
         for name in ("q_BHGD", "rows_B", "num_full_B", "first_B"):
             case[name].copy_(other[name])
         expected = cases.estimated_by(estimate_pages, case)
-        case["out_HGX"].fill_(float("nan"))
         graph.replay()
-        width = min(expected.shape[-1], case["out_HGX"].shape[-1])
-        assert_close(case["out_HGX"][..., :width], expected[..., :width], equal_nan=True)
+        is_page = ~expected.isnan()
+        assert_close(case["out_HGX"][is_page], expected[is_page])
 
 
 SUMMARISED = [

@@ -10,7 +10,13 @@ import pytest
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", ["interpreted.py", "interpreted_resolve.py", "interpreted_estimate.py"]
+    "name",
+    [
+        "interpreted.py",
+        "interpreted_resolve.py",
+        "interpreted_estimate.py",
+        "interpreted_selected.py",
+    ],
 )
 def test_every_kernel_equals_its_twin(name: str) -> None:
     # The interpreter must be chosen before triton is first imported: a process of its own.
