@@ -1,4 +1,4 @@
-"""Keeps the mean keys of full pages, in few bits of few dims, as ``kernels.estimate`` reads them.
+"""Keeps the mean keys of full pages, in few bits of few dims, as ``kernels.mean_keys`` reads them.
 
 Shape legend: M pages, T tokens of a page, C = 2 (key, value), D head dim, N lanes, R kept dims,
 P pages of a frame, S rows of the store (lanes of frames), Y bytes of such a row.
@@ -9,9 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparsed.kernels import reference_estimate as reference
-from sparsed.kernels.estimate import DIM_ALIGN, row_bytes
+from sparsed.kernels import reference_mean_keys as reference
 from sparsed.kernels.levels import MIN_SCALE, WHOLE
+from sparsed.kernels.mean_keys import DIM_ALIGN, row_bytes
 
 _CODE_ZERO = tl.constexpr(reference.CODE_ZERO)
 _MAX_CODE = tl.constexpr(float(reference.MAX_CODE))
@@ -34,7 +34,7 @@ def summarise_pages(
 
     Shapes: pages (M, T, 2, D) contiguous, every token valid; page rows (M,) int64; basis (N, D, R)
     and centre (N, D) float32, contiguous, R a multiple of 8; store (S, Y) uint8, Y as
-    ``kernels.estimate.row_bytes`` says.
+    ``kernels.mean_keys.row_bytes`` says.
     Changes: store, on the current stream.
     Errors: AssertionError on other shapes or dtypes.
     Source: the mean key is ShadowKV's summary, arXiv 2410.21465; the low rank is ours.

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparsed.kernels import reference_estimate, sample
+from sparsed.kernels import reference_mean_keys, sample
 from sparsed.kernels.resident import BLOCK_TOKENS, ResidentPlan
 from sparsed.kernels.resolve import Resolved
 from sparsed.kernels.sample import DrawPlan
@@ -634,7 +634,7 @@ def decode_steps(
         step += int(numbers.choice([1, 1, 1, 1, 1, 2, 5, 80]))
 
 
-def estimate_case(
+def mean_keys_case(
     *,
     requests: int = 3,
     heads: int = 2,
@@ -644,22 +644,20 @@ def estimate_case(
     frame_pages: int = 16,
     row_frames: int = 9,
     layers: int = 2,
+    columns: int = 21,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> dict[str, object]:
-    """Arguments of ``estimate_pages``; NaN where nothing is to be written, and one request without
-    a full page."""
+    """Arguments of ``select_by_mean_keys``; one request has no full page."""
     numbers = torch.Generator().manual_seed(seed)
     num_frames = row_frames * 3
     lanes = num_frames * layers * heads
     means = random(lanes * frame_pages, num_dims, seed=seed + 1)
-    codes, scales = reference_estimate.pack_means(means)
+    codes, scales = reference_mean_keys.pack_means(means)
     codes = codes.view(lanes, frame_pages, -1, 4).transpose(1, 2).reshape(lanes, -1)
     scales = scales.view(lanes, frame_pages).contiguous().view(torch.uint8)
     pages = torch.randint(1, row_frames * frame_pages, (requests,), generator=numbers)
     pages[0], pages[-1] = row_frames * frame_pages, pages[-1] if requests == 1 else 0
-    widths = (pages + 7) // 4 * 4
-    first = 4 + widths.cumsum(0) - widths
     frames = torch.randperm(num_frames, generator=numbers).view(3, row_frames)
     return {
         "q_BHGD": random(requests, heads, group, dim, dtype=dtype, seed=seed + 2),
@@ -668,32 +666,30 @@ def estimate_case(
         "rows_B": torch.randint(0, 3, (requests,), generator=numbers).int(),
         "frames_RF": frames.int(),
         "num_full_B": pages.int(),
-        "first_B": first.int(),
+        "count_B": torch.randint(0, columns + 1, (requests,), generator=numbers).int(),
         "layer": layers - 1,
         "num_layers": layers,
         "pages_per_frame": frame_pages,
         "scale": 0.125,
-        "out_HGX": torch.full((heads, group, int(first[-1] + widths[-1])), math.nan),
+        "sink_pages": 1,
+        "recent_pages": 2,
+        "max_pages": row_frames * frame_pages,
+        "out_BHK": torch.full((requests, heads, columns), 77, dtype=torch.int32),
     }
 
 
-def estimated_by(estimate: Callable[..., None], case: dict[str, object]) -> Tensor:
-    """What ``estimate`` writes into an output of its own, without what may be anything."""
-    out_HGX = torch.full_like(case["out_HGX"], math.nan)
-    estimate(**{**case, "out_HGX": out_HGX})
-    for first, pages in zip(case["first_B"].tolist(), case["num_full_B"].tolist(), strict=True):
-        out_HGX[..., first + pages : first + (pages + 3) // 4 * 4] = math.nan
-    return out_HGX
-
-
-def naive_estimate(**case: object) -> Tensor:
-    """Page by page in float64, queries in 127 steps of their largest value."""
-    out_HGX = torch.full_like(case["out_HGX"], math.nan, device="cpu").double()
+def logits_of_mean_keys(case: dict[str, object]) -> dict[str, object]:
+    """The same as arguments of ``select_pages``: logits page by page in float64, of queries in 127
+    steps of their largest value."""
     q_BHGD, basis_HDR = (case[name].cpu().double() for name in ("q_BHGD", "basis_HDR"))
     store_MY, frames_RF = case["store_MY"].cpu(), case["frames_RF"].tolist()
     heads, per_frame, half = len(basis_HDR), case["pages_per_frame"], basis_HDR.shape[2] // 2
+    pages_B = case["num_full_B"].cpu()
+    first_B = ((pages_B + 3) // 4 * 4).cumsum(0).int() - (pages_B + 3) // 4 * 4
+    width = int(first_B[-1] + pages_B[-1]) + 4
+    logits_HGX = torch.zeros((heads, q_BHGD.shape[2], width), dtype=torch.float64)
     for b, row in enumerate(case["rows_B"].tolist()):
-        for page, head in itertools.product(range(int(case["num_full_B"][b])), range(heads)):
+        for page, head in itertools.product(range(int(pages_B[b])), range(heads)):
             frame, place = frames_RF[row][page // per_frame], page % per_frame
             kept_Y = store_MY[(frame * case["num_layers"] + case["layer"]) * heads + head]
             codes = kept_Y[: half * per_frame].view(-1, per_frame, 4)[:, place].flatten().int()
@@ -702,8 +698,9 @@ def naive_estimate(**case: object) -> Tensor:
             q_GR = q_BHGD[b, head] @ basis_HDR[head]
             step_G1 = q_GR.abs().amax(1, keepdim=True) / 127
             logits_G = (q_GR / step_G1).round() * step_G1 @ mean_R * case["scale"]
-            out_HGX[head, :, int(case["first_B"][b]) + page] = logits_G
-    return out_HGX
+            logits_HGX[head, :, int(first_B[b]) + page] = logits_G
+    same = ("num_full_B", "count_B", "sink_pages", "recent_pages", "max_pages", "out_BHK")
+    return {"logits_HGX": logits_HGX, "first_B": first_B} | {name: case[name] for name in same}
 
 
 def summarise_case(
@@ -803,9 +800,8 @@ def cases() -> SimpleNamespace:
         naive_select=naive_select,
         fair_selections=fair_selections,
         numpy_uniforms=numpy_uniforms,
-        estimate=estimate_case,
-        estimated_by=estimated_by,
-        naive_estimate=naive_estimate,
+        mean_keys=mean_keys_case,
+        logits_of_mean_keys=logits_of_mean_keys,
         summarise=summarise_case,
         summarised_by=summarised_by,
         same_summaries=same_summaries,

@@ -24,8 +24,8 @@ from sparsed.kernels import (
     bounds,
     checksum,
     copy,
-    estimate,
     gate,
+    mean_keys,
     merge,
     norm,
     resident,
@@ -235,23 +235,32 @@ def launch_selected(dim: int, dtype: torch.dtype, *, page_size: int) -> None:
     selected._launch_rest(q_BHGD, arena_NTCD, chosen, partials, 1.0, q_BHGD, lse_BHG)
 
 
-def launch_estimate(
-    dim: int, dtype: torch.dtype, *, group: int = 4, num_dims: int = 40, pages: int = 16
+def launch_mean_keys(
+    dim: int,
+    dtype: torch.dtype,
+    *,
+    group: int = 4,
+    num_dims: int = 40,
+    pages: int = 16,
+    max_pages: int = 4144,
 ) -> None:
     ints_B = torch.zeros(2, dtype=torch.int32)
-    estimate._launch(
+    mean_keys._launch(
         torch.zeros(2, 4, group, dim, dtype=dtype),
-        torch.zeros(8, estimate.row_bytes(pages, num_dims), dtype=torch.uint8),
+        torch.zeros(8, mean_keys.row_bytes(pages, num_dims), dtype=torch.uint8),
         basis_HDR=torch.zeros(4, dim, num_dims),
         rows_B=ints_B,
         frames_RF=torch.zeros(3, 8, dtype=torch.int32),
         num_full_B=ints_B,
-        first_B=ints_B,
+        count_B=ints_B,
         layer=1,
         num_layers=2,
         pages_per_frame=pages,
         scale=1.0,
-        out_HGX=torch.zeros(4, group, 64),
+        sink_pages=1,
+        recent_pages=8,
+        max_pages=max_pages,
+        out_BHK=torch.zeros(2, 4, 255, dtype=torch.int32),
     )
 
 
@@ -263,7 +272,7 @@ def launch_summarise(dim: int, dtype: torch.dtype, page_size: int, num_dims: int
         basis_NDR=torch.zeros(4, dim, num_dims),
         centre_ND=torch.zeros(4, dim),
         pages_per_frame=pages_per_frame,
-        store_SY=torch.zeros(8, estimate.row_bytes(pages_per_frame, num_dims), dtype=torch.uint8),
+        store_SY=torch.zeros(8, mean_keys.row_bytes(pages_per_frame, num_dims), dtype=torch.uint8),
     )
 
 
@@ -310,11 +319,12 @@ LAUNCHES: dict[str, Callable[[], None]] = {
     "selected 128 bf16": lambda: launch_selected(128, BF16, page_size=8),
     "selected 80 fp16": lambda: launch_selected(80, FP16, page_size=16),
     "selected 64 fp32": lambda: launch_selected(64, FP32, page_size=32),
-    "estimate 128 bf16": lambda: launch_estimate(128, BF16),
-    "estimate 128 bf16, 32 dims": lambda: launch_estimate(128, BF16, group=8, num_dims=32),
-    "estimate 128 bf16, 8 pages": lambda: launch_estimate(128, BF16, pages=8),
-    "estimate 80 fp16": lambda: launch_estimate(80, FP16, group=1),
-    "estimate 64 fp32": lambda: launch_estimate(64, FP32, group=3),
+    "mean keys 128 bf16": lambda: launch_mean_keys(128, BF16),
+    "mean keys 128 bf16, 16,384 pages": lambda: launch_mean_keys(128, BF16, max_pages=16_384),
+    "mean keys 128 bf16, 32 dims": lambda: launch_mean_keys(128, BF16, group=8, num_dims=32),
+    "mean keys 128 bf16, 8 pages": lambda: launch_mean_keys(128, BF16, pages=8),
+    "mean keys 80 fp16": lambda: launch_mean_keys(80, FP16, group=1),
+    "mean keys 64 fp32": lambda: launch_mean_keys(64, FP32, group=3, max_pages=900),
     "summarise 8x128 bf16": lambda: launch_summarise(128, BF16, 8),
     "summarise 128x80 fp16": lambda: launch_summarise(80, FP16, 128),
     "summarise 16x64 fp32, 32 dims": lambda: launch_summarise(64, FP32, 16, 32),

@@ -14,7 +14,7 @@ import pytest
     [
         "interpreted.py",
         "interpreted_resolve.py",
-        "interpreted_estimate.py",
+        "interpreted_mean_keys.py",
         "interpreted_selected.py",
     ],
 )

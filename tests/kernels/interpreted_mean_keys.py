@@ -1,10 +1,11 @@
-"""Estimates and summaries of pages under Triton's interpreter; run by test_interpreter.py."""
+"""Selections by mean keys, and these, under Triton's interpreter; run by test_interpreter.py."""
+
+from functools import partial
 
 import pytest
 import torch
-from torch.testing import assert_close
 
-from sparsed.kernels import estimate, reference_estimate, summarise
+from sparsed.kernels import mean_keys, reference_mean_keys, summarise
 
 SHAPES = [
     {},
@@ -16,15 +17,15 @@ SHAPES = [
 ]
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("max_piece", [64, 1024])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_estimate(cases, shape, dtype, seed):
-    case = cases.estimate(**shape, dtype=dtype, seed=seed)
-    expected = cases.estimated_by(reference_estimate.estimate_pages, case)
-    got = cases.estimated_by(estimate._launch, case)
-    assert_close(got, expected, atol=1e-4, rtol=1e-4, equal_nan=True)
-    assert not got.isnan().all()
+@pytest.mark.parametrize(("seed", "shape"), list(enumerate(SHAPES)), ids=str)
+def test_selection(cases, shape, dtype, seed, max_piece):
+    case = cases.mean_keys(**shape, dtype=dtype, seed=seed)
+    got_BHK = cases.selected_by(partial(mean_keys._launch, max_piece=max_piece), case)
+    assert all(cases.fair_selections(got_BHK, cases.logits_of_mean_keys(case), slack=1e-4))
+    twins_BHK = cases.selected_by(reference_mean_keys.select_by_mean_keys, case)
+    assert torch.equal(got_BHK, twins_BHK)
 
 
 SUMMARISED = [
@@ -41,7 +42,7 @@ SUMMARISED = [
 def test_summarise(cases, shape, dtype, seed):
     case = cases.summarise(**shape, dtype=dtype, seed=seed)
     case["page_rows_M"][-2:] = -1  # of nobody
-    expected = cases.summarised_by(reference_estimate.summarise_pages, case)
+    expected = cases.summarised_by(reference_mean_keys.summarise_pages, case)
     got = cases.summarised_by(summarise._launch, case)
     assert cases.same_summaries(got, expected, per_frame=case["pages_per_frame"])
     assert (got != 77).any() == bool(len(case["page_rows_M"]))

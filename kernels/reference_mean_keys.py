@@ -1,4 +1,4 @@
-"""Twins of ``kernels.estimate`` and ``kernels.summarise`` in plain torch.
+"""Twins of ``kernels.mean_keys`` and ``kernels.summarise`` in plain torch.
 
 Shape legend as there; in ``pack_means`` N are pages, W the values of 16 bits of a row.
 """
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sparsed.kernels.levels import to_levels
+from sparsed.kernels.reference_select import select_pages
 
 CODE_ZERO = 8
 MAX_CODE = 7
@@ -16,7 +17,7 @@ MAX_QUERY_LEVEL = 127
 _PART_PAGES = 1024  # summarised at once: each takes a copy of its lane's basis
 
 
-def estimate_pages(
+def select_by_mean_keys(
     q_BHGD: Tensor,
     store_MY: Tensor,
     *,
@@ -24,32 +25,67 @@ def estimate_pages(
     rows_B: Tensor,
     frames_RF: Tensor,
     num_full_B: Tensor,
-    first_B: Tensor,
+    count_B: Tensor,
     layer: int,
     num_layers: int,
     pages_per_frame: int,
     scale: float,
-    out_HGX: Tensor,
+    sink_pages: int,
+    recent_pages: int,
+    max_pages: int,
+    out_BHK: Tensor,
 ) -> None:
-    num_heads = q_BHGD.shape[1]
-    heads_H = torch.arange(num_heads, device=q_BHGD.device)
-    queries_BHGR = round_queries(q_BHGD.float() @ basis_HDR)
-    for b, (row, num_full, first) in enumerate(
-        zip(rows_B.tolist(), num_full_B.tolist(), first_B.tolist(), strict=True)
-    ):
+    """See ``kernels.mean_keys``."""
+    parts = zip(q_BHGD, rows_B.tolist(), num_full_B.tolist(), count_B, out_BHK, strict=True)
+    for q_HGD, row, num_full, count, out_HK in parts:
         num_frames = -(-num_full // pages_per_frame)
-        frames_F = frames_RF[row, :num_frames].long()
-        lanes_HF = (frames_F * num_layers + layer) * num_heads + heads_H[:, None]
-        means_HXR = read_means(store_MY[lanes_HF], pages_per_frame=pages_per_frame)
-        logits_HGX = queries_BHGR[b] @ means_HXR.transpose(1, 2) * scale
-        out_HGX[..., first : first + num_full] = logits_HGX[..., :num_full]
+        logits_HGX = estimate_pages(
+            q_HGD,
+            store_MY,
+            basis_HDR=basis_HDR,
+            frames_F=frames_RF[row, :num_frames],
+            layer=layer,
+            num_layers=num_layers,
+            pages_per_frame=pages_per_frame,
+            scale=scale,
+        )
+        select_pages(
+            logits_HGX,
+            first_B=count.new_zeros(1),
+            num_full_B=count.new_full((1,), num_full),
+            count_B=count[None],
+            sink_pages=sink_pages,
+            recent_pages=recent_pages,
+            max_pages=max_pages,
+            out_BHK=out_HK[None],
+        )
 
 
-def round_queries(q_BHGR: Tensor) -> Tensor:
+def estimate_pages(
+    q_HGD: Tensor,
+    store_MY: Tensor,
+    *,
+    basis_HDR: Tensor,
+    frames_F: Tensor,
+    layer: int,
+    num_layers: int,
+    pages_per_frame: int,
+    scale: float,
+) -> Tensor:
+    """Logits (H, G, F * P) of all pages of these frames, for the queries of one request."""
+    num_heads = len(q_HGD)
+    heads_H1 = torch.arange(num_heads, device=q_HGD.device)[:, None]
+    lanes_HF = (frames_F.long() * num_layers + layer) * num_heads + heads_H1
+    means_HXR = read_means(store_MY[lanes_HF], pages_per_frame=pages_per_frame)
+    queries_HGR = round_queries(q_HGD.float() @ basis_HDR)
+    return queries_HGR @ means_HXR.transpose(1, 2) * scale
+
+
+def round_queries(q_HGR: Tensor) -> Tensor:
     """Queries in the kept dims as the kernel multiplies them: whole steps of a scale of each."""
-    peak_BHG1 = q_BHGR.abs().amax(-1, keepdim=True)
-    step_BHG1 = torch.where(peak_BHG1 == 0.0, 1.0, peak_BHG1 / MAX_QUERY_LEVEL)
-    return (q_BHGR / step_BHG1).round_() * step_BHG1
+    peak_HG1 = q_HGR.abs().amax(-1, keepdim=True)
+    step_HG1 = torch.where(peak_HG1 == 0.0, 1.0, peak_HG1 / MAX_QUERY_LEVEL)
+    return (q_HGR / step_HG1).round_() * step_HG1
 
 
 def read_means(rows_HFY: Tensor, *, pages_per_frame: int) -> Tensor:
