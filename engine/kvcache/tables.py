@@ -153,7 +153,7 @@ class PageTables:
 
     def place_in_order(self, arena: HotArena, row: int, first_block: int, last_block: int) -> None:
         """Give every page of blocks first_block .. last_block - 1 its slot, page i the lane's i-th
-        (a lane that holds every page). Until it is begun a page is as old as a free slot."""
+        (a lane that holds every page). Until it is begun a page has ``FREE_STEP``."""
         per_block = self._geometry.pages_per_block
         blocks_LHn = self.lane_blocks_RLHN[row, :, :, first_block:last_block]
         slots_LHS = slots_of_blocks(blocks_LHn, pages_per_block=per_block)

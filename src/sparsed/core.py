@@ -737,7 +737,7 @@ class SparseDetails:
     tokens_read: int  # K/V tokens read per lane, summed over steps
     tokens_dense: int  # what dense attention would have read
     coverage: float | None  # mean attention recall on sampled steps; None if never sampled
-    replayed: bool = False  # a recording selected for it, where it was long enough for that
+    replayed: bool = False  # a recording selected for some of its steps
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -136,7 +136,9 @@ def test_a_runner_attends_to_what_was_recorded(
                 assert (pages_HK[head] >= 0).all()
     assert found == len(REPLAYED) * runner.kv.geometry.num_lanes
     told = [runner.kv.details(decode.row).replayed for decode in decodes]
-    assert told == [True, True, True, False, False]
+    assert told == [True, True, False, False, False]
+    assert all(runner.kv.details(d.row).sparse_steps == 1 for d in decodes)
+    assert not any(runner.kv.details(d.row, num_dropped=1).replayed for d in decodes)
 
 
 @pytest.mark.parametrize(("lane_blocks", "looks_ahead"), [(17, False), (17, True), (60, False)])
