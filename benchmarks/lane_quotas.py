@@ -124,12 +124,12 @@ class Replay:
         for number, pages_LK in enumerate(self._pages_SLK):
             step, position = number + 2, self._start + number
             if number == self._num_steps // 2:
-                first_4 = residency.counters_4.numpy().copy()
+                first_4 = residency.counters.values_C.numpy().copy()
             if rebalances:
                 rebalancer.step(step)
             self._select(residency, index, position, pages_LK, step=step)
             row.reads = row.reads._replace(sparse_steps=row.reads.sparse_steps + 1)
-        selected, missed, _, refused = residency.counters_4.numpy() - first_4
+        selected, missed, _, refused = residency.counters.values_C.numpy() - first_4
         cache.check_integrity()
         assert refused == 0
         return float(missed / selected)

@@ -96,7 +96,6 @@ def make_cache(
             verifier=Verifier(spec.verify_kv, num_page_rows=num_page_rows, device=device),
         ),
         knobs=knobs,
-        replayed_budget=knobs.token_budget if spec.selection_trace else None,
     )
 
 

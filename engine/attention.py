@@ -134,19 +134,23 @@ class Attention:
 
     def _count(self, index: int, position: int) -> None:
         """Tokens the row's lanes read in this step, averaged over the layers."""
-        cache = self._cache
+        cache, trace = self._cache, self._tiers.trace
         row, page_size = cache.rows[index], cache.geometry.page_size
         dense = position + 1
         read = dense
         sparse = is_sparse(row, position, page_size)
+        replayed = False
         if sparse:
-            selected = row.selected_pages(page_size) * page_size + position % page_size + 1
+            num_selected, num_full = row.selected_pages(page_size), position // page_size
+            replayed = trace is not None and trace.replays(num_selected, num_full=num_full)
+            selected = num_selected * page_size + position % page_size + 1
             num_layers, dense_layers = cache.geometry.num_layers, self._dense_layers
             read = (dense_layers * dense + (num_layers - dense_layers) * selected) // num_layers
         row.reads_before = row.reads
         row.reads = Reads(
             decode_steps=row.reads.decode_steps + 1,
             sparse_steps=row.reads.sparse_steps + sparse,
+            replayed_steps=row.reads.replayed_steps + replayed,
             tokens_read=row.reads.tokens_read + read,
             tokens_dense=row.reads.tokens_dense + dense,
         )

@@ -28,6 +28,7 @@ from sparsed.engine.decode_batch import (
 from sparsed.engine.kvcache.cache import KVCache
 from sparsed.engine.kvcache.residency import Residency
 from sparsed.engine.kvcache.row import Row
+from sparsed.engine.kvcache.totals import DeviceCounters
 from sparsed.engine.sparse.base import SINK_PAGES, recent_pages
 from sparsed.engine.sparse.replay import SelectionTrace
 from sparsed.engine.step_input import Pages
@@ -40,30 +41,11 @@ GOLDEN_RATIO = 0.618
 
 @dataclass(slots=True)
 class DecodeCounts:
-    """Totals since the start. ``resolved_4`` as in ``kernels.resolve.Resolved``: on the device,
-    and read only when somebody asks."""
+    """Totals since the start. ``resolved``: the counters of ``kernels.resolve.Resolved``."""
 
-    resolved_4: Tensor
+    resolved: DeviceCounters
     recall_sum: float = 0.0
     recall_samples: int = 0
-
-    @property
-    def selected(self) -> int:
-        return int(self.resolved_4[0])
-
-    @property
-    def missed(self) -> int:
-        """Of them, pages that were not in the hot tier."""
-        return int(self.resolved_4[1])
-
-    @property
-    def evicted(self) -> int:
-        return int(self.resolved_4[2])
-
-    @property
-    def overflow(self) -> int:
-        """Pages that found no slot."""
-        return int(self.resolved_4[3])
 
 
 class Group(Protocol):
@@ -93,7 +75,7 @@ class Tiers:
         self.recall_stride = recall_stride  # steps between two measurements of attention recall
         self.trace = trace
         self.residency = Residency(cache)
-        self.counts = DecodeCounts(self.residency.counters_4)
+        self.counts = DecodeCounts(self.residency.counters)
 
     def attend(self, batch: Batch, q_BHGD: Tensor, slots_BHK: Tensor) -> tuple[Tensor, Tensor]:
         """Attend to pages in the hot tier; the last column is the partial page."""

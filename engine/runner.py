@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sparsed.core import CopyTotal, Direction, EngineFacts, EngineSpec, EngineStats, Knobs
+from sparsed.core import EngineFacts, EngineSpec, EngineStats, Knobs
 from sparsed.engine.assembly import (
     Progress,
     device_name,
@@ -26,14 +25,15 @@ from sparsed.engine.assembly import (
 )
 from sparsed.engine.batch import DecodeRow, PromptChunk, StepPlan
 from sparsed.engine.draws import draw_step
+from sparsed.engine.fetch_times import UNTIMED, FetchTimes, TimedStep
 from sparsed.engine.kvcache.cache import KVCache
 from sparsed.engine.kvcache.rebalance import Rebalancer
 from sparsed.engine.kvcache.upload import upload
-from sparsed.engine.kvcache.working_set import WorkingSet
 from sparsed.engine.recall import RecallSampler
 from sparsed.engine.sparse.replay import SelectionTrace, load_trace
 from sparsed.engine.step_decoder import Drawn, StepDecoder
 from sparsed.engine.step_input import StepRow
+from sparsed.engine.tier_stats import TierStats
 from sparsed.engine.tiered import TieredAttention
 from sparsed.engine.warmup import warm_up
 
@@ -74,7 +74,10 @@ class Runner:
         self.kv = make_cache(spec, self.decoder, pool_fd=pool_fd, on_progress=on_progress)
         self._trace = _load_trace(spec, self.kv)
         self.attention = make_attention(spec, self.kv, trace=self._trace)
-        self._working_set = WorkingSet(self.kv.tables)
+        self.fetch_times = FetchTimes(self.kv.transfer, device=self._device)
+        self._tier_stats = TierStats(
+            self.kv, counts=self.attention.counts, fetch_times=self.fetch_times
+        )
         self.recall = RecallSampler(self.attention.tiers)
         self._rebalancer = Rebalancer(self.kv)
         self._last_token_R = torch.zeros(
@@ -116,7 +119,8 @@ class Runner:
         for decode in others:
             self.kv.open_token(decode.row, decode.position)
         eager = StepPlan(chunks=plan.chunks, decodes=others)
-        parts = [] if eager.is_empty else [self._run_eagerly(eager)]
+        # One timed step at a time: where some rows are queued, it is they that are timed.
+        parts = [] if eager.is_empty else [self._run_eagerly(eager, may_time=not queued)]
         if queued:
             assert self.steps is not None
             self.kv.transfer.wait_for_saves()
@@ -137,9 +141,14 @@ class Runner:
         queued = tuple(row for row, _ in found if row is not None)
         return queued, tuple(decode for row, decode in found if row is None)
 
-    def _run_eagerly(self, plan: StepPlan) -> Drawn:
+    def _run_eagerly(self, plan: StepPlan, *, may_time: bool) -> Drawn:
         """One forward pass whose operations are launched one by one."""
         attention = self.attention.plan(plan, step=self._step)
+        residency = self.attention.tiers.residency
+        timed = None
+        if may_time and self.fetch_times.is_turn(self._step):
+            timed = TimedStep(self._device)
+        residency.times = timed or UNTIMED
         inputs = self._inputs(plan)
         hidden_ND = self.decoder.forward(
             inputs.tokens_N,
@@ -147,6 +156,8 @@ class Runner:
             lambda layer, q, k, v: self.attention.run(attention, layer, q, k, v),
             lengths_N=inputs.lengths_N,
         )
+        if timed is not None and timed.has_fetches:
+            self.fetch_times.add(timed)
         logits_NV = self.decoder.logits(hidden_ND[inputs.logits_index_n])
         tokens_N = draw_step(logits_NV, plan=plan)
         self._keep_tokens(plan, tokens_N)
@@ -195,39 +206,7 @@ class Runner:
     def stats(self) -> EngineStats:
         """Counters and gauges of the tiers; the caller adds those of requests and steps."""
         self.recall.collect()
-        counts, kv = self.attention.counts, self.kv
-        queued = self.steps.tiered if self.steps is not None else None
-        on_device = queued.now.counters.read() if queued is not None else [0] * 4
-        ahead = queued.ahead.counters.read() if queued and queued.ahead else [0] * 4
-        copies = kv.transfer.copies
-        h2d_bytes, h2d_s = _sum(copies, Direction.H2D)
-        d2h_bytes, d2h_s = _sum(copies, Direction.D2H)
-        window_pages = self._working_set.num_pages()
-        missed = int(counts.missed) + on_device[1]
-        verified = kv.transfer.verified
-        return EngineStats(
-            hot_hits=counts.selected + on_device[0] - missed,
-            hot_misses=missed,
-            foreseen_pages=ahead[1] - ahead[3],  # not those that found no slot
-            evicted_pages=int(counts.evicted + kv.tables.displaced) + on_device[2] + ahead[2],
-            overflow_pages=counts.overflow + on_device[3],
-            h2d_bytes=h2d_bytes,
-            h2d_s=h2d_s,
-            d2h_bytes=d2h_bytes,
-            d2h_s=d2h_s,
-            recall_sum=counts.recall_sum,
-            recall_samples=counts.recall_samples,
-            verify_checked_pages=verified.checked_pages,
-            verify_mismatches=verified.mismatches,
-            hot_used_bytes=kv.arena.used_bytes,
-            hot_total_bytes=kv.arena.total_bytes,
-            dram_used_bytes=kv.pool.used_bytes,
-            dram_total_bytes=kv.pool.total_bytes,
-            working_set_pages=window_pages,
-            working_set_bytes=window_pages * kv.geometry.page_bytes,
-            metadata_bytes=kv.metadata_bytes,
-            copies=copies,
-        )
+        return self._tier_stats.read(self.steps.tiered if self.steps else None)
 
     def _make_steps(self, knobs: Knobs) -> StepDecoder:
         spec, kv, scale = self._spec, self.kv, self.decoder.config.head_dim**-0.5
@@ -248,6 +227,7 @@ class Runner:
             self.decoder,
             kv,
             tiered=tiered,
+            fetch_times=self.fetch_times,
             last_token_R=self._last_token_R,
             max_rows=knobs.max_num_seqs,
             max_tokens=knobs.max_model_len,
@@ -314,12 +294,6 @@ def _logits_index(chunk: PromptChunk, *, first: int) -> range:
 def _max_count(knobs: Knobs) -> int:
     """Most full pages that a request with the budget of the knob selects."""
     return knobs.token_budget // knobs.page_size - 1
-
-
-def _sum(copies: Sequence[CopyTotal], direction: Direction) -> tuple[int, float]:
-    """Bytes and seconds of all copies one way."""
-    found = [item for item in copies if item.direction is direction]
-    return sum(item.num_bytes for item in found), sum(item.seconds for item in found)
 
 
 def _load_trace(spec: EngineSpec, kv: KVCache) -> SelectionTrace | None:

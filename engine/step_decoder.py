@@ -20,6 +20,7 @@ from torch import Tensor
 from sparsed.core import BLOCK_TOKENS
 from sparsed.engine.batch import DecodeRow
 from sparsed.engine.decode_batch import is_sparse
+from sparsed.engine.fetch_times import UNTIMED, FetchTimes, StepTimes, TimedStep
 from sparsed.engine.kvcache.cache import KVCache
 from sparsed.engine.models.decoder import Decoder
 from sparsed.engine.step_input import (
@@ -72,6 +73,14 @@ class Captured(NamedTuple):
     drawn: Drawn
 
 
+class CapturedTimed(NamedTuple):
+    """The same step, whose fetches are timed."""
+
+    graph: torch.cuda.CUDAGraph
+    drawn: Drawn
+    times: TimedStep
+
+
 class StepDecoder:
     """Runs steps over rows that are ``complete`` and attend to everything, and, with ``tiered``,
     over rows that select.
@@ -87,6 +96,7 @@ class StepDecoder:
         cache: KVCache,
         *,
         tiered: TieredAttention | None,
+        fetch_times: FetchTimes,
         last_token_R: Tensor,
         max_rows: int,
         max_tokens: int,
@@ -94,6 +104,7 @@ class StepDecoder:
         use_graphs: bool,
     ) -> None:
         device = last_token_R.device
+        self._device = device
         self._decoder = decoder
         self._cache = cache
         self._last_token_R = last_token_R
@@ -111,6 +122,8 @@ class StepDecoder:
         )
         self._seal = StepSeal(cache, max_rows=max_rows)
         self._captured: dict[GraphKey, Captured] = {}
+        self._timed: dict[GraphKey, CapturedTimed] = {}
+        self._fetch_times = fetch_times
         self._last: GraphKey | None = None
         self._use_graphs = use_graphs
         self.tiered = tiered
@@ -137,8 +150,10 @@ class StepDecoder:
         key = GraphKey(size, *step_kind(rows))
         self._inputs.fill(rows, size=size, step=step)
         self._last = key
-        if key not in self._captured:
-            drawn = self._step(key)
+        if key.fetches and self._fetch_times.is_turn(step):
+            drawn = self._run_timed(key)
+        elif key not in self._captured:
+            drawn = self._step(key, UNTIMED)
         else:
             graph, drawn = self._captured[key]
             graph.replay()
@@ -155,13 +170,19 @@ class StepDecoder:
         for done, key in enumerate(keys):
             on_progress(done / len(keys))
             self._inputs.fill([], size=key.size, step=0)
-            self._step(key)  # compiles kernels and picks products before the capture
+            self._step(key, UNTIMED)  # compiles kernels and picks products before the capture
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool):
-                drawn = self._step(key)
+                drawn = self._step(key, UNTIMED)
             pool = pool or graph.pool()
             self._captured[key] = Captured(graph, drawn)
+            if key.fetches:
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, pool=pool):
+                    times = TimedStep(self._device)
+                    drawn = self._step(key, times)
+                self._timed[key] = CapturedTimed(graph, drawn, times)
 
     @property
     def has_graphs(self) -> bool:
@@ -184,7 +205,17 @@ class StepDecoder:
         arena_items = self._lane_blocks * BLOCK_TOKENS // MIN_SPLIT_TOKENS
         return min(size * self._row_items, arena_items + size)
 
-    def _step(self, key: GraphKey) -> Drawn:
+    def _run_timed(self, key: GraphKey) -> Drawn:
+        if key in self._timed:
+            graph, drawn, times = self._timed[key]
+            graph.replay()
+        else:
+            times = TimedStep(self._device)
+            drawn = self._step(key, times)
+        self._fetch_times.add(times)
+        return drawn
+
+    def _step(self, key: GraphKey, times: StepTimes) -> Drawn:
         inputs = self._inputs.view(key.size, self._max_items(key.size))
         rows_B, positions_B = inputs.rows_B.long(), inputs.positions_B.long()
         tokens_B = torch.where(
@@ -193,7 +224,7 @@ class StepDecoder:
         foresee = None
         if key.selects:
             assert self.tiered is not None
-            step = self.tiered.begin(inputs, fetches=key.fetches)
+            step = self.tiered.begin(inputs, fetches=key.fetches, times=times)
             attend = self._attend_tiered(key, step, self.tiered)
             if key.fetches and self.tiered.ahead is not None:
                 foresee = partial(self.tiered.foresee, step)
@@ -202,7 +233,7 @@ class StepDecoder:
         hidden_BD = self._decoder.forward(tokens_B, positions_B, attend, foresee=foresee)
         self._seal.run(inputs)
         if key.selects and self.tiered is not None:
-            self.tiered.finish()
+            self.tiered.finish(step)
         logits_BV = self._decoder.logits(hidden_BD, out=self._logits_BV[: key.size])
         drawn_B = draw_tokens(logits_BV, plan=inputs.draws)
         self._last_token_R[rows_B] = drawn_B

@@ -7,6 +7,8 @@ to fetch.
 
 from __future__ import annotations
 
+from typing import Final
+
 import torch
 from torch import Tensor
 
@@ -16,13 +18,17 @@ from sparsed.engine.sparse.base import SINK_PAGES, Selector, recent_pages
 from sparsed.engine.step_input import COLUMN_ALIGN, StepInput
 from sparsed.kernels.resolve import MAX_SLOTS, Resolved, resolve_pages
 from sparsed.kernels.select import select_pages
+from sparsed.kernels.wasted import count_wasted
+
+NUM_COUNTERS: Final = 5
 
 
 class LayerSelection:
     """Room for one layer of as many requests as there are rows; all layers use it in turn.
 
-    ``counters``: pages selected, missed, evicted, and those that found no slot, since the start.
-    ``misses_L``: pages that each layer of the step has to fetch. One stream.
+    ``counters``: pages selected, missed, evicted, those that found no slot, and those that
+    ``count_wasted`` found, since the start. ``misses_L``: pages that each layer of the step has to
+    fetch. ``keeps_lists``: which pages these were is known until the step ends. One stream.
     """
 
     def __init__(
@@ -34,6 +40,7 @@ class LayerSelection:
         max_count: int,
         max_pages: int,
         group: int,
+        keeps_lists: bool = False,
     ) -> None:
         device, geometry = cache.arena.pages_NX.device, cache.geometry
         self._cache = cache
@@ -57,9 +64,10 @@ class LayerSelection:
         self._num_hits_BH, self._tail_slots_BH = ints(*lanes), ints(*lanes)
         num_pages = max_rows * num_heads * max_count
         self._miss_dst_M = ints(num_pages, dtype=torch.int64)
-        self._miss_src_M = ints(num_pages, dtype=torch.int64)
+        num_lists = geometry.num_layers if keeps_lists else 1
+        self._miss_src_LM = ints(num_lists, num_pages, dtype=torch.int64)
         self.misses_L = ints(geometry.num_layers)
-        self.counters = DeviceCounters(4, device=device)
+        self.counters = DeviceCounters(NUM_COUNTERS, device=device)
 
     @property
     def max_count(self) -> int:
@@ -101,11 +109,11 @@ class LayerSelection:
             num_hits_BH=self._num_hits_BH[:size],
             tail_slots_BH=self._tail_slots_BH[:size],
             miss_dst_M=self._miss_dst_M,
-            miss_src_M=self._miss_src_M,
+            miss_src_M=self._miss_src_LM[layer % len(self._miss_src_LM)],
             num_misses_1=self.misses_L[layer : layer + 1],
             window_RLH=cache.tables.window_RLH,
             demand_RLH2=cache.tables.demand_RLH2,
-            counters_4=self.counters.values_C,
+            counters_4=self.counters.values_C[:4],
         )
         resolve_pages(
             pages_BHK,
@@ -119,3 +127,15 @@ class LayerSelection:
             out=resolved,
         )
         return resolved
+
+    def count_wasted(self, inputs: StepInput) -> None:
+        """Count the pages listed in this step that no selection of the step used; after the last
+        layer, where lists are kept."""
+        cache = self._cache
+        count_wasted(
+            self._miss_src_LM,
+            counts_L=self.misses_L,
+            tables=cache.tables.with_arena(cache.arena),
+            step_1=inputs.step_1,
+            out_1=self.counters.values_C[4:],
+        )

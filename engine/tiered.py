@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sparsed.engine.fetch_times import UNTIMED, Fetch, StepTimes
 from sparsed.engine.kvcache.cache import KVCache
 from sparsed.engine.kvcache.streams import new_stream
 from sparsed.engine.sparse.base import Selector
@@ -38,7 +39,7 @@ FETCH_PRIORITY = -1  # before the attention it runs beside
 class Step(NamedTuple):
     """A step's inputs, and what all its layers make of them: pages that each request attends to,
     place of the token in its partial page, tokens of that page, the step before. ``fetches``
-    false: no page can be missing."""
+    false: no page can be missing. ``times``: who times the fetches."""
 
     inputs: StepInput
     count_B: Tensor
@@ -46,22 +47,30 @@ class Step(NamedTuple):
     tail_tokens_B: Tensor
     before_1: Tensor
     fetches: bool
+    times: StepTimes
+
+
+class Fetching(NamedTuple):
+    """Pages on their way: when they are there, and who times it."""
+
+    is_over: torch.cuda.Event
+    fetch: Fetch
 
 
 class Coming(NamedTuple):
-    """Pages on their way: when they have their slots, and when they are there."""
+    """Pages of a layer to come: when they have their slots, and their way."""
 
     has_slots: torch.cuda.Event
-    fetched: torch.cuda.Event
+    fetching: Fetching
 
 
 class Placed(NamedTuple):
-    """Where the pages of a layer are. Hits may be read after ``foreseen``, misses and the partial
-    page after ``arrived`` (None: at once)."""
+    """Where the pages of a layer are. Hits may be read after ``foreseen``, misses after ``missed``
+    (None: at once)."""
 
     selected: Selected
-    foreseen: torch.cuda.Event | None
-    arrived: torch.cuda.Event | None
+    foreseen: Fetching | None
+    missed: Fetching | None
 
 
 class TieredAttention:
@@ -90,7 +99,7 @@ class TieredAttention:
         self._fetch_stream = new_stream(device, priority=FETCH_PRIORITY)
         self._ahead_stream = new_stream(device)
 
-        def selection() -> LayerSelection:
+        def selection(*, keeps_lists: bool) -> LayerSelection:
             return LayerSelection(
                 cache,
                 selector,
@@ -98,10 +107,11 @@ class TieredAttention:
                 max_count=max_count,
                 max_pages=max_pages,
                 group=group,
+                keeps_lists=keeps_lists,
             )
 
-        self.now = selection()
-        self.ahead = selection() if looks_ahead else None
+        self.now = selection(keeps_lists=False)
+        self.ahead = selection(keeps_lists=True) if looks_ahead else None
         self._coming: dict[int, Coming] = {}  # by layer
         self._kept: list[Callable[[], Tensor]] = []  # what another stream may still be reading
 
@@ -117,7 +127,7 @@ class TieredAttention:
         if self.ahead is not None and before.ahead is not None:
             self.ahead.counters = before.ahead.counters
 
-    def begin(self, inputs: StepInput, *, fetches: bool) -> Step:
+    def begin(self, inputs: StepInput, *, fetches: bool, times: StepTimes = UNTIMED) -> Step:
         """Start a step: forget what the last one had to fetch."""
         for selection in (self.now, self.ahead):
             if selection is not None:
@@ -139,6 +149,7 @@ class TieredAttention:
             tail_tokens_B=offsets_B + 1,
             before_1=inputs.step_1 - 1,
             fetches=fetches,
+            times=times,
         )
 
     def foresee(self, step: Step, layer: int, make_query: Callable[[], Tensor]) -> None:
@@ -146,17 +157,17 @@ class TieredAttention:
         that those that it does select may take their slots."""
         if self.ahead is None:
             return
-        stream = self._ahead_stream
+        stream, fetch = self._ahead_stream, step.times.fetch()
         if stream is None:
-            self._fetch(self._resolve_ahead(self.ahead, step, layer, make_query()))
+            self._fetch_at_once(self._resolve_ahead(self.ahead, step, layer, make_query()), fetch)
             return
         self._kept.append(make_query)
         stream.wait_stream(torch.cuda.current_stream(stream.device))
         with torch.cuda.stream(stream):
             resolved = self._resolve_ahead(self.ahead, step, layer, make_query())
             has_slots = stream.record_event()
-            self._fetch(resolved)
-            self._coming[layer] = Coming(has_slots, stream.record_event())
+            self._fetch(resolved, fetch)
+            self._coming[layer] = Coming(has_slots, Fetching(stream.record_event(), fetch))
 
     def place(self, step: Step, layer: int, q_BHGD: Tensor, k_BHD: Tensor, v_BHD: Tensor) -> Placed:
         """Select the pages of a layer, give them slots, have those fetched that are missing, and
@@ -168,19 +179,16 @@ class TieredAttention:
         if coming is not None:
             torch.cuda.current_stream(q_BHGD.device).wait_event(coming.has_slots)
         resolved = self.now.resolve(layer, pages_BHK, step.inputs, step_1=step.inputs.step_1)
-
-        def bring() -> None:
-            store_tokens(
-                self._cache.arena.pages_NTCD,
-                slots_BH=resolved.tail_slots_BH,
-                offsets_B=step.offsets_B,
-                k_BHD=k_BHD,
-                v_BHD=v_BHD,
-            )
-            if step.fetches:
-                self._fetch(resolved)
-
-        arrived = self._beside(bring, after=coming)
+        missed = None
+        if step.fetches:
+            missed = self._fetch_beside(resolved, step.times.fetch(), after=coming)
+        store_tokens(
+            self._cache.arena.pages_NTCD,
+            slots_BH=resolved.tail_slots_BH,
+            offsets_B=step.offsets_B,
+            k_BHD=k_BHD,
+            v_BHD=v_BHD,
+        )
         selected = Selected(
             slots_BHK=resolved.slots_BHK,
             num_hits_BH=resolved.num_hits_BH,
@@ -188,8 +196,8 @@ class TieredAttention:
             tail_slots_BH=resolved.tail_slots_BH,
             tail_tokens_B=step.tail_tokens_B,
         )
-        foreseen = None if coming is None else coming.fetched
-        return Placed(selected, foreseen, arrived)
+        foreseen = None if coming is None else coming.fetching
+        return Placed(selected, foreseen, missed)
 
     def attend(self, placed: Placed, q_BHGD: Tensor, *, out_BHGD: Tensor, lse_BHG: Tensor) -> None:
         """Attend to the placed pages and to the partial one: into ``out``, and the logs of the
@@ -199,7 +207,7 @@ class TieredAttention:
         partials = make_partials(selected, q_BHGD, page_size=page_size)
         _wait(placed.foreseen)
         attend_hits(q_BHGD, arena_NTCD, selected=selected, partials=partials, scale=scale)
-        _wait(placed.arrived)
+        _wait(placed.missed)
         attend_rest(
             q_BHGD,
             arena_NTCD,
@@ -210,11 +218,13 @@ class TieredAttention:
             lse_BHG=lse_BHG,
         )
 
-    def finish(self) -> None:
-        """End a step: count what was fetched."""
+    def finish(self, step: Step) -> None:
+        """End a step: count what was fetched, and what of it for nothing."""
         for selection in (self.now, self.ahead):
             if selection is not None:
                 self._cache.transfer.count_fetched(selection.misses_L.sum())
+        if step.fetches and self.ahead is not None:
+            self.ahead.count_wasted(step.inputs)
 
     def _resolve_ahead(
         self, ahead: LayerSelection, step: Step, layer: int, q_BHD: Tensor
@@ -227,23 +237,30 @@ class TieredAttention:
             self._trace.foretell(layer, pages_BHK)
         return ahead.resolve(layer, pages_BHK, step.inputs, step_1=step.before_1)
 
-    def _beside(self, run: Callable[[], None], *, after: Coming | None) -> torch.cuda.Event | None:
-        """Run on the stream of fetches; what to wait for. ``after``: an earlier fetch that may
-        still be writing to slots that were taken from it."""
+    def _fetch_beside(
+        self, resolved: Resolved, fetch: Fetch, *, after: Coming | None
+    ) -> Fetching | None:
+        """Fetch missing pages on the stream of fetches; what to wait for. ``after``: an earlier
+        fetch that may still be writing to slots that were taken from it."""
         stream = self._fetch_stream
         if stream is None:
-            run()
+            self._fetch_at_once(resolved, fetch)
             return None
         stream.wait_stream(torch.cuda.current_stream(stream.device))
         if after is not None:
-            stream.wait_event(after.fetched)
+            stream.wait_event(after.fetching.is_over)
         with torch.cuda.stream(stream):
-            run()
-            event: torch.cuda.Event = stream.record_event()
-            return event
+            self._fetch(resolved, fetch)
+            return Fetching(stream.record_event(), fetch)
 
-    def _fetch(self, resolved: Resolved) -> None:
+    def _fetch_at_once(self, resolved: Resolved, fetch: Fetch) -> None:
+        """On a CPU nothing runs beside it."""
+        fetch.is_needed()
+        self._fetch(resolved, fetch)
+
+    def _fetch(self, resolved: Resolved, fetch: Fetch) -> None:
         cache = self._cache
+        fetch.starts()
         cache.transfer.fetch(
             cache.arena.pages_NX,
             cache.pool.pages_RX,
@@ -251,9 +268,11 @@ class TieredAttention:
             src_rows_M=resolved.miss_src_M,
             count_1=resolved.num_misses_1,
         )
+        fetch.ends(resolved.num_misses_1)
 
 
-def _wait(event: torch.cuda.Event | None) -> None:
-    """The current stream goes on once the event is over."""
-    if event is not None:
-        torch.cuda.current_stream().wait_event(event)
+def _wait(fetching: Fetching | None) -> None:
+    """The current stream goes on once the pages are there."""
+    if fetching is not None:
+        fetching.fetch.is_needed()
+        torch.cuda.current_stream().wait_event(fetching.is_over)

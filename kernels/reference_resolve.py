@@ -214,3 +214,13 @@ def seal_pages(
     out.src_M[begin : begin + len(slot_W)] = slot_W
     out.dst_M[begin : begin + len(slot_W)] = row_W
     out.num_seals_1.add_(len(slot_W))
+
+
+def count_wasted(
+    rows_LM: Tensor, counts_L: Tensor, tables: PageTables, step_1: Tensor, out_1: Tensor
+) -> None:
+    """See ``kernels.wasted.count_wasted``."""
+    is_listed_LM = torch.arange(rows_LM.shape[1]) < counts_L[:, None]
+    slot_W = tables.page_slot_X[rows_LM[is_listed_LM]].long()
+    is_used_W = (slot_W >= 0) & (tables.slot_step_N[slot_W.clamp(min=0)] == step_1)
+    out_1 += (~is_used_W).sum()

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-FREE_STEP: Final = -1  # in slot_step: the slot holds no page
+FREE_STEP: Final = -1  # in slot_step: no page, or one that has no token yet
 LOCKED_STEP: Final = 2**31 - 1  # in slot_step: never a victim
 
 
@@ -23,8 +23,9 @@ class PageTables(NamedTuple):
     absent; with a spare frame at the end. ``lane_blocks_RLHN`` (R + 1, L, H, N): arena blocks that
     a lane owns, ``num_blocks_RLH`` of them; slot s of the lane is ``lane_blocks[s // ppb] * ppb +
     s % ppb``, ppb the pages of a block. ``slot_page_N``: page id in a slot, -1: none.
-    ``slot_step_N``: last step that used the slot, FREE_STEP (if and only if it holds no page), or
-    LOCKED_STEP.
+    ``slot_step_N``: last step that used the slot, FREE_STEP, or LOCKED_STEP. A slot without a page
+    has FREE_STEP, and so has one whose page is placed before its first token: both are given away
+    first, and nothing is lost.
 
     A frame is in one row only, and a block in one lane only. For every slot in use
     ``page_slot[page row of slot_page[slot]] == slot``.

@@ -109,6 +109,9 @@ def _counters(telemetry: Telemetry) -> Iterator[Metric]:
         ("kv_hot_hits", "Selected pages found in the hot tier.", totals.hot_hits),
         ("kv_hot_misses", "Selected pages fetched from the DRAM tier.", totals.hot_misses),
         ("kv_foreseen_pages", "Pages fetched a layer ahead.", totals.foreseen_pages),
+        ("kv_wasted_pages", "Of these, pages that were not selected.", totals.wasted_pages),
+        ("kv_exposed_seconds", "Waits for pages in timed steps.", totals.exposed_s),
+        ("kv_timed_steps", "Steps whose waits for pages were timed.", totals.timed_steps),
         (
             "kv_evicted_pages",
             "Pages of running requests dropped from the hot tier.",
@@ -118,11 +121,15 @@ def _counters(telemetry: Telemetry) -> Iterator[Metric]:
         ("h2d_bytes", "Bytes copied into the hot tier.", totals.h2d_bytes),
         (
             "h2d_seconds",
-            "Seconds copies into the hot tier were under way, CUDA graphs not counted.",
+            "Seconds copies into the hot tier were under way, those in CUDA graphs from a sample.",
             totals.h2d_s,
         ),
         ("d2h_bytes", "Bytes copied into the DRAM tier.", totals.d2h_bytes),
-        ("d2h_seconds", "Seconds copies into the DRAM tier were under way.", totals.d2h_s),
+        (
+            "d2h_seconds",
+            "Seconds copies into the DRAM tier were under way, CUDA graphs not counted.",
+            totals.d2h_s,
+        ),
         ("kv_verified_pages", "Pages hashed again after a copy.", totals.verify_checked_pages),
         ("kv_verify_mismatches", "Pages that differed after a copy.", totals.verify_mismatches),
         ("engine_restarts", "Engine processes started again.", telemetry.engine_restarts),
@@ -141,7 +148,7 @@ def _copies(copies: Iterable[CopyTotal]) -> Iterator[Metric]:
     )
     seconds = CounterMetricFamily(
         "sparsed_copied_seconds",
-        "Seconds such copies were under way, CUDA graphs not counted.",
+        "Seconds such copies were under way; see h2d_seconds and d2h_seconds.",
         labels=labels,
     )
     for item in copies:

@@ -124,7 +124,13 @@ def _tier_lines(stats: EngineStats) -> Iterator[tuple[str, object]]:
     yield "working set", f"{stats.working_set_pages} pages, {gib(stats.working_set_bytes)}"
     yield "summaries", gib(stats.metadata_bytes)
     if stats.foreseen_pages:
-        yield "foreseen pages", stats.foreseen_pages
+        yield "foreseen pages", f"{stats.foreseen_pages}, {stats.wasted_pages} of them for nothing"
+    if stats.timed_steps:
+        exposed_ms = 1e3 * stats.exposed_s / stats.timed_steps
+        yield (
+            "waits for pages",
+            f"{exposed_ms:.2f} ms a step that fetches, of {stats.timed_steps} timed",
+        )
     if stats.overflow_pages:
         yield "overflow pages", stats.overflow_pages
     for item in stats.copies:

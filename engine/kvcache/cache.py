@@ -29,8 +29,7 @@ from sparsed.kernels.resolve import MAX_SLOTS
 class KVCache:
     """Admits requests to both tiers, gives pages their slots, seals full pages, frees.
 
-    Not thread-safe: owned by the thread that runs the engine's steps. ``replayed_budget``:
-    requests with this token budget replay recorded selections; only told on.
+    Not thread-safe: owned by the thread that runs the engine's steps.
     """
 
     def __init__(
@@ -43,7 +42,6 @@ class KVCache:
         selector: Selector | None,
         transfer: Transfer,
         knobs: Knobs,
-        replayed_budget: int | None = None,
     ) -> None:
         self.geometry = geometry
         self.arena = arena
@@ -53,7 +51,6 @@ class KVCache:
         self.transfer = transfer
         self.rows: dict[int, Row] = {}
         self._knobs = knobs
-        self._replayed_budget = replayed_budget
         self._device = arena.pages_NX.device
         self._free_rows = list(range(knobs.max_num_seqs - 1, -1, -1))
 
@@ -130,9 +127,12 @@ class KVCache:
         return SparseDetails(
             method=row.method.value,
             token_budget=row.token_budget,
-            **reads._asdict(),
+            decode_steps=reads.decode_steps,
+            sparse_steps=reads.sparse_steps,
+            tokens_read=reads.tokens_read,
+            tokens_dense=reads.tokens_dense,
             coverage=float(np.mean(row.recalls)) if row.recalls else None,
-            replayed=row.token_budget == self._replayed_budget and reads.sparse_steps > 0,
+            replayed=reads.replayed_steps > 0,
         )
 
     @property

@@ -9,7 +9,7 @@ from sparsed.core import MemoryPlan
 from sparsed.engine.kvcache.geometry import Geometry
 from sparsed.engine.kvcache.pages import FreeList
 
-FREE_STEP = -1  # a free slot is older than any page
+FREE_STEP = -1  # no page, or one without a token yet: older than any other
 LOCKED_STEP = 2**31 - 1  # a slot that no victim search may take
 
 
@@ -19,7 +19,7 @@ class HotArena:
     Block 0 belongs to nobody: its first slot takes the writes of lanes that have nothing to
     write, so that device code needs no branches. Room that was never written holds anything, and
     readers mask it. ``slot_page`` is the page in a slot (-1: none), ``slot_step`` the last step
-    that used it, ``FREE_STEP`` (also where the page is yet to begin) or ``LOCKED_STEP``.
+    that used it, ``FREE_STEP`` or ``LOCKED_STEP``, as ``kernels.tables.PageTables`` says.
     """
 
     def __init__(

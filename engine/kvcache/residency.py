@@ -9,19 +9,23 @@ import torch
 from torch import Tensor
 
 from sparsed.core import BLOCK_TOKENS
+from sparsed.engine.fetch_times import UNTIMED
 from sparsed.engine.kvcache.cache import KVCache
+from sparsed.engine.kvcache.totals import DeviceCounters
 from sparsed.kernels.resolve import MAX_SLOTS, Resolved, resolve_pages
 
 
 class Residency:
-    """``counters_4`` are as in ``kernels.resolve.Resolved``, since the start."""
+    """``counters`` are those of ``kernels.resolve.Resolved``, since the start. ``times``: who times
+    the loads of this step."""
 
     def __init__(self, cache: KVCache) -> None:
         device = cache.arena.pages_NX.device
         self._cache = cache
         self._tables = cache.tables.with_arena(cache.arena)
         self._step_1 = torch.zeros(1, dtype=torch.int32, device=device)
-        self.counters_4 = torch.zeros(4, dtype=torch.int64, device=device)
+        self.counters = DeviceCounters(4, device=device)
+        self.times = UNTIMED
 
     def begin(self, step: int) -> None:
         """Steps only rise."""
@@ -45,6 +49,9 @@ class Residency:
             max_slots=min(max_blocks * (BLOCK_TOKENS // page_size), MAX_SLOTS),
             out=resolved,
         )
+        load = self.times.fetch()
+        load.is_needed()
+        load.starts()
         cache.transfer.load(
             cache.arena.pages_NX,
             cache.pool.pages_RX,
@@ -52,6 +59,7 @@ class Residency:
             src_rows=resolved.miss_src_M,
             count=resolved.num_misses_1,
         )
+        load.ends(resolved.num_misses_1)
         return resolved
 
     def _empty(self, pages_BHK: Tensor) -> Resolved:
@@ -65,5 +73,5 @@ class Residency:
             num_misses_1=torch.zeros_like(self._step_1),
             window_RLH=self._cache.tables.window_RLH,
             demand_RLH2=self._cache.tables.demand_RLH2,
-            counters_4=self.counters_4,
+            counters_4=self.counters.values_C,
         )

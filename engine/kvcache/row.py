@@ -13,10 +13,12 @@ from sparsed.engine.kvcache.lane_blocks import LaneBlocks
 
 
 class Reads(NamedTuple):
-    """What the decode steps of a request have attended to; see ``SparseDetails``."""
+    """What the decode steps of a request have attended to; see ``SparseDetails``.
+    ``replayed_steps``: sparse ones that a recording selected for."""
 
     decode_steps: int = 0
     sparse_steps: int = 0
+    replayed_steps: int = 0
     tokens_read: int = 0
     tokens_dense: int = 0
 

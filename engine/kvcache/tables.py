@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sparsed.engine.kvcache.geometry import Geometry, num_frames
 from sparsed.engine.kvcache.hbm import FREE_STEP, LOCKED_STEP, HotArena, slots_of_blocks
+from sparsed.engine.kvcache.totals import DeviceCounters
 from sparsed.kernels.tables import PageTables as DeviceTables
 
 
@@ -57,7 +58,7 @@ class PageTables:
         self.num_blocks_RLH = _filled((num_rows + 1, *lanes), 0, device=device)
         self.window_RLH = torch.zeros_like(self.num_blocks_RLH)
         self.demand_RLH2 = _filled((num_rows + 1, *lanes, 2), 0, device=device)
-        self.displaced = torch.zeros((), dtype=torch.int64, device=device)
+        self.displaced = DeviceCounters(1, device=device)
         self._head_H = torch.arange(geometry.num_kv_heads, device=device)
         self._lane_LH = torch.arange(geometry.num_lanes, device=device).view(lanes)
 
@@ -152,7 +153,7 @@ class PageTables:
 
     def place_in_order(self, arena: HotArena, row: int, first_block: int, last_block: int) -> None:
         """Give every page of blocks first_block .. last_block - 1 its slot, page i the lane's i-th
-        (a lane that holds every page). Until it is begun a page is as old as a free slot."""
+        (a lane that holds every page). Until it is begun a page has ``FREE_STEP``."""
         per_block = self._geometry.pages_per_block
         blocks_LHn = self.lane_blocks_RLHN[row, :, :, first_block:last_block]
         slots_LHS = slots_of_blocks(blocks_LHn, pages_per_block=per_block)
@@ -178,7 +179,7 @@ class PageTables:
         self._forget(row, self._lane_LH[..., None], evicted_LH1)
         page_rows_LH1 = self.page_rows(row, page, page + 1)
         self.page_slot_X[page_rows_LH1] = victim_LH1.int()
-        self.displaced += (evicted_LH1 >= 0).sum()
+        self.displaced.values_C += (evicted_LH1 >= 0).sum()
         arena.slot_page_N.index_fill_(0, victim_LH1.flatten(), page)
         arena.slot_step_N.index_fill_(0, victim_LH1.flatten(), LOCKED_STEP)
 
@@ -202,7 +203,7 @@ class PageTables:
             self._move_locked(arena, row, slots_LHS, is_slot_LHS, max_blocks)
             pages_LHS = torch.where(is_slot_LHS, arena.slot_page_N[slots_LHS].long(), -1)
             begun_LHS = (pages_LHS >= 0) & (arena.slot_step_N[slots_LHS] != FREE_STEP)
-            self.displaced += begun_LHS.sum()
+            self.displaced.values_C += begun_LHS.sum()
             self._forget(row, self._lane_LH[..., None], pages_LHS)
         arena.slot_page_N.index_fill_(0, slots_LHS.flatten(), -1)
         arena.slot_step_N.index_fill_(0, slots_LHS.flatten(), FREE_STEP)
@@ -222,7 +223,7 @@ class PageTables:
         target_LH1 = torch.where(is_moved_LH1, _oldest(arena, owned_LHS), 0)
         page_LH1 = torch.where(is_moved_LH1, arena.slot_page_N[source_LH1].long(), -1)
         evicted_LH1 = torch.where(is_moved_LH1, arena.slot_page_N[target_LH1].long(), -1)
-        self.displaced += (evicted_LH1 >= 0).sum()
+        self.displaced.values_C += (evicted_LH1 >= 0).sum()
         self._forget(row, self._lane_LH[..., None], evicted_LH1)
         entries_LH1 = self._page_rows(row, self._lane_LH[..., None], page_LH1.clamp(min=0))
         entries_LH1 = torch.where(is_moved_LH1, entries_LH1, self.spare_entry)

@@ -46,7 +46,7 @@ class Transfer:
     reads its source in the order of the current stream; frames that change hands need no more,
     as long as streams that load are joined to the one that saves before the frames are freed.
 
-    Inside a CUDA graph nothing is timed and nothing waits: call ``wait_for_saves`` before a
+    Inside a CUDA graph copies time nothing and wait for nothing: call ``wait_for_saves`` before a
     replay that loads, and ``warm_up`` before a capture. ``ways`` says how copies are made, and can
     be changed at any time; a graph keeps what held at its capture. One thread.
     """
@@ -171,6 +171,11 @@ class Transfer:
         """Count what a step has fetched, a scalar on the device."""
         way = (Direction.H2D, self.ways.load.path)
         self._totals.add(way, num_pages, piece_bytes=self._page_bytes)
+
+    def add_timed(self, num_pages: int, *, seconds: float) -> None:
+        """So many pages of a step took so long: what graphs fetch is taken to be as fast."""
+        way = (Direction.H2D, self.ways.load.path)
+        self._totals.add_timed(way, num_pages * self._page_bytes, seconds=seconds)
 
     def wait_for_saves(self) -> None:
         """The current stream goes on once every save so far has arrived."""

@@ -52,6 +52,12 @@ class SelectionTrace:
         self._pages_LBHK = self._ranks_SYK.new_empty((0, 0, 0, 0))
         self._replays_B11 = torch.zeros((0, 1, 1), dtype=torch.bool, device=device)
 
+    def replays(self, num_selected: int, *, num_full: int) -> bool:
+        """Whether a step replays for a request that selects so many of its full pages; ``begin``
+        asks the same on the device."""
+        anchor = num_full // ANCHOR_PAGES * ANCHOR_PAGES
+        return num_selected == self._ranks_SYK.shape[2] and anchor >= self.num_pages
+
     def begin(self, rows_B: Tensor, *, positions_B: Tensor, pages: Pages, width: int) -> None:
         """Look up the pages of all layers for a step; ``width``: columns of its selections."""
         num_steps, _, num_columns = self._ranks_SYK.shape

@@ -737,7 +737,7 @@ class SparseDetails:
     tokens_read: int  # K/V tokens read per lane, summed over steps
     tokens_dense: int  # what dense attention would have read
     coverage: float | None  # mean attention recall on sampled steps; None if never sampled
-    replayed: bool = False  # a recording selected for it, where it was long enough for that
+    replayed: bool = False  # a recording selected for some of its steps
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -809,8 +809,8 @@ class Heartbeat:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CopyTotal:
-    """Copies of one kind since the start. ``seconds`` are those such copies were under way; what a
-    CUDA graph copies has bytes and no seconds."""
+    """Copies of one kind since the start. ``seconds`` are those such copies were under way: of
+    fetches in CUDA graphs at the rate of those that were timed, of saves in them there are none."""
 
     direction: Direction
     path: CopyPath
@@ -831,12 +831,15 @@ class EngineStats:
     hot_hits: int = 0  # pages
     hot_misses: int = 0  # pages
     foreseen_pages: int = 0  # fetched a layer ahead; selected then, they are hits
+    wasted_pages: int = 0  # of these, not selected in their step
     evicted_pages: int = 0  # pages that lost their slot while their request went on
     overflow_pages: int = 0  # selected pages that did not fit their lane, attended in passes
     h2d_bytes: int = 0
-    h2d_s: float = 0.0  # without those of loads inside CUDA graphs
+    h2d_s: float = 0.0  # fetches inside CUDA graphs as fast as those that were timed
     d2h_bytes: int = 0
-    d2h_s: float = 0.0
+    d2h_s: float = 0.0  # without those of saves inside CUDA graphs
+    exposed_s: float = 0.0  # in which attention stood still for pages, in the timed steps
+    timed_steps: int = 0  # of the steps that fetch: a sample
     copies: tuple[CopyTotal, ...] = ()  # the same by direction and path
     recall_sum: float = 0.0
     recall_samples: int = 0

@@ -168,6 +168,10 @@ def test_the_status_tells_what_the_tiers_do(
         working_set_bytes=2 << 30,
         metadata_bytes=1 << 29,
         overflow_pages=17,
+        foreseen_pages=40,
+        wasted_pages=9,
+        exposed_s=0.012,
+        timed_steps=8,
         copies=copies,
     )
     daemon.control.now = replace(now, stats=stats)
@@ -175,7 +179,11 @@ def test_the_status_tells_what_the_tiers_do(
     out = " ".join(capsys.readouterr().out.split())
     for words in (
         *("working set 4096 pages, 2.00 GiB", "summaries 0.50 GiB", "overflow pages 17"),
+        *(
+            "foreseen pages 40, 9 of them for nothing",
+            "waits for pages 1.50 ms a step that fetches",
+        ),
         *("h2d by kernel 3.00 GiB", "d2h by batched 1.00 GiB in 0.5 s", "misses a step 16.0 pages"),
     ):
         assert words in out
-    assert "3.00 GiB in" not in out, "copies in a graph have no seconds"
+    assert "3.00 GiB in" not in out, "nothing was timed"

@@ -192,6 +192,7 @@ def make_steps() -> MakeSteps:
             runner.decoder,
             kv,
             tiered=tiered,
+            fetch_times=runner.fetch_times,
             last_token_R=torch.zeros(kv.tables.spare_row + 1, dtype=torch.int64),
             max_rows=8,
             max_tokens=4096,

@@ -180,9 +180,9 @@ class CacheMachine(RuleBasedStateMachine):
     def free(self, data: st.DataObject) -> None:
         index = data.draw(st.sampled_from(sorted(self.lives)))
         tables, frames = self.cache.tables, self.cache.rows[index].frames
-        displaced = int(tables.displaced)
+        displaced = tables.displaced.read()[0]
         self.cache.free(index)
-        assert int(tables.displaced) == displaced, "a request that ends evicts nothing"
+        assert tables.displaced.read()[0] == displaced, "a request that ends evicts nothing"
         del self.lives[index]
         assert bool((tables.page_slot_MLHP[frames] == -1).all())
         assert bool((tables.lane_blocks_RLHN[index] == -1).all())
@@ -192,7 +192,7 @@ class CacheMachine(RuleBasedStateMachine):
     def losses_counted(self, opened: int | None = None, end: int = 0) -> Iterator[None]:
         """Every begun page that has a slot before the block, or gets one in it, and has none after
         it is counted. The block may open pages of row ``opened`` up to position ``end``."""
-        rows, displaced = dict(self.cache.rows), int(self.cache.tables.displaced)
+        rows, displaced = dict(self.cache.rows), self.cache.tables.displaced.read()[0]
         had = {index: self.begun(row) for index, row in rows.items()}
         was_complete = opened is not None and rows[opened].complete
         yield
@@ -200,7 +200,7 @@ class CacheMachine(RuleBasedStateMachine):
             num_begun = -(-end // self.page_size)
             had[opened][..., : min(num_begun, rows[opened].num_placed)] = True
         lost = sum(int((had[i] & (self.table(row) < 0)).sum()) for i, row in rows.items())
-        assert int(self.cache.tables.displaced) - displaced == lost
+        assert self.cache.tables.displaced.read()[0] - displaced == lost
 
     def table(self, row: Row) -> torch.Tensor:
         """Slots (L, H, P) of all pages there may be."""
@@ -374,7 +374,7 @@ def test_an_open_page_moves_when_its_slot_is_taken(make_cache: MakeCache) -> Non
     assert bool((cache.arena.slot_step_N[after] == LOCKED_STEP).all())
     assert bool((cache.arena.slot_page_N[before] == -1).all())
     assert (cache.tables.slots_of(index, 0, 32) >= 0).sum(-1).unique().tolist() == [12]
-    assert int(cache.tables.displaced) == 4 * (32 - 12)
+    assert cache.tables.displaced.read()[0] == 4 * (32 - 12)
 
 
 def test_a_page_yet_to_begin_is_lost_by_nobody(make_cache: MakeCache) -> None:
@@ -384,7 +384,7 @@ def test_a_page_yet_to_begin_is_lost_by_nobody(make_cache: MakeCache) -> None:
     assert bool((cache.tables.slots_of(index, 29, 32) >= 0).all()), "placed with their block"
     cache.apply(replace(cache._knobs, hbm_budget=256))
     assert bool((cache.tables.slots_of(index, 29, 32) == -1).all())
-    assert int(cache.tables.displaced) == 4 * (29 - 12)
+    assert cache.tables.displaced.read()[0] == 4 * (29 - 12)
     cache.open_chunk(index, 900, 930, step=2)
     assert (cache.tables.slots_of(index, 28, 31) >= 0).tolist() == [[[True, True, False]] * 2] * 2
 

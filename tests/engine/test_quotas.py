@@ -201,9 +201,9 @@ def test_a_round_gives_to_the_lane_that_misses(make_cache: MakeCache) -> None:
     assert counts_L.min() == 4, "seven tenths, rounded up"
     decode.run(range(2 * ROUND_STEPS, 3 * ROUND_STEPS))
     assert decode.row.blocks.counts_L.tolist() == [8, 4, 4, 4], "all there is to hold"
-    misses = decode.residency.counters_4[1].item()
+    misses = decode.residency.counters.values_C[1].item()
     decode.run(range(3 * ROUND_STEPS, 3 * ROUND_STEPS + 20))
-    assert decode.residency.counters_4[1].item() == misses, "it holds all that it selects"
+    assert decode.residency.counters.values_C[1].item() == misses, "it holds all that it selects"
     decode.cache.check_integrity()
 
 

@@ -10,14 +10,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from sparsed.core import EngineSpec, InputError, SparseMethod
 from sparsed.engine.batch import DecodeRow, PromptChunk, StepPlan
 from sparsed.engine.evaluate.recording import Recording, RecordingHeader, write_recording
 from sparsed.engine.runner import Runner
-from sparsed.engine.sparse.replay import ANCHOR_PAGES, LANE_SHIFT, ROW_SHIFT
+from sparsed.engine.sparse.replay import ANCHOR_PAGES, LANE_SHIFT, ROW_SHIFT, SelectionTrace
 from sparsed.engine.step_decoder import StepDecoder
+from sparsed.engine.step_input import Pages
 
 MakeSpec = Callable[..., EngineSpec]
 MakeSteps = Callable[..., StepDecoder]
@@ -136,7 +139,9 @@ def test_a_runner_attends_to_what_was_recorded(
                 assert (pages_HK[head] >= 0).all()
     assert found == len(REPLAYED) * runner.kv.geometry.num_lanes
     told = [runner.kv.details(decode.row).replayed for decode in decodes]
-    assert told == [True, True, True, False, False]
+    assert told == [True, True, False, False, False]
+    assert all(runner.kv.details(d.row).sparse_steps == 1 for d in decodes)
+    assert not any(runner.kv.details(d.row, num_dropped=1).replayed for d in decodes)
 
 
 @pytest.mark.parametrize(("lane_blocks", "looks_ahead"), [(17, False), (17, True), (60, False)])
@@ -163,6 +168,24 @@ def test_queued_steps_replay_as_eager_ones_do(
         torch.testing.assert_close(got.logits_NV, expected, atol=1e-4, rtol=1e-4)
     assert differs, "the replay changed nothing"
     assert not free.kv.details(decodes[0].row).replayed
+
+
+@settings(max_examples=50)
+@given(
+    asked=st.lists(st.tuples(st.integers(24, 32), st.integers(0, 900)), min_size=1, max_size=6),
+    touched=st.integers(31, 600),
+)
+def test_host_and_device_agree_on_who_replays(asked: list[tuple[int, int]], touched: int) -> None:
+    pages_SYK = np.arange(touched // 31 * 31).reshape(-1, 1, 31)
+    trace = SelectionTrace(pages_SYK, num_layers=1, num_heads=1, device=torch.device("cpu"))
+    count_B, num_full_B = torch.tensor(asked, dtype=torch.int32).T
+    rows_B = torch.arange(len(asked), dtype=torch.int32)
+    pages = Pages(num_full_B=num_full_B, count_B=count_B, first_B=rows_B)
+    trace.begin(rows_B, positions_B=num_full_B * PAGE_SIZE, pages=pages, width=40)
+    own_BHK = torch.full((len(asked), 1, 40), -7, dtype=torch.int32)
+    trace.overwrite(0, own_BHK)
+    on_device = (own_BHK[:, 0, 0] != -7).tolist()
+    assert on_device == [trace.replays(count, num_full=num_full) for count, num_full in asked]
 
 
 def test_an_engine_refuses_what_it_cannot_replay(make_spec: MakeSpec, file: Path) -> None:

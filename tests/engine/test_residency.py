@@ -99,7 +99,7 @@ def test_hits_and_victims_are_those_of_an_exact_lru(
     lanes, rng = new_lanes(make_cache, blocks), np.random.default_rng(seed)
     for step in range(1, 25):
         pages_BHK = random_selections(len(blocks), count, rng)
-        before_4 = lanes.residency.counters_4.clone()
+        before_4 = lanes.residency.counters.values_C.clone()
         resolved = resolve(lanes, range(len(blocks)), pages_BHK, step)
         missed = evicted = overflow = 0
         for row, heads in enumerate(lanes.oracles):
@@ -120,7 +120,7 @@ def test_hits_and_victims_are_those_of_an_exact_lru(
                 overflow += max(0, count - oracle.num_slots)
                 used = dict.fromkeys(set(pages) & now, step)
                 oracle.used_at = {p: at for p, at in oracle.used_at.items() if p in now} | used
-        counted = (lanes.residency.counters_4 - before_4).tolist()
+        counted = (lanes.residency.counters.values_C - before_4).tolist()
         assert counted == [pages_BHK.numel(), missed, evicted, overflow]
 
 
@@ -190,7 +190,7 @@ def test_what_is_missing_is_loaded_where_it_is_read(make_cache: MakeCache) -> No
         expected = page_rows.float()[..., None].expand(1, 2, 2, cache.arena.pages_NX.shape[1])
         assert torch.equal(cache.arena.pages_NX[slots.long()], expected)
         assert int(resolved.num_misses_1) == (4, 0, 1)[step - 1]
-    assert lanes.residency.counters_4.tolist() == [12, 5, 0, 0], "two blocks have free slots"
+    assert lanes.residency.counters.values_C.tolist() == [12, 5, 0, 0], "two blocks have free slots"
 
 
 def test_a_lane_without_room_keeps_its_locked_page(make_cache: MakeCache) -> None:
@@ -199,4 +199,4 @@ def test_a_lane_without_room_keeps_its_locked_page(make_cache: MakeCache) -> Non
     resolved = resolve(lanes, [0], torch.tensor([[[1, 2, 3, 4]] * NUM_HEADS]), 2)
     assert (resolved.slots_BHK >= 0).sum(-1).tolist() == [[3, 3]]
     assert [resident(lanes, 0, head) for head in range(NUM_HEADS)] == [{1, 2, 3}] * 2
-    assert lanes.residency.counters_4.tolist() == [8, 8, 0, 2]
+    assert lanes.residency.counters.values_C.tolist() == [8, 8, 0, 2]

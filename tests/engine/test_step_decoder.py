@@ -27,10 +27,10 @@ from sparsed.engine.step_input import (
     first_columns,
     graph_sizes,
 )
-from sparsed.engine.tiered import TieredAttention
 from sparsed.kernels.sample import DrawPlan
 
 MakeRunner = Callable[..., Runner]
+MakeSteps = Callable[..., StepDecoder]
 lengths = st.lists(st.integers(0, 300_000), min_size=1, max_size=40)
 
 
@@ -131,34 +131,6 @@ def test_the_pages_of_requests_do_not_overlap(pages: list[int]) -> None:
     assert all(end <= begin < end + 4 for end, begin in zip(ends, first[1:], strict=False))
 
 
-def step_decoder(runner: Runner, *, looks_ahead: bool = False) -> StepDecoder:
-    kv, config = runner.kv, runner.decoder.config
-    scale = config.head_dim**-0.5
-    tiered = None
-    if kv.selector is not None:
-        tiered = TieredAttention(
-            kv,
-            kv.selector,
-            max_rows=8,
-            max_count=64,
-            max_pages=kv.geometry.max_pages(4096),
-            group=config.num_heads // config.num_kv_heads,
-            scale=scale,
-            trace=None,
-            looks_ahead=looks_ahead,
-        )
-    return StepDecoder(
-        runner.decoder,
-        kv,
-        tiered=tiered,
-        last_token_R=torch.zeros(kv.tables.spare_row + 1, dtype=torch.int64),
-        max_rows=8,
-        max_tokens=4096,
-        scale=scale,
-        use_graphs=False,
-    )
-
-
 def prefill(
     runner: Runner,
     tokens: list[int],
@@ -188,13 +160,13 @@ def run_queued(runner: Runner, steps: StepDecoder, decodes: list[DecodeRow], *, 
 
 @pytest.mark.parametrize("page_size", [8, 32, 128])
 def test_a_resident_step_draws_what_the_runner_draws(
-    make_runner: MakeRunner, page_size: int
+    make_runner: MakeRunner, make_steps: MakeSteps, page_size: int
 ) -> None:
     prompts = [[7] * 3, list(range(127)), list(range(300)), list(range(128))]
     one, other = (make_runner(page_size=page_size, token_budget=512) for _ in range(2))
     rows = [prefill(one, tokens) for tokens in prompts]
     assert rows == [prefill(other, tokens) for tokens in prompts]
-    steps = step_decoder(other)
+    steps = make_steps(other)
     known: list[int | None] = [1, 2, 3, 4]
     drawn = torch.tensor([1, 2, 3, 4])
     hot = DrawParams(seed=3, token_index=0, temperature=2.0, top_p=0.9, min_p=0.0, top_k=40)
@@ -220,7 +192,11 @@ def test_a_resident_step_draws_what_the_runner_draws(
 @pytest.mark.parametrize("hot_blocks", [11, 40])
 @pytest.mark.parametrize("page_size", [8, 32])
 def test_a_step_over_both_tiers_draws_what_the_runner_draws(
-    make_runner: MakeRunner, page_size: int, hot_blocks: int, looks_ahead: bool
+    make_runner: MakeRunner,
+    make_steps: MakeSteps,
+    page_size: int,
+    hot_blocks: int,
+    looks_ahead: bool,
 ) -> None:
     """Evictions or none, beside a row that attends to everything and one that grows sparse."""
     settings = {"page_size": page_size, "token_budget": 256, "lane_blocks": hot_blocks}
@@ -241,7 +217,7 @@ def test_a_step_over_both_tiers_draws_what_the_runner_draws(
         for tokens, method in zip(prompts, methods, strict=True):
             prefill(runner, tokens, method=method)
     rows = sorted(one.kv.rows)
-    steps = step_decoder(other, looks_ahead=looks_ahead)
+    steps = make_steps(other, looks_ahead=looks_ahead)
     for step in range(40):
         decodes = [
             DecodeRow(row=row, token=step + b, position=len(prompts[b]) + step)
@@ -251,21 +227,24 @@ def test_a_step_over_both_tiers_draws_what_the_runner_draws(
         got = run_queued(other, steps, decodes, step=1000 + step)
         torch.testing.assert_close(got.logits_NV, expected.logits_NV, atol=1e-4, rtol=1e-4)
     assert steps.tiered is not None
-    selected, missed, evicted, overflow = steps.tiered.now.counters.read()
+    selected, missed, evicted, overflow, _ = steps.tiered.now.counters.read()
     assert selected > 0 and overflow == 0
     assert (missed > 0) == (hot_blocks == 11) == (evicted > 0)
 
 
 @pytest.mark.parametrize("ahead", [False, True])
 def test_lanes_that_lose_their_balance_change_no_token(
-    make_runner: MakeRunner, monkeypatch: pytest.MonkeyPatch, ahead: bool
+    make_runner: MakeRunner,
+    make_steps: MakeSteps,
+    monkeypatch: pytest.MonkeyPatch,
+    ahead: bool,
 ) -> None:
     """Rounds move blocks between two steps of a request; what it attends to stays the same."""
     settings = {"page_size": 8, "token_budget": 256, "lane_blocks": 4}
     one, other = (make_runner(**settings) for _ in range(2))
     monkeypatch.setattr(one._rebalancer, "step", lambda _step: None)
     if ahead:
-        other.steps = step_decoder(other)
+        other.steps = make_steps(other)
     prompt = [i * i % 199 for i in range(700)]
     for runner in (one, other):
         prefill(runner, prompt, method=SparseMethod.MEAN_KEY, output=ROUND_STEPS + 30)
@@ -293,11 +272,11 @@ def test_lanes_that_lose_their_balance_change_no_token(
 
 
 def test_steps_made_anew_go_on_with_their_counters_and_the_new_budget(
-    make_spec: Callable[..., EngineSpec],
+    make_spec: Callable[..., EngineSpec], make_steps: MakeSteps
 ) -> None:
     spec = replace(make_spec(page_size=8, token_budget=256, lane_blocks=40), enforce_eager=True)
     runner = Runner(spec, on_progress=lambda *_: None)
-    runner.steps = step_decoder(runner)
+    runner.steps = make_steps(runner)
     row = prefill(runner, [i % 199 for i in range(900)], method=SparseMethod.MEAN_KEY)
     decode = DecodeRow(row=row, token=1, position=900)
     runner.run(StepPlan(chunks=(), decodes=(decode,)))

@@ -3,6 +3,7 @@ differ at near ties alone; and steps that decode never wait for the device."""
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -448,23 +449,64 @@ def test_float32_tokens_are_the_same_wherever_the_pages_lie(
 
 
 def test_sparse_steps_do_not_wait_for_the_device(make_runner: MakeRunner) -> None:
-    """But for samples of attention recall, of which there are none here."""
+    """But for samples of attention recall, of which there are none here; with timed steps, and
+    asked for figures all the time."""
     runner = make_runner(
         "dummy:tiny", "bfloat16", lane_blocks=LANE_BLOCKS, page_size=8, **TIER_KNOBS
     )
     runner.attention.tiers.recall_stride = NO_RECALL
+    runner.fetch_times.stride = 3
     engine = engine_of(runner)
     for one in sparse_requests(runner.vocab_size)[:4]:
         engine.add(replace(one, sampling=replace(one.sampling, max_tokens=400)))
     for _ in range(140):
         engine.step()
+        engine.stats()
     torch.cuda.synchronize()
+    found, timed_steps = [], runner.fetch_times.steps
     with no_synchronisation():
-        found = [len(engine.step().outputs) for _ in range(140)]
+        for _ in range(140):
+            found.append(len(engine.step().outputs))
+            engine.stats()
     assert found == [4] * 140
+    assert 20 < runner.fetch_times.steps - timed_steps <= 47
     while engine.has_work:
         engine.step()
     assert settled(runner).stats().hot_misses > 0
+
+
+@pytest.mark.parametrize("looks_ahead", [False, True])
+def test_timed_steps_change_no_token_and_tell_what_fetches_take(
+    make_runner: MakeRunner, looks_ahead: bool
+) -> None:
+    knobs = {**TIER_KNOBS, "page_size": 8}
+    eager = make_runner("dummy:tiny", enforce_eager=True, **knobs)
+    requests = sparse_requests(eager.vocab_size)
+    expected = expected_alone(eager, requests)
+    del eager
+    runner = make_runner("dummy:tiny", lane_blocks=LANE_BLOCKS, **knobs)
+    runner.attention.tiers.recall_stride = runner.fetch_times.stride = NO_RECALL
+    runner.look_ahead(looks_ahead)
+    assert_same_texts(run(engine_of(runner), requests), expected, what="not timed")
+    before = settled(runner).stats()
+    assert before.timed_steps == 0 == before.exposed_s
+    runner.fetch_times.stride = 3
+    started_s = time.perf_counter()
+    assert_same_texts(run(engine_of(runner), requests), expected, what="timed")
+    stats = settled(runner).stats()
+    run_s = time.perf_counter() - started_s
+    assert stats.timed_steps > NUM_TOKENS // 6
+    assert 0 < stats.exposed_s < run_s
+    # What the run before has fetched gets its seconds too.
+    fetched_gb, fetched_s = (stats.h2d_bytes - before.h2d_bytes) / 1e9, stats.h2d_s - before.h2d_s
+    print(
+        f"{fetched_gb:.4f} GB and what came before, {fetched_s * 1e3:.1f} ms; exposed "
+        f"{1e6 * stats.exposed_s / stats.timed_steps:.1f} us a step; {stats.foreseen_pages} "
+        f"foreseen, {stats.wasted_pages} for nothing, {stats.hot_misses} missed"
+    )
+    assert fetched_s > 0 and fetched_gb / fetched_s < 200
+    assert (stats.foreseen_pages > stats.wasted_pages > 0) == looks_ahead
+    assert not looks_ahead or stats.foreseen_pages > 0
 
 
 def test_recall_is_the_same_wherever_the_pages_lie(make_runner: MakeRunner) -> None:

@@ -13,6 +13,7 @@ from sparsed.engine.batch import DecodeRow, PromptChunk, StepPlan
 from sparsed.engine.kvcache.geometry import num_frames
 from sparsed.engine.runner import Runner
 from sparsed.engine.step_decoder import StepDecoder
+from sparsed.engine.step_input import StepInput
 from sparsed.kernels.buckets import WINDOW_STEPS
 
 MakeRunner = Callable[..., Runner]
@@ -98,15 +99,43 @@ def test_copies_by_way_add_up(make_runner: MakeRunner) -> None:
         assert sum(item.seconds for item in found) == seconds > 0
 
 
+def foreseen_and_not_selected(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Page rows that queued steps from now on fetch ahead and do not select; it grows as they run."""
+    assert runner.steps is not None and runner.steps.tiered is not None
+    tiered, tables, wasted = runner.steps.tiered, runner.kv.tables, list[int]()
+    foreseen: dict[int, set[int]] = {}
+
+    def resolve_now(layer: int, pages_BHK: Tensor, inputs: StepInput, **values: Any) -> Any:
+        rows_BHK = tables.selected_page_rows(inputs.rows_B.long(), layer, pages_BHK.clamp(min=0))
+        is_real_BHK = (pages_BHK >= 0) & (inputs.rows_B < tables.spare_row)[:, None, None]
+        wasted.extend(foreseen.pop(layer, set()) - set(rows_BHK[is_real_BHK].tolist()))
+        return now(layer, pages_BHK, inputs, **values)
+
+    def resolve_ahead(layer: int, *values: Any, **more: Any) -> Any:
+        resolved = ahead(layer, *values, **more)
+        foreseen[layer] = set(resolved.miss_src_M[: int(resolved.num_misses_1)].tolist())
+        return resolved
+
+    now = tiered.now.resolve
+    monkeypatch.setattr(tiered.now, "resolve", resolve_now)
+    if tiered.ahead is not None:
+        ahead = tiered.ahead.resolve
+        monkeypatch.setattr(tiered.ahead, "resolve", resolve_ahead)
+    return wasted
+
+
 @pytest.mark.parametrize("looks_ahead", [False, True])
 def test_pages_fetched_a_layer_ahead_are_counted_apart(
-    make_runner: MakeRunner, make_steps: MakeSteps, looks_ahead: bool
+    make_runner: MakeRunner,
+    make_steps: MakeSteps,
+    monkeypatch: pytest.MonkeyPatch,
+    looks_ahead: bool,
 ) -> None:
     """What is waited for and what was foreseen together are all that crossed the link."""
     runner = make_runner(page_size=8, token_budget=256, lane_blocks=6)
     rows = prefilled(runner)
     runner.steps = make_steps(runner, looks_ahead=looks_ahead)
-    before = runner.stats()
+    before, fetched_for_nothing = runner.stats(), foreseen_and_not_selected(runner, monkeypatch)
     for turn in range(6):
         decodes = [
             DecodeRow(row=row, token=7 * turn, position=length + turn)
@@ -115,6 +144,8 @@ def test_pages_fetched_a_layer_ahead_are_counted_apart(
         runner.run(StepPlan(chunks=(), decodes=tuple(decodes)))
     stats = runner.stats()
     assert (stats.foreseen_pages > 0) == looks_ahead
+    assert stats.wasted_pages == len(fetched_for_nothing)
+    assert (stats.foreseen_pages > stats.wasted_pages > 0) == looks_ahead
     fetched = (stats.h2d_bytes - before.h2d_bytes) / runner.kv.geometry.page_bytes
     assert fetched == stats.hot_misses + stats.foreseen_pages > 0
     assert stats.hot_hits + stats.hot_misses == 6 * 2 * 31 * runner.kv.geometry.num_lanes

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sparsed.kernels import reference_resolve, resolve, seal
+from sparsed.kernels import reference_resolve, resolve, seal, wasted
 
 
 def clones(parts):
@@ -58,3 +58,22 @@ def test_resolve_and_seal(cases, page_size, columns, num_blocks, max_slots):
         assert torch.equal(out.num_seals_1, expected.num_seals_1)
         equal(tables, expected_tables)
     assert (total_4[:3] > 0).all()
+
+
+@pytest.mark.parametrize("room", [1, 600, 5000])
+def test_count_wasted(cases, room):
+    """Lists empty, short and full; some pages without a slot, some used in another step."""
+    tables = cases.page_tables(page_size=8, num_blocks=(9,), row_frames=40)
+    numbers = torch.Generator().manual_seed(room)
+    held = torch.randperm(len(tables.page_slot_X), generator=numbers)[: len(tables.slot_step_N)]
+    tables.page_slot_X[held] = torch.arange(len(held), dtype=torch.int32)
+    tables.slot_step_N.random_(6, 9, generator=numbers)
+    rows_LM = torch.randint(0, len(tables.page_slot_X), (3, room), generator=numbers)
+    rows_LM[:, ::2] = held[torch.randint(0, len(held), rows_LM[:, ::2].shape, generator=numbers)]
+    counts_L = torch.tensor([0, room // 3, room], dtype=torch.int32)
+    step_1, out_1 = torch.tensor([7], dtype=torch.int32), torch.tensor([100])
+    expected_1 = out_1.clone()
+    wasted._launch(rows_LM, counts_L, tables, step_1, out_1)
+    reference_resolve.count_wasted(rows_LM, counts_L, tables, step_1, expected_1)
+    assert torch.equal(out_1, expected_1)
+    assert room == 1 or 100 < out_1 < 100 + counts_L.sum()

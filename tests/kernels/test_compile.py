@@ -39,6 +39,7 @@ from sparsed.kernels import (
     store,
     summarise,
     tables,
+    wasted,
 )
 
 SHARED_LIMIT_BYTES = {80: 166_912, 90: 232_448, 100: 232_448}
@@ -203,6 +204,11 @@ def launch_seal(page_size: int) -> None:
     seal._launch(rows_B, rows_B, page_tables(), rows_B[:1], page_size, out)
 
 
+def launch_wasted() -> None:
+    counts, rows_LM = torch.zeros(9, dtype=torch.int32), torch.zeros(3, 500, dtype=torch.int64)
+    wasted._launch(rows_LM, counts[1:4], page_tables(), counts[:1], rows_LM[0, 3:4])
+
+
 def launch_draw(vocab: int) -> None:
     ints_B, floats_B = torch.zeros(2, dtype=torch.int32), torch.zeros(2)
     key_4B = torch.zeros(4, 2, dtype=torch.int32)
@@ -329,6 +335,7 @@ LAUNCHES: dict[str, Callable[[], None]] = {
     "summarise 128x80 fp16": lambda: launch_summarise(80, FP16, 128),
     "summarise 16x64 fp32, 32 dims": lambda: launch_summarise(64, FP32, 16, 32),
     "seal": lambda: launch_seal(32),
+    "wasted": launch_wasted,
     "draw of 64": lambda: launch_draw(64),
     "draw of 49,152": lambda: launch_draw(49_152),
     "draw of 151,936": lambda: launch_draw(151_936),

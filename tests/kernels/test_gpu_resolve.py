@@ -9,6 +9,7 @@ from torch import Tensor
 from sparsed.kernels.copy import copy_pages
 from sparsed.kernels.resolve import resolve_pages
 from sparsed.kernels.seal import seal_pages
+from sparsed.kernels.wasted import count_wasted
 
 pytestmark = [
     pytest.mark.gpu,
@@ -87,6 +88,29 @@ def test_decode(cases, page_size, columns, num_blocks, max_slots, seed):
         check(gpu_out, out, listed=("miss_dst_M", "miss_src_M"))
         check(gpu_sealed, sealed, listed=("src_M", "dst_M"))
         check(on_gpu, tables)
+
+
+@pytest.mark.parametrize("room", [1, 600, 50_000])
+def test_count_wasted(cases, room, seed):
+    """Lists empty, short and full; some pages without a slot, some used in another step."""
+    tables = cases.page_tables(page_size=8, num_blocks=(9,), row_frames=40, seed=seed)
+    numbers = torch.Generator().manual_seed(seed)
+    held = torch.randperm(len(tables.page_slot_X), generator=numbers)[: len(tables.slot_step_N)]
+    tables.page_slot_X[held] = torch.arange(len(held), dtype=torch.int32)
+    tables.slot_step_N.random_(6, 9, generator=numbers)
+    rows_LM = torch.randint(0, len(tables.page_slot_X), (3, room), generator=numbers)
+    found = []
+    for device in ("cpu", "cuda"):
+        out_1 = torch.tensor([100], device=device)
+        count_wasted(
+            rows_LM.to(device),
+            counts_L=int32([0, room // 3, room]).to(device),
+            tables=moved(tables, device),
+            step_1=int32([7]).to(device),
+            out_1=out_1,
+        )
+        found.append(out_1.item())
+    assert found[0] == found[1] and (room == 1 or found[0] > 100)
 
 
 def test_a_captured_step_goes_on(cases, seed):

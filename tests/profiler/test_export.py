@@ -44,6 +44,9 @@ def telemetry(**changes: object) -> Telemetry:
     stats = EngineStats(
         steps=7,
         hot_misses=14,
+        wasted_pages=3,
+        exposed_s=0.25,
+        timed_steps=2,
         h2d_bytes=4096,
         copies=(CopyTotal(num_bytes=4096, seconds=0.5, **copy),),
         recall_sum=0.9,
@@ -89,6 +92,9 @@ def test_values_reach_the_text_and_zero_is_a_value() -> None:
     assert found["sparsed_h2d_bytes_total", ()] == 4096
     assert found["sparsed_engine_restarts_total", ()] == 2
     assert found["sparsed_kv_hot_hits_total", ()] == 0
+    assert found["sparsed_kv_wasted_pages_total", ()] == 3
+    assert found["sparsed_kv_exposed_seconds_total", ()] == 0.25
+    assert found["sparsed_kv_timed_steps_total", ()] == 2
     assert found["sparsed_requests_running", ()] == 0
     assert found["sparsed_attention_recall", ()] == 0.9
     assert found["sparsed_kv_working_set_bytes", ()] == 1 << 20
