@@ -21,7 +21,6 @@ from sparsed.engine.decode_batch import (
     Batch,
     is_sparse,
     make_batch,
-    make_columns,
     one_row,
     similar_lengths,
 )
@@ -29,12 +28,10 @@ from sparsed.engine.kvcache.cache import KVCache
 from sparsed.engine.kvcache.residency import Residency
 from sparsed.engine.kvcache.row import Row
 from sparsed.engine.kvcache.totals import DeviceCounters
-from sparsed.engine.sparse.base import SINK_PAGES, recent_pages
 from sparsed.engine.sparse.replay import SelectionTrace
 from sparsed.engine.step_input import Pages
 from sparsed.kernels.attend import attend_pages
 from sparsed.kernels.merge import merge_states
-from sparsed.kernels.select import select_pages
 
 GOLDEN_RATIO = 0.618
 
@@ -171,16 +168,15 @@ class SparseGroup:
         cache = tiers.cache
         self.batch = batch
         self._tiers = tiers
-        self._columns = make_columns(batch, device=batch.rows_B.device)
-        self._count_B = torch.full_like(self._columns.rows_B, count)
+        self._rows_B = batch.rows_B.int()
+        num_full_B = batch.num_full_B.int()
+        self._pages = Pages(num_full_B, torch.full_like(num_full_B, count))
         self._count = count
         self._max_blocks = max(row.blocks.most for row in batch.rows)
         self._fits = all(
             row.blocks.least * cache.geometry.pages_per_block > count for row in batch.rows
         )
-        self._positions_B = (
-            self._columns.num_full_B * cache.geometry.page_size + batch.tail_tokens_B - 1
-        )
+        self._positions_B = num_full_B * cache.geometry.page_size + batch.tail_tokens_B - 1
         self._trace = self._begin_trace()
         turn, rest = divmod(step, tiers.recall_stride)
         self._sampled_layer = -1 if rest else sampled_layer(turn, cache.geometry.num_layers)
@@ -191,7 +187,7 @@ class SparseGroup:
         resolved = tiers.residency.bring_in(
             pages_BHK,
             layer=layer,
-            rows_B=self._columns.rows_B,
+            rows_B=self._rows_B,
             positions_B=self._positions_B,
             max_blocks=self._max_blocks,
         )
@@ -208,29 +204,16 @@ class SparseGroup:
         return o
 
     def _select(self, layer: int, q_BHGD: Tensor) -> Tensor:
-        cache, columns = self._tiers.cache, self._columns
-        geometry, selector = cache.geometry, cache.selector
-        assert selector is not None
-        num_heads, group = q_BHGD.shape[1:3]
-        shape = (num_heads, selector.num_scores(group), columns.num_columns)
-        logits_HVX = torch.empty(shape, dtype=torch.float32, device=q_BHGD.device)
-        selector.estimate(
+        cache = self._tiers.cache
+        assert cache.selector is not None
+        pages_BHK = self._rows_B.new_empty((*q_BHGD.shape[:2], self._count))
+        cache.selector.select(
             q_BHGD,
             layer=layer,
-            rows_B=columns.rows_B,
-            num_full_B=columns.num_full_B,
-            first_B=columns.first_B,
-            out_HVX=logits_HVX,
-        )
-        pages_BHK = columns.rows_B.new_empty((len(q_BHGD), num_heads, self._count))
-        select_pages(
-            logits_HVX,
-            first_B=columns.first_B,
-            num_full_B=columns.num_full_B,
-            count_B=self._count_B,
-            sink_pages=SINK_PAGES,
-            recent_pages=recent_pages(geometry.page_size),
-            max_pages=cache.tables.frames_RF.shape[1] * geometry.pages_per_block,
+            rows_B=self._rows_B,
+            num_full_B=self._pages.num_full_B,
+            count_B=self._pages.count_B,
+            max_pages=cache.tables.frames_RF.shape[1] * cache.geometry.pages_per_block,
             out_BHK=pages_BHK,
         )
         if self._trace is not None:
@@ -242,11 +225,11 @@ class SparseGroup:
         by side, and each needs a trace of its own."""
         if self._tiers.trace is None:
             return None
-        columns, trace = self._columns, copy(self._tiers.trace)
+        trace = copy(self._tiers.trace)
         trace.begin(
-            columns.rows_B,
+            self._rows_B,
             positions_B=self._positions_B,
-            pages=Pages(columns.num_full_B, self._count_B, columns.first_B),
+            pages=self._pages,
             width=self._count,
         )
         return trace

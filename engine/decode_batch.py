@@ -1,17 +1,13 @@
 """Decode rows of a step, collected into batches that are attended to together.
 
-Shape legend: L layers, B requests of a batch, H KV heads, X columns (pages of all requests, one
-request after the other).
+Shape legend: L layers, B requests of a batch, H KV heads.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
-from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from sparsed.core import SparseMethod
@@ -19,7 +15,6 @@ from sparsed.engine.batch import DecodeRow
 from sparsed.engine.kvcache.cache import KVCache
 from sparsed.engine.kvcache.row import Row
 from sparsed.engine.kvcache.upload import upload
-from sparsed.kernels.reference_select import COLUMN_ALIGN
 
 PADDING_FRAC = 0.25  # most padding a group of unequal lengths may carry
 
@@ -35,15 +30,6 @@ class Batch:
     num_full_B: Tensor
     tail_tokens_B: Tensor  # tokens of that page, the current one included
     tail_slots_LBH: Tensor
-
-
-class Columns(NamedTuple):
-    """Where the logits of each request lie; int32, as kernels take them."""
-
-    rows_B: Tensor
-    num_full_B: Tensor
-    first_B: Tensor
-    num_columns: int
 
 
 def one_row(batch: Batch, b: int) -> Batch:
@@ -77,13 +63,6 @@ def make_batch(cache: KVCache, decodes: Sequence[DecodeRow], index: Sequence[int
         tail_tokens_B=upload(tail, device=device).int(),
         tail_slots_LBH=cache.tables.slots_at(rows_B, num_full_B),
     )
-
-
-def make_columns(batch: Batch, *, device: torch.device) -> Columns:
-    """A place for the logits of every request of a batch, one after the other."""
-    sizes = [-(-num_full // COLUMN_ALIGN) * COLUMN_ALIGN for num_full in batch.num_full]
-    first_B = upload([0, *accumulate(sizes[:-1])], device=device).int()
-    return Columns(batch.rows_B.int(), batch.num_full_B.int(), first_B, sum(sizes))
 
 
 def is_sparse(row: Row, position: int, page_size: int) -> bool:

@@ -218,7 +218,6 @@ class Runner:
                 max_rows=knobs.max_num_seqs,
                 max_count=_max_count(knobs),
                 max_pages=kv.geometry.max_pages(knobs.max_model_len),
-                group=self.decoder.config.num_heads // self.decoder.config.num_kv_heads,
                 scale=scale,
                 trace=self._trace,
                 looks_ahead=spec.look_ahead,

@@ -24,9 +24,8 @@ MIN_SPLIT_TOKENS, MAX_SPLIT_TOKENS = 256, 2048
 SPLITS = 32  # a request's tokens are cut into about so many items, as far as the bounds allow
 NUM_BUFFERS = 3  # host buffers in turn: a step is filled in while others are on their way
 GRAPH_STEPS = ((8, 8), (64, 16), (128, 32), (256, 64))  # from that batch size on, in steps of
-COLUMN_ALIGN = 4  # a request's pages begin at a multiple, so that they are read 16 bytes at once
 NUM_SCALARS = 2  # items, step
-NUM_SECTIONS = 8  # besides the words of draws
+NUM_SECTIONS = 7  # besides the words of draws
 
 Ints = npt.NDArray[np.int32]
 
@@ -48,7 +47,6 @@ class Pages(NamedTuple):
 
     num_full_B: Tensor
     count_B: Tensor
-    first_B: Tensor
 
 
 class StepInput(NamedTuple):
@@ -88,9 +86,7 @@ class InputBuffer:
     def view(self, size: int, max_items: int) -> StepInput:
         """The buffers of a step of ``size`` requests."""
         sections = self._device_X[: self._scalars].view(-1, self._max_rows)[:, :size]
-        known, rows, positions, in_place, first_item, num_full, count, first = sections[
-            :NUM_SECTIONS
-        ]
+        known, rows, positions, in_place, first_item, num_full, count = sections[:NUM_SECTIONS]
         items = self._device_X[self._first_item :][: 3 * max_items]
         num_items_1, step_1 = self._device_X[self._scalars : self._first_item].view(-1, 1).unbind()
         return StepInput(
@@ -98,7 +94,7 @@ class InputBuffer:
             rows_B=rows,
             positions_B=positions,
             attention=ResidentPlan(rows, in_place, items.view(-1, 3), first_item, num_items_1),
-            pages=Pages(num_full, count, first),
+            pages=Pages(num_full, count),
             draws=draw_plan(sections[NUM_SECTIONS:]),
             step_1=step_1,
         )
@@ -126,7 +122,6 @@ class InputBuffer:
         first_B, items_I3 = cut_items(columns[3])
         sections[4, :size] = first_B
         sections[5:7, :size] = columns[4:]
-        sections[7, :size] = first_columns(columns[4])
         draws = [row.decode.draw for row in rows] + [None] * padding
         sections[NUM_SECTIONS:, :size] = pack_draws(draws)
         values_X[self._scalars : self._first_item] = len(items_I3), step
@@ -139,12 +134,6 @@ def _words(row: StepRow) -> tuple[int, ...]:
     decode = row.decode
     token = -1 if decode.token is None else decode.token
     return token, decode.row, decode.position, row.in_place, row.num_full, row.num_selected
-
-
-def first_columns(num_full_B: Ints) -> Ints:
-    """The first column of each request's pages, all pages one after the other."""
-    room_B = -(-num_full_B // COLUMN_ALIGN) * COLUMN_ALIGN
-    return (np.cumsum(room_B, dtype=np.int32) - room_B).astype(np.int32)
 
 
 def graph_sizes(max_rows: int) -> list[int]:

@@ -1,8 +1,7 @@
 """The pages of a layer: ranked, selected, and given slots in the hot tier, on the device.
 
-Shape legend: B requests, padded, H KV heads, G query heads per KV head, V rows of logits per KV
-head, D head dim, K selected pages of a lane, L layers, X columns (pages of all requests), M pages
-to fetch.
+Shape legend: B requests, padded, H KV heads, G query heads per KV head, D head dim, K selected
+pages of a lane, L layers, M pages to fetch.
 """
 
 from __future__ import annotations
@@ -14,10 +13,9 @@ from torch import Tensor
 
 from sparsed.engine.kvcache.cache import KVCache
 from sparsed.engine.kvcache.totals import DeviceCounters
-from sparsed.engine.sparse.base import SINK_PAGES, Selector, recent_pages
-from sparsed.engine.step_input import COLUMN_ALIGN, StepInput
+from sparsed.engine.sparse.base import Selector
+from sparsed.engine.step_input import StepInput
 from sparsed.kernels.resolve import MAX_SLOTS, Resolved, resolve_pages
-from sparsed.kernels.select import select_pages
 from sparsed.kernels.wasted import count_wasted
 
 NUM_COUNTERS: Final = 5
@@ -39,7 +37,6 @@ class LayerSelection:
         max_rows: int,
         max_count: int,
         max_pages: int,
-        group: int,
         keeps_lists: bool = False,
     ) -> None:
         device, geometry = cache.arena.pages_NX.device, cache.geometry
@@ -49,12 +46,6 @@ class LayerSelection:
         lane_slots = cache.arena.blocks.size // geometry.num_lanes * geometry.pages_per_block
         self._lane_slots = min(lane_slots, max_pages, MAX_SLOTS)  # that one request can own
         num_heads = geometry.num_kv_heads
-        pool_pages = len(cache.pool.pages_RX) // geometry.num_lanes
-        columns = min(pool_pages, max_rows * max_pages) + COLUMN_ALIGN * max_rows
-        columns = -(-columns // COLUMN_ALIGN) * COLUMN_ALIGN
-        self._logits_HVX = torch.zeros(
-            (num_heads, selector.num_scores(group), columns), device=device
-        )
 
         def ints(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
@@ -76,23 +67,13 @@ class LayerSelection:
 
     def select(self, layer: int, q_BHGD: Tensor, inputs: StepInput) -> Tensor:
         """Pages (B, H, K) that these queries select; valid until the next call."""
-        pages, page_size = inputs.pages, self._cache.geometry.page_size
-        self._selector.estimate(
+        pages_BHK = self._pages_BHK[: len(q_BHGD)]
+        self._selector.select(
             q_BHGD,
             layer=layer,
             rows_B=inputs.rows_B,
-            num_full_B=pages.num_full_B,
-            first_B=pages.first_B,
-            out_HVX=self._logits_HVX,
-        )
-        pages_BHK = self._pages_BHK[: len(q_BHGD)]
-        select_pages(
-            self._logits_HVX,
-            first_B=pages.first_B,
-            num_full_B=pages.num_full_B,
-            count_B=pages.count_B,
-            sink_pages=SINK_PAGES,
-            recent_pages=recent_pages(page_size),
+            num_full_B=inputs.pages.num_full_B,
+            count_B=inputs.pages.count_B,
             max_pages=self._max_pages,
             out_BHK=pages_BHK,
         )

@@ -87,7 +87,6 @@ class TieredAttention:
         max_rows: int,
         max_count: int,
         max_pages: int,
-        group: int,
         scale: float,
         trace: SelectionTrace | None,
         looks_ahead: bool,
@@ -106,7 +105,6 @@ class TieredAttention:
                 max_rows=max_rows,
                 max_count=max_count,
                 max_pages=max_pages,
-                group=group,
                 keeps_lists=keeps_lists,
             )
 

@@ -19,8 +19,7 @@ from sparsed.engine.measure.clock import Work
 from sparsed.engine.measure.resolve_cases import resolve_cases
 from sparsed.engine.measure.sparse_step import SparseStep
 from sparsed.engine.sparse.base import SINK_PAGES, recent_pages
-from sparsed.kernels.estimate import estimate_pages, row_bytes
-from sparsed.kernels.select import select_pages
+from sparsed.kernels.mean_keys import row_bytes, select_by_mean_keys
 from sparsed.kernels.selected import (
     SPLIT_TOKENS,
     Partials,
@@ -39,7 +38,6 @@ def sparse_cases(setting: Setting) -> Iterator[Case]:
     """In the order of a step, at the longest context."""
     on_cpu = setting.device.type == "cpu"
     steps = [SparseStep(setting, batch) for batch in setting.batches]
-    yield from map(estimate_case, steps)
     yield from map(select_case, steps)
     for step in steps:
         yield from resolve_cases(step)
@@ -54,12 +52,11 @@ def sparse_cases(setting: Setting) -> Iterator[Case]:
     yield summarise_case(setting, frames=frames, lanes=heads, frame_pages=per_frame)
 
 
-def estimate_case(step: SparseStep) -> Case:
-    """Logits of all pages from their mean keys; every input is another layer of the store."""
+def select_case(step: SparseStep) -> Case:
+    """The best pages by their mean keys; every input is another layer of the store."""
     setting, shape, geometry = step.setting, step.setting.shape, step.geometry
     heads, dim, kept = shape.num_kv_heads, shape.head_dim, geometry.kept_dims
-    page_bytes = row_bytes(1, kept) + setting.group * FLOAT_BYTES
-    amount = step.num_lanes * step.num_full * page_bytes + heads * dim * kept * FLOAT_BYTES
+    amount = step.num_lanes * step.num_full * row_bytes(1, kept) + heads * dim * kept * FLOAT_BYTES
 
     def make() -> Sequence[Work]:
         layers = setting.rotations(amount)
@@ -68,60 +65,32 @@ def estimate_case(step: SparseStep) -> Case:
         store_MY = torch.randint(BYTE_LIMIT, size, device=setting.device, dtype=torch.uint8)
         q_BHGD = setting.random(step.batch, heads, setting.group, dim)
         basis_IHDR = setting.random(layers, heads, dim, kept).float()
-        out_IHGX = torch.empty(
-            (layers, heads, setting.group, step.batch * step.request_columns),
-            device=setting.device,
-        )
+        size = (step.batch, heads, step.num_selected)
+        out_BHK = torch.empty(size, device=setting.device, dtype=torch.int32)
         return [
             partial(
-                estimate_pages,
+                select_by_mean_keys,
                 q_BHGD,
                 store_MY,
                 basis_HDR=basis_IHDR[layer],
                 rows_B=step.numbers(),
                 frames_RF=frames_RF,
                 num_full_B=step.same(step.num_full),
-                first_B=step.numbers(step.request_columns),
+                count_B=step.same(step.num_selected),
                 layer=layer,
                 num_layers=layers,
                 pages_per_frame=geometry.pages_per_block,
                 scale=dim**-0.5,
-                out_HGX=out_IHGX[layer],
+                sink_pages=SINK_PAGES,
+                recent_pages=recent_pages(setting.page_size),
+                max_pages=geometry.max_pages(step.context),
+                out_BHK=out_BHK,
             )
             for layer in range(layers)
         ]
 
-    return Case("estimate_pages", f"{step.batch} x {step.context}", Ceiling.COPY, amount, make)
-
-
-def select_case(step: SparseStep) -> Case:
-    """The best pages by the logits of all."""
-    setting, heads, num_selected = step.setting, step.setting.shape.num_kv_heads, step.num_selected
-    logits = setting.group * step.num_full
-    amount = step.num_lanes * (logits + num_selected) * FLOAT_BYTES
-
-    def make() -> Sequence[Work]:
-        count, columns = setting.rotations(amount), step.batch * step.request_columns
-        logits_IHGX = torch.empty((count, heads, setting.group, columns), device=setting.device)
-        size = (count, step.batch, heads, num_selected)
-        out_IBHK = torch.empty(size, device=setting.device, dtype=torch.int32)
-        return [
-            partial(
-                select_pages,
-                logits_HGX,
-                first_B=step.numbers(step.request_columns),
-                num_full_B=step.same(step.num_full),
-                count_B=step.same(num_selected),
-                sink_pages=SINK_PAGES,
-                recent_pages=recent_pages(setting.page_size),
-                max_pages=step.geometry.max_pages(step.context),
-                out_BHK=out_BHK,
-            )
-            for logits_HGX, out_BHK in zip(logits_IHGX.normal_(), out_IBHK, strict=True)
-        ]
-
-    words = f"{step.batch} x {step.context}, {num_selected} of {step.num_full} pages"
-    return Case("select_pages", words, Ceiling.COPY, amount, make)
+    words = f"{step.batch} x {step.context}, {step.num_selected} of {step.num_full} pages"
+    return Case("select_by_mean_keys", words, Ceiling.COPY, amount, make)
 
 
 def hits_case(step: SparseStep) -> Case:

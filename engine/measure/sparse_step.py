@@ -14,7 +14,6 @@ from sparsed.core import BLOCK_TOKENS
 from sparsed.engine.kvcache.geometry import Geometry, num_frames
 from sparsed.engine.measure.attention_cases import BUDGET_TOKENS
 from sparsed.engine.measure.cases import Setting
-from sparsed.kernels.reference_select import COLUMN_ALIGN
 
 LEAST_CONTEXT: Final = 2 * BLOCK_TOKENS  # so that there is a full page to select
 
@@ -61,14 +60,9 @@ class SparseStep(NamedTuple):
         """Full pages that a lane selects: with the partial one, the budget."""
         return min(BUDGET_TOKENS // self.setting.page_size - 1, self.num_full)
 
-    @property
-    def request_columns(self) -> int:
-        """Columns of logits from the first page of a request to that of the next."""
-        return -(-self.num_full // COLUMN_ALIGN) * COLUMN_ALIGN
-
-    def numbers(self, step: int = 1) -> Tensor:
-        """0, ``step``, twice that, ..., (B,) int32."""
-        return step * torch.arange(self.batch, device=self.setting.device, dtype=torch.int32)
+    def numbers(self) -> Tensor:
+        """0, 1, ..., (B,) int32."""
+        return torch.arange(self.batch, device=self.setting.device, dtype=torch.int32)
 
     def same(self, value: int) -> Tensor:
         """``value`` of all requests, (B,) int32."""

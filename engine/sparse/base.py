@@ -16,15 +16,13 @@ def recent_pages(page_size: int) -> int:
 
 
 class Selector(Protocol):
-    """Keeps summaries of full pages, and estimates the attention to each from the queries of a
-    step; ``kernels.select`` takes what it writes.
+    """Keeps summaries of full pages, and selects pages by them and the queries of a step.
 
     Both tiers' page rows number the summaries; those of the spare frame may be written, and mean
     nothing. Nothing waits for the device, and all may be captured in a CUDA graph.
 
     Shape legend: M pages, T tokens of a page, C = 2 (key, value), D head dim, B requests, H KV
-    heads, G query heads per KV head, V rows of logits per KV head, X columns (pages of all
-    requests, one request after the other).
+    heads, G query heads per KV head, K selected pages of the lane with most.
     """
 
     @property
@@ -33,30 +31,26 @@ class Selector(Protocol):
         more."""
         ...
 
-    def num_scores(self, group: int) -> int:
-        """Rows of logits per KV head, each of which votes: ``group``, its query heads, or 1 where
-        these are scored as one."""
-        ...
-
     def summarise(self, pages_MTCD: Tensor, page_rows_M: Tensor) -> None:
         """Keep the summaries of full pages. ``page_rows_M`` int64; of a
         negative one nothing is kept."""
         ...
 
-    def estimate(
+    def select(
         self,
         q_BHGD: Tensor,
         *,
         layer: int,
         rows_B: Tensor,
         num_full_B: Tensor,
-        first_B: Tensor,
-        out_HVX: Tensor,
+        count_B: Tensor,
+        max_pages: int,
+        out_BHK: Tensor,
     ) -> None:
-        """Write logits of each page: columns ``first`` to ``first + num_full - 1`` of ``out`` for
-        each request; other columns stay as they are.
+        """Write the ids of the ``count`` best of ``num_full`` pages of every lane, the sink page
+        and the recent ones among them, in any order, then -1.
 
-        Shapes: q (B, H, G, D) contiguous; rows, num_full, first (B,) int32; out (H, V, X) float32,
-        contiguous.
+        Shapes: q (B, H, G, D) contiguous; rows, num_full, count (B,) int32, num_full at most
+        ``max_pages``; out (B, H, K) int32, contiguous.
         """
         ...

@@ -13,11 +13,15 @@ from __future__ import annotations
 from typing import Final
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sparsed.engine.kvcache.geometry import Geometry
+from sparsed.engine.sparse.base import SINK_PAGES, recent_pages
 from sparsed.kernels.bounds import page_bounds
+from sparsed.kernels.reference_select import COLUMN_ALIGN
 from sparsed.kernels.score import score_pages
+from sparsed.kernels.select import select_pages
 
 SPREAD: Final = 12.0  # of the logits: no page's softmax weight is too small to be told apart
 
@@ -48,33 +52,37 @@ class BoundSelector:
     def store_bytes(self) -> int:
         return self._store_SZE.nbytes
 
-    def num_scores(self, group: int) -> int:
-        return 1
-
     def summarise(self, pages_MTCD: Tensor, page_rows_M: Tensor) -> None:
         bounds = page_bounds(pages_MTCD.contiguous(), minmax=self._minmax).flatten(1)
         store_RE = self._store_SZE.view(-1, bounds.shape[1])
         store_RE[torch.where(page_rows_M < 0, len(store_RE) - 1, page_rows_M)] = bounds
 
-    def estimate(
+    def select(
         self,
         q_BHGD: Tensor,
         *,
         layer: int,
         rows_B: Tensor,
         num_full_B: Tensor,
-        first_B: Tensor,
-        out_HVX: Tensor,
+        count_B: Tensor,
+        max_pages: int,
+        out_BHK: Tensor,
     ) -> None:
         scores_BHP = self.score(q_BHGD, layer=layer, rows_B=rows_B, num_full_B=num_full_B)
         pages_P = torch.arange(scores_BHP.shape[-1], device=scores_BHP.device)
         spread_BHP = _spread(scores_BHP, pages_P < num_full_B[:, None, None])
-        pages_BX = torch.arange(out_HVX.shape[-1], device=first_B.device) - first_B[:, None]
-        owned_BX = (pages_BX >= 0) & (pages_BX < num_full_B[:, None])
-        owner_X = owned_BX.byte().argmax(0)
-        page_X = pages_BX.gather(0, owner_X[None])[0].clamp(0, len(pages_P) - 1)
-        found_HX = spread_BHP[owner_X, :, page_X].T
-        out_HVX[:, 0] = torch.where(owned_BX.any(0), found_HX, out_HVX[:, 0])
+        spread_BHP = F.pad(spread_BHP, (0, -spread_BHP.shape[-1] % COLUMN_ALIGN))
+        requests_B = torch.arange(len(q_BHGD), device=rows_B.device, dtype=torch.int32)
+        select_pages(
+            spread_BHP.transpose(0, 1).flatten(1)[:, None].contiguous(),
+            first_B=requests_B * spread_BHP.shape[-1],
+            num_full_B=num_full_B,
+            count_B=count_B,
+            sink_pages=SINK_PAGES,
+            recent_pages=recent_pages(self._geometry.page_size),
+            max_pages=max_pages,
+            out_BHK=out_BHK,
+        )
 
     def score(self, q_BHGD: Tensor, *, layer: int, rows_B: Tensor, num_full_B: Tensor) -> Tensor:
         """The bounds (B, H, P), float32, mean over the group; pages that do not exist score

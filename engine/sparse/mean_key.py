@@ -10,14 +10,15 @@ import torch
 from torch import Tensor
 
 from sparsed.engine.kvcache.geometry import Geometry
+from sparsed.engine.sparse.base import SINK_PAGES, recent_pages
 from sparsed.engine.sparse.basis import Basis
-from sparsed.kernels.estimate import estimate_pages, row_bytes
+from sparsed.kernels.mean_keys import row_bytes, select_by_mean_keys
 from sparsed.kernels.summarise import summarise_pages
 
 
 class MeanKeySelector:
     """A page keeps the mean of its keys, less the mean key of its lane; a page's score is the
-    product with the query. Layout as ``kernels.estimate`` reads it.
+    product with the query. Layout as ``kernels.mean_keys`` reads it.
 
     ``frames_RF`` are the frames of all rows; whoever owns them keeps them up to date.
     Source: the mean key is ShadowKV's summary, arXiv 2410.21465.
@@ -44,9 +45,6 @@ class MeanKeySelector:
     def store_bytes(self) -> int:
         return self._store_SY.nbytes
 
-    def num_scores(self, group: int) -> int:
-        return group
-
     def summarise(self, pages_MTCD: Tensor, page_rows_M: Tensor) -> None:
         summarise_pages(
             pages_MTCD.contiguous(),
@@ -57,27 +55,32 @@ class MeanKeySelector:
             store_SY=self._store_SY,
         )
 
-    def estimate(
+    def select(
         self,
         q_BHGD: Tensor,
         *,
         layer: int,
         rows_B: Tensor,
         num_full_B: Tensor,
-        first_B: Tensor,
-        out_HVX: Tensor,
+        count_B: Tensor,
+        max_pages: int,
+        out_BHK: Tensor,
     ) -> None:
-        estimate_pages(
+        geometry = self._geometry
+        select_by_mean_keys(
             q_BHGD,
             self._store_SY,
             basis_HDR=self._queries_LHDR[layer],
             rows_B=rows_B,
             frames_RF=self._frames_RF,
             num_full_B=num_full_B,
-            first_B=first_B,
+            count_B=count_B,
             layer=layer,
-            num_layers=self._geometry.num_layers,
-            pages_per_frame=self._geometry.pages_per_block,
-            scale=self._geometry.head_dim**-0.5,
-            out_HGX=out_HVX,
+            num_layers=geometry.num_layers,
+            pages_per_frame=geometry.pages_per_block,
+            scale=geometry.head_dim**-0.5,
+            sink_pages=SINK_PAGES,
+            recent_pages=recent_pages(geometry.page_size),
+            max_pages=max_pages,
+            out_BHK=out_BHK,
         )

@@ -183,7 +183,6 @@ def make_steps() -> MakeSteps:
             max_rows=8,
             max_count=64,
             max_pages=kv.geometry.max_pages(4096),
-            group=config.num_heads // config.num_kv_heads,
             scale=scale,
             trace=runner.attention.tiers.trace,
             looks_ahead=looks_ahead,

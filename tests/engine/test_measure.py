@@ -50,7 +50,7 @@ from sparsed.profiler.machine import read_machine
 MakeSpec = Callable[..., EngineSpec]
 TINY = dummy_config("dummy:tiny").shape
 LLAMA = dummy_config("dummy:llama-3.1-8b").shape
-SPARSE_KERNELS = {"estimate_pages", "select_pages", "resolve_pages", "summarise_pages"}
+SPARSE_KERNELS = {"select_by_mean_keys", "resolve_pages", "summarise_pages"}
 HOT_KERNELS = {"attend_hits", "attend_rest"}  # where a sparse step is one graph
 
 

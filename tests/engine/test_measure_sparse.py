@@ -35,8 +35,7 @@ def test_cases_of_sparse_steps_move_what_their_names_say() -> None:
     cases = [*sparse_cases(setting), hits_case(step), rest_case(step)]
     amounts = {(case.kernel, case.words): case.amount for case in cases}
     assert amounts == {
-        ("estimate_pages", "2 x 300"): 4 * 18 * (10 + 2 * 4) + 2 * 16 * 16 * 4,
-        ("select_pages", "2 x 300, 18 of 18 pages"): 4 * 18 * (2 + 1) * 4,
+        ("select_by_mean_keys", "2 x 300, 18 of 18 pages"): 4 * 18 * 10 + 2 * 16 * 16 * 4,
         ("resolve_pages", "2 x 18 pages in 24 slots, 0 new"): 4 * (24 + 3 + 4 * 18) * 4 + 2 * 3 * 4,
         ("attend_hits", "2 x 18 pages of 16"): 4 * (18 * 16 * 2 * 16 * 4 + 2 * 2 * 17 * 4),
         ("attend_rest", "2 x 18 hits and a page of 16"): 4

@@ -24,7 +24,6 @@ from sparsed.engine.step_input import (
     InputBuffer,
     StepRow,
     cut_items,
-    first_columns,
     graph_sizes,
 )
 from sparsed.kernels.sample import DrawPlan
@@ -111,7 +110,6 @@ def test_the_input_buffer_gives_back_what_was_put_in(data: st.DataObject, size: 
         assert plan.items_I3[: len(items_I3)].tolist() == items_I3.tolist()
         assert pages.num_full_B.tolist() == [row.num_full for row in rows] + [0] * padding
         assert pages.count_B.tolist() == [row.num_selected for row in rows] + [0] * padding
-        assert pages.first_B.tolist() == first_columns(pages.num_full_B.numpy()).tolist()
         check_draws(inputs.draws, [row.decode.draw or MOST_LIKELY for row in rows], padding)
 
 
@@ -121,14 +119,6 @@ def check_draws(asked: DrawPlan, expected: list[DrawParams], padding: int) -> No
     assert (asked.key_4B.numpy().view(np.uint32) == words).all()
     columns = zip(*(column_B.tolist() for column_B in asked[1:]), strict=True)
     assert list(columns) == [one[1:] for one in expected]
-
-
-@given(pages=st.lists(st.integers(0, 5000), min_size=1, max_size=20))
-def test_the_pages_of_requests_do_not_overlap(pages: list[int]) -> None:
-    first = first_columns(np.array(pages, dtype=np.int32)).tolist()
-    assert all(column % 4 == 0 for column in first)
-    ends = [column + count for column, count in zip(first, pages, strict=True)]
-    assert all(end <= begin < end + 4 for end, begin in zip(ends, first[1:], strict=False))
 
 
 def prefill(
