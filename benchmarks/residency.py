@@ -30,11 +30,13 @@ from sparsed.engine.measure.clock import Clock
 from sparsed.engine.models.dummy import dummy_config
 from sparsed.engine.planner import plan_memory, resolve_knobs
 from sparsed.engine.runner import Runner
+from sparsed.engine.sparse.mean_key import MeanKeySelector
 from sparsed.engine.tiered import Placed
 from sparsed.kernels.selected import Selected
 from sparsed.profiler.machine import read_machine
 
 WARM_STEPS: Final = 48
+RANDOM_BYTES: Final = 60  # two of them are a float16 below 1.25: a scale like any other
 SPARE_TOKENS: Final = 192  # of a request, for the steps that are measured
 
 
@@ -114,6 +116,9 @@ class Bench:
         self.link_rate = self.runner.facts.link.h2d_bytes_per_s
         self.looks_ahead = self._spec.look_ahead
         self._step = 0
+        selector = self.runner.kv.selector
+        if isinstance(selector, MeanKeySelector) and not options.prefill:
+            selector.store_SY.random_(0, RANDOM_BYTES)  # else all pages would be the same
 
     def look_ahead(self) -> None:
         """From now on."""

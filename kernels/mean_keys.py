@@ -23,6 +23,7 @@ from sparsed.kernels.levels import WHOLE
 
 SCALE_BYTES: Final = 2  # float16
 DIM_ALIGN: Final = 8  # dims of a word
+WORD_BYTES: Final = 4
 _MAX_LEVEL = tl.constexpr(float(reference.MAX_QUERY_LEVEL))
 _CODE_ZERO = tl.constexpr(float(reference.CODE_ZERO))
 _WHOLE = tl.constexpr(WHOLE)
@@ -37,8 +38,8 @@ class _Queries(NamedTuple):
 
 
 def row_bytes(num_pages: int, num_dims: int) -> int:
-    """Bytes kept of ``num_pages`` pages."""
-    return num_pages * (num_dims // 2 + SCALE_BYTES)
+    """Bytes kept of ``num_pages`` pages, whole words."""
+    return -(-num_pages * (num_dims // 2 + SCALE_BYTES) // WORD_BYTES) * WORD_BYTES
 
 
 def select_by_mean_keys(
@@ -145,6 +146,7 @@ def _launch(
             SHAPE=(
                 basis_HDR.shape[2] // DIM_ALIGN,
                 pages_per_frame,
+                store_MY.shape[1],
                 not triton.knobs.runtime.interpret,
             ),
             **launch_shape(max_pages, group, max_piece=max_piece),
@@ -229,14 +231,13 @@ def _select_kernel(
     sink_pages: tl.int32,
     recent_pages: tl.int32,
     NUM_HEADS: tl.constexpr,
-    SHAPE: tl.constexpr,  # words of a page, pages of a frame, whether there is assembly
+    SHAPE: tl.constexpr,  # words of a page, pages of a row, its bytes, whether there is assembly
     GROUP: tl.constexpr,
     PADDED_GROUP: tl.constexpr,
     PIECE: tl.constexpr,
     PIECES: tl.constexpr,
 ) -> None:
     words: tl.constexpr = SHAPE[0]
-    row_bytes: tl.constexpr = SHAPE[1] * (4 * words + 2)
     lane = tl.program_id(0).to(tl.int64)
     b, head = lane // NUM_HEADS, lane % NUM_HEADS
     num_full, count = tl.load(num_full_B + b), tl.minimum(tl.load(count_B + b), num_selected)
@@ -247,7 +248,7 @@ def _select_kernel(
     factor_G = tl.load(factors_G, mask=groups < GROUP, other=0.0)
     zero_G = tl.load(factors_G + PADDED_GROUP, mask=groups < GROUP, other=0.0)
     frame_row = frames_RF + tl.load(rows_B + b).to(tl.int64) * num_frames
-    store = store_MY + (layer * NUM_HEADS + head) * row_bytes
+    store = store_MY + (layer * NUM_HEADS + head) * SHAPE[2]
     place = frame_row, store, num_layers * NUM_HEADS, num_full
     query = levels_G + groups, factor_G, zero_G, groups < GROUP
     pages = num_full, count, num_selected, sink_pages, recent_pages
@@ -266,7 +267,7 @@ def _fetch(source: tl.tuple, start: tl.tensor, TILE: tl.constexpr, SHAPE: tl.con
     page_W = start + tl.arange(0, TILE)
     there_W = page_W // per_frame < tl.cdiv(num_full, per_frame)
     frame_W = tl.load(frame_row + page_W // per_frame, mask=there_W, other=0).to(tl.int64)
-    row_W = store + frame_W * frame_rows * (per_frame * (4 * words + 2))
+    row_W = store + frame_W * frame_rows * SHAPE[2]
     word_W = row_W.to(tl.pointer_type(tl.int32)) + page_W % per_frame
     found = ()
     for k in tl.static_range(words):
@@ -287,7 +288,7 @@ def _logits(
 ) -> tl.tensor:
     levels_G, factor_G, zero_G, is_head_G = source[1]
     words: tl.constexpr = SHAPE[0]
-    has_assembly: tl.constexpr = SHAPE[2]
+    has_assembly: tl.constexpr = SHAPE[3]
     sum_GW = tl.zeros([levels_G.shape[0], TILE], tl.int32)
     for k in tl.static_range(words):
         low_G1 = tl.load(levels_G + k * levels_G.shape[0])[:, None]

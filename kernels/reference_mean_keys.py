@@ -91,11 +91,12 @@ def round_queries(q_HGR: Tensor) -> Tensor:
 def read_means(rows_HFY: Tensor, *, pages_per_frame: int) -> Tensor:
     """The kept means (H, F * P, R), float32, of rows (H, F, Y)."""
     num_heads, num_frames, num_bytes = rows_HFY.shape
-    half_dims = num_bytes // pages_per_frame - 2
+    half_dims = (num_bytes // pages_per_frame - 2) // 4 * 4
     codes = rows_HFY[..., : half_dims * pages_per_frame]
     words = codes.reshape(num_heads, num_frames, half_dims // 4, pages_per_frame, 4)
     codes_HFRP = words.transpose(3, 4).flatten(2, 3)
     scales = rows_HFY[..., half_dims * pages_per_frame :].contiguous().view(torch.float16)
+    scales = scales[..., :pages_per_frame]
     both_HFRP = torch.cat((codes_HFRP & 15, codes_HFRP >> 4), dim=2).float() - CODE_ZERO
     return (both_HFRP * scales.float()[:, :, None]).transpose(2, 3).flatten(1, 2)
 

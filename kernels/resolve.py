@@ -31,7 +31,7 @@ from sparsed.kernels.tables import LOCKED_STEP, PageTables, check_tables, page_r
 
 MAX_COLUMNS: Final = 1024
 MAX_SLOTS: Final = 1 << 15  # of a lane: two counts of them share an int32
-_MAX_TILE = 2048
+_MAX_TILE = 1024
 
 
 class Resolved(NamedTuple):

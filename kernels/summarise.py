@@ -84,6 +84,7 @@ def _launch(
             HALF_DIMS=half_dims,
             PADDED_HALF=triton.next_power_of_2(half_dims),
             PAGES=pages_per_frame,
+            ROW_BYTES=store_SY.shape[1],
             enable_fp_fusion=True,
         )
 
@@ -104,6 +105,7 @@ def _summarise_kernel(
     HALF_DIMS: tl.constexpr,
     PADDED_HALF: tl.constexpr,
     PAGES: tl.constexpr,
+    ROW_BYTES: tl.constexpr,
 ) -> None:
     m = tl.program_id(0).to(tl.int64)
     page_row = tl.load(page_rows_M + m)
@@ -127,7 +129,7 @@ def _summarise_kernel(
     peak = tl.maximum(tl.max(tl.abs(low_R), axis=0), tl.max(tl.abs(high_R), axis=0))
     scale = tl.maximum((peak / _MAX_CODE).to(tl.float16).to(tl.float32), _MIN_SCALE)
     code_R = _code(low_R, scale) | (_code(high_R, scale) << 4)
-    row_Y = store_SY + row * (PAGES * (HALF_DIMS + 2))
+    row_Y = store_SY + row * ROW_BYTES
     byte_R = (halves // 4 * PAGES + place) * 4 + halves % 4
     tl.store(row_Y + byte_R, code_R.to(tl.uint8), mask=halves < HALF_DIMS)
     scales_P = (row_Y + HALF_DIMS * PAGES).to(tl.pointer_type(tl.float16))

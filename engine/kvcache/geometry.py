@@ -9,6 +9,7 @@ from sparsed.core import BLOCK_TOKENS, DTYPE_BYTES, ModelShape, SparseMethod
 
 KEPT_DIMS: Final = 40  # of a page's mean key, four bits each; a multiple of 8
 SCALE_BYTES: Final = 2  # float16
+WORD_BYTES: Final = 4  # the mean keys of a lane and frame take whole ones
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,7 +80,8 @@ class Geometry:
         if method == SparseMethod.DENSE:
             return 0
         if method == SparseMethod.MEAN_KEY:
-            return self.page_rows_per_frame * (self.kept_dims // 2 + SCALE_BYTES)
+            row_bytes = self.pages_per_block * (self.kept_dims // 2 + SCALE_BYTES)
+            return self.num_lanes * -(-row_bytes // WORD_BYTES) * WORD_BYTES
         return self.page_rows_per_frame * 2 * self.head_dim * self.element_bytes
 
     def max_pages(self, num_tokens: int) -> int:

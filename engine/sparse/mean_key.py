@@ -21,6 +21,7 @@ class MeanKeySelector:
     product with the query. Layout as ``kernels.mean_keys`` reads it.
 
     ``frames_RF`` are the frames of all rows; whoever owns them keeps them up to date.
+    ``store_SY`` holds the summaries.
     Source: the mean key is ShadowKV's summary, arXiv 2410.21465.
     """
 
@@ -39,11 +40,11 @@ class MeanKeySelector:
         self._centre_ND = basis.centre_LHD.flatten(0, 1).contiguous().to(device)
         num_rows = (num_frames + 1) * geometry.num_lanes
         size = (num_rows, row_bytes(geometry.pages_per_block, num_dims))
-        self._store_SY = torch.zeros(size, dtype=torch.uint8, device=device)
+        self.store_SY = torch.zeros(size, dtype=torch.uint8, device=device)
 
     @property
     def store_bytes(self) -> int:
-        return self._store_SY.nbytes
+        return self.store_SY.nbytes
 
     def summarise(self, pages_MTCD: Tensor, page_rows_M: Tensor) -> None:
         summarise_pages(
@@ -52,7 +53,7 @@ class MeanKeySelector:
             basis_NDR=self._keys_NDR,
             centre_ND=self._centre_ND,
             pages_per_frame=self._geometry.pages_per_block,
-            store_SY=self._store_SY,
+            store_SY=self.store_SY,
         )
 
     def select(
@@ -69,7 +70,7 @@ class MeanKeySelector:
         geometry = self._geometry
         select_by_mean_keys(
             q_BHGD,
-            self._store_SY,
+            self.store_SY,
             basis_HDR=self._queries_LHDR[layer],
             rows_B=rows_B,
             frames_RF=self._frames_RF,
