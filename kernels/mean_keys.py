@@ -18,8 +18,9 @@ import triton.language as tl
 from torch import Tensor
 
 from sparsed.kernels import reference_mean_keys as reference
-from sparsed.kernels.choose import PIECE, choose, launch_shape
 from sparsed.kernels.levels import WHOLE
+from sparsed.kernels.reference_select import COLUMN_ALIGN
+from sparsed.kernels.select import TILE_PAGES, launch_select, make_stats, store_stats
 
 SCALE_BYTES: Final = 2  # float16
 DIM_ALIGN: Final = 8  # dims of a word
@@ -63,8 +64,8 @@ def select_by_mean_keys(
     """Write the ids of the ``count`` best full pages of every lane, in any order, then -1.
 
     A page's logits are the products of its mean key and the queries, times ``scale``; what is best
-    by them, ``kernels.select.select_pages`` says, and of ``num_full``, ``count``, ``sink_pages``,
-    ``recent_pages``, ``max_pages`` and ``out`` all that there is to say.
+    by them, ``kernels.select.select_pages`` says, and of ``count``, ``sink_pages``,
+    ``recent_pages`` and ``out`` all that there is to say; ``num_full`` is at most ``max_pages``.
 
     Shapes: q (B, H, G, D) contiguous; store (M, Y) uint8, row ``(frame * num_layers + layer) * H +
     head``; basis (H, D, R) contiguous, R a multiple of 8, takes queries to the kept dims; rows,
@@ -124,34 +125,44 @@ def _launch(
     recent_pages: int,
     max_pages: int,
     out_BHK: Tensor,
-    max_piece: int = PIECE,
 ) -> None:
     num_requests, num_heads, group, _ = q_BHGD.shape
+    columns = triton.cdiv(max_pages, COLUMN_ALIGN) * COLUMN_ALIGN
+    logits_BHGP = q_BHGD.new_empty((num_requests, num_heads, group, columns), dtype=torch.float32)
+    stats_BHS2G = make_stats(logits_BHGP)
     if num_requests:
-        _select_kernel[(num_requests * num_heads,)](
+        _estimate_kernel[(num_requests * num_heads, stats_BHS2G.shape[2])](
             *_project(q_BHGD, basis_HDR, scale=scale),
             store_MY,
             rows_B,
             frames_RF,
             num_full_B,
-            count_B,
-            out_BHK,
+            logits_BHGP,
+            stats_BHS2G,
             layer,
             num_layers,
             frames_RF.shape[1],
-            out_BHK.shape[2],
-            sink_pages,
-            recent_pages,
+            columns,
             NUM_HEADS=num_heads,
-            SHAPE=(
-                basis_HDR.shape[2] // DIM_ALIGN,
-                pages_per_frame,
-                store_MY.shape[1],
-                not triton.knobs.runtime.interpret,
-            ),
-            **launch_shape(max_pages, group, max_piece=max_piece),
+            GROUP=group,
+            PADDED_GROUP=triton.next_power_of_2(group),
+            WORDS=basis_HDR.shape[2] // DIM_ALIGN,
+            PAGES=pages_per_frame,
+            ROW_BYTES=store_MY.shape[1],
+            TILE=TILE_PAGES,
+            ALIGN=COLUMN_ALIGN,
+            HAS_ASSEMBLY=not triton.knobs.runtime.interpret,
             enable_fp_fusion=True,
         )
+    launch_select(
+        logits_BHGP,
+        stats_BHS2G,
+        num_full_B=num_full_B,
+        count_B=count_B,
+        sink_pages=sink_pages,
+        recent_pages=recent_pages,
+        out_BHK=out_BHK,
+    )
 
 
 def _project(q_BHGD: Tensor, basis_HDR: Tensor, *, scale: float) -> _Queries:
@@ -209,97 +220,67 @@ def _project_kernel(
     tl.store(factor + PADDED_GROUP, tl.sum(level_R, axis=0) * _CODE_ZERO)
 
 
-_TABLES = ["rows_B", "num_full_B", "count_B", "out_BHK"]
-_COUNTS = ["layer", "num_frames", "num_selected", "sink_pages", "recent_pages"]
-
-
 # No variant is to be compiled while requests wait, whatever the batch and its addresses.
-@triton.jit(do_not_specialize=[*_TABLES, *_COUNTS])
-def _select_kernel(
+@triton.jit(do_not_specialize=["layer", "num_frames", "columns", "rows_B", "num_full_B"])
+def _estimate_kernel(
     levels_BHRG4: tl.tensor,
     factors_BH2G: tl.tensor,
     store_MY: tl.tensor,
     rows_B: tl.tensor,
     frames_RF: tl.tensor,
     num_full_B: tl.tensor,
-    count_B: tl.tensor,
-    out_BHK: tl.tensor,
+    logits_BHGP: tl.tensor,
+    stats_BHS2G: tl.tensor,
     layer: tl.int32,
     num_layers: tl.int32,
     num_frames: tl.int32,
-    num_selected: tl.int32,
-    sink_pages: tl.int32,
-    recent_pages: tl.int32,
+    columns: tl.int32,
     NUM_HEADS: tl.constexpr,
-    SHAPE: tl.constexpr,  # words of a page, pages of a row, its bytes, whether there is assembly
     GROUP: tl.constexpr,
     PADDED_GROUP: tl.constexpr,
-    PIECE: tl.constexpr,
-    PIECES: tl.constexpr,
-) -> None:
-    words: tl.constexpr = SHAPE[0]
-    lane = tl.program_id(0).to(tl.int64)
-    b, head = lane // NUM_HEADS, lane % NUM_HEADS
-    num_full, count = tl.load(num_full_B + b), tl.minimum(tl.load(count_B + b), num_selected)
-    groups = tl.arange(0, PADDED_GROUP)
-    levels_G = (levels_BHRG4 + lane * (8 * words * PADDED_GROUP)).to(tl.pointer_type(tl.int32))
-    factors_G = factors_BH2G + lane * (2 * PADDED_GROUP) + groups
-    # Of padding nobody knows what it is: a factor of nothing is nothing yet.
-    factor_G = tl.load(factors_G, mask=groups < GROUP, other=0.0)
-    zero_G = tl.load(factors_G + PADDED_GROUP, mask=groups < GROUP, other=0.0)
-    frame_row = frames_RF + tl.load(rows_B + b).to(tl.int64) * num_frames
-    store = store_MY + (layer * NUM_HEADS + head) * SHAPE[2]
-    place = frame_row, store, num_layers * NUM_HEADS, num_full
-    query = levels_G + groups, factor_G, zero_G, groups < GROUP
-    pages = num_full, count, num_selected, sink_pages, recent_pages
-    out_K = out_BHK + lane * num_selected
-    source = place, query
-    choose(_fetch, _logits, source, SHAPE, pages, out_K, GROUP, PADDED_GROUP, PIECE, PIECES)
-
-
-@triton.jit
-def _fetch(source: tl.tuple, start: tl.tensor, TILE: tl.constexpr, SHAPE: tl.constexpr) -> tl.tuple:
-    """The words of codes, and the scales. Of whole frames: what lies beyond the last page is read
-    and not used, which leaves the reads wide."""
-    frame_row, store, frame_rows, num_full = source[0]
-    words: tl.constexpr = SHAPE[0]
-    per_frame: tl.constexpr = SHAPE[1]
-    page_W = start + tl.arange(0, TILE)
-    there_W = page_W // per_frame < tl.cdiv(num_full, per_frame)
-    frame_W = tl.load(frame_row + page_W // per_frame, mask=there_W, other=0).to(tl.int64)
-    row_W = store + frame_W * frame_rows * SHAPE[2]
-    word_W = row_W.to(tl.pointer_type(tl.int32)) + page_W % per_frame
-    found = ()
-    for k in tl.static_range(words):
-        code_W = tl.load(word_W + k * per_frame, mask=there_W, other=0)
-        found = found + (code_W,)  # noqa: RUF005  # the compiler knows no unpacking
-    scales_W = (row_W + 4 * words * per_frame).to(tl.pointer_type(tl.float16))
-    scale_W = tl.load(scales_W + page_W % per_frame, mask=there_W, other=0.0)
-    return found + (scale_W,)  # noqa: RUF005
-
-
-@triton.jit
-def _logits(
-    source: tl.tuple,
-    read: tl.tuple,
-    start: tl.tensor,
+    WORDS: tl.constexpr,
+    PAGES: tl.constexpr,
+    ROW_BYTES: tl.constexpr,
     TILE: tl.constexpr,
-    SHAPE: tl.constexpr,
-) -> tl.tensor:
-    levels_G, factor_G, zero_G, is_head_G = source[1]
-    words: tl.constexpr = SHAPE[0]
-    has_assembly: tl.constexpr = SHAPE[3]
-    sum_GW = tl.zeros([levels_G.shape[0], TILE], tl.int32)
-    for k in tl.static_range(words):
-        low_G1 = tl.load(levels_G + k * levels_G.shape[0])[:, None]
-        high_G1 = tl.load(levels_G + (words + k) * levels_G.shape[0])[:, None]
-        code_1W = read[k][None, :]
-        sum_GW = _add_products(sum_GW, code_1W & 0x0F0F0F0F, low_G1, has_assembly)
-        sum_GW = _add_products(sum_GW, (code_1W >> 4) & 0x0F0F0F0F, high_G1, has_assembly)
-    scale_1W = read[words].to(tl.float32)[None, :]
-    logit_GW = (sum_GW.to(tl.float32) - zero_G[:, None]) * factor_G[:, None] * scale_1W
-    is_page_1W = start + tl.arange(0, TILE)[None, :] < source[0][3]
-    return tl.where(is_head_G[:, None] & is_page_1W, logit_GW, float("-inf"))
+    ALIGN: tl.constexpr,
+    HAS_ASSEMBLY: tl.constexpr,
+) -> None:
+    lane, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    b, head = lane // NUM_HEADS, lane % NUM_HEADS
+    num_full = tl.load(num_full_B + b)
+    if tile * TILE >= num_full:
+        return
+    page_W = tile * TILE + tl.arange(0, TILE)
+    # Of whole frames: what lies beyond the last page is read and not used, which leaves the reads
+    # wide.
+    there_W = page_W // PAGES < tl.cdiv(num_full, PAGES)
+    frame_row = frames_RF + tl.load(rows_B + b).to(tl.int64) * num_frames
+    frame_W = tl.load(frame_row + page_W // PAGES, mask=there_W, other=0).to(tl.int64)
+    row_W = store_MY + ((frame_W * num_layers + layer) * NUM_HEADS + head) * ROW_BYTES
+    word_W = row_W.to(tl.pointer_type(tl.int32)) + page_W % PAGES
+    scales_W = (row_W + 4 * WORDS * PAGES).to(tl.pointer_type(tl.float16)) + page_W % PAGES
+    scale_W = tl.load(scales_W, mask=there_W, other=0.0).to(tl.float32)
+    groups = tl.arange(0, PADDED_GROUP)
+    levels_G = (levels_BHRG4 + lane * (8 * WORDS * PADDED_GROUP)).to(tl.pointer_type(tl.int32))
+    levels_G += groups
+    sum_GW = tl.zeros([PADDED_GROUP, TILE], tl.int32)
+    for k in tl.static_range(WORDS):
+        code_1W = tl.load(word_W + k * PAGES, mask=there_W, other=0)[None, :]
+        low_G1 = tl.load(levels_G + k * PADDED_GROUP)[:, None]
+        high_G1 = tl.load(levels_G + (WORDS + k) * PADDED_GROUP)[:, None]
+        sum_GW = _add_products(sum_GW, code_1W & 0x0F0F0F0F, low_G1, HAS_ASSEMBLY)
+        sum_GW = _add_products(sum_GW, (code_1W >> 4) & 0x0F0F0F0F, high_G1, HAS_ASSEMBLY)
+    factors_G = factors_BH2G + lane * (2 * PADDED_GROUP) + groups
+    zero_G1 = tl.load(factors_G + PADDED_GROUP)[:, None]
+    logit_GW = (sum_GW.to(tl.float32) - zero_G1) * tl.load(factors_G)[:, None] * scale_W[None, :]
+    is_head_G1 = (groups < GROUP)[:, None]
+    logit_GW = tl.where(is_head_G1 & (page_W < num_full)[None, :], logit_GW, float("-inf"))
+    # A multiple already; now the compiler knows, and writes 16 bytes at once.
+    stride = columns // ALIGN * ALIGN
+    logits_G1 = logits_BHGP + (lane * GROUP + groups[:, None]) * stride
+    is_near_1W = (page_W < tl.cdiv(num_full, ALIGN) * ALIGN)[None, :]
+    tl.store(logits_G1 + page_W[None, :], logit_GW, mask=is_head_G1 & is_near_1W)
+    store_stats(logit_GW, stats_BHS2G + (lane * tl.num_programs(1) + tile) * 2 * PADDED_GROUP)
 
 
 @triton.jit
@@ -313,7 +294,7 @@ def _add_products(
             "=r,r,r,r",
             [code_1W, level_G1, sum_GW],
             dtype=tl.int32,
-            is_pure=True,
+            is_pure=False,  # or it is done once more for every layout of its result
             pack=1,
         )
     else:  # the interpreter knows no instructions

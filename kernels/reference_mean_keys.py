@@ -39,7 +39,7 @@ def select_by_mean_keys(
     parts = zip(q_BHGD, rows_B.tolist(), num_full_B.tolist(), count_B, out_BHK, strict=True)
     for q_HGD, row, num_full, count, out_HK in parts:
         num_frames = -(-num_full // pages_per_frame)
-        logits_HGX = estimate_pages(
+        logits_HGP = estimate_pages(
             q_HGD,
             store_MY,
             basis_HDR=basis_HDR,
@@ -49,14 +49,13 @@ def select_by_mean_keys(
             pages_per_frame=pages_per_frame,
             scale=scale,
         )
+        assert num_full <= max_pages
         select_pages(
-            logits_HGX,
-            first_B=count.new_zeros(1),
+            logits_HGP[None],
             num_full_B=count.new_full((1,), num_full),
             count_B=count[None],
             sink_pages=sink_pages,
             recent_pages=recent_pages,
-            max_pages=max_pages,
             out_BHK=out_HK[None],
         )
 

@@ -1,7 +1,7 @@
 """Selection of pages in plain torch: the CPU path, and the oracle of the kernel.
 
-Shape legend: B requests, H KV heads, G query heads per KV head, X columns (pages of all requests),
-K selected pages of the lane with most, P pages of a request, N selected pages of a request.
+Shape legend: B requests, H KV heads, G query heads per KV head, K selected pages of the lane with
+most, P columns of pages of a request.
 """
 
 from __future__ import annotations
@@ -11,30 +11,27 @@ from typing import Final
 import torch
 from torch import Tensor
 
-COLUMN_ALIGN: Final = 4  # of columns where a request may begin: 16 bytes are read at once
+COLUMN_ALIGN: Final = 4  # of the columns of a lane: 16 bytes are read at once
 SMALLEST_SCORE: Final = 2.0**-40  # of the whole mass: what is less is no reason to prefer a page
 
 
 def select_pages(
-    logits_HGX: Tensor,
+    logits_BHGP: Tensor,
     *,
-    first_B: Tensor,
     num_full_B: Tensor,
     count_B: Tensor,
     sink_pages: int,
     recent_pages: int,
-    max_pages: int,
     out_BHK: Tensor,
 ) -> None:
     """See ``kernels.select.select_pages``; sorts."""
-    assert not (first_B % COLUMN_ALIGN).any() and (num_full_B <= max_pages).all()
-    assert (first_B + num_full_B <= logits_HGX.shape[2]).all()
-    plan = zip(first_B.tolist(), num_full_B.tolist(), count_B.tolist(), out_BHK, strict=True)
+    assert (num_full_B <= logits_BHGP.shape[3]).all()
+    plan = zip(logits_BHGP, num_full_B.tolist(), count_B.tolist(), out_BHK, strict=True)
     out_BHK.fill_(-1)
-    for first, num_full, count, out_HK in plan:
+    for logits_HGP, num_full, count, out_HK in plan:
         count = min(max(count, 0), num_full, out_HK.shape[1])
         if count:
-            scores_HP = page_scores(logits_HGX[..., first : first + num_full])
+            scores_HP = page_scores(logits_HGP[..., :num_full])
             scores_HP[:, :sink_pages] = float("inf")
             scores_HP[:, max(num_full - recent_pages, 0) :] = float("inf")
             order_HP = scores_HP.sort(dim=-1, descending=True, stable=True).indices

@@ -19,6 +19,7 @@ SPLIT_TOKENS: Final = 256  # fixed, so that a result never depends on who else i
 _TILE_BYTES = 16 << 10  # of keys; as many of values
 _SPLITS_AT_ONCE = tl.constexpr(4)  # read before the first of them is needed
 _MIN_DOT = 16  # tl.dot takes no smaller side
+_HITS_REGISTERS = 128  # a thread: four programs fit one multiprocessor
 _LOG2_E = 1.4426950408889634
 
 
@@ -130,7 +131,8 @@ def _launch_hits(
             selected.slots_BHK.shape[2],
             SPLIT_TOKENS=SPLIT_TOKENS,
             **_shape(q_BHGD, arena_NTCD),
-            num_stages=3,
+            num_stages=2,
+            maxnreg=_HITS_REGISTERS,
             enable_fp_fusion=True,
         )
 

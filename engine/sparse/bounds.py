@@ -72,15 +72,12 @@ class BoundSelector:
         pages_P = torch.arange(scores_BHP.shape[-1], device=scores_BHP.device)
         spread_BHP = _spread(scores_BHP, pages_P < num_full_B[:, None, None])
         spread_BHP = F.pad(spread_BHP, (0, -spread_BHP.shape[-1] % COLUMN_ALIGN))
-        requests_B = torch.arange(len(q_BHGD), device=rows_B.device, dtype=torch.int32)
         select_pages(
-            spread_BHP.transpose(0, 1).flatten(1)[:, None].contiguous(),
-            first_B=requests_B * spread_BHP.shape[-1],
+            spread_BHP[:, :, None].contiguous(),
             num_full_B=num_full_B,
             count_B=count_B,
             sink_pages=SINK_PAGES,
             recent_pages=recent_pages(self._geometry.page_size),
-            max_pages=max_pages,
             out_BHK=out_BHK,
         )
 

@@ -461,30 +461,25 @@ def select_case(
     ties: bool = False,
     seed: int = 0,
 ) -> dict[str, object]:
-    """Logits of requests in any order, NaN in the columns of none. With ``ties`` few columns
-    repeat, and between those that differ there is room for rounding."""
+    """Logits, NaN in the columns of no page. With ``ties`` few columns repeat, and between those
+    that differ there is room for rounding."""
     numbers = np.random.default_rng(seed)
-    room = [-(-num // 4) * 4 + 4 * int(numbers.integers(0, 2)) for num in pages]
-    order = numbers.permutation(len(pages))
-    first = np.zeros(len(pages), dtype=np.int32)
-    first[order] = np.cumsum([4, *(room[b] for b in order[:-1])])
-    logits_HGX = torch.full((heads, group, sum(room) + 8), math.nan)
+    room = -(-max(pages) // 4) * 4 + 4 * int(numbers.integers(0, 2))
+    logits_BHGP = torch.full((len(pages), heads, group, room), math.nan)
     for b, num in enumerate(pages):
         logits_HGP = random(heads, group, num, seed=seed + b) * spread
         if ties and num:
             chosen = torch.from_numpy(numbers.integers(0, min(num, 6), num))
             logits_HGP = logits_HGP[..., chosen]
-        logits_HGX[..., first[b] : first[b] + num] = logits_HGP
+        logits_BHGP[b, ..., :num] = logits_HGP
     sink, recent = int(numbers.integers(0, 3)), int(numbers.integers(0, 4))
     counts = numbers.choice([0, 1, 3, sink + recent, sink + recent + 1, 9, columns], len(pages))
     return {
-        "logits_HGX": logits_HGX,
-        "first_B": torch.from_numpy(first),
+        "logits_BHGP": logits_BHGP,
         "num_full_B": torch.tensor(pages, dtype=torch.int32),
         "count_B": torch.from_numpy(counts.astype(np.int32)).clamp(max=columns),
         "sink_pages": sink,
         "recent_pages": recent,
-        "max_pages": max(pages),
         "out_BHK": torch.full((len(pages), heads, columns), 77, dtype=torch.int32),
     }
 
@@ -506,11 +501,11 @@ def rising(out_BHK: Tensor) -> Tensor:
 
 def _ranked_pages(case: dict[str, object]) -> Iterator[tuple[int, int, int, np.ndarray]]:
     """Request, head, how many are wanted, and the scores with the forced pages above all."""
-    for b, first in enumerate(case["first_B"].tolist()):
+    for b, logits_HGP in enumerate(case["logits_BHGP"].double().cpu().numpy()):
         num_full, count = int(case["num_full_B"][b]), int(case["count_B"][b])
-        for head, logits_GX in enumerate(case["logits_HGX"].double().cpu().numpy()):
+        for head, logits_GP in enumerate(logits_HGP):
             scores_P = np.zeros(num_full)
-            for logits_P in logits_GX[:, first : first + num_full]:
+            for logits_P in logits_GP[:, :num_full]:
                 weights_P = np.exp(logits_P - logits_P.max(initial=-math.inf))
                 scores_P += weights_P / weights_P.sum()
             scores_P[scores_P < 2.0**-40] = 0.0
@@ -686,9 +681,8 @@ def logits_of_mean_keys(case: dict[str, object]) -> dict[str, object]:
     store_MY, frames_RF = case["store_MY"].cpu(), case["frames_RF"].tolist()
     heads, per_frame, half = len(basis_HDR), case["pages_per_frame"], basis_HDR.shape[2] // 2
     pages_B = case["num_full_B"].cpu()
-    first_B = ((pages_B + 3) // 4 * 4).cumsum(0).int() - (pages_B + 3) // 4 * 4
-    width = int(first_B[-1] + pages_B[-1]) + 4
-    logits_HGX = torch.zeros((heads, q_BHGD.shape[2], width), dtype=torch.float64)
+    shape = (len(q_BHGD), heads, q_BHGD.shape[2], int(pages_B.max()))
+    logits_BHGP = torch.zeros(shape, dtype=torch.float64)
     for b, row in enumerate(case["rows_B"].tolist()):
         for page, head in itertools.product(range(int(pages_B[b])), range(heads)):
             frame, place = frames_RF[row][page // per_frame], page % per_frame
@@ -699,9 +693,9 @@ def logits_of_mean_keys(case: dict[str, object]) -> dict[str, object]:
             q_GR = q_BHGD[b, head] @ basis_HDR[head]
             step_G1 = q_GR.abs().amax(1, keepdim=True) / 127
             logits_G = (q_GR / step_G1).round() * step_G1 @ mean_R * case["scale"]
-            logits_HGX[head, :, int(first_B[b]) + page] = logits_G
-    same = ("num_full_B", "count_B", "sink_pages", "recent_pages", "max_pages", "out_BHK")
-    return {"logits_HGX": logits_HGX, "first_B": first_B} | {name: case[name] for name in same}
+            logits_BHGP[b, head, :, page] = logits_G
+    same = ("num_full_B", "count_B", "sink_pages", "recent_pages", "out_BHK")
+    return {"logits_BHGP": logits_BHGP} | {name: case[name] for name in same}
 
 
 def summarise_case(

@@ -300,10 +300,10 @@ def test_select(cases, seed, shape, max_piece):
 @pytest.mark.parametrize("broken", [float("nan"), float("inf"), float("-inf")])
 def test_select_without_broken_heads(cases, broken, max_piece):
     case = cases.select(pages=(200,), ties=True)
-    case["count_B"][:], first = 30, int(case["first_B"])
-    head_X = case["logits_HGX"][0, 1, first : first + 200]
+    case["count_B"][:] = 30
+    head_X = case["logits_BHGP"][0, 0, 1, :200]
     head_X[slice(None) if broken == float("-inf") else slice(70, 71)] = broken
-    case["logits_HGX"][1, :, first : first + 200] = broken
+    case["logits_BHGP"][0, 1] = broken
     expected_BHK = cases.selected_by(reference_select.select_pages, case)
     got_BHK = cases.selected_by(lambda **case: select._launch(**case, max_piece=max_piece), case)
     assert torch.equal(got_BHK, expected_BHK)

@@ -381,8 +381,8 @@ def test_select(cases, longest, group, spread, seed):
 @pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])
 def test_select_without_broken_heads(cases, broken, longest, seed):
     case = cases.select(pages=(longest, 7), ties=True, columns=30, seed=seed)
-    case["count_B"][:], first = 30, int(case["first_B"][0])
-    head_X = case["logits_HGX"][0, 1, first : first + longest]
+    case["count_B"][:] = 30
+    head_X = case["logits_BHGP"][0, 0, 1, :longest]
     head_X[slice(None) if broken == -math.inf else slice(70, 71)] = broken
     expected_BHK = cases.selected_by(select_pages, case)
     assert torch.equal(cases.selected_by(select_pages, to_gpu(case)).cpu(), expected_BHK)
@@ -393,7 +393,7 @@ def test_select_does_not_depend_on_the_batch(cases, longest, seed):
     case = to_gpu(cases.select(pages=(longest, 700, 9, 1500), columns=99, seed=seed))
     together_BHK = cases.selected_by(select_pages, case)
     for b in range(4):
-        parts = {name: case[name][b : b + 1] for name in ("first_B", "num_full_B", "count_B")}
+        parts = {name: case[name][b : b + 1] for name in ("logits_BHGP", "num_full_B", "count_B")}
         one = case | parts | {"out_BHK": case["out_BHK"][b : b + 1]}
         assert torch.equal(cases.selected_by(select_pages, one), together_BHK[b : b + 1])
 
@@ -409,9 +409,10 @@ def test_select_in_a_captured_graph_reads_new_requests(cases, longest, seed):
         pages = (longest - later, 300 * later, later)
         case = cases.select(pages=pages, columns=99, ties=True, seed=seed + later)
         forced = {name: static[name] for name in ("sink_pages", "recent_pages")}
-        static["logits_HGX"].fill_(math.nan)
-        static["logits_HGX"][..., : case["logits_HGX"].shape[2]].copy_(case["logits_HGX"])
-        for name in ("first_B", "num_full_B", "count_B"):
+        static["logits_BHGP"].fill_(math.nan)
+        columns = min(static["logits_BHGP"].shape[3], case["logits_BHGP"].shape[3])
+        static["logits_BHGP"][..., :columns].copy_(case["logits_BHGP"][..., :columns])
+        for name in ("num_full_B", "count_B"):
             static[name].copy_(case[name])
         graph.replay()
         got_BHK = cases.rising(static["out_BHK"].cpu())

@@ -487,8 +487,7 @@ def test_select(cases, seed, spread, pages, **shape):
 
 def test_select_breaks_ties_by_id_and_keeps_what_is_forced(cases):
     case = cases.select(pages=(10,), group=2, columns=6) | {"sink_pages": 1, "recent_pages": 2}
-    case["logits_HGX"][:] = torch.tensor([0.0, 0.0, 1.0, 0.0]).repeat(6)
-    case["first_B"][:] = 4
+    case["logits_BHGP"] = torch.tensor([0.0, 0.0, 1.0, 0.0]).repeat(1, 2, 2, 3).contiguous()
     wanted = {6: [0, 1, 2, 6, 8, 9], 5: [0, 2, 6, 8, 9], 4: [0, 2, 8, 9], 2: [0, 8], 0: []}
     for count, ids in wanted.items():
         case["count_B"][:] = count
@@ -499,6 +498,7 @@ def test_select_breaks_ties_by_id_and_keeps_what_is_forced(cases):
 def test_select_refuses_columns_that_wide_reads_would_miss(cases):
     case = cases.select(pages=(10,))
     with pytest.raises(AssertionError):
-        cases.selected_by(select_pages, case | {"first_B": case["first_B"] + 1})
+        odd_BHGP = case["logits_BHGP"][..., :10].contiguous()
+        cases.selected_by(select_pages, case | {"logits_BHGP": odd_BHGP})
     with pytest.raises(AssertionError):
-        cases.selected_by(select_pages, case | {"max_pages": 9})
+        cases.selected_by(select_pages, case | {"num_full_B": case["num_full_B"] + 9})
