@@ -232,19 +232,19 @@ def _select_kernel(
     count = tl.minimum(tl.load(count_B + lane // NUM_HEADS), num_selected)
     out_K, num_chosen = out_BHK + lane * num_selected, 0
     if (count > 0) & (num_full > count):
+        stats = stats_BHS2G + lane * tiles * (2 * PADDED_GROUP)
+        peak_G, share_G = _softmax(stats, tl.cdiv(num_full, TILE), PADDED_GROUP, TILES)
         # A multiple already; now the compiler knows, and reads 16 bytes at once.
         stride = columns // ALIGN * ALIGN
-        stats = stats_BHS2G + lane * tiles * (2 * PADDED_GROUP)
-        peak_G1, share_G1 = _softmax(stats, tl.cdiv(num_full, TILE), PADDED_GROUP, TILES)
-        head_G1 = tl.arange(0, PADDED_GROUP)[:, None]
-        logits_G1 = logits_BHGP + (lane * GROUP + head_G1) * stride
+        logits_GP = logits_BHGP + lane * GROUP * stride
         keys = ()
         for i in tl.static_range(PIECES):
             if i * PIECE < num_full:
                 id_W = i * PIECE + tl.arange(0, PIECE)
-                logit_GW = _load(logits_G1, id_W[None, :], head_G1 < GROUP, num_full, ALIGN)
-                weight_GW = tl.exp2((logit_GW - peak_G1) * _LOG2_E) * share_G1
-                score_W = tl.sum(tl.where(share_G1 > 0.0, weight_GW, 0.0), axis=0)
+                score_W = tl.zeros([PIECE], tl.float32)
+                for g in tl.static_range(GROUP):
+                    logit_W = _load(logits_GP + g * stride, id_W, GROUP > 0, num_full, ALIGN)
+                    score_W += _weights(logit_W, peak_G, share_G, g)
                 key_W = page_keys(score_W, id_W, num_full, sink_pages, num_full - recent_pages)
             else:
                 key_W = tl.full([PIECE], -1, tl.int32)
@@ -261,17 +261,24 @@ def _select_kernel(
 
 @triton.jit
 def _load(
-    logits_G1: tl.tensor,
-    id_1W: tl.tensor,
-    is_head_G1: tl.tensor,
-    num_full: tl.tensor,
-    ALIGN: tl.constexpr,
+    logits: tl.tensor, ids: tl.tensor, wanted: tl.tensor, num_full: tl.tensor, ALIGN: tl.constexpr
 ) -> tl.tensor:
     """Logits, -inf for what is no page. What lies beyond the last page is read and not used, since
     only a mask of whole groups leaves the reads wide."""
-    is_near_GW = is_head_G1 & (id_1W < tl.cdiv(num_full, ALIGN) * ALIGN)
-    found_GW = tl.load(logits_G1 + id_1W, mask=is_near_GW, other=float("-inf"))
-    return tl.where(id_1W < num_full, found_GW, float("-inf"))
+    is_near = wanted & (ids < tl.cdiv(num_full, ALIGN) * ALIGN)
+    found = tl.load(logits + ids, mask=is_near, other=float("-inf"))
+    return tl.where(ids < num_full, found, float("-inf"))
+
+
+@triton.jit
+def _weights(
+    logit_W: tl.tensor, peak_G: tl.tensor, share_G: tl.tensor, g: tl.constexpr
+) -> tl.tensor:
+    """Softmax weights of one query head; a head whose sum is not a number counts for nothing."""
+    is_head_G = tl.arange(0, peak_G.shape[0]) == g
+    peak = tl.sum(tl.where(is_head_G, peak_G, 0.0), axis=0)
+    share = tl.sum(tl.where(is_head_G, share_G, 0.0), axis=0)
+    return tl.where(share > 0.0, tl.exp2((logit_W - peak) * _LOG2_E) * share, 0.0)
 
 
 @triton.jit
@@ -279,7 +286,7 @@ def _softmax(
     stats_S2G: tl.tensor, num_tiles: tl.tensor, PADDED_GROUP: tl.constexpr, TILES: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor]:
     """The peak of each query head, and the share of a page that has it (0 where the sum is not a
-    number or nothing), both (G, 1)."""
+    number or nothing), both (G,)."""
     tile_1S = tl.arange(0, TILES)[None, :]
     stats_GS = stats_S2G + tl.arange(0, PADDED_GROUP)[:, None] + tile_1S * (2 * PADDED_GROUP)
     there_1S = tile_1S < num_tiles
@@ -289,4 +296,4 @@ def _softmax(
     base_G = tl.where(peak_G == float("-inf"), 0.0, peak_G)
     sum_G = tl.sum(sum_GS * tl.exp2((peak_GS - base_G[:, None]) * _LOG2_E), axis=1)
     share_G = tl.where(sum_G > 0.0, 1.0 / tl.where(sum_G > 0.0, sum_G, 1.0), 0.0)
-    return base_G[:, None], share_G[:, None]
+    return base_G, share_G
