@@ -656,6 +656,27 @@ class FinishReason(StrEnum):
     ERROR = "error"
 
 
+class WaitReason(StrEnum):
+    """Why a request is not in the batch yet."""
+
+    ACTIVE_LIMIT = "active-limit"  # max_num_active_seqs requests run, or all rows are taken
+    HOT_TIER = "hot-tier"  # its working set does not fit beside those that run
+    DRAM_TIER = "dram-tier"  # no frames for its whole life
+    LINK = "link"  # the pages that all would miss take longer than a token may
+    TURN = "turn"  # an older request has waited so long that nobody may pass it
+    PROMPTS = "prompts"  # prompts before it take up all of prefill_chunk
+    SPILLED = "spilled"  # it ran, gave its hot pages to others, and waits to come back
+
+
+class RefusalReason(StrEnum):
+    """Why the engine ends a request without a token."""
+
+    INVALID = "invalid"  # a field is wrong
+    TOO_LONG = "too-long"  # for max_model_len
+    DRAM_TIER = "dram-tier"  # not even alone
+    HOT_TIER = "hot-tier"  # not even alone
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingParams:
     """How tokens are drawn. Temperature 0 is greedy. Seed None: the engine draws one."""
