@@ -52,8 +52,10 @@ def divide_blocks(
     A lane keeps 70 % of its blocks and grows to 150 % of them at most. It is not brought below
     ``least`` nor above ``most``; beyond these already, it stays as it is or comes nearer.
     """
-    slots_L = np.maximum(blocks_L * pages_per_block - 1.0, 1.0)  # the partial page has one
-    misses_L = demand.misses_L + 1.0  # none at all says little: the time was short
+    slots_L: Floats = np.maximum(blocks_L * pages_per_block - 1.0, 1.0)  # the partial page has one
+    misses_L = (
+        demand.misses_L.astype(np.float64) + 1.0
+    )  # none at all says little: the time was short
     exponent_L = fall_exponent(
         misses_L, misses_L + demand.returns_L, slots_L, selected_pages, num_steps=demand.num_steps
     )
@@ -71,7 +73,8 @@ def fall_exponent(
     use, both in ``num_steps`` steps."""
     shared_L = np.minimum(selected_pages + wanted_L / num_steps, _MOST_SHARED * slots_L)
     exponent_L = np.log(wanted_L / misses_L) / np.log(slots_L / shared_L)
-    return np.clip(exponent_L, *_EXPONENTS)
+    clipped_L: Floats = np.clip(exponent_L, *_EXPONENTS)
+    return clipped_L
 
 
 def _fill(gain_L: Floats, fall_L: Floats, blocks_L: Ints, bounds: tuple[Floats, Floats]) -> Ints:
