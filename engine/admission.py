@@ -14,11 +14,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
-from sparsed.core import WaitReason
+from sparsed.core import MAX_PASSING, WaitReason
 from sparsed.engine.hit_curve import MissCurve
 
 MAX_PASSED_S: Final = 2.0  # a request that has waited so long is passed by nobody
-MAX_LOOKED_AT: Final = 16  # waiting requests looked at in a step, the oldest first
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -109,13 +108,13 @@ def pick(
     """The oldest waiting request that may run, unless one before it has waited too long to be
     passed. ``waited_s``: of each, the oldest request first; ``why(i)`` as ``check`` says it."""
     reasons: list[WaitReason] = []
-    for index, seconds in enumerate(waited_s[:MAX_LOOKED_AT]):
+    for index, seconds in enumerate(waited_s[:MAX_PASSING]):
         reason = why(index)
         if reason is None:
             return Picked(index, tuple(reasons))
         reasons.append(reason)
         if reason is WaitReason.ACTIVE_LIMIT or seconds >= max_passed_s:
             others = WaitReason.TURN if reason is not WaitReason.ACTIVE_LIMIT else reason
-            reasons += [others] * (min(len(waited_s), MAX_LOOKED_AT) - len(reasons))
+            reasons += [others] * (min(len(waited_s), MAX_PASSING) - len(reasons))
             break
     return Picked(None, tuple(reasons))

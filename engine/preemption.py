@@ -31,48 +31,57 @@ class Held:
         return step - self.changed_step >= SETTLE_STEPS
 
 
-def pressure(claims: Sequence[Claim], room: Room) -> WaitReason | None:
+def pressure(
+    claims: Sequence[Claim], room: Room, *, gates: Sequence[Gate] = GATES
+) -> WaitReason | None:
     """The gate that these requests together have outgrown. Mandatory pages that do not fit are
     pressure at once: selections would be attended to in passes."""
     if sum(claim.mandatory_pages for claim in claims) > room.hot_pages:
         return WaitReason.HOT_TIER
-    return _overrun(claims, _wider(room, PRESSURE))
+    return _overrun(claims, _wider(room, PRESSURE), gates)
 
 
-def victim(running: Sequence[Held], room: Room, *, step: int) -> int | None:
+def victim(
+    running: Sequence[Held], room: Room, *, step: int, gates: Sequence[Gate] = GATES
+) -> int | None:
     """Which of ``running`` (in order of admission) to spill now; None: nobody.
 
     The newest one without which the others fit. If none alone suffices, the newest at all: the next
     step asks again. The oldest always stays.
     """
     claims = [held.claim for held in running]
-    if len(running) < 2 or pressure(claims, room) is None:
+    if len(running) < 2 or pressure(claims, room, gates=gates) is None:
         return None
     settled = [i for i in range(len(running) - 1, 0, -1) if running[i].is_settled(step)]
     for i in settled:
-        if _overrun(claims[:i] + claims[i + 1 :], room) is None:
+        if _overrun(claims[:i] + claims[i + 1 :], room, gates) is None:
             return i
     return settled[0] if settled else None
 
 
 def why_not_back(
-    running: Sequence[Claim], spilled: Held, room: Room, *, step: int
+    running: Sequence[Claim],
+    spilled: Held,
+    room: Room,
+    *,
+    step: int,
+    gates: Sequence[Gate] = GATES,
 ) -> WaitReason | None:
     """Why the spilled request must wait; None: it may come back."""
     if not running:
         return None
     if not spilled.is_settled(step):
         return WaitReason.SPILLED
-    reasons = (gate(running, spilled.claim, room) for gate in GATES)
+    reasons = (gate(running, spilled.claim, room) for gate in gates)
     return next((reason for reason in reasons if reason is not None), None)
 
 
-def _overrun(claims: Sequence[Claim], room: Room) -> WaitReason | None:
+def _overrun(claims: Sequence[Claim], room: Room, gates: Sequence[Gate]) -> WaitReason | None:
     """The gate that the last of these would not pass beside the others, which is that all do."""
     if not claims:
         return None
     *others, last = claims
-    reasons = (gate(others, last, room) for gate in GATES)
+    reasons = (gate(others, last, room) for gate in gates)
     return next((reason for reason in reasons if reason is not None), None)
 
 

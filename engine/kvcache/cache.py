@@ -168,6 +168,10 @@ class KVCache:
         if first_page < last_page:
             self._paths.load(index, first_page, last_page, is_partial=is_partial)
 
+    def recalls(self, index: int) -> Sequence[float]:
+        """Attention recall of a request as sampled so far."""
+        return self.rows[index].recalls
+
     def set_attention(self, index: int, *, token_budget: int, is_dense: bool) -> None:
         """Have a row select so much from its next step on, or read everything."""
         row = self.rows[index]
@@ -274,6 +278,10 @@ class KVCache:
         is not complete; nothing happens if it was spilled meanwhile."""
         if not self.rows[index].is_spilled:
             self._blocks.rebalance(self.rows[index], demand)
+
+    def observe(self) -> None:
+        """Between any two steps: take what the device has counted of each row."""
+        self.claims.observe()
 
     def rebudget(self) -> None:
         """Give every row the blocks that its misses are worth."""

@@ -509,6 +509,23 @@ class VerifyMode(StrEnum):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Service:
+    """What an engine promises, whatever its knobs. ``tpot_s``: time of a token that admission keeps
+    to, None: a multiple of a step without misses. ``recall_floor``: attention recall under which a
+    request reads more, then everything; 0: never."""
+
+    tpot_s: float | None = None
+    recall_floor: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.recall_floor < 1:
+            raise InputError(
+                f"recall_floor={self.recall_floor:g} is not from 0 (off) up to, not including, 1",
+                field="recall_floor",
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class EngineSpec:
     """Everything an engine process is started with; nothing in it is 'auto'."""
 
@@ -525,6 +542,7 @@ class EngineSpec:
     selection_trace: str | None = None  # a recording whose selections replace the model's own
     link: LinkKey | None = None  # of the device; None for a CPU
     calibration: LinkCalibration | None = None  # None: the engine makes one, unless on a CPU
+    service: Service = field(default_factory=Service)
     cache_dir: str | None = None  # where what is learned of a model is kept; None: nowhere
 
 
@@ -654,6 +672,9 @@ class FinishReason(StrEnum):
     LENGTH = "length"
     ABORT = "abort"
     ERROR = "error"
+
+
+MAX_PASSING = 16  # waiting requests looked at in a step: none further back is admitted
 
 
 class WaitReason(StrEnum):
@@ -840,6 +861,42 @@ class CopyTotal:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class WaitCount:
+    """How often a request began to wait for this reason."""
+
+    reason: WaitReason
+    count: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RefusalCount:
+    """Requests ended for this reason."""
+
+    reason: RefusalReason
+    count: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WaitingRequest:
+    """A request that is not in the batch; ``waited_s`` since it came."""
+
+    request_id: str
+    reason: WaitReason
+    waited_s: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class QualityEvent:
+    """The quality breaker changed what a request reads: ``token_budget`` from now on, everything
+    where ``is_dense``. ``recall`` is the sample that did it."""
+
+    request_id: str
+    recall: float
+    token_budget: int
+    is_dense: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class EngineStats:
     """Counters since the engine started (they only grow) and gauges of now."""
 
@@ -863,9 +920,17 @@ class EngineStats:
     recall_samples: int = 0
     verify_checked_pages: int = 0  # looked at again after a copy
     verify_mismatches: int = 0  # of these, not what was saved
+    spills: int = 0  # requests that gave up their hot pages while they ran
+    restores: int = 0  # and came back
+    quality_raises: int = 0  # budgets raised because a sample of recall was low
+    quality_dense: int = 0  # requests made dense for that
+    waits: tuple[WaitCount, ...] = ()
+    refusals: tuple[RefusalCount, ...] = ()
     # gauges
     num_running: int = 0
     num_waiting: int = 0
+    num_spilled: int = 0  # of those waiting, requests that have run already
+    waiting: tuple[WaitingRequest, ...] = ()  # the oldest ones
     hot_used_bytes: int = 0
     hot_total_bytes: int = 0
     dram_used_bytes: int = 0
@@ -874,6 +939,7 @@ class EngineStats:
     working_set_bytes: int = 0
     metadata_bytes: int = 0  # summaries of pages, of all frames in use
     recent_step_s: tuple[float, ...] = ()  # durations of the steps since the last report
+    recent_quality: tuple[QualityEvent, ...] = ()  # since the last report
     knobs: Knobs | None = None
 
 

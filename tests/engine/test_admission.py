@@ -10,9 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparsed.core import WaitReason
+from sparsed.core import MAX_PASSING, WaitReason
 from sparsed.engine.admission import (
-    MAX_LOOKED_AT,
     Claim,
     Room,
     check,
@@ -120,7 +119,7 @@ def test_nobody_passes_a_request_that_has_waited_long(
     queue = sorted(queue, key=lambda entry: -entry[0])
     picked = pick([seconds for seconds, _ in queue], lambda i: queue[i][1], max_passed_s=2.0)
     if picked.place is None:
-        looked_at = queue[:MAX_LOOKED_AT]
+        looked_at = queue[:MAX_PASSING]
         assert len(picked.reasons) == len(looked_at)
         first_old = next((i for i, (s, r) in enumerate(queue) if r and s >= 2), len(queue))
         assert all(reason for _, reason in looked_at[: first_old + 1])
