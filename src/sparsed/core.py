@@ -517,13 +517,6 @@ class Service:
     tpot_s: float | None = None
     recall_floor: float = 0.5
 
-    def __post_init__(self) -> None:
-        if not 0 <= self.recall_floor < 1:
-            raise InputError(
-                f"recall_floor={self.recall_floor:g} is not from 0 (off) up to, not including, 1",
-                field="recall_floor",
-            )
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineSpec:
