@@ -21,6 +21,7 @@ class Queues:
         self.waiting: dict[str, RequestState] = {}
         self.running: dict[str, RequestState] = {}
         self.spilled: dict[str, RequestState] = {}
+        self.version = 0
         self._clock = clock
         self._waits: Counter[WaitReason] = Counter()
         self._num_admitted = 0
@@ -39,6 +40,7 @@ class Queues:
     def remove(self, request: RequestState) -> None:
         for place in (self.running, self.waiting, self.spilled):
             place.pop(request.request_id, None)
+        self.version += 1
 
     def admit(self, request: RequestState) -> None:
         """From waiting to running."""
@@ -46,18 +48,21 @@ class Queues:
         self._num_admitted += 1
         request.admission, request.wait_reason = self._num_admitted, None
         self.running[request.request_id] = request
+        self.version += 1
 
     def spill(self, request: RequestState) -> None:
         """From running to spilled."""
         del self.running[request.request_id]
         self.note([request], [WaitReason.SPILLED])
         self.spilled = _in_order(self.spilled, request)
+        self.version += 1
 
     def restore(self, request: RequestState) -> None:
         """From spilled to running, at its old place."""
         del self.spilled[request.request_id]
         request.wait_reason = None
         self.running = _in_order(self.running, request)
+        self.version += 1
 
     @property
     def with_rows(self) -> list[RequestState]:

@@ -88,6 +88,7 @@ class Scheduler:
         self._gates = gates
         self._held_gates = tuple(gate for gate in HELD_GATES if gate in gates)
         self._step = 0
+        self._known: tuple[tuple[int, int], list[Claim]] = ((-1, -1), [])
 
     @property
     def num_running(self) -> int:
@@ -132,7 +133,7 @@ class Scheduler:
         if self.queues.running or self.queues.spilled or not self.queues.waiting:
             return None
         head = next(iter(self.queues.waiting.values()))
-        return None if self._why(head, [], self._room()) is None else head
+        return head if self._why(head, [], self._room()) else None
 
     def schedule(self) -> Step:
         """The next step; spills, brings back and admits requests. Empty if all that runs waits for
@@ -210,6 +211,9 @@ class Scheduler:
         if self.queues.spilled:
             self.queues.note(requests, [WaitReason.TURN] * len(requests))
             return None
+        if self.num_running >= self.knobs.max_num_active_seqs:
+            self.queues.note(requests, [WaitReason.ACTIVE_LIMIT] * len(requests))
+            return None
         running, room = self._running_claims(), self._room()
         picked = pick(
             self.queues.waited_s(requests),
@@ -231,8 +235,6 @@ class Scheduler:
         self, request: RequestState, running: Sequence[Claim], room: Room
     ) -> WaitReason | None:
         """Why the request may not join those that run; None: it may."""
-        if self.num_running >= self.knobs.max_num_active_seqs:
-            return WaitReason.ACTIVE_LIMIT
         num_tokens, method = request.num_total_tokens, self._method(request)
         budget = request.request.sparse.token_budget
         claim = self._rows.claims.of_request(num_tokens, method=method, token_budget=budget)
@@ -258,7 +260,12 @@ class Scheduler:
         return Held(claim=claim, changed_step=request.changed_step)
 
     def _running_claims(self) -> list[Claim]:
-        return [self._held(request).claim for request in self.queues.running.values()]
+        """Asked again when others run, and every few steps."""
+        key = (self.queues.version, self._step // LOOK_EVERY_STEPS)
+        if self._known[0] != key:
+            running = self.queues.running.values()
+            self._known = (key, [self._held(request).claim for request in running])
+        return self._known[1]
 
     def _method(self, request: RequestState) -> SparseMethod:
         off = request.request.sparse.mode is SparseMode.OFF

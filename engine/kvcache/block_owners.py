@@ -33,6 +33,7 @@ class BlockOwners:
         self._tables = tables
         self._shares = shares
         self._device = arena.pages_NX.device
+        self._due: list[Row] = []
 
     def rebalance(self, row: Row, demand: Demand) -> None:
         """Move blocks from lanes that gain little of them to lanes that gain more, in a row that
@@ -58,10 +59,15 @@ class BlockOwners:
 
     def give_mandatory(self, row: Row) -> None:
         """Blocks a row without any cannot go without."""
-        self._shares.forget()
+        self.forget()
         mandatory = self._shares.mandatory_of(row)
         self._reclaim(mandatory * self._geometry.num_lanes)
         self.resize(row, mandatory)
+
+    def forget(self) -> None:
+        """Rows have come or gone: even shares until the next division, and nothing is due."""
+        self._shares.forget()
+        self._due.clear()
 
     def _reclaim(self, wanted: int) -> None:
         """Shrink the largest rows to their shares until ``wanted`` blocks are free."""
@@ -110,14 +116,26 @@ class BlockOwners:
             row.complete = False
 
     def rebudget(self, curve_of: Callable[[Row], MissCurve]) -> None:
-        """Give every row the blocks that its misses are worth; those that lose some go first."""
+        """Say how many blocks each row is worth by its misses; ``settle`` has them move."""
         self._shares.divide(curve_of)
         rows = [row for row in self._shares.hot_rows if row.share is not None]
-        for row in sorted(rows, key=lambda row: self._shares.quota(row) - row.num_blocks):
-            quota = self._shares.quota(row)
-            if not is_worth_it(row.num_blocks, quota):
-                continue
-            if quota < row.num_blocks:
-                self.resize(row, quota)
-            elif not row.complete:
-                self.grow(row, quota)
+        self._due = sorted(rows, key=lambda row: row.num_blocks - self._shares.quota(row))
+
+    def settle(self) -> None:
+        """Resize the next row that is due, those first that lose blocks to the others; one at a
+        time, so that no step takes long."""
+        while self._due:
+            row = self._due.pop()
+            if row.share is not None and self._resize_to(row, self._shares.quota(row)):
+                return
+
+    def _resize_to(self, row: Row, quota: int) -> bool:
+        """Whether the row has changed. A complete row grows with its tokens."""
+        before = row.num_blocks
+        if row.is_spilled or not is_worth_it(before, quota):
+            return False
+        if quota < before:
+            self.resize(row, quota)
+        elif not row.complete:
+            self.grow(row, quota)
+        return row.num_blocks != before

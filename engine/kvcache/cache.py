@@ -131,7 +131,7 @@ class KVCache:
         self.pool.frames.give(row.frames)
         self.tables.clear(index, upload(row.frames, device=self._device))
         self._free_rows.append(index)
-        self.shares.forget()
+        self._blocks.forget()
 
     def spill(self, index: int, num_tokens: int) -> None:
         """Give up all blocks of a row that has computed ``num_tokens``; it keeps its frames, and
@@ -143,7 +143,7 @@ class KVCache:
         self._blocks.resize(row, 0)
         self.tables.clear_slots(index, upload(row.frames, device=self._device))
         row.is_spilled, row.complete, row.num_placed = True, False, 0
-        self.shares.forget()
+        self._blocks.forget()
 
     def can_restore(self, index: int) -> bool:
         """Whether the mandatory blocks of a spilled row are free, or can be taken back."""
@@ -275,16 +275,19 @@ class KVCache:
 
     def rebalance(self, index: int, demand: Demand) -> None:
         """Move blocks from lanes that gain little of them to lanes that gain more, in a row that
-        is not complete; nothing happens if it was spilled meanwhile."""
-        if not self.rows[index].is_spilled:
-            self._blocks.rebalance(self.rows[index], demand)
+        is not complete; nothing happens if it was spilled meanwhile, or is whole again."""
+        row = self.rows[index]
+        if not (row.is_spilled or row.complete):
+            self._blocks.rebalance(row, demand)
 
     def observe(self) -> None:
-        """Between any two steps: take what the device has counted of each row."""
+        """Between any two steps: take what the device has counted of each row, and resize one that
+        is due."""
         self.claims.observe()
+        self._blocks.settle()
 
     def rebudget(self) -> None:
-        """Give every row the blocks that its misses are worth."""
+        """Give every row the blocks that its misses are worth, in the steps to come."""
         self._blocks.rebudget(self.claims.curve)
 
     # -- slots -------------------------------------------------------------------------------

@@ -122,10 +122,16 @@ def test_blocks_go_to_those_who_miss_more(cache: KVCache) -> None:
     blocks = [cache.rows[index].num_blocks for index in (calm, restless)]
     assert blocks == [6, 6]
     cache.rebudget()
+    assert [cache.rows[index].num_blocks for index in (calm, restless)] == blocks
+    cache.observe()
+    shrunk = [cache.rows[index].num_blocks for index in (calm, restless)]
+    assert shrunk[0] < 6 and shrunk[1] == 6, "a row a step, and first who loses blocks"
+    cache.observe()
     few, many = (cache.rows[index].num_blocks for index in (calm, restless))
     assert 3 <= few < 6 < many and few + many == 12
     cache.check_integrity()
     cache.apply(cache._knobs.with_values({"hbm_budget": 4 * 128}))
     assert [cache.rows[index].num_blocks for index in (calm, restless)] == [min(few, 4), 4]
     cache.rebudget()
+    cache.observe()
     assert cache.rows[restless].num_blocks == 4, "a number in the knob is a bound"

@@ -205,6 +205,8 @@ class CacheMachine(RuleBasedStateMachine):
 
         with self.losses_counted():
             self.cache._blocks.rebudget(curve_of)
+            for _ in self.cache.rows:
+                self.cache._blocks.settle()
         for row in self.cache.shares.hot_rows:
             assert row.num_blocks >= self.cache.shares.mandatory_of(row)
             assert row.num_blocks <= max(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -17,11 +20,16 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from sparsed.core import SparseMethod
+from sparsed.core import AddRequest, EngineSpec, SamplingParams, Service, SparseMethod
+from sparsed.engine import scheduler
 from sparsed.engine.batch import DecodeRow, PromptChunk, StepPlan
+from sparsed.engine.engine import Engine
+from sparsed.engine.kvcache.cache import KVCache
+from sparsed.engine.preemption import Held
 from sparsed.engine.runner import Runner
 
 MakeRunner = Callable[..., Runner]
+MakeSpec = Callable[..., EngineSpec]
 
 METHODS = (SparseMethod.QUEST, SparseMethod.DENSE)
 OUTPUT = 60
@@ -43,12 +51,13 @@ class Request:
 
     def entry(self, row: int, chunk: int) -> PromptChunk | DecodeRow:
         if self.computed < self.num_prompt:
+            end = min(self.computed + chunk, self.num_prompt)
             return PromptChunk(
                 row=row,
-                tokens=tuple(self.tokens[self.computed : self.num_prompt][:chunk]),
+                tokens=tuple(self.tokens[self.computed : end]),
                 start=self.computed,
                 prompt_length=self.num_prompt,
-                logits_from=self.num_prompt - 1,
+                logits_from=end - (end == self.num_prompt),
             )
         return DecodeRow(row=row, token=self.tokens[-1], position=self.computed)
 
@@ -198,4 +207,66 @@ def test_a_spilled_request_holds_frames_and_no_blocks(
         run_step(runner, {row: request}, 4096)
     assert request.tokens == expected
     kv.free(row)
+    kv.check_integrity()
+
+
+class AheadRunner(Runner):
+    """Runs ahead on a CPU too: a request may be spilled while a token of it is in flight."""
+
+    @property
+    def runs_ahead(self) -> bool:
+        return True
+
+
+def texts(engine: Engine) -> dict[str, list[int]]:
+    """Six requests that are there from the start, by name."""
+    for name, num_prompt in enumerate((40, 300, 500, 700, 129, 256)):
+        prompt = Request(name, num_prompt=num_prompt, method=SparseMethod.QUEST).tokens
+        sampling = SamplingParams(max_tokens=OUTPUT, temperature=0.8, seed=name)
+        engine.add(AddRequest(request_id=str(name), prompt_tokens=tuple(prompt), sampling=sampling))
+    found: dict[str, list[int]] = {}
+    while engine.has_work:
+        for output in engine.step().outputs:
+            assert output.error is None
+            if output.token_id is not None:
+                found.setdefault(output.request_id, []).append(output.token_id)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [Runner, AheadRunner])
+@pytest.mark.parametrize("seed", range(3))
+def test_whoever_is_spilled_tells_the_same_text(
+    make_spec: MakeSpec, monkeypatch: pytest.MonkeyPatch, kind: type[Runner], seed: int
+) -> None:
+    """Spilled at any time, in the middle of prompts too, and brought back at any later one."""
+    draw = random.Random(seed)
+
+    def anybody(running: Sequence[Held], *_: Any, **__: Any) -> int | None:
+        return draw.randrange(len(running)) if draw.random() < 0.5 else None
+
+    values = {"page_size": 8, "token_budget": 256, "sparse_method": "quest", "prefill_chunk": 100}
+
+    def engine() -> Engine:
+        spec = make_spec("dummy:tiny", lane_blocks=14, max_model_len=1024, **values)
+        runner = kind(replace(spec, enforce_eager=True), on_progress=lambda *_: None)
+        return Engine(runner, knobs=spec.knobs, service=Service(recall_floor=0.0))
+
+    expected = texts(engine())
+    assert all(len(text) == OUTPUT for text in expected.values())
+    monkeypatch.setattr(scheduler, "LOOK_EVERY_STEPS", 1)
+    monkeypatch.setattr(scheduler, "victim", anybody)
+    monkeypatch.setattr(
+        scheduler,
+        "why_not_back",
+        lambda running, *_, **__: (
+            scheduler.WaitReason.SPILLED if running and draw.random() < 0.7 else None
+        ),
+    )
+    disturbed = engine()
+    assert texts(disturbed) == expected
+    stats = disturbed.stats()
+    assert stats.spills == stats.restores > 10
+    kv = disturbed._model.kv
+    assert isinstance(kv, KVCache) and kv.rows == {}
     kv.check_integrity()
