@@ -165,12 +165,16 @@ class Scheduler:
         requests = list(self.queues.running.values())
         held = [self._held(one) for one in requests]
         place = victim(held, self._room(), step=self._step, gates=self._held_gates)
-        if place is not None:
-            request, self.num_spills = requests[place], self.num_spills + 1
-            assert request.row is not None
-            self._rows.spill(request.row, request.num_computed)
-            self.queues.spill(request)
-            request.changed_step = self._step
+        if place is None:
+            return
+        request = requests[place]
+        assert request.row is not None
+        if request.status is Status.DECODE and not request.may_decode:
+            return  # it is about to end by itself
+        self._rows.spill(request.row, request.num_computed)
+        self.queues.spill(request)
+        request.changed_step = self._step
+        self.num_spills += 1
 
     def _bring_back(self) -> None:
         """Restore spilled requests that fit again, in the order of their admission."""
