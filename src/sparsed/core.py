@@ -165,7 +165,7 @@ KNOB_SPECS: tuple[KnobSpec, ...] = (
         minimum=256,
         maximum=32768,
         auto=True,
-        help="tokens a request keeps in the hot tier per lane; auto shares the tier evenly",
+        help="tokens a request keeps in the hot tier per lane; auto divides the tier by what requests miss",
     ),
     KnobSpec(
         name="max_num_active_seqs",
@@ -269,8 +269,8 @@ KNOBS_BY_NAME: Mapping[str, KnobSpec] = {spec.name: spec for spec in KNOB_SPECS}
 class Knobs:
     """A complete, resolved set of knob values; names and units as in ``KNOB_SPECS``.
 
-    ``hbm_budget`` None means the closed form (an even share of the hot tier, never less than
-    ``token_budget``), ``copy_programs`` None the calibrated number. Errors: InputError naming the
+    ``hbm_budget`` None means the closed form (shares of the hot tier by what requests miss, never
+    less than ``token_budget``), ``copy_programs`` None the calibrated number. Errors: InputError naming the
     knob.
     """
 
