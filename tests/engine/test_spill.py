@@ -20,7 +20,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from sparsed.core import AddRequest, EngineSpec, SamplingParams, Service, SparseMethod
+from sparsed.core import AddRequest, EngineSpec, SamplingParams, Service, SparseMethod, VerifyMode
 from sparsed.engine import scheduler
 from sparsed.engine.batch import DecodeRow, PromptChunk, StepPlan
 from sparsed.engine.engine import Engine
@@ -249,7 +249,10 @@ def test_whoever_is_spilled_tells_the_same_text(
 
     def engine() -> Engine:
         spec = make_spec("dummy:tiny", lane_blocks=14, max_model_len=1024, **values)
-        runner = kind(replace(spec, enforce_eager=True), on_progress=lambda *_: None)
+        runner = kind(
+            replace(spec, enforce_eager=True, verify_kv=VerifyMode.FULL),
+            on_progress=lambda *_: None,
+        )
         return Engine(runner, knobs=spec.knobs, service=Service(recall_floor=0.0))
 
     expected = texts(engine())
@@ -266,6 +269,7 @@ def test_whoever_is_spilled_tells_the_same_text(
     disturbed = engine()
     assert texts(disturbed) == expected
     stats = disturbed.stats()
+    assert stats.verify_checked_pages > 0 == stats.verify_mismatches
     assert stats.spills == stats.restores > 10
     kv = disturbed._model.kv
     assert isinstance(kv, KVCache) and kv.rows == {}
