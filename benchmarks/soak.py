@@ -25,7 +25,7 @@ from soak_answers import Answer, Difference, Ledger, compare_texts
 from soak_load import MAX_MODEL_LEN, MAX_NUM_SEQS, Load, SoakOptions, is_too_long
 from soak_tiers import TierCheck
 
-from sparsed.core import EngineSpec, EngineStats, FinishReason, VerifyMode
+from sparsed.core import EngineSpec, EngineStats, FinishReason, Service, VerifyMode
 from sparsed.engine.engine import Engine
 from sparsed.engine.models.config import load_config
 from sparsed.engine.models.dummy import DUMMY_PREFIX, dummy_config
@@ -216,7 +216,7 @@ def run_soak(options: SoakOptions, *, make_runner: MakeRunner = load_runner) -> 
     """The whole run, the comparison with single requests included where the dtype allows it."""
     spec = make_spec(options)
     runner = make_runner(spec)
-    soak = Soak(options, runner=runner, engine=Engine(runner, knobs=spec.knobs))
+    soak = Soak(options, runner=runner, engine=_engine(runner, spec))
     result = soak.run()
     if options.dtype == "float32":
         candidates = [answer for answer in soak.ledger.answers if answer.is_comparable]
@@ -224,9 +224,15 @@ def run_soak(options: SoakOptions, *, make_runner: MakeRunner = load_runner) -> 
         del soak, runner
         result.texts_compared = len(chosen)
         spec = make_spec(options, roomy=True)
-        alone = Engine(load_runner(spec), knobs=spec.knobs)
+        alone = _engine(load_runner(spec), spec)
         result.differences = tuple(compare_texts(chosen, alone))
     return result
+
+
+def _engine(runner: Runner, spec: EngineSpec) -> Engine:
+    """One without a quality breaker: which steps are sampled depends on the company, and texts are
+    compared."""
+    return Engine(runner, knobs=spec.knobs, service=Service(recall_floor=0.0))
 
 
 def parse_options() -> tuple[SoakOptions, Path | None]:

@@ -49,6 +49,8 @@ class DaemonConfig:
     dtype: str = "auto"  # auto or a key of DTYPE_BYTES
     slo: Slo = field(default_factory=Slo)
     drain_timeout_s: float = 30.0
+    max_queued_requests: int = 1024  # beyond those that run
+    recall_floor: float = 0.5  # of attention recall, see ``Service``; 0: off
     seed: int = 0
     no_profile: bool = False
     enforce_eager: bool = False
@@ -310,6 +312,8 @@ _OPTIONS: Mapping[str, Callable[[_Given], object]] = {
     "slo_ttft_ms": _milliseconds,
     "slo_tpot_ms": _milliseconds,
     "shutdown_timeout": _number(0, 86400, unit=" s"),
+    "max_queued_requests": _integer(0, 1_000_000),
+    "recall_floor": _number(0, 0.99, unit=""),
     "seed": _integer(0, 2**31 - 1),
     "no_profile": _boolean,
     "enforce_eager": _boolean,

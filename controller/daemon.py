@@ -91,6 +91,7 @@ class Daemon:
         self._engine = EngineLink(
             plan,
             run_dir=config.state_dir.run_dir,
+            max_queued=config.max_queued_requests,
             senses=self._senses,
             on_snapshot=self._on_snapshot,
         )

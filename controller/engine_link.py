@@ -29,7 +29,6 @@ from sparsed.core import (
 )
 from sparsed.engine.wire import FromEngine
 
-MAX_WAITING_REQUESTS = 1024
 APPLY_TIMEOUT_S = 60.0  # the step that is under way ends first
 STOP_TIMEOUT_S = 5.0
 
@@ -46,6 +45,7 @@ class EngineLink:
         plan: StartPlan,
         *,
         run_dir: Path,
+        max_queued: int,
         senses: Senses,
         on_snapshot: Callable[[Snapshot], None],
     ) -> None:
@@ -61,7 +61,7 @@ class EngineLink:
             plan.spec, run_dir=run_dir, on_message=self.on_message, on_lost=self._on_lost
         )
         self.ledger = Ledger(
-            self._limits(plan),
+            self._limits(plan, max_queued=max_queued),
             send=self.supervisor.send,
             observe=senses.observe_request,
             clock=time.monotonic,
@@ -94,10 +94,10 @@ class EngineLink:
         self.ledger.cut_off_all(SHUTTING_DOWN)
         await self.supervisor.stop(STOP_TIMEOUT_S if self.facts else 0.0)
 
-    def _limits(self, plan: StartPlan) -> LedgerLimits:
+    def _limits(self, plan: StartPlan, *, max_queued: int) -> LedgerLimits:
         return LedgerLimits(
             max_tokens=min(plan.spec.knobs.max_model_len, plan.spec.plan.max_tokens),
-            max_waiting=MAX_WAITING_REQUESTS,
+            max_waiting=max_queued,
             num_active=lambda: self.board.knobs.max_num_active_seqs,
         )
 

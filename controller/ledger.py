@@ -9,6 +9,7 @@ from functools import partial
 from typing import Protocol
 
 from sparsed.controller.request_stream import RequestStream
+from sparsed.controller.service_rate import ServiceRate
 from sparsed.controller.suspicion import Record, may_run
 from sparsed.core import (
     AbortRequest,
@@ -56,6 +57,7 @@ class _Entry:
     first_token_s: float | None = None
     last_token_s: float | None = None
     record: Record = field(default_factory=Record)  # also filled by ``on_engine_lost``
+    has_run: bool = False  # a token of it came from the engine of now
     stopping: bool = False  # its reader has seen enough: only the last output is wanted
     outputs: asyncio.Queue[TokenOutput | None] = field(default_factory=asyncio.Queue)
 
@@ -64,8 +66,9 @@ class Ledger:
     """Every unfinished request, in order of arrival.
 
     Lives on the event loop. ``send`` passes a message to the engine and is called only between
-    ``on_engine_ready`` and ``on_engine_lost``. The engine admits in the order of sending, so the
-    requests that run are among the first ``num_active`` sent; only those are blamed for a death.
+    ``on_engine_ready`` and ``on_engine_lost``. The engine admits in the order of sending, but for
+    requests that pass others: those that run are among the first ``num_active`` sent, or have shown
+    it by a token. Only they are blamed for a death.
     """
 
     def __init__(
@@ -82,6 +85,7 @@ class Ledger:
         self._observe = observe
         self._clock = clock
         self._draw_seed = draw_seed
+        self._rate = ServiceRate(clock)
         self._entries: dict[str, _Entry] = {}
         self._sent: dict[str, _Entry] = {}  # those in the engine, in order of sending
         self._engine_up = False
@@ -150,7 +154,8 @@ class Ledger:
         self._engine_up = False
         sent = list(self._sent.values())  # nothing while it loaded
         self._sent.clear()
-        running = sent[: self._limits.num_active()]
+        first = self._limits.num_active()
+        running = [*sent[:first], *(entry for entry in sent[first:] if entry.has_run)]
         explained = 0
         for entry in running:
             if entry.record.note_death(alone=len(running) == 1):
@@ -158,6 +163,7 @@ class Ledger:
                 error = f"the engine died {explained} times while running this request"
                 self._close(entry, error, reason=FinishReason.ERROR)
         for entry in sent:
+            entry.has_run = False
             if entry.stopping:
                 self._end(entry)
         return explained
@@ -200,7 +206,9 @@ class Ledger:
             )
         if len(self._entries) >= self.max_unfinished:
             raise Unavailable(
-                f"{len(self._entries)} requests are running or waiting", retry_after_s=5.0
+                f"{len(self._entries)} requests are running or waiting, as many as may "
+                "(max_queued_requests); come back later",
+                retry_after_s=self._rate.promise_s(),
             )
         if request.request_id in self._entries:
             raise InputError(f"request id {request.request_id!r} is in use", field="request_id")
@@ -244,6 +252,7 @@ class Ledger:
 
     def _on_output(self, entry: _Entry, output: TokenOutput) -> None:
         if output.token_id is not None:
+            entry.has_run = True
             if output.index < len(entry.generated):  # sent before a death, and again after it
                 return
             assert output.index == len(entry.generated), f"token lost: {output}"
@@ -261,6 +270,7 @@ class Ledger:
 
     def _finish(self, entry: _Entry, reason: FinishReason) -> None:
         self._remove(entry.request.request_id)
+        self._rate.note_end()
         if reason is FinishReason.ERROR:
             self.num_failed += 1
         elif entry.first_token_s is not None and entry.last_token_s is not None:

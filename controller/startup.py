@@ -34,6 +34,7 @@ from sparsed.core import (
     ModelShape,
     Profile,
     ProfileKey,
+    Service,
     SparseMethod,
     VerifyMode,
 )
@@ -107,6 +108,7 @@ def prepare(
             recall_stride=RECALL_STRIDE if device == "cpu" else QUEUED_RECALL_STRIDE,
             verify_kv=VerifyMode(config.verify_kv),
             selection_trace=find_selection_trace(config.selection_trace, knobs=sized.knobs),
+            service=Service(tpot_s=config.slo.tpot_s, recall_floor=config.recall_floor),
             link=link,
             calibration=find_calibration(link) if link else None,
             cache_dir=str(config.cache_dir),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +14,8 @@ from sparsed.profiler.export import Exporter, Telemetry
 from sparsed.profiler.window import Window
 
 GAUGES_PERIOD_S = 1.0
+
+logger = logging.getLogger(__name__)
 
 
 class Senses:
@@ -45,6 +48,14 @@ class Senses:
     def on_stats(self, stats: EngineStats) -> Snapshot | None:
         """Close the window with the engine's report of this second."""
         self._has_report = True
+        for event in stats.recent_quality:
+            reads = "everything" if event.is_dense else f"{event.token_budget} tokens"
+            logger.warning(
+                "attention recall of %s is %.2f: it reads %s from now on",
+                event.request_id,
+                event.recall,
+                reads,
+            )
         self._exporter.observe_steps(stats.recent_step_s)
         return self._window.close(stats, ended_at=time.time(), host=self._host)
 

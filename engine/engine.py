@@ -19,23 +19,31 @@ from sparsed.core import (
     InputError,
     KnobClass,
     Knobs,
+    RefusalReason,
+    Service,
     SparseDetails,
     TokenBatch,
     TokenOutput,
 )
-from sparsed.engine.batch import PromptChunk, StepPlan
+from sparsed.engine.batch import StepPlan
+from sparsed.engine.outputs import add_prompt_logprobs, output_of
+from sparsed.engine.quality import Attention, QualityGuard
 from sparsed.engine.readback import PendingTokens
+from sparsed.engine.refusals import Refusals
 from sparsed.engine.request import RequestState, Status, check_request
-from sparsed.engine.sampler import Draw, Sampler, token_logprobs
+from sparsed.engine.sampler import Draw, Sampler
 from sparsed.engine.scheduler import Rows, Scheduler, Step
 from sparsed.engine.step_decoder import Drawn
 
 MAX_STEP_TIMES = 4096  # kept between two reports, should nobody ask for them
+REBUDGET_STEPS = 64  # between two divisions of the hot tier among requests
 
 
-class Cache(Rows, Protocol):
+class Cache(Rows, Attention, Protocol):
     """What the engine needs of the KV cache; ``KVCache`` is one."""
 
+    def observe(self) -> None: ...
+    def rebudget(self) -> None: ...
     def check_fits(self, num_tokens: int) -> None: ...
     def details(self, row: int, *, num_dropped: int) -> SparseDetails: ...
 
@@ -83,10 +91,15 @@ class Engine:
     other error leaves the engine unusable and is raised.
     """
 
-    def __init__(self, model: Model, *, knobs: Knobs, seed: int = 0) -> None:
+    def __init__(
+        self, model: Model, *, knobs: Knobs, seed: int = 0, service: Service | None = None
+    ) -> None:
+        service = service or Service()
         self._model = model
         self._seed = seed
-        self._scheduler = Scheduler(model.kv, knobs=knobs)
+        self._scheduler = Scheduler(model.kv, knobs=knobs, target_s=service.tpot_s)
+        self._quality = QualityGuard(model.kv, floor=service.recall_floor)
+        self._refusals = Refusals()
         self._sampler = Sampler()
         self._in_flight: deque[_InFlight] = deque()
         self._outputs: list[TokenOutput] = []  # of this step, and of requests closed before it
@@ -129,10 +142,12 @@ class Engine:
                 raise InputError(f"{spec.name} changes only with a restart", field=spec.name)
         self._model.apply(knobs)
         self._scheduler.knobs = knobs
+        self._quality.apply(self._scheduler.queues.with_rows, knobs=knobs)
 
     def step(self) -> TokenBatch:
         """One token for every decoding request, and the next part of the prompts."""
         started = time.perf_counter()
+        self._look()
         step = self._schedule()
         if not step.plan.is_empty:
             self._launch(step)
@@ -145,17 +160,36 @@ class Engine:
         """Counters and gauges of now. ``recent_step_s`` are the steps since the last call."""
         recent = tuple(self._step_times)
         self._step_times.clear()
+        queues = self._scheduler.queues
         return replace(
             self._model.stats(),
             **asdict(self._counters),
             num_running=self._scheduler.num_running,
             num_waiting=self._scheduler.num_waiting,
+            num_spilled=len(queues.spilled),
+            spills=self._scheduler.num_spills,
+            restores=self._scheduler.num_restores,
+            quality_raises=self._quality.num_raises,
+            quality_dense=self._quality.num_dense,
+            waits=queues.waits,
+            refusals=self._refusals.counts,
+            waiting=queues.told,
+            recent_quality=self._quality.take_events(),
             recent_step_s=recent,
             knobs=self.knobs,
         )
 
+    def _look(self) -> None:
+        """See what requests use, and act on it."""
+        cache = self._model.kv
+        cache.observe()
+        self._quality.look(self._scheduler.queues.running.values(), knobs=self.knobs)
+        if self._counters.steps % REBUDGET_STEPS == REBUDGET_STEPS - 1:
+            cache.rebudget()
+
     def _schedule(self) -> Step:
         while head := self._scheduler.blocked():
+            self._refusals.count(RefusalReason.HOT_TIER)
             budget = head.request.sparse.token_budget or self.knobs.token_budget
             self._finish(
                 head,
@@ -172,7 +206,7 @@ class Engine:
         for request, chunk in zip(step.prefills, step.plan.chunks, strict=True):
             num_rows = chunk.end - chunk.logits_from
             if request.wants_prompt_logprobs:
-                _add_prompt_logprobs(request, chunk, logits_NV[row : row + num_rows])
+                add_prompt_logprobs(request, chunk, logits_NV[row : row + num_rows])
             request.advance_prefill(len(chunk.tokens))
             row += num_rows
             if request.status is Status.DECODE:
@@ -232,7 +266,7 @@ class Engine:
         if reason is not None:
             self._finish(request, reason=reason, draw=draw)
         else:
-            self._outputs.append(_output(request, draw=draw))
+            self._outputs.append(output_of(request, draw=draw))
 
     def _finish(
         self,
@@ -247,10 +281,11 @@ class Engine:
         if request.row is not None:
             num_dropped = request.num_in_flight  # drawn, and never to be read
             details = self._model.kv.details(request.row, num_dropped=num_dropped)
-        output = _output(request, draw=draw)
+        output = output_of(request, draw=draw)
         self._outputs.append(replace(output, finish_reason=reason, error=error, sparse=details))
         self._scheduler.finish(request)
         self._sampler.forget(request.request_id)
+        self._quality.forget(request.request_id)
         self._counters.requests_finished += 1
 
     def _check(self, request: AddRequest) -> None:
@@ -259,6 +294,7 @@ class Engine:
         self._model.kv.check_fits(len(request.prompt_tokens) + request.sampling.max_tokens)
 
     def _refuse(self, request: AddRequest, error: InputError) -> None:
+        self._refusals.count_error(error)
         output = TokenOutput(
             request_id=request.request_id,
             index=len(request.generated_tokens),
@@ -277,6 +313,7 @@ class Engine:
         self._counters.step_s += seconds
         self._counters.prompt_tokens += sum(len(chunk.tokens) for chunk in step.plan.chunks)
         self._step_times.append(seconds)
+        self._scheduler.note_step(step, seconds=seconds)
 
     def _seed_of(self, request: AddRequest) -> int:
         """The request's seed, or one that a restarted engine will find again."""
@@ -284,33 +321,3 @@ class Engine:
             return request.sampling.seed
         text = f"{self._seed}/{request.request_id}".encode()
         return int.from_bytes(blake2b(text, digest_size=8).digest())
-
-
-def _output(request: RequestState, *, draw: Draw | None) -> TokenOutput:
-    """The output of a token just appended, or of none, after all that were reported."""
-    num_tokens = max(len(request.tokens), len(request.request.generated_tokens))
-    index = num_tokens - (draw is not None)
-    prompt_known = request.status is Status.DECODE and request.wants_prompt_logprobs
-    return TokenOutput(
-        request_id=request.request_id,
-        index=index,
-        token_id=draw.token_id if draw else None,
-        logprob=draw.logprobs[0] if draw and draw.logprobs else None,
-        top_logprobs=draw.logprobs[1:] if draw else (),
-        prompt_logprobs=tuple(request.prompt_logprobs) if prompt_known and index == 0 else None,
-    )
-
-
-def _add_prompt_logprobs(request: RequestState, chunk: PromptChunk, logits_NV: Tensor) -> None:
-    """Logits of position i describe prompt token i + 1; nothing describes the first."""
-    assert request.sampling.prompt_logprobs is not None
-    if chunk.start == 0:
-        request.prompt_logprobs.append(None)
-    described = request.prompt[chunk.start + 1 : chunk.end + 1]
-    request.prompt_logprobs.extend(
-        token_logprobs(
-            logits_NV[: len(described)],
-            tokens=described,
-            num_best=request.sampling.prompt_logprobs,
-        )
-    )

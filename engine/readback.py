@@ -18,6 +18,11 @@ class _Pending:
             self._values.copy_(values, non_blocking=True)
             self._copied = torch.cuda.current_stream(values.device).record_event()
 
+    @property
+    def has_arrived(self) -> bool:
+        """Whether ``read`` would return at once."""
+        return self._copied is None or bool(self._copied.query())  # type: ignore[no-untyped-call]  # torch's
+
     def _wait(self) -> Tensor:
         if self._copied is not None:
             self._copied.synchronize()
@@ -36,11 +41,15 @@ class PendingTokens(_Pending):
 class PendingValue(_Pending):
     """One number, a tensor without dims."""
 
-    @property
-    def has_arrived(self) -> bool:
-        """Whether ``read`` would return at once."""
-        return self._copied is None or bool(self._copied.query())  # type: ignore[no-untyped-call]  # torch's
-
     def read(self) -> float:
         """The number; waits for the work that makes it."""
         return float(self._wait())
+
+
+class PendingNumbers(_Pending):
+    """Whole numbers, a tensor of two dims that nobody else writes to."""
+
+    def read(self) -> list[list[int]]:
+        """The numbers; waits for the work that makes them."""
+        rows: list[list[int]] = self._wait().tolist()
+        return rows

@@ -12,6 +12,7 @@ from sparsed.core import (
     InputError,
     SamplingParams,
     TokenLogprob,
+    WaitReason,
 )
 from sparsed.engine.batch import DrawParams
 
@@ -34,7 +35,9 @@ class RequestState:
     ``row`` is set by the scheduler on admission; ``num_prefilled``, ``tokens`` and
     ``prompt_logprobs`` grow in ``Engine.step``. ``tokens`` starts empty even when the request
     brings ``generated_tokens``: those are forced one by one. ``num_in_flight`` tokens after them
-    are drawn on the device and not read yet.
+    are drawn on the device and not read yet. The scheduler fills ``arrived_s`` and ``wait_reason``,
+    None unless it is out of the batch; ``admission`` numbers the admitted ones, and
+    ``changed_step`` is when it was admitted, spilled or brought back last.
     """
 
     request: AddRequest
@@ -45,6 +48,10 @@ class RequestState:
     tokens: list[int] = field(default_factory=list)
     num_in_flight: int = 0
     prompt_logprobs: list[tuple[TokenLogprob, ...] | None] = field(default_factory=list)
+    arrived_s: float = 0.0
+    wait_reason: WaitReason | None = None
+    admission: int = 0
+    changed_step: int = 0
     is_plain: bool = field(init=False)  # drawn from the logits as they are, and only the token
 
     def __post_init__(self) -> None:
@@ -98,6 +105,11 @@ class RequestState:
     def next_position(self) -> int:
         """Where the next decode step puts its token, the last one drawn."""
         return len(self.prompt) + len(self.tokens) + self.num_in_flight - 1
+
+    @property
+    def num_computed(self) -> int:
+        """Tokens whose K and V are in the cache once all that was launched is done."""
+        return self.num_prefilled if self.status is Status.PREFILL else self.next_position
 
     @property
     def last_token(self) -> int | None:

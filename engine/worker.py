@@ -261,7 +261,7 @@ def _build(
     from sparsed.engine.runner import Runner
 
     runner = Runner(spec, on_progress=on_progress, pool_fd=pool_fd)
-    return Engine(runner, knobs=spec.knobs, seed=spec.seed), runner.facts
+    return Engine(runner, knobs=spec.knobs, seed=spec.seed, service=spec.service), runner.facts
 
 
 if __name__ == "__main__":

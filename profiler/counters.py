@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TypeVar
 
-from sparsed.core import CopyTotal, EngineStats
+from sparsed.core import CopyTotal, EngineStats, RefusalCount, WaitCount
+
+ReasonT = TypeVar("ReasonT", WaitCount, RefusalCount)
 
 COUNTERS = (
     "steps",
@@ -29,6 +32,10 @@ COUNTERS = (
     "recall_samples",
     "verify_checked_pages",
     "verify_mismatches",
+    "spills",
+    "restores",
+    "quality_raises",
+    "quality_dense",
 )
 
 
@@ -44,14 +51,35 @@ def advance(totals: EngineStats, *, before: EngineStats, now: EngineStats) -> En
         name: getattr(totals, name) + getattr(now, name) - getattr(before, name)
         for name in COUNTERS
     }
-    copies = _combined((totals.copies, 1), (now.copies, 1), (before.copies, -1))
-    return replace(now, **grown, copies=copies)
+    return replace(
+        now,
+        **grown,
+        copies=_combined((totals.copies, 1), (now.copies, 1), (before.copies, -1)),
+        waits=_counted((totals.waits, 1), (now.waits, 1), (before.waits, -1)),
+        refusals=_counted((totals.refusals, 1), (now.refusals, 1), (before.refusals, -1)),
+    )
 
 
 def difference(before: EngineStats, *, now: EngineStats) -> EngineStats:
     """Growth of every counter between two totals; gauges are of ``now``."""
     growth = {name: getattr(now, name) - getattr(before, name) for name in COUNTERS}
-    return replace(now, **growth, copies=_combined((now.copies, 1), (before.copies, -1)))
+    return replace(
+        now,
+        **growth,
+        copies=_combined((now.copies, 1), (before.copies, -1)),
+        waits=_counted((now.waits, 1), (before.waits, -1)),
+        refusals=_counted((now.refusals, 1), (before.refusals, -1)),
+    )
+
+
+def _counted(*terms: tuple[Sequence[ReasonT], int]) -> tuple[ReasonT, ...]:
+    """Counts of each reason added up, each list as often as its factor says."""
+    found: dict[str, ReasonT] = {}
+    for counts, factor in terms:
+        for item in counts:
+            known = found[item.reason].count if item.reason in found else 0
+            found[item.reason] = replace(item, count=known + factor * item.count)
+    return tuple(found.values())
 
 
 def _combined(*terms: tuple[Sequence[CopyTotal], int]) -> tuple[CopyTotal, ...]:

@@ -8,7 +8,16 @@ from dataclasses import dataclass, field
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from sparsed.core import CopyTotal, EngineStats, HostGauges, LinkProbe, Slo, Snapshot
+from sparsed.core import (
+    CopyTotal,
+    EngineStats,
+    HostGauges,
+    LinkProbe,
+    RefusalCount,
+    Slo,
+    Snapshot,
+    WaitCount,
+)
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 TTFT_BUCKETS_S = (
@@ -132,11 +141,24 @@ def _counters(telemetry: Telemetry) -> Iterator[Metric]:
         ),
         ("kv_verified_pages", "Pages hashed again after a copy.", totals.verify_checked_pages),
         ("kv_verify_mismatches", "Pages that differed after a copy.", totals.verify_mismatches),
+        ("spills", "Running requests that gave up their hot pages.", totals.spills),
+        ("restores", "Requests that came back after that.", totals.restores),
+        ("quality_raises", "Token budgets raised for low recall.", totals.quality_raises),
+        ("quality_dense", "Requests made dense for low recall.", totals.quality_dense),
         ("engine_restarts", "Engine processes started again.", telemetry.engine_restarts),
         ("store_lost_writes", "Rows the store could not keep.", telemetry.store_lost_writes),
     ):
         yield CounterMetricFamily(f"sparsed_{name}", text, value=value)
     yield from _copies(totals.copies)
+    yield _by_reason("waits", "Requests that began to wait, by reason.", totals.waits)
+    yield _by_reason("refusals", "Requests ended without a token.", totals.refusals)
+
+
+def _by_reason(name: str, text: str, counts: Iterable[WaitCount | RefusalCount]) -> Metric:
+    family = CounterMetricFamily(f"sparsed_request_{name}", text, labels=["reason"])
+    for item in counts:
+        family.add_metric([item.reason], item.count)
+    return family
 
 
 def _copies(copies: Iterable[CopyTotal]) -> Iterator[Metric]:

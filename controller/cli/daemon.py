@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -119,6 +120,7 @@ def _lines(now: DaemonStatus) -> Iterator[tuple[str, object]]:
 
 def _tier_lines(stats: EngineStats) -> Iterator[tuple[str, object]]:
     yield "requests", f"{stats.num_running} running, {stats.num_waiting} waiting"
+    yield from _queue_lines(stats)
     yield "hot tier", f"{gib(stats.hot_used_bytes)} of {gib(stats.hot_total_bytes)}"
     yield "DRAM tier", f"{gib(stats.dram_used_bytes)} of {gib(stats.dram_total_bytes)}"
     yield "working set", f"{stats.working_set_pages} pages, {gib(stats.working_set_bytes)}"
@@ -138,6 +140,27 @@ def _tier_lines(stats: EngineStats) -> Iterator[tuple[str, object]]:
     if stats.verify_checked_pages:
         checked, broken = stats.verify_checked_pages, stats.verify_mismatches
         yield "verified pages", f"{checked}, {broken} of them broken"
+
+
+def _queue_lines(stats: EngineStats) -> Iterator[tuple[str, object]]:
+    """Why requests wait now, why they have waited and were refused, and what quality asked for."""
+    if stats.waiting:
+        now = Counter(one.reason for one in stats.waiting)
+        longest_s = max(one.waited_s for one in stats.waiting)
+        yield "waiting for", f"{_counts(now.items())}; at most {longest_s:.1f} s so far"
+    if stats.waits:
+        yield "waits", _counts((one.reason, one.count) for one in stats.waits)
+    if stats.refusals:
+        yield "refusals", _counts((one.reason, one.count) for one in stats.refusals)
+    if stats.spills:
+        yield "spilled", f"{stats.spills}, {stats.restores} of them came back"
+    if stats.quality_raises or stats.quality_dense:
+        raises, dense = stats.quality_raises, stats.quality_dense
+        yield "low recall", f"{raises} budgets raised, {dense} requests made dense"
+
+
+def _counts(counts: Iterable[tuple[str, int]]) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in counts)
 
 
 def _traffic_lines(last: Snapshot) -> Iterator[tuple[str, object]]:

@@ -104,6 +104,14 @@ SERVING_FLAGS = (
         "api_key", "KEY", "Clients must send it as a bearer token; SPARSED_API_KEY hides it from ps"
     ),
     _option("shutdown_timeout", "SECONDS", "Time running requests get at a stop"),
+    _option(
+        "max_queued_requests", "N", "Requests that wait, beyond those that run; more get a 503"
+    ),
+    _option(
+        "recall_floor",
+        "SHARE",
+        "Attention recall under which a request reads more, then everything; 0 turns that off",
+    ),
     _option("no_profile", "", "Ignore stored profiles", is_switch=True),
     _option(
         "enforce_eager",

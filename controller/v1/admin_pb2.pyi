@@ -34,6 +34,25 @@ class KnobSource(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     KNOB_SOURCE_FLAG: _ClassVar[KnobSource]
     KNOB_SOURCE_LIVE: _ClassVar[KnobSource]
 
+class WaitReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    WAIT_REASON_UNSPECIFIED: _ClassVar[WaitReason]
+    WAIT_REASON_ACTIVE_LIMIT: _ClassVar[WaitReason]
+    WAIT_REASON_HOT_TIER: _ClassVar[WaitReason]
+    WAIT_REASON_DRAM_TIER: _ClassVar[WaitReason]
+    WAIT_REASON_LINK: _ClassVar[WaitReason]
+    WAIT_REASON_TURN: _ClassVar[WaitReason]
+    WAIT_REASON_PROMPTS: _ClassVar[WaitReason]
+    WAIT_REASON_SPILLED: _ClassVar[WaitReason]
+
+class RefusalReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    REFUSAL_REASON_UNSPECIFIED: _ClassVar[RefusalReason]
+    REFUSAL_REASON_INVALID: _ClassVar[RefusalReason]
+    REFUSAL_REASON_TOO_LONG: _ClassVar[RefusalReason]
+    REFUSAL_REASON_DRAM_TIER: _ClassVar[RefusalReason]
+    REFUSAL_REASON_HOT_TIER: _ClassVar[RefusalReason]
+
 class TunerMode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     TUNER_MODE_UNSPECIFIED: _ClassVar[TunerMode]
@@ -95,6 +114,19 @@ KNOB_SOURCE_FILE: KnobSource
 KNOB_SOURCE_ENVIRONMENT: KnobSource
 KNOB_SOURCE_FLAG: KnobSource
 KNOB_SOURCE_LIVE: KnobSource
+WAIT_REASON_UNSPECIFIED: WaitReason
+WAIT_REASON_ACTIVE_LIMIT: WaitReason
+WAIT_REASON_HOT_TIER: WaitReason
+WAIT_REASON_DRAM_TIER: WaitReason
+WAIT_REASON_LINK: WaitReason
+WAIT_REASON_TURN: WaitReason
+WAIT_REASON_PROMPTS: WaitReason
+WAIT_REASON_SPILLED: WaitReason
+REFUSAL_REASON_UNSPECIFIED: RefusalReason
+REFUSAL_REASON_INVALID: RefusalReason
+REFUSAL_REASON_TOO_LONG: RefusalReason
+REFUSAL_REASON_DRAM_TIER: RefusalReason
+REFUSAL_REASON_HOT_TIER: RefusalReason
 TUNER_MODE_UNSPECIFIED: TunerMode
 TUNER_MODE_OFF: TunerMode
 TUNER_MODE_OBSERVE: TunerMode
@@ -309,7 +341,7 @@ class CopyTotal(_message.Message):
     def __init__(self, direction: _Optional[_Union[Direction, str]] = ..., path: _Optional[_Union[CopyPath, str]] = ..., num_bytes: _Optional[int] = ..., seconds: _Optional[float] = ...) -> None: ...
 
 class EngineStats(_message.Message):
-    __slots__ = ("steps", "step_s", "prompt_tokens", "generated_tokens", "requests_finished", "hot_hits", "hot_misses", "evicted_pages", "overflow_pages", "h2d_bytes", "h2d_s", "d2h_bytes", "d2h_s", "recall_sum", "recall_samples", "num_running", "num_waiting", "hot_used_bytes", "hot_total_bytes", "dram_used_bytes", "dram_total_bytes", "recent_step_s", "knobs", "verify_checked_pages", "verify_mismatches", "copies", "working_set_pages", "working_set_bytes", "metadata_bytes", "foreseen_pages", "wasted_pages", "exposed_s", "timed_steps")
+    __slots__ = ("steps", "step_s", "prompt_tokens", "generated_tokens", "requests_finished", "hot_hits", "hot_misses", "evicted_pages", "overflow_pages", "h2d_bytes", "h2d_s", "d2h_bytes", "d2h_s", "recall_sum", "recall_samples", "num_running", "num_waiting", "hot_used_bytes", "hot_total_bytes", "dram_used_bytes", "dram_total_bytes", "recent_step_s", "knobs", "verify_checked_pages", "verify_mismatches", "copies", "working_set_pages", "working_set_bytes", "metadata_bytes", "foreseen_pages", "spills", "restores", "quality_raises", "quality_dense", "waits", "refusals", "num_spilled", "waiting", "recent_quality", "wasted_pages", "exposed_s", "timed_steps")
     STEPS_FIELD_NUMBER: _ClassVar[int]
     STEP_S_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -340,6 +372,15 @@ class EngineStats(_message.Message):
     WORKING_SET_BYTES_FIELD_NUMBER: _ClassVar[int]
     METADATA_BYTES_FIELD_NUMBER: _ClassVar[int]
     FORESEEN_PAGES_FIELD_NUMBER: _ClassVar[int]
+    SPILLS_FIELD_NUMBER: _ClassVar[int]
+    RESTORES_FIELD_NUMBER: _ClassVar[int]
+    QUALITY_RAISES_FIELD_NUMBER: _ClassVar[int]
+    QUALITY_DENSE_FIELD_NUMBER: _ClassVar[int]
+    WAITS_FIELD_NUMBER: _ClassVar[int]
+    REFUSALS_FIELD_NUMBER: _ClassVar[int]
+    NUM_SPILLED_FIELD_NUMBER: _ClassVar[int]
+    WAITING_FIELD_NUMBER: _ClassVar[int]
+    RECENT_QUALITY_FIELD_NUMBER: _ClassVar[int]
     WASTED_PAGES_FIELD_NUMBER: _ClassVar[int]
     EXPOSED_S_FIELD_NUMBER: _ClassVar[int]
     TIMED_STEPS_FIELD_NUMBER: _ClassVar[int]
@@ -373,10 +414,57 @@ class EngineStats(_message.Message):
     working_set_bytes: int
     metadata_bytes: int
     foreseen_pages: int
+    spills: int
+    restores: int
+    quality_raises: int
+    quality_dense: int
+    waits: _containers.RepeatedCompositeFieldContainer[WaitCount]
+    refusals: _containers.RepeatedCompositeFieldContainer[RefusalCount]
+    num_spilled: int
+    waiting: _containers.RepeatedCompositeFieldContainer[WaitingRequest]
+    recent_quality: _containers.RepeatedCompositeFieldContainer[QualityEvent]
     wasted_pages: int
     exposed_s: float
     timed_steps: int
-    def __init__(self, steps: _Optional[int] = ..., step_s: _Optional[float] = ..., prompt_tokens: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., requests_finished: _Optional[int] = ..., hot_hits: _Optional[int] = ..., hot_misses: _Optional[int] = ..., evicted_pages: _Optional[int] = ..., overflow_pages: _Optional[int] = ..., h2d_bytes: _Optional[int] = ..., h2d_s: _Optional[float] = ..., d2h_bytes: _Optional[int] = ..., d2h_s: _Optional[float] = ..., recall_sum: _Optional[float] = ..., recall_samples: _Optional[int] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., hot_used_bytes: _Optional[int] = ..., hot_total_bytes: _Optional[int] = ..., dram_used_bytes: _Optional[int] = ..., dram_total_bytes: _Optional[int] = ..., recent_step_s: _Optional[_Iterable[float]] = ..., knobs: _Optional[_Union[Knobs, _Mapping]] = ..., verify_checked_pages: _Optional[int] = ..., verify_mismatches: _Optional[int] = ..., copies: _Optional[_Iterable[_Union[CopyTotal, _Mapping]]] = ..., working_set_pages: _Optional[int] = ..., working_set_bytes: _Optional[int] = ..., metadata_bytes: _Optional[int] = ..., foreseen_pages: _Optional[int] = ..., wasted_pages: _Optional[int] = ..., exposed_s: _Optional[float] = ..., timed_steps: _Optional[int] = ...) -> None: ...
+    def __init__(self, steps: _Optional[int] = ..., step_s: _Optional[float] = ..., prompt_tokens: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., requests_finished: _Optional[int] = ..., hot_hits: _Optional[int] = ..., hot_misses: _Optional[int] = ..., evicted_pages: _Optional[int] = ..., overflow_pages: _Optional[int] = ..., h2d_bytes: _Optional[int] = ..., h2d_s: _Optional[float] = ..., d2h_bytes: _Optional[int] = ..., d2h_s: _Optional[float] = ..., recall_sum: _Optional[float] = ..., recall_samples: _Optional[int] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., hot_used_bytes: _Optional[int] = ..., hot_total_bytes: _Optional[int] = ..., dram_used_bytes: _Optional[int] = ..., dram_total_bytes: _Optional[int] = ..., recent_step_s: _Optional[_Iterable[float]] = ..., knobs: _Optional[_Union[Knobs, _Mapping]] = ..., verify_checked_pages: _Optional[int] = ..., verify_mismatches: _Optional[int] = ..., copies: _Optional[_Iterable[_Union[CopyTotal, _Mapping]]] = ..., working_set_pages: _Optional[int] = ..., working_set_bytes: _Optional[int] = ..., metadata_bytes: _Optional[int] = ..., foreseen_pages: _Optional[int] = ..., spills: _Optional[int] = ..., restores: _Optional[int] = ..., quality_raises: _Optional[int] = ..., quality_dense: _Optional[int] = ..., waits: _Optional[_Iterable[_Union[WaitCount, _Mapping]]] = ..., refusals: _Optional[_Iterable[_Union[RefusalCount, _Mapping]]] = ..., num_spilled: _Optional[int] = ..., waiting: _Optional[_Iterable[_Union[WaitingRequest, _Mapping]]] = ..., recent_quality: _Optional[_Iterable[_Union[QualityEvent, _Mapping]]] = ..., wasted_pages: _Optional[int] = ..., exposed_s: _Optional[float] = ..., timed_steps: _Optional[int] = ...) -> None: ...
+
+class WaitCount(_message.Message):
+    __slots__ = ("reason", "count")
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    COUNT_FIELD_NUMBER: _ClassVar[int]
+    reason: WaitReason
+    count: int
+    def __init__(self, reason: _Optional[_Union[WaitReason, str]] = ..., count: _Optional[int] = ...) -> None: ...
+
+class RefusalCount(_message.Message):
+    __slots__ = ("reason", "count")
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    COUNT_FIELD_NUMBER: _ClassVar[int]
+    reason: RefusalReason
+    count: int
+    def __init__(self, reason: _Optional[_Union[RefusalReason, str]] = ..., count: _Optional[int] = ...) -> None: ...
+
+class WaitingRequest(_message.Message):
+    __slots__ = ("request_id", "reason", "waited_s")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    WAITED_S_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    reason: WaitReason
+    waited_s: float
+    def __init__(self, request_id: _Optional[str] = ..., reason: _Optional[_Union[WaitReason, str]] = ..., waited_s: _Optional[float] = ...) -> None: ...
+
+class QualityEvent(_message.Message):
+    __slots__ = ("request_id", "recall", "token_budget", "is_dense")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    RECALL_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_BUDGET_FIELD_NUMBER: _ClassVar[int]
+    IS_DENSE_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    recall: float
+    token_budget: int
+    is_dense: bool
+    def __init__(self, request_id: _Optional[str] = ..., recall: _Optional[float] = ..., token_budget: _Optional[int] = ..., is_dense: bool = ...) -> None: ...
 
 class HostGauges(_message.Message):
     __slots__ = ("process_rss_bytes", "process_cpu_frac", "host_cpu_frac", "host_free_bytes", "gpu_used_bytes", "gpu_total_bytes", "gpu_util_frac", "pcie_h2d_bytes_per_s", "pcie_d2h_bytes_per_s", "pcie_generation", "pcie_width")

@@ -9,21 +9,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 from torch import Tensor
 
 from sparsed.core import BLOCK_TOKENS, CapacityError, Knobs, SparseDetails, SparseMethod
+from sparsed.engine.kvcache.block_owners import BlockOwners
+from sparsed.engine.kvcache.claims import Claims
 from sparsed.engine.kvcache.dram import DramPool
 from sparsed.engine.kvcache.geometry import Geometry, num_frames
 from sparsed.engine.kvcache.hbm import LOCKED_STEP, HotArena
 from sparsed.engine.kvcache.lane_blocks import LaneBlocks
-from sparsed.engine.kvcache.quotas import Demand, divide_blocks, level
+from sparsed.engine.kvcache.quotas import Demand
 from sparsed.engine.kvcache.row import Row
+from sparsed.engine.kvcache.shares import Shares
+from sparsed.engine.kvcache.spill import SpillPaths
 from sparsed.engine.kvcache.tables import PageTables
 from sparsed.engine.kvcache.transfer import Transfer
 from sparsed.engine.kvcache.upload import upload
 from sparsed.engine.sparse.base import Selector
-from sparsed.kernels.resolve import MAX_SLOTS
 
 
 class KVCache:
@@ -50,9 +52,26 @@ class KVCache:
         self.selector = selector
         self.transfer = transfer
         self.rows: dict[int, Row] = {}
-        self._knobs = knobs
+        self.shares = Shares(
+            self.rows, geometry=geometry, num_blocks=arena.blocks.size, knobs=knobs
+        )
         self._device = arena.pages_NX.device
         self._free_rows = list(range(knobs.max_num_seqs - 1, -1, -1))
+        self._blocks = BlockOwners(geometry, arena=arena, tables=tables, shares=self.shares)
+        self._paths = SpillPaths(arena, pool, tables, transfer)
+        self.claims = Claims(
+            self.rows,
+            geometry=geometry,
+            tables=tables,
+            shares=self.shares,
+            transfer=transfer,
+            frames=pool.frames,
+            free_rows=self._free_rows,
+        )
+
+    @property
+    def _knobs(self) -> Knobs:
+        return self.shares.knobs
 
     # -- admission ---------------------------------------------------------------------------
 
@@ -78,9 +97,8 @@ class KVCache:
         if not self._free_rows or num_frames(num_tokens) > len(self.pool.frames):
             return False
         budget = token_budget or self._knobs.token_budget
-        mandatory = self._mandatory_blocks(num_tokens, method=method, token_budget=budget)
-        need = mandatory * self.geometry.num_lanes
-        return need <= len(self.arena.blocks) + self._reclaimable_blocks()
+        need = self.shares.mandatory(num_tokens, method=method, token_budget=budget)
+        return need * self.geometry.num_lanes <= len(self.arena.blocks) + self._blocks.reclaimable
 
     def add(self, num_tokens: int, *, method: SparseMethod, token_budget: int | None) -> int:
         """Reserve both tiers for a request of ``num_tokens`` (prompt and output); its row.
@@ -91,6 +109,7 @@ class KVCache:
             index=self._free_rows.pop(),
             max_tokens=num_tokens,
             method=method,
+            admitted_as=method,
             own_budget=token_budget,
             token_budget=token_budget or self._knobs.token_budget,
             frames=frames,
@@ -98,34 +117,80 @@ class KVCache:
         )
         self.rows[row.index] = row
         self.tables.open(row.index, upload(frames, device=self._device))
-        mandatory = self._mandatory_of(row)
-        self._reclaim(mandatory * self.geometry.num_lanes)
-        self._resize(row, mandatory)
+        self._blocks.give_mandatory(row)
         return row.index
 
     def free(self, index: int) -> None:
         """Give everything of the row back."""
         row = self.rows.pop(index)
         self.transfer.wait_for_saves()  # or a late one lands in the next owner's frames
-        self._resize(row, 0)
+        self._blocks.resize(row, 0)
         self.pool.frames.give(row.frames)
         self.tables.clear(index, upload(row.frames, device=self._device))
         self._free_rows.append(index)
+        self._blocks.forget()
+
+    def spill(self, index: int, num_tokens: int) -> None:
+        """Give up all blocks of a row that has computed ``num_tokens``; it keeps its frames, and
+        takes part in no step before ``restore``."""
+        row, page_size = self.rows[index], self.geometry.page_size
+        assert not row.is_spilled, "spilled twice"
+        if num_tokens % page_size:
+            self._paths.save(index, num_tokens // page_size)
+        self._blocks.resize(row, 0)
+        self.tables.clear_slots(index, upload(row.frames, device=self._device))
+        row.is_spilled, row.complete, row.num_placed = True, False, 0
+        self._blocks.forget()
+
+    def can_restore(self, index: int) -> bool:
+        """Whether the mandatory blocks of a spilled row are free, or can be taken back."""
+        need = self.shares.mandatory_of(self.rows[index]) * self.geometry.num_lanes
+        return need <= len(self.arena.blocks) + self._blocks.reclaimable
+
+    def restore(self, index: int, num_tokens: int) -> None:
+        """Bring a spilled row back with its mandatory blocks: with all of its pages if they hold
+        them, else with the partial page alone, and what its steps select."""
+        row, geometry = self.rows[index], self.geometry
+        assert row.is_spilled and self.can_restore(index)
+        row.is_spilled = False
+        self._blocks.give_mandatory(row)
+        last_page = -(-num_tokens // geometry.page_size)
+        is_partial = num_tokens % geometry.page_size > 0
+        first_page = last_page - is_partial
+        if last_page <= row.num_blocks * geometry.pages_per_block:
+            first_page = 0
+            self._place_in_order(row, last_page)
+        elif is_partial:
+            self._place_page(row, first_page)
+        if first_page < last_page:
+            self._paths.load(index, first_page, last_page, is_partial=is_partial)
+
+    def recalls(self, index: int) -> Sequence[float]:
+        """Attention recall of a request as sampled so far."""
+        return self.rows[index].recalls
+
+    def set_attention(self, index: int, *, token_budget: int, is_dense: bool) -> None:
+        """Have a row select so much from its next step on, or read everything."""
+        row = self.rows[index]
+        row.own_budget = row.token_budget = token_budget
+        row.method = SparseMethod.DENSE if is_dense else row.admitted_as
+        if not row.is_spilled:
+            self._blocks.grow(row, self.shares.quota(row))
 
     def apply(self, knobs: Knobs) -> None:
         """Take new budgets; rows above a lowered ``hbm_budget`` shrink now."""
-        self._knobs = knobs
+        self.shares.knobs = knobs
         for row in self.rows.values():
             row.token_budget = row.own_budget or knobs.token_budget
-            if row.num_blocks > self._quota_blocks(row):
-                self._resize(row, self._quota_blocks(row))
+            if row.num_blocks > self.shares.quota(row):
+                self._blocks.resize(row, self.shares.quota(row))
 
     def details(self, index: int, *, num_dropped: int = 0) -> SparseDetails:
         """What sparsity did to a request; ``num_dropped`` (0 or 1) newest steps do not count."""
         row = self.rows[index]
         reads = row.reads_before if num_dropped else row.reads
         return SparseDetails(
-            method=row.method.value,
+            method=row.admitted_as.value,
             token_budget=row.token_budget,
             decode_steps=reads.decode_steps,
             sparse_steps=reads.sparse_steps,
@@ -169,7 +234,7 @@ class KVCache:
         if row.complete:
             self._place_in_order(row, position // self.geometry.page_size + 1)
         elif position % BLOCK_TOKENS == 0:  # also what others have given back meanwhile
-            self._grow(row, self._quota_blocks(row))
+            self._blocks.grow(row, self.shares.quota(row))
 
     def open_token(self, index: int, position: int) -> None:
         """Give a locked slot to the page of ``position`` if the token is its first; where a step
@@ -208,112 +273,22 @@ class KVCache:
         assert frames + len(self.pool.frames) == self.pool.frames.size
         assert blocks + len(self.arena.blocks) == self.arena.blocks.size
 
-    # -- blocks ------------------------------------------------------------------------------
-
     def rebalance(self, index: int, demand: Demand) -> None:
         """Move blocks from lanes that gain little of them to lanes that gain more, in a row that
-        is not complete."""
-        row, geometry = self.rows[index], self.geometry
-        assert not row.complete
-        counts_L = row.blocks.counts_L.copy()
-        selecting = slice(self._knobs.dense_layers * geometry.num_kv_heads, None)
-        counts_L[selecting] = divide_blocks(
-            demand.of(selecting),
-            counts_L[selecting],
-            pages_per_block=geometry.pages_per_block,
-            selected_pages=row.selected_pages(geometry.page_size),
-            least=self._mandatory_of(row),
-            most=self._most_of(row),
-        )
-        if (counts_L != row.blocks.counts_L).any():
-            self._divide(row, counts_L)
+        is not complete; nothing happens if it was spilled meanwhile, or is whole again."""
+        row = self.rows[index]
+        if not (row.is_spilled or row.complete):
+            self._blocks.rebalance(row, demand)
 
-    def _mandatory_of(self, row: Row) -> int:
-        return self._mandatory_blocks(
-            row.max_tokens, method=row.method, token_budget=row.token_budget
-        )
+    def observe(self) -> None:
+        """Between any two steps: take what the device has counted of each row, and resize one that
+        is due."""
+        self.claims.observe()
+        self._blocks.settle()
 
-    def _mandatory_blocks(self, num_tokens: int, *, method: SparseMethod, token_budget: int) -> int:
-        """Blocks per lane a request cannot go without: its selection and the partial page, or
-        everything where attention is dense; all there are if it asks for more."""
-        wanted = num_frames(num_tokens)
-        if method is not SparseMethod.DENSE:
-            wanted = min(wanted, num_frames(token_budget) + 1)
-        return max(1, min(wanted, self._lane_blocks))
-
-    @property
-    def _lane_blocks(self) -> int:
-        """Blocks per lane that the arena has for one request alone."""
-        return self.arena.blocks.size // self.geometry.num_lanes
-
-    def _quota_blocks(self, row: Row) -> int:
-        """Blocks per lane ``row`` may hold: the knob, or an even share of the arena."""
-        budget = self._knobs.hbm_budget
-        share = self._lane_blocks // max(1, len(self.rows))
-        quota = share if budget is None else num_frames(budget)
-        return max(min(quota, self._most_of(row)), self._mandatory_of(row))
-
-    def _most_of(self, row: Row) -> int:
-        """Blocks that a lane of ``row`` can use: all of the request, or where it selects as many
-        slots as ``resolve_pages`` looks through."""
-        if row.method is SparseMethod.DENSE:
-            return len(row.frames)
-        return min(len(row.frames), MAX_SLOTS // self.geometry.pages_per_block)
-
-    def _reclaimable_blocks(self) -> int:
-        """Blocks above the shares that hold once another request is there."""
-        share = self._lane_blocks // (len(self.rows) + 1)
-        above = 0
-        for row in self.rows.values():
-            floor = max(share, self._mandatory_of(row))
-            above += max(0, row.num_blocks - floor)
-        return above * self.geometry.num_lanes
-
-    def _reclaim(self, wanted: int) -> None:
-        """Shrink the largest rows to their shares until ``wanted`` blocks are free."""
-        share = self._lane_blocks // len(self.rows)
-        for row in sorted(self.rows.values(), key=lambda row: -row.num_blocks):
-            if len(self.arena.blocks) >= wanted:
-                return
-            floor = max(share, self._mandatory_of(row))
-            if row.num_blocks > floor:
-                self._resize(row, floor)
-
-    def _grow(self, row: Row, wanted_blocks: int) -> None:
-        """Take blocks up to ``wanted_blocks`` per lane, as far as quota and arena allow."""
-        room = len(self.arena.blocks) // self.geometry.num_lanes
-        target = min(
-            wanted_blocks, self._quota_blocks(row), row.num_blocks + room, self._most_of(row)
-        )
-        if target > row.num_blocks:
-            self._resize(row, target)
-
-    def _resize(self, row: Row, num_blocks: int) -> None:
-        """Bring ``row`` to so many blocks per lane; unequal lanes lose and gain alike."""
-        least = min(self._mandatory_of(row), num_blocks)
-        total = num_blocks * self.geometry.num_lanes
-        counts_L = row.blocks.counts_L
-        self._divide(row, level(counts_L, total, least=least, most=self._most_of(row)))
-
-    def _divide(self, row: Row, counts_L: npt.NDArray[np.int64]) -> None:
-        """Give each lane so many blocks. Lanes lose their last ones: where a row is complete,
-        pages of the last block placed may be yet to begin, and they leave with it."""
-        blocks, kept_L = row.blocks, np.minimum(row.blocks.counts_L, counts_L)
-        first = int(kept_L.min())
-        leaving_Ln = blocks.drop(kept_L)
-        self.arena.blocks.give(leaving_Ln[leaving_Ln >= 0])
-        blocks.add(self.arena.blocks.take(int((counts_L - kept_L).sum())), counts_L - kept_L)
-        self.tables.set_blocks(
-            row.index,
-            first,
-            upload(blocks.ids_LN[:, first:], device=self._device),
-            upload(counts_L, device=self._device),
-        )
-        if leaving_Ln.size:
-            leaving = upload(leaving_Ln, device=self._device)
-            self.tables.release(self.arena, row.index, leaving, max_blocks=blocks.most)
-        if row.num_placed > blocks.least * self.geometry.pages_per_block:
-            row.complete = False
+    def rebudget(self) -> None:
+        """Give every row the blocks that its misses are worth, in the steps to come."""
+        self._blocks.rebudget(self.claims.curve)
 
     # -- slots -------------------------------------------------------------------------------
 
@@ -322,7 +297,7 @@ class KVCache:
         incomplete when they do not fit."""
         if last_page > row.num_placed:
             per_block = self.geometry.pages_per_block
-            self._grow(row, -(-last_page // per_block))
+            self._blocks.grow(row, -(-last_page // per_block))
             first, last = (
                 row.num_placed // per_block,
                 min(-(-last_page // per_block), row.num_blocks),

@@ -52,17 +52,29 @@ def divide_blocks(
     A lane keeps 70 % of its blocks and grows to 150 % of them at most. It is not brought below
     ``least`` nor above ``most``; beyond these already, it stays as it is or comes nearer.
     """
-    slots_L = np.maximum(blocks_L * pages_per_block - 1.0, 1.0)  # the partial page has one
-    misses_L = demand.misses_L + 1.0  # none at all says little: the time was short
-    wanted_L = misses_L + demand.returns_L
-    shared_L = selected_pages + wanted_L / demand.num_steps
-    shared_L = np.minimum(shared_L, _MOST_SHARED * slots_L)
-    exponent_L = np.log(wanted_L / misses_L) / np.log(slots_L / shared_L)
-    exponent_L = np.clip(exponent_L, *_EXPONENTS)
+    slots_L: Floats = np.maximum(blocks_L * pages_per_block - 1.0, 1.0)  # the partial page has one
+    misses_L = (
+        demand.misses_L.astype(np.float64) + 1.0
+    )  # none at all says little: the time was short
+    exponent_L = fall_exponent(
+        misses_L, misses_L + demand.returns_L, slots_L, selected_pages, num_steps=demand.num_steps
+    )
     kept_L = np.maximum(np.ceil(MIN_KEPT * blocks_L), np.minimum(blocks_L, least))
     grown_L = np.minimum(np.floor(MAX_GROWN * blocks_L), np.maximum(blocks_L, most))
     gain_L = np.log(exponent_L * misses_L / slots_L)
     return _fill(gain_L, exponent_L + 1, blocks_L, (kept_L, grown_L))
+
+
+def fall_exponent(
+    misses_L: Floats, wanted_L: Floats, slots_L: Floats, selected_pages: float, *, num_steps: float
+) -> Floats:
+    """Power of its slots with which a lane's misses fall, (L,), from two points of its curve:
+    ``misses`` with the ``slots`` it had, and ``wanted`` with those alone that two steps in a row
+    use, both in ``num_steps`` steps."""
+    shared_L = np.minimum(selected_pages + wanted_L / num_steps, _MOST_SHARED * slots_L)
+    exponent_L = np.log(wanted_L / misses_L) / np.log(slots_L / shared_L)
+    clipped_L: Floats = np.clip(exponent_L, *_EXPONENTS)
+    return clipped_L
 
 
 def _fill(gain_L: Floats, fall_L: Floats, blocks_L: Ints, bounds: tuple[Floats, Floats]) -> Ints:
@@ -84,10 +96,10 @@ def _fill(gain_L: Floats, fall_L: Floats, blocks_L: Ints, bounds: tuple[Floats, 
             low = middle
         else:
             high = middle
-    return _round(blocks_at(high), total, grown_L)
+    return round_blocks(blocks_at(high), total, grown_L)
 
 
-def _round(blocks_L: Floats, total: int, most_L: Floats) -> Ints:
+def round_blocks(blocks_L: Floats, total: int, most_L: Floats) -> Ints:
     """Whole numbers next to ``blocks``, ``total`` in all and none above ``most``."""
     whole_L = np.floor(blocks_L)
     order_L = np.argsort(-np.where(whole_L < most_L, blocks_L - whole_L, -1.0), kind="stable")

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from sparsed.core import SparseMethod
 from sparsed.engine.kvcache.lane_blocks import LaneBlocks
+
+KNOWN_STEPS: Final = 16  # at least the 12 of a window
 
 
 class Reads(NamedTuple):
@@ -23,27 +25,53 @@ class Reads(NamedTuple):
     tokens_dense: int = 0
 
 
+class Use(NamedTuple):
+    """Pages of all lanes of a row, filled by ``RowMeter``: used in the newest 12 steps, missed in a
+    step, and hit in one though the step before had not used them. The rates are of ``num_steps``
+    steps and, for what was known before these, of ``base_steps`` more at the ``base`` rates."""
+
+    window_pages: int = 0
+    num_steps: int = 0
+    misses_per_step: float = 0.0
+    returns_per_step: float = 0.0
+    base_misses: float = 0.0
+    base_returns: float = 0.0
+    base_steps: int = 0
+
+    @property
+    def is_known(self) -> bool:
+        """Whether there were steps enough to tell."""
+        return self.num_steps + self.base_steps >= KNOWN_STEPS
+
+
 @dataclass(slots=True)
 class Row:
     """One request's place in both tiers. Filled by KVCache; attention reads it and counts in it.
 
     ``complete`` means that page i sits in slot i of every lane, for all pages of every block that
-    the request has reached; once a page has no slot it is false for good. Lanes of a complete row
-    own equal numbers of ``blocks``. ``own_budget`` None: ``token_budget`` follows the knob.
+    the request has reached; once a page has no slot it is false, until the row is brought back
+    whole. Lanes of a complete row own equal numbers of ``blocks``. ``own_budget`` None:
+    ``token_budget`` follows the knob. ``admitted_as`` is the method it was admitted with; the
+    quality breaker may have made it dense since. ``is_spilled``: it owns frames and no blocks, and
+    takes part in no step. ``share``: blocks per lane it was given, None: an even share.
     """
 
     index: int
     max_tokens: int
     method: SparseMethod
+    admitted_as: SparseMethod
     own_budget: int | None
     token_budget: int
     frames: npt.NDArray[np.int64]
     blocks: LaneBlocks
     complete: bool = True
+    is_spilled: bool = False
+    share: int | None = None
     num_placed: int = 0  # pages placed in order while complete: whole blocks
     reads: Reads = field(default_factory=Reads)
     reads_before: Reads = field(default_factory=Reads)  # without the newest step
     recalls: list[float] = field(default_factory=list)
+    use: Use = field(default_factory=Use)
     steps_measured: int = 0  # of those that select, when their demand was last read
 
     def selected_pages(self, page_size: int) -> int:

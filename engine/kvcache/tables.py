@@ -83,8 +83,13 @@ class PageTables:
     def clear(self, row: int, frames_F: Tensor) -> None:
         """Forget everything about ``row``, whose frames these are; its slots must have been
         released."""
-        self.page_slot_MLHP.index_fill_(0, frames_F, -1)
+        self.clear_slots(row, frames_F)
         self.frames_RF[row].fill_(self.spare_frame)
+
+    def clear_slots(self, row: int, frames_F: Tensor) -> None:
+        """No page of ``row``, whose frames these are, has a slot any longer; they have been
+        released."""
+        self.page_slot_MLHP.index_fill_(0, frames_F, -1)
         self.window_RLH[row].fill_(0)
 
     def set_blocks(self, row: int, first_block: int, blocks_Ln: Tensor, counts_L: Tensor) -> None:
@@ -194,7 +199,7 @@ class PageTables:
     def release(self, arena: HotArena, row: int, leaving_Ln: Tensor, *, max_blocks: int) -> None:
         """Drop the pages in blocks that lanes of ``row`` own no longer (-1: none). The page that is
         locked in one moves to the oldest slot that its lane still owns, one of ``max_blocks``
-        blocks; 0: the request is over, and ``clear`` is to follow."""
+        blocks; 0: the row has none left, and ``clear`` or ``clear_slots`` is to follow."""
         lanes, per_block = self.num_blocks_RLH.shape[1:], self._geometry.pages_per_block
         slots_LHS = slots_of_blocks(leaving_Ln.view(*lanes, -1), pages_per_block=per_block)
         is_slot_LHS = slots_LHS >= 0

@@ -37,6 +37,11 @@ class Ways:
         return self._load
 
     @property
+    def load_bytes_per_s(self) -> float | None:
+        """What the calibration measured of that way; None without one."""
+        return self._load_bytes_per_s
+
+    @property
     def save(self) -> CopyChoice:
         """How page rows that only the device knows are saved."""
         return self._save
@@ -73,6 +78,8 @@ class Ways:
         kernel, page_bytes = (CopyPath.KERNEL,), self._page_bytes
         self._save = self._choice(Direction.D2H, page_bytes, kernel, otherwise=_ROWS)
         self._load = self._choice(Direction.H2D, page_bytes, kernel, otherwise=_ROWS)
+        entry = self._entry(Direction.H2D, page_bytes, kernel)
+        self._load_bytes_per_s = entry.bytes_per_s if entry else None
         if self._programs is not None and not self._is_cpu:
             self._load = self._load._replace(programs=self._programs)
 

@@ -165,7 +165,7 @@ KNOB_SPECS: tuple[KnobSpec, ...] = (
         minimum=256,
         maximum=32768,
         auto=True,
-        help="tokens a request keeps in the hot tier per lane; auto shares the tier evenly",
+        help="tokens a request keeps in the hot tier per lane; auto divides the tier by what requests miss",
     ),
     KnobSpec(
         name="max_num_active_seqs",
@@ -269,8 +269,8 @@ KNOBS_BY_NAME: Mapping[str, KnobSpec] = {spec.name: spec for spec in KNOB_SPECS}
 class Knobs:
     """A complete, resolved set of knob values; names and units as in ``KNOB_SPECS``.
 
-    ``hbm_budget`` None means the closed form (an even share of the hot tier, never less than
-    ``token_budget``), ``copy_programs`` None the calibrated number. Errors: InputError naming the
+    ``hbm_budget`` None means the closed form (shares of the hot tier by what requests miss, never
+    less than ``token_budget``), ``copy_programs`` None the calibrated number. Errors: InputError naming the
     knob.
     """
 
@@ -509,6 +509,16 @@ class VerifyMode(StrEnum):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Service:
+    """What an engine promises, whatever its knobs. ``tpot_s``: time of a token that admission keeps
+    to, None: a multiple of a step without misses. ``recall_floor``: attention recall under which a
+    request reads more, then everything; 0: never."""
+
+    tpot_s: float | None = None
+    recall_floor: float = 0.5
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class EngineSpec:
     """Everything an engine process is started with; nothing in it is 'auto'."""
 
@@ -525,6 +535,7 @@ class EngineSpec:
     selection_trace: str | None = None  # a recording whose selections replace the model's own
     link: LinkKey | None = None  # of the device; None for a CPU
     calibration: LinkCalibration | None = None  # None: the engine makes one, unless on a CPU
+    service: Service = field(default_factory=Service)
     cache_dir: str | None = None  # where what is learned of a model is kept; None: nowhere
 
 
@@ -654,6 +665,30 @@ class FinishReason(StrEnum):
     LENGTH = "length"
     ABORT = "abort"
     ERROR = "error"
+
+
+MAX_PASSING = 16  # waiting requests looked at in a step: none further back is admitted
+
+
+class WaitReason(StrEnum):
+    """Why a request is not in the batch yet."""
+
+    ACTIVE_LIMIT = "active-limit"  # max_num_active_seqs requests run, or all rows are taken
+    HOT_TIER = "hot-tier"  # its working set does not fit beside those that run
+    DRAM_TIER = "dram-tier"  # no frames for its whole life
+    LINK = "link"  # the pages that all would miss take longer than a token may
+    TURN = "turn"  # an older request has waited so long that nobody may pass it
+    PROMPTS = "prompts"  # prompts before it take up all of prefill_chunk
+    SPILLED = "spilled"  # it ran, gave its hot pages to others, and waits to come back
+
+
+class RefusalReason(StrEnum):
+    """Why the engine ends a request without a token."""
+
+    INVALID = "invalid"  # a field is wrong
+    TOO_LONG = "too-long"  # for max_model_len
+    DRAM_TIER = "dram-tier"  # not even alone
+    HOT_TIER = "hot-tier"  # not even alone
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -819,6 +854,42 @@ class CopyTotal:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class WaitCount:
+    """How often a request began to wait for this reason."""
+
+    reason: WaitReason
+    count: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RefusalCount:
+    """Requests ended for this reason."""
+
+    reason: RefusalReason
+    count: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WaitingRequest:
+    """A request that is not in the batch; ``waited_s`` since it came."""
+
+    request_id: str
+    reason: WaitReason
+    waited_s: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class QualityEvent:
+    """The quality breaker changed what a request reads: ``token_budget`` from now on, everything
+    where ``is_dense``. ``recall`` is the sample that did it."""
+
+    request_id: str
+    recall: float
+    token_budget: int
+    is_dense: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class EngineStats:
     """Counters since the engine started (they only grow) and gauges of now."""
 
@@ -845,9 +916,17 @@ class EngineStats:
     recall_samples: int = 0
     verify_checked_pages: int = 0  # looked at again after a copy
     verify_mismatches: int = 0  # of these, not what was saved
+    spills: int = 0  # requests that gave up their hot pages while they ran
+    restores: int = 0  # and came back
+    quality_raises: int = 0  # budgets raised because a sample of recall was low
+    quality_dense: int = 0  # requests made dense for that
+    waits: tuple[WaitCount, ...] = ()
+    refusals: tuple[RefusalCount, ...] = ()
     # gauges
     num_running: int = 0
     num_waiting: int = 0
+    num_spilled: int = 0  # of those waiting, requests that have run already
+    waiting: tuple[WaitingRequest, ...] = ()  # the oldest ones
     hot_used_bytes: int = 0
     hot_total_bytes: int = 0
     dram_used_bytes: int = 0
@@ -856,6 +935,7 @@ class EngineStats:
     working_set_bytes: int = 0
     metadata_bytes: int = 0  # summaries of pages, of all frames in use
     recent_step_s: tuple[float, ...] = ()  # durations of the steps since the last report
+    recent_quality: tuple[QualityEvent, ...] = ()  # since the last report
     knobs: Knobs | None = None
 
 

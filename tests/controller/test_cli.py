@@ -20,7 +20,18 @@ from sparsed.controller.cli.main import app, run
 from sparsed.controller.config import OPTION_NAMES, DaemonConfig
 from sparsed.controller.control import DaemonState
 from sparsed.controller.state_dir import StateLock
-from sparsed.core import KNOB_SPECS, ExitCode, InputError, StartError, TunerMode
+from sparsed.core import (
+    KNOB_SPECS,
+    ExitCode,
+    InputError,
+    RefusalCount,
+    RefusalReason,
+    StartError,
+    TunerMode,
+    WaitCount,
+    WaitingRequest,
+    WaitReason,
+)
 from sparsed.db import open_store
 
 GOLDEN = Path(__file__).parent / "golden" / "cli.txt"
@@ -69,6 +80,41 @@ def test_status_in_words(sparsed: Sparsed, capsys: pytest.CaptureFixture[str]) -
     text = capsys.readouterr().out
     for part in ("serving", "dummy:tiny", "97.0 %", "30.0 / 40.0 / - ms", "0.50 GiB"):
         assert part in text
+
+
+def test_status_says_why_requests_wait(
+    sparsed: Sparsed, daemon: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = daemon.control.now
+    waiting = [
+        WaitingRequest(request_id=name, reason=reason, waited_s=waited_s)
+        for name, reason, waited_s in (
+            ("a", WaitReason.LINK, 2.5),
+            ("b", WaitReason.TURN, 0.5),
+            ("c", WaitReason.TURN, 0.25),
+        )
+    ]
+    stats = replace(
+        now.stats,
+        waiting=tuple(waiting),
+        waits=(WaitCount(reason=WaitReason.LINK, count=7),),
+        refusals=(RefusalCount(reason=RefusalReason.TOO_LONG, count=3),),
+        spills=4,
+        restores=3,
+        quality_raises=2,
+        quality_dense=1,
+    )
+    daemon.control.now = replace(now, stats=stats)
+    assert sparsed("status") == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    for words in (
+        "waiting for 1 link, 2 turn; at most 2.5 s so far",
+        "waits 7 link",
+        "refusals 3 too-long",
+        "spilled 4, 3 of them came back",
+        "low recall 2 budgets raised, 1 requests made dense",
+    ):
+        assert words in shown
 
 
 def test_status_as_json(sparsed: Sparsed, daemon: Any, capsys: pytest.CaptureFixture[str]) -> None:

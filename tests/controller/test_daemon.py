@@ -28,7 +28,7 @@ from sparsed.profiler.export import Telemetry
 
 def link_engine(plan: StartPlan, run_dir: Path, *, seen: list[Snapshot]) -> EngineLink:
     senses = Senses(lambda: Telemetry(totals=EngineStats()), slo=Slo())
-    return EngineLink(plan, run_dir=run_dir, senses=senses, on_snapshot=seen.append)
+    return EngineLink(plan, run_dir=run_dir, max_queued=9, senses=senses, on_snapshot=seen.append)
 
 
 def test_knobs_are_refused_while_the_engine_is_away(

@@ -13,6 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from sparsed.controller import request_stream
 from sparsed.controller.ledger import Ledger, LedgerLimits, Unavailable
 from sparsed.controller.request_stream import LAST_OUTPUT_S, RequestStream
+from sparsed.controller.service_rate import LONGEST_S, UNKNOWN_S
 from sparsed.controller.suspicion import ACQUITTAL_TOKENS
 from sparsed.core import (
     AbortRequest,
@@ -295,6 +296,39 @@ def test_a_full_queue_refuses_and_says_when_to_return(bench: Bench) -> None:
     with pytest.raises(Unavailable) as caught:
         bench.submit("one more")
     assert caught.value.retry_after_s > 0
+
+
+def test_refused_clients_are_sent_back_at_the_rate_of_service(bench: Bench) -> None:
+    for number in range(NUM_ACTIVE + 3):
+        bench.submit(str(number))
+
+    def refused_s() -> float:
+        with pytest.raises(Unavailable, match="max_queued_requests") as caught:
+            bench.submit("one more")
+        return caught.value.retry_after_s
+
+    assert refused_s() == UNKNOWN_S
+    for number in range(3):  # a place every 8 seconds, taken at once by somebody else
+        bench.now_s += 8.0
+        bench.token(str(number), 0, last=True)
+        bench.submit(f"next {number}")
+    assert [refused_s() for _ in range(3)] == [8.0, 16.0, 24.0]
+    bench.now_s += 8.0
+    bench.token("3", 0, last=True)
+    bench.submit("next 3")
+    assert refused_s() == 24.0, "two are still on their way"
+    assert max(refused_s() for _ in range(20)) == LONGEST_S
+
+
+def test_who_passed_others_is_suspected_too(bench: Bench) -> None:
+    for name in ("one", "two", "small", "four"):
+        bench.submit(name)
+    for _ in range(2):  # "one" or "two" waits, and "small" runs in its place
+        bench.token("small", 0)
+        bench.ledger.on_engine_lost()
+        bench.sent.clear()
+        bench.ledger.on_engine_ready()
+    assert sent_ids(bench) == ["one", "four"], "of three suspects one; four is free"
 
 
 def test_a_request_id_in_use_is_refused(bench: Bench) -> None:

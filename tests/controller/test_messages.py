@@ -38,6 +38,8 @@ ENUMS = (
     core.KnobClass,
     core.Direction,
     core.CopyPath,
+    core.WaitReason,
+    core.RefusalReason,
     TunerMode,
     ProfileStatus,
     Objective,

@@ -21,15 +21,20 @@ from sparsed.core import (
     FinishReason,
     InputError,
     Knobs,
+    RefusalReason,
     SamplingParams,
     SparseDetails,
     SparseMethod,
     SparseOptions,
     TokenOutput,
 )
+from sparsed.engine.admission import Claim, Room
 from sparsed.engine.batch import DrawParams, StepPlan
 from sparsed.engine.draws import draw
 from sparsed.engine.engine import Engine
+from sparsed.engine.hit_curve import MissCurve
+from sparsed.engine.pace import Pace
+from sparsed.engine.preemption import SETTLE_STEPS
 from sparsed.engine.step_decoder import Drawn
 
 VOCAB = 50
@@ -48,6 +53,30 @@ KNOBS = Knobs(
 )
 
 
+class ScriptedClaims:
+    """Everything costs a page a token, and the hot tier is as large as ``hot_tokens``."""
+
+    miss_s = 0.0
+
+    def __init__(self, cache: ScriptedCache) -> None:
+        self._cache = cache
+
+    def of_row(self, row: int) -> Claim:
+        return _claim(self._cache.reserved[row])
+
+    def of_request(self, num_tokens: int, **_values: object) -> Claim:
+        return _claim(num_tokens)
+
+    def room(self, pace: Pace) -> Room:
+        free_rows = 8 - len(self._cache.rows)
+        return Room(hot_pages=self._cache.hot_tokens, free_frames=9999, free_rows=free_rows)
+
+
+def _claim(num_tokens: int) -> Claim:
+    curve = MissCurve(slots=1, misses=0, exponent=1, selected=1, total=num_tokens)
+    return Claim(mandatory_pages=num_tokens, working_set_pages=num_tokens, frames=1, curve=curve)
+
+
 class ScriptedCache:
     """Rows that keep the tokens written to them."""
 
@@ -56,6 +85,35 @@ class ScriptedCache:
         self.max_budget = max_budget
         self.rows: dict[int, list[int]] = {}
         self.reserved: dict[int, int] = {}
+        self.hot_tokens = 10**6
+        self.spilled: dict[int, int] = {}
+        self.recall_lists: dict[int, list[float]] = {}
+        self.attention: list[tuple[int, int, bool]] = []
+        self.num_spills = 0
+        self.claims = ScriptedClaims(self)
+
+    def spill(self, row: int, num_tokens: int) -> None:
+        assert len(self.rows[row]) == num_tokens, "all that was computed, and no more"
+        self.spilled[row] = num_tokens
+        self.num_spills += 1
+
+    def can_restore(self, row: int) -> bool:
+        return True
+
+    def restore(self, row: int, num_tokens: int) -> None:
+        assert self.spilled.pop(row) == num_tokens
+
+    def observe(self) -> None:
+        pass
+
+    def rebudget(self) -> None:
+        pass
+
+    def recalls(self, row: int) -> list[float]:
+        return self.recall_lists.get(row, [])
+
+    def set_attention(self, row: int, *, token_budget: int, is_dense: bool) -> None:
+        self.attention.append((row, token_budget, is_dense))
 
     def can_admit(self, num_tokens: int, *, method: SparseMethod, token_budget: int | None) -> bool:
         used = sum(self.reserved.values())
@@ -73,6 +131,8 @@ class ScriptedCache:
 
     def free(self, row: int) -> None:
         assert len(self.rows.pop(row)) <= self.reserved.pop(row)
+        self.spilled.pop(row, None)
+        self.recall_lists.pop(row, None)
 
     def details(self, row: int, *, num_dropped: int) -> SparseDetails:
         return SparseDetails(
@@ -131,6 +191,7 @@ class ScriptedModel:
 
     def _write(self, row: int, token: int, position: int) -> Tensor:
         tokens = self.kv.rows[row]
+        assert row not in self.kv.spilled
         assert position == len(tokens), "tokens come in order, each once"
         tokens.append(token)
         return next_logits(tokens)
@@ -472,3 +533,96 @@ def test_the_shell_around_the_model_is_thin() -> None:
         thin.step()
         times.append(time.perf_counter() - started)
     assert sorted(times)[len(times) // 2] < 0.5e-3
+
+
+@pytest.mark.parametrize("runs_ahead", [False, True])
+def test_spilled_requests_tell_the_same_text(runs_ahead: bool) -> None:
+    """The hot tier shrinks to one request, grows again, and nobody notices but by the clock."""
+    cache = ScriptedCache(capacity=2000)
+    shared = engine(cache, runs_ahead=runs_ahead)
+    added = [request(n, prompt=range(9), max_tokens=300, seed=3) for n in ("a", "b", "c")]
+    for one in added:
+        shared.add(one)
+    found: list[TokenOutput] = []
+    for hot_tokens in (10**6, 400, 10**6):
+        cache.hot_tokens = hot_tokens
+        for _ in range(SETTLE_STEPS + 10):
+            found.extend(shared.step().outputs)
+        assert len(cache.spilled) == (2 if hot_tokens == 400 else 0)
+        stats = shared.stats()
+        assert stats.num_spilled == len(cache.spilled)
+        told = {one.request_id: one.reason for one in stats.waiting}
+        assert set(told) == ({"b", "c"} if hot_tokens == 400 else set())
+    found += outputs(shared)
+    assert (stats.spills, stats.restores) == (2, 2)
+    solo = engine(runs_ahead=runs_ahead)
+    for one in added:
+        solo.add(one)
+        assert texts(found)[one.request_id] == texts(outputs(solo))[one.request_id]
+    assert cache.rows == {} == cache.spilled
+
+
+def test_a_spilled_request_can_be_aborted() -> None:
+    cache = ScriptedCache(capacity=2000)
+    shared = engine(cache)
+    for name in ("a", "b"):
+        shared.add(request(name, prompt=[1], max_tokens=400))
+    for _ in range(SETTLE_STEPS + 8):
+        shared.step()
+    cache.hot_tokens = 500
+    for _ in range(8):
+        shared.step()
+    assert len(cache.spilled) == 1
+    shared.abort("b")
+    assert cache.spilled == {} and len(cache.rows) == 1
+    shared.abort("a")
+    assert {o.finish_reason for o in outputs(shared)} == {FinishReason.ABORT}
+
+
+def test_low_recall_raises_the_budget_in_the_next_step() -> None:
+    cache = ScriptedCache()
+    watched = engine(cache)
+    watched.add(request("a", prompt=[1], max_tokens=500))
+    watched.step()
+    (row,) = cache.rows
+    samples = cache.recall_lists.setdefault(row, [])
+    for recall, expected in (
+        (0.9, []),
+        (0.2, [(row, 512, False)]),
+        (0.3, [(row, 1024, False)]),
+    ):
+        cache.attention.clear()
+        samples.append(recall)
+        watched.step()
+        assert cache.attention == expected
+    stats = watched.stats()
+    assert (stats.quality_raises, stats.quality_dense) == (2, 0)
+    assert [(e.request_id, e.recall, e.token_budget) for e in stats.recent_quality] == [
+        ("a", 0.2, 512),
+        ("a", 0.3, 1024),
+    ]
+    cache.attention.clear()
+    watched.apply(replace(KNOBS, token_budget=512))
+    assert cache.attention == [(row, 2048, False)], "a multiple of the new budget"
+    samples.extend([0.1, 0.1])
+    watched.step()
+    assert cache.attention[-1] == (row, 4096, True)
+    assert watched.stats().quality_dense == 1
+    assert watched.stats().recent_quality == ()
+
+
+def test_refusals_are_counted_by_reason() -> None:
+    refusing = engine(ScriptedCache(max_budget=4096))
+    for bad in (
+        request("a", prompt=[]),
+        request("b", prompt=[1] * 700),
+        request("c", prompt=[1], budget=8000),
+    ):
+        refusing.add(bad)
+    outputs(refusing)
+    counts = {one.reason: one.count for one in refusing.stats().refusals}
+    assert counts == {
+        RefusalReason.INVALID: 1,
+        RefusalReason.DRAM_TIER: 1,
+        RefusalReason.HOT_TIER: 1,
+    }

@@ -21,6 +21,7 @@ from hypothesis.stateful import (
 )
 
 from sparsed.core import PAGE_SIZES, CapacityError, SparseMethod
+from sparsed.engine.hit_curve import MissCurve
 from sparsed.engine.kvcache.cache import KVCache
 from sparsed.engine.kvcache.hbm import FREE_STEP, LOCKED_STEP, slots_of_blocks
 from sparsed.engine.kvcache.quotas import Demand
@@ -99,7 +100,10 @@ class CacheMachine(RuleBasedStateMachine):
     def compute_step(self, rng: np.random.Generator) -> None:
         """Decodes are opened first, then chunks; then come selections; then seals."""
         self.step += 1
-        lives = [(i, life) for i, life in self.lives.items() if life.length < life.total]
+        lives = [
+            (i, life) for i, life in self.lives.items()
+            if life.length < life.total and not self.cache.rows[i].is_spilled
+        ]  # fmt: skip
         decodes = [(i, life) for i, life in lives if life.length >= life.prompt]
         for index, life in decodes:
             with self.losses_counted(index, life.length + 1):
@@ -151,6 +155,21 @@ class CacheMachine(RuleBasedStateMachine):
         room_BH = torch.from_numpy(counts_BH) * per_block - 1  # the page of the token is locked
         assert torch.equal((slots_BHK >= 0).sum(-1), room_BH.clamp(max=count))
 
+    @precondition(lambda self: self.lives)
+    @rule(data=st.data())
+    def spill_or_restore(self, data: st.DataObject) -> None:
+        index = data.draw(st.sampled_from(sorted(self.lives)))
+        row, length = self.cache.rows[index], self.lives[index].length
+        if not row.is_spilled:
+            used = self.cache.arena.used_bytes
+            self.cache.spill(index, length)
+            assert self.cache.arena.used_bytes < used and row.blocks.counts_L.sum() == 0
+        elif self.cache.can_restore(index):
+            with self.losses_counted():
+                self.cache.restore(index, length)
+            assert row.num_blocks == self.cache.shares.mandatory_of(row)
+            assert row.complete == (length <= 128 * row.num_blocks)
+
     @precondition(lambda self: any(not row.complete for row in self.cache.rows.values()))
     @rule(data=st.data(), num_steps=st.integers(1, 100))
     def rebalance(self, data: st.DataObject, num_steps: int) -> None:
@@ -162,7 +181,7 @@ class CacheMachine(RuleBasedStateMachine):
         before_L = row.blocks.counts_L.copy()
         with self.losses_counted():
             self.cache.rebalance(index, Demand(misses_L, returns_L, num_steps))
-        after_L, mandatory = row.blocks.counts_L, self.cache._mandatory_of(row)
+        after_L, mandatory = row.blocks.counts_L, self.cache.shares.mandatory_of(row)
         assert after_L.sum() == before_L.sum()
         assert (after_L >= np.minimum(before_L, mandatory)).all()
 
@@ -173,7 +192,26 @@ class CacheMachine(RuleBasedStateMachine):
         with self.losses_counted():
             self.cache.apply(replace(self.cache._knobs, hbm_budget=hbm_budget))
         for row in self.cache.rows.values():
-            assert row.num_blocks <= self.cache._quota_blocks(row)
+            assert row.num_blocks <= self.cache.shares.quota(row)
+
+    @precondition(lambda self: self.lives)
+    @rule(curves=st.lists(st.tuples(st.floats(0.01, 99), st.floats(0.1, 5)), min_size=4))
+    def rebudget(self, curves: list[tuple[float, float]]) -> None:
+        """Whatever rows miss, they stay within their bounds, and every block finds somebody."""
+
+        def curve_of(row: Row) -> MissCurve:
+            misses, exponent = curves[row.index]
+            return MissCurve(slots=100, misses=misses, exponent=exponent, selected=99, total=1e6)
+
+        with self.losses_counted():
+            self.cache._blocks.rebudget(curve_of)
+            for _ in self.cache.rows:
+                self.cache._blocks.settle()
+        for row in self.cache.shares.hot_rows:
+            assert row.num_blocks >= self.cache.shares.mandatory_of(row)
+            assert row.num_blocks <= max(
+                self.cache.shares.most(row), self.cache.shares.mandatory_of(row)
+            )
 
     @precondition(lambda self: self.lives)
     @rule(data=st.data())
@@ -271,7 +309,8 @@ class CacheMachine(RuleBasedStateMachine):
         num_pages = -(-life.length // self.page_size)
         assert not bool(self.begun(row)[..., num_pages:].any())
         locked = (arena.slot_step_N[slots_LHS] == LOCKED_STEP) & is_slot
-        assert bool((locked.sum(-1) == bool(life.length % self.page_size)).all())
+        is_open = bool(life.length % self.page_size) and not row.is_spilled
+        assert bool((locked.sum(-1) == is_open).all())
         assert bool((page_of_slot[locked] == life.length // self.page_size).all())
         num_placed = -(-num_pages // per_block) * per_block if row.complete else 0
         assert not bool(hot_LHP[..., max(num_placed, num_pages) :].any())

@@ -12,12 +12,18 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from sparsed.core import (
     AddRequest,
     FinishReason,
+    InputError,
     Knobs,
     SamplingParams,
     SparseMethod,
     SparseMode,
     SparseOptions,
+    WaitReason,
 )
+from sparsed.engine.admission import MAX_PASSED_S, Claim, Room
+from sparsed.engine.hit_curve import MissCurve
+from sparsed.engine.pace import Pace
+from sparsed.engine.preemption import SETTLE_STEPS
 from sparsed.engine.request import RequestState, Status
 from sparsed.engine.scheduler import LOGPROBS_CHUNK_TOKENS, Scheduler, Step
 
@@ -36,10 +42,44 @@ KNOBS = Knobs(
 )
 
 
+class CountingClaims:
+    """A page a token: working sets are what is held."""
+
+    miss_s = 0.0
+
+    def __init__(self, rows: CountingRows, hot_tokens: int) -> None:
+        self._rows = rows
+        self.hot_tokens = hot_tokens
+
+    def of_row(self, row: int) -> Claim:
+        return _claim(self._rows.held[row])
+
+    def of_request(self, num_tokens: int, **_values: object) -> Claim:
+        return _claim(num_tokens)
+
+    def room(self, pace: Pace) -> Room:
+        free_rows = KNOBS.max_num_seqs - len(self._rows.held)
+        return Room(
+            hot_pages=self.hot_tokens, free_frames=self._rows.free_tokens, free_rows=free_rows
+        )
+
+
+def _claim(num_tokens: int) -> Claim:
+    curve = MissCurve(slots=1, misses=0, exponent=1, selected=1, total=num_tokens)
+    return Claim(
+        mandatory_pages=num_tokens / 2,
+        working_set_pages=num_tokens,
+        frames=num_tokens,
+        curve=curve,
+    )
+
+
 class CountingRows:
     """A cache of ``capacity`` tokens that remembers who holds what."""
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int, *, hot_tokens: int = 10**6) -> None:
+        self.claims = CountingClaims(self, hot_tokens)
+        self.spilled: set[int] = set()
         self.free_tokens = capacity
         self.held: dict[int, int] = {}
         self.methods: list[SparseMethod] = []
@@ -50,6 +90,7 @@ class CountingRows:
 
     def add(self, num_tokens: int, *, method: SparseMethod, token_budget: int | None) -> int:
         assert num_tokens <= self.free_tokens
+        assert not self.spilled, "nobody joins while one waits to come back"
         row = min(set(range(len(self.held) + 1)) - set(self.held))
         self.free_tokens -= num_tokens
         self.held[row] = num_tokens
@@ -59,6 +100,17 @@ class CountingRows:
 
     def free(self, row: int) -> None:
         self.free_tokens += self.held.pop(row)
+        self.spilled.discard(row)
+
+    def spill(self, row: int, num_tokens: int) -> None:
+        assert row in self.held and row not in self.spilled
+        self.spilled.add(row)
+
+    def can_restore(self, row: int) -> bool:
+        return True
+
+    def restore(self, row: int, num_tokens: int) -> None:
+        self.spilled.remove(row)
 
 
 def state(name: str, *, prompt: int, output: int = 4, mode: SparseMode = SparseMode.AUTO,
@@ -106,9 +158,9 @@ def test_chunks_share_the_step_in_order_of_arrival() -> None:
     assert [(c.start, c.end, c.logits_from) for c in third.plan.chunks] == [(6, 9, 8)]
 
 
-def test_a_later_request_never_overtakes_a_head_that_does_not_fit() -> None:
-    rows = CountingRows(100)
-    scheduler = Scheduler(rows, knobs=KNOBS)
+def test_a_later_request_overtakes_a_head_that_does_not_fit_for_a_bounded_time_only() -> None:
+    rows, now_s = CountingRows(100), [0.0]
+    scheduler = Scheduler(rows, knobs=KNOBS, clock=lambda: now_s[0])
     running, head, small = (
         state("running", prompt=16, output=20),
         state("head", prompt=80),
@@ -117,13 +169,70 @@ def test_a_later_request_never_overtakes_a_head_that_does_not_fit() -> None:
     for request in (running, head, small):
         scheduler.add(request)
     complete(scheduler, scheduler.schedule())
+    complete(scheduler, scheduler.schedule())
+    assert small.status is Status.DECODE, "it passes"
+    scheduler.finish(small)
+    late = state("late", prompt=1)
+    now_s[0] = MAX_PASSED_S
+    scheduler.add(late)
     for _ in range(3):
         step = scheduler.schedule()
         assert [r.request_id for r in step.decodes] == ["running"]
         assert not step.prefills
         complete(scheduler, step)
+    told = {one.request_id: (one.reason, one.waited_s) for one in scheduler.queues.told}
+    assert told == {"head": (WaitReason.DRAM_TIER, 2.0), "late": (WaitReason.TURN, 0.0)}
     scheduler.finish(running)
     assert [r.request_id for r in scheduler.schedule().prefills] == ["head"]
+    counts = {one.reason: one.count for one in scheduler.queues.waits}
+    assert counts == {
+        WaitReason.DRAM_TIER: 1,
+        WaitReason.PROMPTS: 2,
+        WaitReason.TURN: 1,
+    }
+
+
+def test_a_raised_limit_stops_at_the_capacity_and_reasons_follow() -> None:
+    scheduler = Scheduler(CountingRows(1000), knobs=replace(KNOBS, max_num_active_seqs=1))
+    for name in "ab":
+        scheduler.add(state(name, prompt=2, output=9))
+    complete(scheduler, scheduler.schedule())
+    assert [one.reason for one in scheduler.queues.told] == [WaitReason.ACTIVE_LIMIT]
+    scheduler.knobs = replace(KNOBS, max_num_active_seqs=2)
+    complete(scheduler, scheduler.schedule())
+    assert scheduler.queues.told == ()
+    with pytest.raises(InputError, match="max_num_active_seqs=9 is above max_num_seqs=8"):
+        replace(KNOBS, max_num_active_seqs=9)
+
+
+def test_the_newest_is_spilled_under_pressure_and_comes_back_to_its_place() -> None:
+    rows = CountingRows(1000, hot_tokens=300)
+    scheduler = Scheduler(rows, knobs=KNOBS)
+    requests = [state(name, prompt=2, output=90) for name in "abc"]
+    for request in requests:
+        scheduler.add(request)
+    complete(scheduler, scheduler.schedule())
+    rows.claims.hot_tokens = 200
+
+    def decoding(num_steps: int) -> str:
+        for _ in range(num_steps):
+            step = scheduler.schedule()
+            complete(scheduler, step)
+        return "".join(request.request_id for request in step.decodes)
+
+    assert decoding(SETTLE_STEPS - 4) == "abc", "all have just come"
+    assert decoding(8) == "ab"
+    assert [one.reason for one in scheduler.queues.told] == [WaitReason.SPILLED]
+    scheduler.finish(requests[0])
+    rows.claims.hot_tokens = 300
+    assert decoding(8) == "b", "not yet"
+    newcomer = state("d", prompt=1)
+    scheduler.add(newcomer)
+    assert decoding(2) == "b" and newcomer.wait_reason is WaitReason.TURN
+    assert (scheduler.num_spills, scheduler.num_restores) == (1, 0)
+    scheduler.finish(requests[1])
+    assert decoding(1) == "c", "nobody else needs the room"
+    assert decoding(2) == "cd"
 
 
 def test_a_head_that_nothing_can_make_room_for_is_named() -> None:
@@ -203,7 +312,7 @@ class AnyTraffic(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.rows = CountingRows(200)
-        self.scheduler = Scheduler(self.rows, knobs=KNOBS)
+        self.scheduler = Scheduler(self.rows, knobs=KNOBS, max_passed_s=0.0)
         self.arrived: list[RequestState] = []
 
     @rule(prompt=st.integers(1, 60), output=st.integers(1, 5))

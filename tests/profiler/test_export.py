@@ -16,7 +16,11 @@ from sparsed.core import (
     HostGauges,
     Knobs,
     LinkProbe,
+    RefusalCount,
+    RefusalReason,
     Slo,
+    WaitCount,
+    WaitReason,
 )
 from sparsed.profiler.export import Exporter, Telemetry
 from sparsed.profiler.window import Window
@@ -49,6 +53,8 @@ def telemetry(**changes: object) -> Telemetry:
         timed_steps=2,
         h2d_bytes=4096,
         copies=(CopyTotal(num_bytes=4096, seconds=0.5, **copy),),
+        waits=(WaitCount(reason=WaitReason.LINK, count=3),),
+        refusals=(RefusalCount(reason=RefusalReason.INVALID, count=2),),
         recall_sum=0.9,
         recall_samples=1,
         working_set_bytes=1 << 20,

@@ -10,7 +10,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparsed.core import CopyPath, CopyTotal, Direction, EngineStats, Snapshot
+from sparsed.core import (
+    CopyPath,
+    CopyTotal,
+    Direction,
+    EngineStats,
+    RefusalCount,
+    RefusalReason,
+    Snapshot,
+    WaitCount,
+    WaitReason,
+)
 from sparsed.profiler.counters import COUNTERS, advance
 from sparsed.profiler.span import percentile
 from sparsed.profiler.window import Window
@@ -128,9 +138,10 @@ def test_every_counter_of_the_engine_is_carried() -> None:
         *("num_running", "num_waiting", "hot_used_bytes", "hot_total_bytes"),
         *("dram_used_bytes", "dram_total_bytes", "recent_step_s", "knobs"),
         *("working_set_pages", "working_set_bytes", "metadata_bytes"),
+        *("num_spilled", "waiting", "recent_quality"),
     }
     names = {item.name for item in dataclasses.fields(EngineStats)}
-    assert names == gauges | set(COUNTERS) | {"copies"}
+    assert names == gauges | set(COUNTERS) | {"copies", "waits", "refusals"}
 
 
 def copied(path: CopyPath, num_bytes: int, seconds: float = 0.0) -> CopyTotal:
@@ -145,6 +156,21 @@ def test_copies_of_every_way_are_carried_over_a_restart(window: Window, clock: C
     after = EngineStats(steps=1, copies=(copied(engine, 7), copied(kernel, 20, 0.25)))
     close(window, clock, after)
     assert set(window.totals.copies) == {copied(engine, 7), copied(kernel, 170, 1.75)}
+
+
+def test_reasons_are_carried_over_a_restart(window: Window, clock: Clock) -> None:
+    def waited(reason: WaitReason, count: int) -> WaitCount:
+        return WaitCount(reason=reason, count=count)
+
+    link, turn = WaitReason.LINK, WaitReason.TURN
+    refused = RefusalCount(reason=RefusalReason.INVALID, count=2)
+    close(window, clock, EngineStats(steps=9, waits=(waited(link, 3),), refusals=(refused,)))
+    close(window, clock, EngineStats(steps=12, waits=(waited(link, 5),), refusals=(refused,)))
+    assert window.totals.waits == (waited(link, 5),)
+    after = EngineStats(steps=1, waits=(waited(turn, 7), waited(link, 1)))
+    close(window, clock, after)
+    assert set(window.totals.waits) == {waited(turn, 7), waited(link, 6)}
+    assert window.totals.refusals == (refused,)
 
 
 counts = st.integers(min_value=0, max_value=1 << 40)

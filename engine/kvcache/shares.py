@@ -1,0 +1,103 @@
+"""How many blocks each request must have, may have and can use; nothing moves here.
+
+All counts are blocks per lane.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from sparsed.core import Knobs, SparseMethod
+from sparsed.engine.budgets import Share, by_gain
+from sparsed.engine.hit_curve import MissCurve
+from sparsed.engine.kvcache.geometry import Geometry, num_frames
+from sparsed.engine.kvcache.row import Row
+from sparsed.kernels.resolve import MAX_SLOTS
+
+Rule = Callable[[Sequence[Share], int], list[int]]
+
+
+class Shares:
+    """Of ``rows``, by ``knobs`` and the arena's ``num_blocks`` of all lanes. ``rule`` divides the
+    arena among requests where ``hbm_budget`` is auto. Spilled rows have no share."""
+
+    def __init__(
+        self,
+        rows: Mapping[int, Row],
+        *,
+        geometry: Geometry,
+        num_blocks: int,
+        knobs: Knobs,
+        rule: Rule = by_gain,
+    ) -> None:
+        self.knobs = knobs
+        self.rule = rule
+        self._rows = rows
+        self._geometry = geometry
+        self.lane_blocks = num_blocks // geometry.num_lanes  # what one request alone may have
+
+    @property
+    def hot_rows(self) -> list[Row]:
+        """Rows that hold blocks, in order of admission."""
+        return [row for row in self._rows.values() if not row.is_spilled]
+
+    def mandatory_of(self, row: Row) -> int:
+        """As ``mandatory``; what a request was admitted with still holds if it reads all by now."""
+        return self.mandatory(row.max_tokens, method=row.admitted_as, token_budget=row.token_budget)
+
+    def mandatory(self, num_tokens: int, *, method: SparseMethod, token_budget: int) -> int:
+        """Blocks a request cannot go without: its selection and the partial page, or everything
+        where attention is dense; all there are if it asks for more."""
+        wanted = num_frames(num_tokens)
+        if method is not SparseMethod.DENSE:
+            wanted = min(wanted, num_frames(token_budget) + 1)
+        return max(1, min(wanted, self.lane_blocks))
+
+    def quota(self, row: Row) -> int:
+        """Blocks ``row`` may hold: the knob, else what it was given, else an even share."""
+        budget = self.knobs.hbm_budget
+        even = self.lane_blocks // max(1, len(self.hot_rows))
+        quota = num_frames(budget) if budget is not None else row.share or even
+        return max(min(quota, self.most(row)), self.mandatory_of(row))
+
+    def most(self, row: Row) -> int:
+        """Blocks that a lane of ``row`` can use: all of the request, or where it selects as many
+        slots as ``resolve_pages`` looks through."""
+        if row.method is SparseMethod.DENSE:
+            return len(row.frames)
+        return min(len(row.frames), MAX_SLOTS // self._geometry.pages_per_block)
+
+    def floor(self, row: Row, *, num_rows: int) -> int:
+        """What ``row`` keeps when others need room: an even share of so many, or its need."""
+        return max(self.lane_blocks // num_rows, self.mandatory_of(row))
+
+    def reclaimable(self) -> int:
+        """Blocks above the shares that hold once another request is there."""
+        rows = self.hot_rows
+        above = (row.num_blocks - self.floor(row, num_rows=len(rows) + 1) for row in rows)
+        return sum(max(0, blocks) for blocks in above)
+
+    def divide(self, curve_of: Callable[[Row], MissCurve]) -> None:
+        """Give every row its share of the arena, where the knob leaves that to the rule."""
+        rows = self.hot_rows
+        if self.knobs.hbm_budget is not None or not rows:
+            return
+        shares = [self._share(row, curve_of(row)) for row in rows]
+        if sum(share.least for share in shares) > self.lane_blocks:
+            return  # pressure: somebody is about to be spilled
+        for row, blocks in zip(rows, self.rule(shares, self.lane_blocks), strict=True):
+            row.share = blocks
+
+    def forget(self) -> None:
+        """Requests have come or gone: an even share each until the next division."""
+        for row in self._rows.values():
+            row.share = None
+
+    def _share(self, row: Row, curve: MissCurve) -> Share:
+        geometry, least = self._geometry, self.mandatory_of(row)
+        return Share(
+            least=least,
+            most=max(least, self.most(row)),
+            curve=curve,
+            slots_per_block=geometry.num_lanes * geometry.pages_per_block,
+        )
