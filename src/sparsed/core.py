@@ -708,8 +708,10 @@ class AbortRequest:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ApplyKnobs:
-    """Change hot knobs at the next step boundary; the engine answers with KnobsApplied."""
+    """Change hot knobs, at a step boundary; the engine answers with KnobsApplied of the same
+    ``change_id`` once they are in force, or newer ones in their place."""
 
+    change_id: int
     knobs: Knobs
 
 
@@ -787,8 +789,10 @@ class EngineFailed:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class KnobsApplied:
-    """Answer to ApplyKnobs; ``error`` names the knob that was refused."""
+    """Answer to the ApplyKnobs of that id: the ``knobs`` in force. ``error`` names the knob that was
+    refused."""
 
+    change_id: int
     knobs: Knobs
     error: str | None = None
 
@@ -816,6 +820,14 @@ class CopyTotal:
     path: CopyPath
     num_bytes: int
     seconds: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KnobProgress:
+    """A change of hot knobs that is under way: which, and how much of what it takes is done."""
+
+    names: tuple[str, ...]
+    frac: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -854,6 +866,7 @@ class EngineStats:
     metadata_bytes: int = 0  # summaries of pages, of all frames in use
     recent_step_s: tuple[float, ...] = ()  # durations of the steps since the last report
     knobs: Knobs | None = None
+    applying: KnobProgress | None = None  # None: the newest knobs are in force
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -30,7 +30,7 @@ from sparsed.core import (
 from sparsed.engine.batch import DrawParams, StepPlan
 from sparsed.engine.draws import draw
 from sparsed.engine.engine import Engine
-from sparsed.engine.step_decoder import Drawn
+from sparsed.engine.recorder import Drawn
 
 VOCAB = 50
 KNOBS = Knobs(

@@ -15,8 +15,10 @@ from sparsed.core import BLOCK_TOKENS, EngineSpec, SparseMethod
 from sparsed.engine.batch import DecodeRow, DrawParams, PromptChunk, StepPlan
 from sparsed.engine.draws import draw
 from sparsed.engine.kvcache.rebalance import ROUND_STEPS
+from sparsed.engine.recorder import Drawn
 from sparsed.engine.runner import Runner
-from sparsed.engine.step_decoder import Drawn, StepDecoder
+from sparsed.engine.step_decoder import StepDecoder
+from sparsed.engine.step_graphs import GraphTarget
 from sparsed.engine.step_input import (
     MAX_SPLIT_TOKENS,
     MIN_SPLIT_TOKENS,
@@ -155,7 +157,8 @@ def step_decoder(runner: Runner, *, looks_ahead: bool = False) -> StepDecoder:
         max_rows=8,
         max_tokens=4096,
         scale=scale,
-        use_graphs=False,
+        recorder=None,
+        target=GraphTarget((64,), kv.transfer.ways.load),
     )
 
 
