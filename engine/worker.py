@@ -146,11 +146,15 @@ class Worker:
     def serve(self, stopped: threading.Event) -> None:
         """Until Shutdown, or until ``stopped`` is set."""
         while not (self._stopping or stopped.is_set()):
-            self._take_messages()
-            self._send_stats_if_due()
-            if self._engine.has_work:
-                self._step()
-            self._answer_changes()
+            self.turn()
+
+    def turn(self) -> None:
+        """Everything that is due once; waits for messages where there is nothing to do."""
+        self._take_messages()
+        self._send_stats_if_due()
+        if self._engine.has_work:
+            self._step()
+        self._answer_changes()
 
     def _take_messages(self) -> None:
         """All that came; waits for the first one while the engine is idle."""

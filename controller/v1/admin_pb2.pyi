@@ -309,7 +309,7 @@ class CopyTotal(_message.Message):
     def __init__(self, direction: _Optional[_Union[Direction, str]] = ..., path: _Optional[_Union[CopyPath, str]] = ..., num_bytes: _Optional[int] = ..., seconds: _Optional[float] = ...) -> None: ...
 
 class EngineStats(_message.Message):
-    __slots__ = ("steps", "step_s", "prompt_tokens", "generated_tokens", "requests_finished", "hot_hits", "hot_misses", "evicted_pages", "overflow_pages", "h2d_bytes", "h2d_s", "d2h_bytes", "d2h_s", "recall_sum", "recall_samples", "num_running", "num_waiting", "hot_used_bytes", "hot_total_bytes", "dram_used_bytes", "dram_total_bytes", "recent_step_s", "knobs", "verify_checked_pages", "verify_mismatches", "copies", "working_set_pages", "working_set_bytes", "metadata_bytes", "foreseen_pages")
+    __slots__ = ("steps", "step_s", "prompt_tokens", "generated_tokens", "requests_finished", "hot_hits", "hot_misses", "evicted_pages", "overflow_pages", "h2d_bytes", "h2d_s", "d2h_bytes", "d2h_s", "recall_sum", "recall_samples", "num_running", "num_waiting", "hot_used_bytes", "hot_total_bytes", "dram_used_bytes", "dram_total_bytes", "recent_step_s", "knobs", "verify_checked_pages", "verify_mismatches", "copies", "working_set_pages", "working_set_bytes", "metadata_bytes", "foreseen_pages", "applying")
     STEPS_FIELD_NUMBER: _ClassVar[int]
     STEP_S_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -340,6 +340,7 @@ class EngineStats(_message.Message):
     WORKING_SET_BYTES_FIELD_NUMBER: _ClassVar[int]
     METADATA_BYTES_FIELD_NUMBER: _ClassVar[int]
     FORESEEN_PAGES_FIELD_NUMBER: _ClassVar[int]
+    APPLYING_FIELD_NUMBER: _ClassVar[int]
     steps: int
     step_s: float
     prompt_tokens: int
@@ -370,7 +371,16 @@ class EngineStats(_message.Message):
     working_set_bytes: int
     metadata_bytes: int
     foreseen_pages: int
-    def __init__(self, steps: _Optional[int] = ..., step_s: _Optional[float] = ..., prompt_tokens: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., requests_finished: _Optional[int] = ..., hot_hits: _Optional[int] = ..., hot_misses: _Optional[int] = ..., evicted_pages: _Optional[int] = ..., overflow_pages: _Optional[int] = ..., h2d_bytes: _Optional[int] = ..., h2d_s: _Optional[float] = ..., d2h_bytes: _Optional[int] = ..., d2h_s: _Optional[float] = ..., recall_sum: _Optional[float] = ..., recall_samples: _Optional[int] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., hot_used_bytes: _Optional[int] = ..., hot_total_bytes: _Optional[int] = ..., dram_used_bytes: _Optional[int] = ..., dram_total_bytes: _Optional[int] = ..., recent_step_s: _Optional[_Iterable[float]] = ..., knobs: _Optional[_Union[Knobs, _Mapping]] = ..., verify_checked_pages: _Optional[int] = ..., verify_mismatches: _Optional[int] = ..., copies: _Optional[_Iterable[_Union[CopyTotal, _Mapping]]] = ..., working_set_pages: _Optional[int] = ..., working_set_bytes: _Optional[int] = ..., metadata_bytes: _Optional[int] = ..., foreseen_pages: _Optional[int] = ...) -> None: ...
+    applying: KnobProgress
+    def __init__(self, steps: _Optional[int] = ..., step_s: _Optional[float] = ..., prompt_tokens: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., requests_finished: _Optional[int] = ..., hot_hits: _Optional[int] = ..., hot_misses: _Optional[int] = ..., evicted_pages: _Optional[int] = ..., overflow_pages: _Optional[int] = ..., h2d_bytes: _Optional[int] = ..., h2d_s: _Optional[float] = ..., d2h_bytes: _Optional[int] = ..., d2h_s: _Optional[float] = ..., recall_sum: _Optional[float] = ..., recall_samples: _Optional[int] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., hot_used_bytes: _Optional[int] = ..., hot_total_bytes: _Optional[int] = ..., dram_used_bytes: _Optional[int] = ..., dram_total_bytes: _Optional[int] = ..., recent_step_s: _Optional[_Iterable[float]] = ..., knobs: _Optional[_Union[Knobs, _Mapping]] = ..., verify_checked_pages: _Optional[int] = ..., verify_mismatches: _Optional[int] = ..., copies: _Optional[_Iterable[_Union[CopyTotal, _Mapping]]] = ..., working_set_pages: _Optional[int] = ..., working_set_bytes: _Optional[int] = ..., metadata_bytes: _Optional[int] = ..., foreseen_pages: _Optional[int] = ..., applying: _Optional[_Union[KnobProgress, _Mapping]] = ...) -> None: ...
+
+class KnobProgress(_message.Message):
+    __slots__ = ("names", "frac")
+    NAMES_FIELD_NUMBER: _ClassVar[int]
+    FRAC_FIELD_NUMBER: _ClassVar[int]
+    names: _containers.RepeatedScalarFieldContainer[str]
+    frac: float
+    def __init__(self, names: _Optional[_Iterable[str]] = ..., frac: _Optional[float] = ...) -> None: ...
 
 class HostGauges(_message.Message):
     __slots__ = ("process_rss_bytes", "process_cpu_frac", "host_cpu_frac", "host_free_bytes", "gpu_used_bytes", "gpu_total_bytes", "gpu_util_frac", "pcie_h2d_bytes_per_s", "pcie_d2h_bytes_per_s", "pcie_generation", "pcie_width")

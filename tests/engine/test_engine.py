@@ -126,6 +126,15 @@ class ScriptedModel:
     def stats(self) -> EngineStats:
         return EngineStats(hot_hits=11)
 
+    readiness = 1.0
+    is_preparing = False
+
+    def ask(self, knobs: Knobs) -> None:
+        pass
+
+    def prepare(self, *, idle: bool) -> None:
+        pass
+
     def apply(self, knobs: Knobs) -> None:
         pass
 
