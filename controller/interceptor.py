@@ -110,9 +110,12 @@ class Changes:
     async def _begin_change(self, request: Any, call: Call) -> Message:
         async with self._lock:
             self._check(request)
-            if not request.options.validate_only:
-                self.revision += 1  # also where it is refused later
-        return await call()
+            begun = asyncio.ensure_future(call())
+            await asyncio.sleep(0)  # a bad value is refused before anything is waited for
+            is_refused = begun.done() and begun.exception() is not None
+            if not (is_refused or request.options.validate_only):
+                self.revision += 1
+        return await begun
 
     async def _check_then_call(self, request: Any, call: Call) -> Message:
         self._check(request)

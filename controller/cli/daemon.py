@@ -119,7 +119,7 @@ def _lines(now: DaemonStatus) -> Iterator[tuple[str, object]]:
 
 def _tier_lines(stats: EngineStats) -> Iterator[tuple[str, object]]:
     if stats.applying:
-        yield "applying", f"{', '.join(stats.applying.names)} {stats.applying.frac:.0%}"
+        yield "applying", f"{', '.join(stats.applying.names)} {100 * stats.applying.frac:.0f} %"
     yield "requests", f"{stats.num_running} running, {stats.num_waiting} waiting"
     yield "hot tier", f"{gib(stats.hot_used_bytes)} of {gib(stats.hot_total_bytes)}"
     yield "DRAM tier", f"{gib(stats.dram_used_bytes)} of {gib(stats.dram_total_bytes)}"

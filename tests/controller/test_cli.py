@@ -20,7 +20,15 @@ from sparsed.controller.cli.main import app, run
 from sparsed.controller.config import OPTION_NAMES, DaemonConfig
 from sparsed.controller.control import DaemonState
 from sparsed.controller.state_dir import StateLock
-from sparsed.core import KNOB_SPECS, ExitCode, InputError, StartError, TunerMode
+from sparsed.core import (
+    KNOB_SPECS,
+    EngineStats,
+    ExitCode,
+    InputError,
+    KnobProgress,
+    StartError,
+    TunerMode,
+)
 from sparsed.db import open_store
 
 GOLDEN = Path(__file__).parent / "golden" / "cli.txt"
@@ -69,6 +77,15 @@ def test_status_in_words(sparsed: Sparsed, capsys: pytest.CaptureFixture[str]) -
     text = capsys.readouterr().out
     for part in ("serving", "dummy:tiny", "97.0 %", "30.0 / 40.0 / - ms", "0.50 GiB"):
         assert part in text
+
+
+def test_status_tells_of_a_change_under_way(
+    sparsed: Sparsed, daemon: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    progress = KnobProgress(names=("token_budget", "copy_programs"), frac=0.374)
+    daemon.control.now = replace(daemon.control.now, stats=EngineStats(applying=progress))
+    assert sparsed("status") == 0
+    assert "token_budget, copy_programs 37 %" in capsys.readouterr().out
 
 
 def test_status_as_json(sparsed: Sparsed, daemon: Any, capsys: pytest.CaptureFixture[str]) -> None:
