@@ -173,7 +173,7 @@ class Bench:
         q_BHGD = torch.randn((size, shape.num_kv_heads, group, shape.head_dim), device="cuda:0").to(
             arena_NTCD.dtype
         )
-        width = steps.last.count
+        width = steps.last.pages
         step = steps.tiered.begin(inputs, width=width, fetches=False)
         pages_L, placed_L = [], []
         for layer in range(shape.num_layers):

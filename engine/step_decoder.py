@@ -189,9 +189,9 @@ class StepDecoder:
             inputs.known_B < 0, self._last_token_R[rows_B], inputs.known_B.long()
         )
         foresee = None
-        if key.count:
+        if key.pages:
             assert self.tiered is not None
-            step = self.tiered.begin(inputs, width=key.count, fetches=key.fetches)
+            step = self.tiered.begin(inputs, width=key.pages, fetches=key.fetches)
             attend = self._attend_tiered(key, step, self.tiered)
             if key.fetches and self.tiered.ahead is not None:
                 foresee = partial(self.tiered.foresee, step)
@@ -199,7 +199,7 @@ class StepDecoder:
             attend = self._attend_in_place(inputs)
         hidden_BD = self._decoder.forward(tokens_B, positions_B, attend, foresee=foresee)
         self._seal.run(inputs)
-        if key.count and self.tiered is not None:
+        if key.pages and self.tiered is not None:
             self.tiered.finish()
         logits_BV = self._decoder.logits(hidden_BD, out=self._logits_BV[: key.size])
         drawn_B = draw_tokens(logits_BV, plan=inputs.draws)

@@ -29,7 +29,7 @@ class GraphKey(NamedTuple):
     fetched. ``load``: how they are then, None where none is."""
 
     size: int
-    count: int
+    pages: int
     in_place: bool
     fetches: bool
     load: CopyChoice | None
@@ -149,10 +149,10 @@ class StepGraphs(Generic[Graph]):
         if best in self._graphs:
             return best, self._graphs[best]
         self._miss(rung)
-        counts = sorted({key.count for key in self._graphs if key.count >= count}) if count else [0]
+        counts = sorted({key.pages for key in self._graphs if key.pages >= count}) if count else [0]
         for size in sizes:
             for other in counts:
-                key = best._replace(size=size, count=other)
+                key = best._replace(size=size, pages=other)
                 if key in self._graphs:
                     return key, self._graphs[key]
         return best._replace(size=sizes[0]), None
@@ -182,7 +182,7 @@ class StepGraphs(Generic[Graph]):
         now, target = self._now, self._next
         if not target.counts:
             return []
-        in_use = {key.count for key in self._graphs if key.load == now.load != target.load}
+        in_use = {key.pages for key in self._graphs if key.load == now.load != target.load}
         counts = in_use & set(target.counts)
         if self._serving(target) is None:
             counts.add(target.counts[0])
@@ -190,7 +190,7 @@ class StepGraphs(Generic[Graph]):
 
     def _serving(self, target: GraphTarget) -> int | None:
         """The least count whose graphs serve all requests with the budget of the knob."""
-        for count in sorted({key.count for key in self._graphs}):
+        for count in sorted({key.pages for key in self._graphs}):
             keys = self._keys(count, target, self._few_sizes)
             if count >= target.counts[0] and all(key in self._graphs for key in keys):
                 return count
@@ -213,7 +213,7 @@ class StepGraphs(Generic[Graph]):
         counts = {0, *(count for target in targets for count in target.counts)}
         counts |= {count for t in targets if t.counts and (count := self._serving(t)) is not None}
         loads = {None, *(target.load for target in targets)}
-        gone = [k for k in self._graphs if k.count not in counts or k.load not in loads]
+        gone = [k for k in self._graphs if k.pages not in counts or k.load not in loads]
         if gone and self._settle:
             self._settle()
         for key in gone:

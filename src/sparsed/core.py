@@ -77,7 +77,7 @@ class SparseMethod(StrEnum):
 
 
 class KnobClass(StrEnum):
-    """When a change takes effect: at the next step boundary, or in a new process."""
+    """When a change takes effect: between two steps, or in a new process."""
 
     HOT = "hot"
     RESTART = "restart"

@@ -390,7 +390,7 @@ def test_graphs_recorded_between_steps_change_no_token(
     assert [k.token_budget for k in in_force] == [256, 512, 300]
     assert 0 < num_eager <= 3 if own else num_eager == 0
     assert other.steps is not None and not other.is_preparing
-    assert other.steps.last.count == (600 if own else 300) // 8 - 1
+    assert other.steps.last.pages == (600 if own else 300) // 8 - 1
     one.kv.check_integrity()
     other.kv.check_integrity()
 
@@ -437,4 +437,4 @@ def test_counters_go_on_over_a_raise(
     assert runner.stats().hot_hits == before.hot_hits, "padding counts for nothing"
     runner.run(StepPlan(chunks=(), decodes=(replace(decode, position=901),)))
     assert runner.stats().hot_hits - before.hot_hits > before.hot_hits
-    assert runner.steps is not None and runner.steps.last.count == 640 // 8 - 1
+    assert runner.steps is not None and runner.steps.last.pages == 640 // 8 - 1

@@ -75,7 +75,7 @@ class GraphsMachine(RuleBasedStateMachine):
         assert key.load in (None, self.asked.load), "steps are launched as was asked for last"
         assert key.load is None or key.fetches
         assert key not in self.alive, "recorded twice"
-        assert key.count in {0, *self.now.counts, *self.asked.counts}, "nobody will want it"
+        assert key.pages in {0, *self.now.counts, *self.asked.counts}, "nobody will want it"
         self.now_s += self.cost_s
         self.num_recorded += 1
         return key
@@ -142,13 +142,13 @@ class GraphsMachine(RuleBasedStateMachine):
         count = 0 if kind == IN_PLACE else own
         key, graph = self.graphs.find(num_rows, count=count, in_place=kind[0], fetches=kind[1])
         assert key.size >= num_rows and key[2:4] == kind
-        assert key.count >= count and (key.count == 0) == (count == 0)
+        assert key.pages >= count and (key.pages == 0) == (count == 0)
         assert key.load == (self.now.load if kind[1] else None)
         usable = self.usable(num_rows, count, kind)
         if graph is None:
             assert not usable, "there is one that would do"
             assert count > self.now.counts[0], "requests that follow the knob have theirs always"
-            assert key.count == min(c for c in self.now.counts if c >= count)
+            assert key.pages == min(c for c in self.now.counts if c >= count)
             assert key.size == min(size for size in SIZES if size >= num_rows)
             if self.asked == self.now:
                 assert self.graphs.is_recording, "the next such request is to find one"
@@ -169,7 +169,7 @@ class GraphsMachine(RuleBasedStateMachine):
             key
             for key in self.alive
             if key.size >= num_rows
-            and (key.count >= count if count else key.count == 0)
+            and (key.pages >= count if count else key.pages == 0)
             and (*key[2:4], key.load) == (*kind, load)
         }
 
@@ -179,14 +179,14 @@ class GraphsMachine(RuleBasedStateMachine):
         def serves(count: int) -> bool:
             return all(
                 any(
-                    key.size >= MAX_ROWS and key.count == count and key[2:4] == kind
+                    key.size >= MAX_ROWS and key.pages == count and key[2:4] == kind
                     and key.load == (wanted.load if kind[1] else None)
                     for key in self.alive
                 )
                 for kind in SELECTING
             ) and GraphKey(1, count, False, False, None) in self.alive  # fmt: skip
 
-        return {key.count for key in self.alive if key.count and serves(key.count)}
+        return {key.pages for key in self.alive if key.pages and serves(key.pages)}
 
     @invariant()
     def whoever_follows_the_knob_has_a_graph(self) -> None:
@@ -197,7 +197,7 @@ class GraphsMachine(RuleBasedStateMachine):
     @invariant()
     def memory_is_bounded(self) -> None:
         known = {*self.now.counts, *self.asked.counts}
-        counts = {key.count for key in self.alive} - {0}
+        counts = {key.pages for key in self.alive} - {0}
         assert len(counts - known) <= 2, "one serves now, one after the change"
         assert {key.load for key in self.alive} <= {None, self.now.load, self.asked.load}
 
@@ -207,7 +207,7 @@ class GraphsMachine(RuleBasedStateMachine):
                 break
             self.rest(0.0)
         assert not self.graphs.is_recording and self.now == self.asked
-        counts = {key.count for key in self.alive} - {0}
+        counts = {key.pages for key in self.alive} - {0}
         if stray := counts - set(self.now.counts):
             assert len(stray) == 1, "it stands in for what the knob asks for"
             assert self.now.counts[0] not in self.serving_counts(self.now)
@@ -234,16 +234,16 @@ def test_a_wide_request_finds_its_graphs_after_some_pauses() -> None:
         return graphs.find(3, count=300, in_place=False, fetches=True)
 
     key, graph = find()
-    assert graph is None and (key.size, key.count) == (4, 511)
+    assert graph is None and (key.size, key.pages) == (4, 511)
     while find()[1] is None:
         graphs.advance(idle=False)
     assert find()[0].size >= 4, "a larger batch will do meanwhile"
     while graphs.is_recording:
         graphs.advance(idle=True)
     assert find() == (key, key)
-    assert {key.count for key in recorded} == {511}, "nobody asked for more"
+    assert {key.pages for key in recorded} == {511}, "nobody asked for more"
     assert {key.size for key in recorded} == {1, 2, 4, 8, MAX_ROWS}
-    assert graphs.find(3, count=255, in_place=False, fetches=True)[0].count == 255
+    assert graphs.find(3, count=255, in_place=False, fetches=True)[0].pages == 255
 
 
 def test_without_graphs_nothing_waits() -> None:
