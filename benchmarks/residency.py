@@ -178,10 +178,11 @@ class Bench:
         q_BHGD = torch.randn((size, shape.num_kv_heads, group, shape.head_dim), device="cuda:0").to(
             arena_NTCD.dtype
         )
-        step = steps.tiered.begin(inputs, fetches=False)
+        width = steps.last.pages
+        step = steps.tiered.begin(inputs, width=width, fetches=False)
         pages_L, placed_L = [], []
         for layer in range(shape.num_layers):
-            pages_L.append(now.select(layer, q_BHGD, inputs).clone())
+            pages_L.append(now.select(layer, q_BHGD, inputs, width=width).clone())
             for _ in range(2):  # all are hits the second time
                 resolved = now.resolve(layer, pages_L[-1], inputs, step_1=inputs.step_1)
             selected = Selected(
@@ -194,7 +195,7 @@ class Bench:
             placed_L.append(Placed(selected, None, None))
         tiered, out_BHGD = steps.tiered, torch.zeros_like(q_BHGD)
         lse_BHG = torch.zeros(q_BHGD.shape[:3], device=q_BHGD.device)
-        select_s = self._captured_s(lambda layer: now.select(layer, q_BHGD, inputs))
+        select_s = self._captured_s(lambda layer: now.select(layer, q_BHGD, inputs, width=width))
         resolve_s = self._captured_s(
             lambda layer: now.resolve(layer, pages_L[layer], inputs, step_1=inputs.step_1)
         )

@@ -21,6 +21,7 @@ from sparsed.core import InputError, KnobValue, Profile, Snapshot, TunerMode
 from sparsed.tuner.export import ExportFormat
 
 CALL_TIMEOUT_S = 30.0
+KNOBS_TIMEOUT_S = 600.0  # a busy GPU may be minutes at getting ready
 DRAIN_MARGIN_S = 30.0
 LONGEST_DRAIN_S = 86400.0
 
@@ -84,14 +85,14 @@ class AdminClient:
         request = pb.SetKnobsRequest(options=_options(validate_only, reason))
         for name, value in values.items():
             request.values[name].CopyFrom(to_knob_value(value))
-        return _knob_states(self._call(self._knobs.Set, request))
+        return _knob_states(self._call(self._knobs.Set, request, timeout_s=KNOBS_TIMEOUT_S))
 
     def reset_knobs(
         self, names: Iterable[str], *, validate_only: bool, reason: str
     ) -> tuple[KnobState, ...]:
         """Set ``names`` to the defaults of their specification."""
         request = pb.ResetKnobsRequest(options=_options(validate_only, reason), names=names)
-        return _knob_states(self._call(self._knobs.Reset, request))
+        return _knob_states(self._call(self._knobs.Reset, request, timeout_s=KNOBS_TIMEOUT_S))
 
     def tuner(self, mode: TunerMode | None = None) -> TunerState:
         """The live tuner's state, after switching to ``mode`` if one is given."""

@@ -96,7 +96,8 @@ class Control(Protocol):
     async def set_knobs(
         self, values: Mapping[str, KnobValue], *, validate_only: bool, reason: str
     ) -> tuple[KnobState, ...]:
-        """Hot knobs change at the next step boundary, others become ``pending``."""
+        """Hot knobs change once the engine is ready for them, which is waited for; others become
+        ``pending``. InputError, too, for a hot value that a newer change has overtaken."""
         ...
 
     async def drain(self, *, timeout_s: float | None) -> int:

@@ -208,7 +208,7 @@ class Daemon:
     async def set_knobs(
         self, values: Mapping[str, KnobValue], *, validate_only: bool, reason: str
     ) -> tuple[KnobState, ...]:
-        """Hot knobs change at the next step boundary, others wait for a restart."""
+        """Hot knobs change once the engine is ready for them, others wait for a restart."""
         board = self._engine.board
         change = board.resolve(values)
         if change.pending:
@@ -216,10 +216,12 @@ class Daemon:
             check_next_start(self._plan, {**self._config.knobs, **waiting})
         if validate_only:
             return board.states(change)
-        if change.knobs != board.knobs:
+        if not change.knobs == board.wanted == board.knobs:
             await self._engine.apply(change.knobs)
+            change = board.resolve(values)  # others may have set what waits for a restart meanwhile
         self._keep_pending(change.pending)
         logger.info("knobs set: %s (%s)", dict(values), reason)
+        board.check_in_force(values)
         return board.states()
 
     async def drain(self, *, timeout_s: float | None) -> int:

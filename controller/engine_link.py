@@ -29,7 +29,7 @@ from sparsed.core import (
 )
 from sparsed.engine.wire import FromEngine
 
-APPLY_TIMEOUT_S = 60.0  # the step that is under way ends first
+APPLY_TIMEOUT_S = 60.0  # the step that is under way ends first; getting ready may take longer
 STOP_TIMEOUT_S = 5.0
 
 
@@ -55,8 +55,7 @@ class EngineLink:
         self._log_progress = ProgressLog()
         self._senses = senses
         self._on_snapshot = on_snapshot
-        self._apply_lock = asyncio.Lock()
-        self._applied: asyncio.Future[KnobsApplied] | None = None
+        self._answers: dict[int, asyncio.Future[KnobsApplied]] = {}  # by the id of the change
         self.supervisor = Supervisor(
             plan.spec, run_dir=run_dir, on_message=self.on_message, on_lost=self._on_lost
         )
@@ -69,25 +68,35 @@ class EngineLink:
         )
 
     async def apply(self, knobs: Knobs) -> None:
-        """Change hot knobs at the engine's next step boundary and wait until it is done.
+        """Change hot knobs and wait until they are in force, or newer ones in their place. The
+        engine goes on serving with the old ones while it gets ready.
 
-        Errors: InputError when the engine refuses a knob, is away, or does not answer.
+        Errors: InputError when the engine refuses a knob, is away, or neither answers nor says
+        that it is getting ready.
         """
-        async with self._apply_lock:
-            if not self.up:
-                raise InputError("the engine is not running yet; try again in a few seconds")
-            self._applied = asyncio.get_running_loop().create_future()
-            self.supervisor.send(ApplyKnobs(knobs=knobs))
-            try:
-                async with asyncio.timeout(APPLY_TIMEOUT_S):
-                    answer = await self._applied
-            except TimeoutError:
-                raise InputError(
-                    f"the engine did not take the knobs within {APPLY_TIMEOUT_S:.0f} s; "
-                    "see: sparsed knobs list"
-                ) from None
-        if answer.error is not None:
-            raise InputError(answer.error)
+        if not self.up:
+            raise InputError("the engine is not running yet; try again in a few seconds")
+        change_id = self.board.ask(knobs)
+        answer = asyncio.get_running_loop().create_future()
+        self._answers[change_id] = answer
+        self.supervisor.send(ApplyKnobs(change_id=change_id, knobs=knobs))
+        try:
+            while not answer.done():
+                await asyncio.wait({answer}, timeout=APPLY_TIMEOUT_S)
+                if not answer.done() and not self._is_applying:
+                    raise InputError(
+                        f"the engine did not take the knobs within {APPLY_TIMEOUT_S:.0f} s; "
+                        "see: sparsed knobs list"
+                    )
+        finally:
+            del self._answers[change_id]
+        if (error := answer.result().error) is not None:
+            raise InputError(error)
+
+    @property
+    def _is_applying(self) -> bool:
+        stats = self._senses.stats
+        return stats is not None and stats.applying is not None
 
     async def stop(self) -> None:
         """End what is unfinished with an error, then the engine."""
@@ -124,11 +133,15 @@ class EngineLink:
         self.up = False
         # A fatal request counts as one death: several of them do not end the daemon, many do.
         self.supervisor.forgive(max(0, self.ledger.on_engine_lost() - 1))
-        if self._applied is not None and not self._applied.done():
-            self._applied.set_exception(InputError(f"the engine died meanwhile: {reason}"))
+        self.board.forget_asked()
+        for answer in self._answers.values():
+            if not answer.done():
+                answer.set_exception(InputError(f"the engine died meanwhile: {reason}"))
 
     def _on_applied(self, answer: KnobsApplied) -> None:
+        self.board.answered(answer.change_id)
         if answer.error is None:
             self.board.take(answer.knobs)  # also when the caller has stopped waiting
-        if self._applied is not None and not self._applied.done():
-            self._applied.set_result(answer)
+        waiting = self._answers.get(answer.change_id)
+        if waiting is not None and not waiting.done():
+            waiting.set_result(answer)

@@ -48,7 +48,8 @@ class _Answer:
 
 
 class Changes:
-    """Runs changes: one configuration change at a time, each ``request_id`` once.
+    """Runs changes: one configuration change at a time, each ``request_id`` once. Those of knobs
+    only begin one at a time: a newer one overtakes what the engine is still getting ready for.
 
     ``revision`` grows with every change of the configuration, and from one process to the next:
     it starts at the wall time in milliseconds.
@@ -84,8 +85,11 @@ class Changes:
 
     def _start(self, method: str, request: Any, call: Call) -> asyncio.Task[Message]:
         # Lifecycle calls change no configuration, and a stop must overtake a drain.
-        is_lifecycle = ".DaemonService/" in method
-        run = self._check_then_call if is_lifecycle else self._change
+        run = self._change
+        if ".DaemonService/" in method:
+            run = self._check_then_call
+        elif ".KnobService/" in method:
+            run = self._begin_change
         task = asyncio.create_task(run(request, call))
         self._tasks.add(task)
         task.add_done_callback(self._finish)
@@ -103,7 +107,21 @@ class Changes:
                 self.revision += 1
             return response
 
+    async def _begin_change(self, request: Any, call: Call) -> Message:
+        async with self._lock:
+            self._check(request)
+            begun = asyncio.ensure_future(call())
+            await asyncio.sleep(0)  # a bad value is refused before anything is waited for
+            is_refused = begun.done() and begun.exception() is not None
+            if not (is_refused or request.options.validate_only):
+                self.revision += 1
+        return await begun
+
     async def _check_then_call(self, request: Any, call: Call) -> Message:
+        self._check(request)
+        return await call()
+
+    def _check(self, request: Any) -> None:
         options = request.options
         if options.HasField("expected_revision") and options.expected_revision != self.revision:
             raise Refused(
@@ -112,7 +130,6 @@ class Changes:
                 code=code_pb2.ABORTED,
                 reason="REVISION_MISMATCH",
             )
-        return await call()
 
     def _remember(self, key: tuple[str, str], answer: _Answer) -> None:
         if not key[1]:

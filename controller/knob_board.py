@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -9,6 +10,7 @@ from sparsed.controller.control import KnobSource, KnobState
 from sparsed.core import (
     KNOB_SPECS,
     KNOBS_BY_NAME,
+    InputError,
     KnobClass,
     Knobs,
     KnobValue,
@@ -26,19 +28,41 @@ class KnobChange(NamedTuple):
 class KnobBoard:
     """The values in force, ``knobs``, follow the engine: they change by ``take`` alone.
 
-    What was set for a restart is also wanted by every start after it.
+    A change begins from those asked for last, ``wanted``, so that none is lost that the engine is
+    still getting ready for. What was set for a restart is also wanted by every start after it.
     """
 
     def __init__(self, knobs: Knobs, *, sources: Mapping[str, KnobSource]) -> None:
         self.knobs = knobs
         self._sources = dict(sources)
         self._pending: dict[str, KnobValue] = {}
+        self._asked: dict[int, Knobs] = {}  # by id, the newest last; not answered yet
+        self._ids = itertools.count(1)
+
+    @property
+    def wanted(self) -> Knobs:
+        """What the engine was asked for last, or has."""
+        return next(reversed(self._asked.values()), self.knobs)
+
+    def ask(self, knobs: Knobs) -> int:
+        """The engine is asked for ``knobs``; an id that no other question has."""
+        change_id = next(self._ids)
+        self._asked[change_id] = knobs
+        return change_id
+
+    def answered(self, change_id: int) -> None:
+        """The engine has taken or refused what it was asked for under that id."""
+        self._asked.pop(change_id, None)
+
+    def forget_asked(self) -> None:
+        """Nobody will answer: the engine that was asked is gone."""
+        self._asked.clear()
 
     def resolve(self, values: Mapping[str, KnobValue]) -> KnobChange:
         """Split into hot and waiting values. InputError if they cannot be; nothing changes."""
         checked = check_knob_values(values)
         hot = {name: value for name, value in checked.items() if _is_hot(name)}
-        knobs = self.knobs.with_values(hot)
+        knobs = self.wanted.with_values(hot)
         asked = self._pending | {name: checked[name] for name in checked.keys() - hot.keys()}
         pending = {name: value for name, value in asked.items() if value != getattr(knobs, name)}
         knobs.with_values(pending)  # what the next start will be told must hold together
@@ -48,6 +72,16 @@ class KnobBoard:
         """The engine runs with ``knobs`` from now on."""
         self._sources |= self._changed_sources(knobs)
         self.knobs = knobs
+
+    def check_in_force(self, values: Mapping[str, KnobValue]) -> None:
+        """InputError for a hot value that a newer change has overtaken."""
+        for name, value in check_knob_values(values).items():
+            if _is_hot(name) and (now := getattr(self.knobs, name)) != value:
+                raise InputError(
+                    f"{name} is {'auto' if now is None else now}: another change came before this "
+                    "one was in force; set it again if it should be otherwise",
+                    field=name,
+                )
 
     def for_next_start(self, pending: Mapping[str, KnobValue]) -> dict[str, KnobValue]:
         """``pending``, and what this start was already told in the same way."""

@@ -58,6 +58,7 @@ class EngineBench:
         self._inbox: asyncio.Queue[FromEngine | str] = asyncio.Queue()  # str: why it was lost
         self._stats = EngineStats()
         self._num_windows = 0
+        self._num_changes = 0  # of knobs, of running engines
         self._recall_stride = plan.spec.recall_stride
         self._calibration = plan.spec.calibration
         self.versions: Mapping[str, str] = {}
@@ -153,10 +154,11 @@ class EngineBench:
 
     async def _apply(self, knobs: Knobs) -> bool:
         assert self._supervisor is not None
-        self._supervisor.send(ApplyKnobs(knobs=knobs))
+        self._num_changes += 1
+        self._supervisor.send(ApplyKnobs(change_id=self._num_changes, knobs=knobs))
         while True:
             message = await self._next()
-            if isinstance(message, KnobsApplied):
+            if isinstance(message, KnobsApplied) and message.change_id == self._num_changes:
                 return message.error is None
 
     def _receive(self, message: FromEngine) -> None:

@@ -8,10 +8,12 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from sparsed.core import EngineSpec, LinkCalibration, LinkProbe, SparseMethod
+from sparsed.core import EngineSpec, Knobs, LinkCalibration, LinkProbe, SparseMethod
 from sparsed.engine.attention import Attention
 from sparsed.engine.calibrate import ensure_calibration
+from sparsed.engine.fetch_times import FetchTimes
 from sparsed.engine.kvcache.cache import KVCache
 from sparsed.engine.kvcache.dram import DramPool
 from sparsed.engine.kvcache.geometry import Geometry
@@ -23,9 +25,13 @@ from sparsed.engine.models.config import load_config
 from sparsed.engine.models.decoder import Decoder
 from sparsed.engine.models.dummy import DUMMY_PREFIX, dummy_config
 from sparsed.engine.models.weights import load_weights, random_weights
+from sparsed.engine.recorder import CudaRecorder
 from sparsed.engine.sparse.learned import find_basis
 from sparsed.engine.sparse.replay import SelectionTrace
 from sparsed.engine.sparse.selectors import make_selector
+from sparsed.engine.step_decoder import StepDecoder
+from sparsed.engine.step_graphs import GraphTarget, ladder, most_pages
+from sparsed.engine.tiered import TieredAttention
 
 Progress = Callable[[str, float], None]
 
@@ -110,6 +116,54 @@ def make_attention(spec: EngineSpec, kv: KVCache, *, trace: SelectionTrace | Non
         recall_stride=spec.recall_stride,
         trace=trace,
     )
+
+
+def make_steps(
+    spec: EngineSpec,
+    decoder: Decoder,
+    kv: KVCache,
+    *,
+    fetch_times: FetchTimes,
+    last_token_R: Tensor,
+    trace: SelectionTrace | None,
+) -> StepDecoder:
+    """Queued steps of a cache whose ways of copying are known, nothing of them recorded yet."""
+    knobs, page_size, scale = spec.knobs, kv.geometry.page_size, decoder.config.head_dim**-0.5
+    target, tiered = graph_target(kv, knobs), None
+    if target.counts:
+        assert kv.selector is not None
+        tiered = TieredAttention(
+            kv,
+            kv.selector,
+            max_rows=knobs.max_num_seqs,
+            max_count=most_pages(page_size=page_size, max_tokens=knobs.max_model_len),
+            max_pages=kv.geometry.max_pages(knobs.max_model_len),
+            scale=scale,
+            trace=trace,
+            looks_ahead=spec.look_ahead,
+        )
+    return StepDecoder(
+        decoder,
+        kv,
+        tiered=tiered,
+        fetch_times=fetch_times,
+        last_token_R=last_token_R,
+        max_rows=knobs.max_num_seqs,
+        max_tokens=knobs.max_model_len,
+        scale=scale,
+        recorder=None if spec.enforce_eager else CudaRecorder(),
+        target=target,
+    )
+
+
+def graph_target(kv: KVCache, knobs: Knobs) -> GraphTarget:
+    """What there are to be graphs of under these knobs, as pages are loaded now. Queued steps do
+    not select where layers differ in that."""
+    counts: tuple[int, ...] = ()
+    if kv.selector is not None and knobs.dense_layers == 0:
+        page_size, max_tokens = kv.geometry.page_size, knobs.max_model_len
+        counts = ladder(knobs.token_budget, page_size=page_size, max_tokens=max_tokens)
+    return GraphTarget(counts, kv.transfer.ways.load)
 
 
 def measure_link(

@@ -18,6 +18,7 @@ from sparsed.core import (
     FinishReason,
     InputError,
     KnobClass,
+    KnobProgress,
     Knobs,
     RefusalReason,
     Service,
@@ -29,11 +30,11 @@ from sparsed.engine.batch import StepPlan
 from sparsed.engine.outputs import add_prompt_logprobs, output_of
 from sparsed.engine.quality import Attention, QualityGuard
 from sparsed.engine.readback import PendingTokens
+from sparsed.engine.recorder import Drawn
 from sparsed.engine.refusals import Refusals
 from sparsed.engine.request import RequestState, Status, check_request
 from sparsed.engine.sampler import Draw, Sampler
 from sparsed.engine.scheduler import Rows, Scheduler, Step
-from sparsed.engine.step_decoder import Drawn
 
 MAX_STEP_TIMES = 4096  # kept between two reports, should nobody ask for them
 REBUDGET_STEPS = 64  # between two divisions of the hot tier among requests
@@ -59,6 +60,12 @@ class Model(Protocol):
     def runs_ahead(self) -> bool: ...
     def run(self, plan: StepPlan) -> Drawn: ...
     def stats(self) -> EngineStats: ...
+    def ask(self, knobs: Knobs) -> None: ...
+    @property
+    def readiness(self) -> float: ...
+    @property
+    def is_preparing(self) -> bool: ...
+    def prepare(self, *, idle: bool) -> None: ...
     def apply(self, knobs: Knobs) -> None: ...
 
 
@@ -100,6 +107,7 @@ class Engine:
         self._scheduler = Scheduler(model.kv, knobs=knobs, target_s=service.tpot_s)
         self._quality = QualityGuard(model.kv, floor=service.recall_floor)
         self._refusals = Refusals()
+        self._asked: Knobs | None = None  # not in force yet
         self._sampler = Sampler()
         self._in_flight: deque[_InFlight] = deque()
         self._outputs: list[TokenOutput] = []  # of this step, and of requests closed before it
@@ -117,8 +125,9 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        """Whether ``step`` has something to compute or to report."""
-        return self._scheduler.has_requests or bool(self._outputs or self._in_flight)
+        """Whether ``step`` has something to compute, to report or to get ready."""
+        is_serving = self._scheduler.has_requests or bool(self._outputs or self._in_flight)
+        return is_serving or self._model.is_preparing
 
     def add(self, request: AddRequest) -> None:
         """Queue a request. Its id must not be that of an unfinished one."""
@@ -135,18 +144,31 @@ class Engine:
             self._finish(request, reason=FinishReason.ABORT)
 
     def apply(self, knobs: Knobs) -> None:
-        """Change hot knobs from the next step on. InputError if a knob of a restart differs."""
+        """Change hot knobs: from the next step on, or once the model is ready for them, which it
+        gets between steps; ``applying`` tells. The newest change counts. InputError if a knob of a
+        restart differs."""
         for spec in KNOB_SPECS:
             changed = getattr(knobs, spec.name) != getattr(self.knobs, spec.name)
             if changed and spec.klass is KnobClass.RESTART:
                 raise InputError(f"{spec.name} changes only with a restart", field=spec.name)
-        self._model.apply(knobs)
-        self._scheduler.knobs = knobs
-        self._quality.apply(self._scheduler.queues.with_rows, knobs=knobs)
+        self._asked = knobs
+        self._model.ask(knobs)
+        self._take_asked()
+
+    @property
+    def applying(self) -> KnobProgress | None:
+        """The change that is under way; None: what was asked for last is in force."""
+        if self._asked is None:
+            return None
+        before, after = self.knobs.as_dict(), self._asked.as_dict()
+        names = tuple(name for name in after if after[name] != before[name])
+        return KnobProgress(names=names, frac=self._model.readiness)
 
     def step(self) -> TokenBatch:
         """One token for every decoding request, and the next part of the prompts."""
         started = time.perf_counter()
+        self._model.prepare(idle=not (self._scheduler.has_requests or self._in_flight))
+        self._take_asked()
         self._look()
         step = self._schedule()
         if not step.plan.is_empty:
@@ -177,6 +199,7 @@ class Engine:
             recent_quality=self._quality.take_events(),
             recent_step_s=recent,
             knobs=self.knobs,
+            applying=self.applying,
         )
 
     def _look(self) -> None:
@@ -186,6 +209,14 @@ class Engine:
         self._quality.look(self._scheduler.queues.running.values(), knobs=self.knobs)
         if self._counters.steps % REBUDGET_STEPS == REBUDGET_STEPS - 1:
             cache.rebudget()
+
+    def _take_asked(self) -> None:
+        """Put what was asked for in force if the model is ready for it."""
+        if self._asked is not None and self._model.readiness == 1.0:
+            self._model.apply(self._asked)
+            self._scheduler.knobs = self._asked
+            self._quality.apply(self._scheduler.queues.with_rows, knobs=self._asked)
+            self._asked = None
 
     def _schedule(self) -> Step:
         while head := self._scheduler.blocked():

@@ -17,10 +17,12 @@ from sparsed.engine.assembly import (
     Progress,
     device_name,
     dtype_of,
+    graph_target,
     library_versions,
     load_decoder,
     make_attention,
     make_cache,
+    make_steps,
     measure_link,
 )
 from sparsed.engine.batch import DecodeRow, PromptChunk, StepPlan
@@ -30,11 +32,11 @@ from sparsed.engine.kvcache.cache import KVCache
 from sparsed.engine.kvcache.rebalance import Rebalancer
 from sparsed.engine.kvcache.upload import upload
 from sparsed.engine.recall import RecallSampler
+from sparsed.engine.recorder import Drawn
 from sparsed.engine.sparse.replay import SelectionTrace, load_trace
-from sparsed.engine.step_decoder import Drawn, StepDecoder
+from sparsed.engine.step_decoder import StepDecoder
 from sparsed.engine.step_input import StepRow
 from sparsed.engine.tier_stats import TierStats
-from sparsed.engine.tiered import TieredAttention
 from sparsed.engine.warmup import warm_up
 
 Decodes = tuple[DecodeRow, ...]
@@ -84,10 +86,10 @@ class Runner:
             self.kv.tables.spare_row + 1, dtype=torch.int64, device=self._device
         )
         self._spec = spec
-        self.steps = self._make_steps(spec.knobs) if self.runs_ahead else None
         link, calibration = measure_link(spec, self.kv, on_progress=on_progress)
+        self.steps = self._make_steps() if self.runs_ahead else None
         if self.steps is not None:
-            self.steps.capture(partial(on_progress, "capturing decode graphs"))
+            self.steps.record_all(partial(on_progress, "capturing decode graphs"))
             warm_up(self, spec.knobs, on_progress=on_progress)
         self.facts = EngineFacts(
             pid=os.getpid(),
@@ -179,59 +181,63 @@ class Runner:
         if rows:
             self._last_token_R[self._index(rows)] = tokens_N[self._index(index)]
 
+    def ask(self, knobs: Knobs) -> None:
+        """Get ready for hot knobs: steps are recorded anew where a graph would keep what held at
+        its recording. What was asked for before is forgotten."""
+        self.kv.transfer.ways.set_programs(knobs.copy_programs)
+        if self.steps is not None:
+            self.steps.graphs.ask(graph_target(self.kv, knobs))
+
+    @property
+    def readiness(self) -> float:
+        """How much of that is done, 0 to 1; at 1 ``apply`` may take the knobs."""
+        graphs = self.steps.graphs if self.steps is not None else None
+        return 1.0 if graphs is None or graphs.is_ready else graphs.progress
+
+    @property
+    def is_preparing(self) -> bool:
+        """Whether ``prepare`` has something to do."""
+        return self.steps is not None and self.steps.graphs.is_recording
+
+    @torch.inference_mode()
+    def prepare(self, *, idle: bool) -> None:
+        """Between two steps: record some of the graphs to come. ``idle``: nobody waits for a
+        step."""
+        if self.steps is not None:
+            self.steps.graphs.advance(idle=idle)
+
     def apply(self, knobs: Knobs) -> None:
+        """Take the knobs that were asked for last."""
         self.kv.apply(knobs)
         self._spec = replace(self._spec, knobs=knobs)
-        ways, tiered = self.kv.transfer.ways, self.steps.tiered if self.steps else None
-        load = ways.load
-        ways.set_programs(knobs.copy_programs)
-        # A graph keeps what held at its capture.
-        if tiered and (_max_count(knobs) > tiered.max_count or ways.load != load):
-            self._rebuild_steps(knobs)
+        if self.steps is not None:
+            self.steps.graphs.switch()
 
     def look_ahead(self, looks_ahead: bool) -> None:
-        """Turn look-ahead on or off: all steps are captured anew."""
+        """Turn look-ahead on or off: all steps are recorded anew, at once. Only for
+        measurements."""
         self._spec = replace(self._spec, look_ahead=looks_ahead)
-        self._rebuild_steps(self._spec.knobs)
-
-    def _rebuild_steps(self, knobs: Knobs) -> None:
         before = self.steps.tiered if self.steps is not None else None
         if self.runs_ahead:
             torch.cuda.synchronize(self._device)  # the graphs that go may still be running
-        self.steps = self._make_steps(knobs)
+        self.steps = self._make_steps()
         if before is not None and self.steps.tiered is not None:
             self.steps.tiered.count_on(before)
-        self.steps.capture(lambda _frac: None)
+        self.steps.record_all(lambda _frac: None)
 
     def stats(self) -> EngineStats:
         """Counters and gauges of the tiers; the caller adds those of requests and steps."""
         self.recall.collect()
         return self._tier_stats.read(self.steps.tiered if self.steps else None)
 
-    def _make_steps(self, knobs: Knobs) -> StepDecoder:
-        spec, kv, scale = self._spec, self.kv, self.decoder.config.head_dim**-0.5
-        tiered = None
-        if kv.selector is not None and knobs.dense_layers == 0:
-            tiered = TieredAttention(
-                kv,
-                kv.selector,
-                max_rows=knobs.max_num_seqs,
-                max_count=_max_count(knobs),
-                max_pages=kv.geometry.max_pages(knobs.max_model_len),
-                scale=scale,
-                trace=self._trace,
-                looks_ahead=spec.look_ahead,
-            )
-        return StepDecoder(
+    def _make_steps(self) -> StepDecoder:
+        return make_steps(
+            self._spec,
             self.decoder,
-            kv,
-            tiered=tiered,
+            self.kv,
             fetch_times=self.fetch_times,
             last_token_R=self._last_token_R,
-            max_rows=knobs.max_num_seqs,
-            max_tokens=knobs.max_model_len,
-            scale=scale,
-            use_graphs=not spec.enforce_eager,
+            trace=self._trace,
         )
 
     def _inputs(self, plan: StepPlan) -> EagerInput:
@@ -288,11 +294,6 @@ def _logits_index(chunk: PromptChunk, *, first: int) -> range:
     """Places in the step, whose chunk begins at ``first``, of positions that need logits."""
     offset = first - chunk.start
     return range(max(chunk.logits_from, chunk.start) + offset, chunk.end + offset)
-
-
-def _max_count(knobs: Knobs) -> int:
-    """Most full pages that a request with the budget of the knob selects."""
-    return knobs.token_budget // knobs.page_size - 1
 
 
 def _load_trace(spec: EngineSpec, kv: KVCache) -> SelectionTrace | None:

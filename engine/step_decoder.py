@@ -1,7 +1,7 @@
 """Decode steps of many requests, from the last token to the next, without a word from the host.
 
 A request attends to all its tokens where they lie, or to a selection over both tiers. On a CUDA
-device a step is one captured graph for every batch size, with selections and without; the host
+device a step is one recorded graph, for its batch size and the number of pages it selects; the host
 fills in one small buffer.
 
 Shape legend: B requests, padded to the size of a graph, R rows of the page tables, L layers,
@@ -23,6 +23,8 @@ from sparsed.engine.decode_batch import is_sparse
 from sparsed.engine.fetch_times import UNTIMED, FetchTimes, StepTimes, TimedStep
 from sparsed.engine.kvcache.cache import KVCache
 from sparsed.engine.models.decoder import Decoder
+from sparsed.engine.recorder import Drawn, Recorded, Recorder
+from sparsed.engine.step_graphs import GraphKey, GraphTarget, StepGraphs
 from sparsed.engine.step_input import (
     MIN_SPLIT_TOKENS,
     InputBuffer,
@@ -37,26 +39,8 @@ from sparsed.kernels.sample import draw_tokens
 from sparsed.kernels.store import store_tokens
 
 SPARE_SLOTS = 2  # of a lane beside a selection: the partial page, and the one before it
-IN_PLACE_KINDS = ((True, False, False),)  # as in GraphKey
-TIERED_KINDS = (*IN_PLACE_KINDS, (False, True, False), (False, True, True), (True, True, True))
 PROGRAMS_PER_PROCESSOR = 2  # attention programs that fit one multiprocessor together
-
-
-class Drawn(NamedTuple):
-    """Logits (n, V) float32 of the rows that ran, and the token drawn from each (n,)."""
-
-    logits_NV: Tensor
-    tokens_N: Tensor
-
-
-class GraphKey(NamedTuple):
-    """What a graph is for: a batch size, and what its requests do: whether some attend to all
-    their tokens in place, some select, and some of these may have pages to fetch."""
-
-    size: int
-    in_place: bool
-    selects: bool
-    fetches: bool
+MIN_COLUMNS = 32  # kernels are compiled for selections up to that many pages, twice that, and so on
 
 
 class Trail(NamedTuple):
@@ -68,22 +52,10 @@ class Trail(NamedTuple):
     lses: Tensor
 
 
-class Captured(NamedTuple):
-    graph: torch.cuda.CUDAGraph
-    drawn: Drawn
-
-
-class CapturedTimed(NamedTuple):
-    """The same step, whose fetches are timed."""
-
-    graph: torch.cuda.CUDAGraph
-    drawn: Drawn
-    times: TimedStep
-
-
 class StepDecoder:
     """Runs steps over rows that are ``complete`` and attend to everything, and, with ``tiered``,
-    over rows that select.
+    over rows that select. ``graphs`` are those of its steps, made by ``recorder`` (None: there are
+    none) for ``target``, whose counts end with that of ``tiered``.
 
     ``last_token_R`` (one entry a row, the spare one included) holds the last token drawn for each
     row; a step reads and writes it on the device. What ``run`` returns is valid until it is called
@@ -101,7 +73,8 @@ class StepDecoder:
         max_rows: int,
         max_tokens: int,
         scale: float,
-        use_graphs: bool,
+        recorder: Recorder | None,
+        target: GraphTarget,
     ) -> None:
         device = last_token_R.device
         self._device = device
@@ -112,7 +85,6 @@ class StepDecoder:
         self._row_items = -(-max_tokens // MIN_SPLIT_TOKENS)
         self._lane_blocks = cache.arena.blocks.size // cache.geometry.num_lanes
         self._programs = attention_programs(device, num_heads=cache.geometry.num_kv_heads)
-        self._sizes = graph_sizes(max_rows)
         self._logits_BV = torch.empty((max_rows, decoder.config.vocab_size), device=device)
         self._inputs = InputBuffer(
             max_rows=max_rows,
@@ -121,11 +93,17 @@ class StepDecoder:
             device=device,
         )
         self._seal = StepSeal(cache, max_rows=max_rows)
-        self._captured: dict[GraphKey, Captured] = {}
-        self._timed: dict[GraphKey, CapturedTimed] = {}
+        self._timed: dict[GraphKey, TimedStep] = {}  # of the last recording or run
         self._fetch_times = fetch_times
         self._last: GraphKey | None = None
-        self._use_graphs = use_graphs
+        self._last_graph: Recorded | None = None
+        self._recorder = recorder
+        self.graphs = StepGraphs(
+            target,
+            sizes=graph_sizes(max_rows),
+            record=self._record if recorder else None,
+            settle=recorder.settle if recorder else None,
+        )
         self.tiered = tiered
         self.trail = self._make_trail(max_rows if tiered else 0)
 
@@ -145,75 +123,78 @@ class StepDecoder:
     @torch.inference_mode()
     def run(self, rows: Sequence[StepRow], *, step: int) -> Drawn:
         """One token for each of ``rows``. ``trail`` is that of this step until the next."""
-        count = len(rows)
-        size = next(size for size in self._sizes if size >= count)
-        key = GraphKey(size, *step_kind(rows))
-        self._inputs.fill(rows, size=size, step=step)
-        self._last = key
-        if key.fetches and self._fetch_times.is_turn(step):
-            drawn = self._run_timed(key)
-        elif key not in self._captured:
-            drawn = self._step(key, UNTIMED)
+        in_place, selects, fetches = step_kind(rows)
+        key, graph = self.graphs.find(
+            len(rows),
+            count=max(row.num_selected for row in rows) if selects else 0,
+            in_place=in_place,
+            fetches=fetches,
+            times=fetches and self._fetch_times.is_turn(step),
+        )
+        self._inputs.fill(rows, size=key.size, step=step)
+        self._last, self._last_graph = key, graph
+        if graph is None:
+            drawn = self._run(key)
         else:
-            graph, drawn = self._captured[key]
             graph.replay()
-        return Drawn(*(tensor[:count] for tensor in drawn))
+            drawn = graph.drawn
+        if key.times:
+            self._fetch_times.add(self._timed[key])
+        return Drawn(*(tensor[: len(rows)] for tensor in drawn))
 
     @torch.inference_mode()
-    def capture(self, on_progress: Callable[[float], None]) -> None:
-        """Capture the graph of every batch size, the largest first: they share its memory."""
-        if not self._use_graphs:
+    def record_all(self, on_progress: Callable[[float], None]) -> None:
+        """Record all graphs that are to come, and compile what wider selections need: nobody shall
+        wait for that later."""
+        if self._recorder is None:
             return
-        pool = None
-        kinds = TIERED_KINDS if self.tiered else IN_PLACE_KINDS
-        keys = [GraphKey(size, *kind) for size in reversed(self._sizes) for kind in kinds]
-        for done, key in enumerate(keys):
-            on_progress(done / len(keys))
-            self._inputs.fill([], size=key.size, step=0)
-            self._step(key, UNTIMED)  # compiles kernels and picks products before the capture
-            torch.cuda.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool):
-                drawn = self._step(key, UNTIMED)
-            pool = pool or graph.pool()
-            self._captured[key] = Captured(graph, drawn)
-            if key.fetches:
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, pool=pool):
-                    times = TimedStep(self._device)
-                    drawn = self._step(key, times)
-                self._timed[key] = CapturedTimed(graph, drawn, times)
+        columns = MIN_COLUMNS
+        while self.tiered is not None and columns // 2 <= self.tiered.max_count:
+            count = min(columns - 1, self.tiered.max_count)
+            self._inputs.fill([], size=1, step=0)
+            self._run(GraphKey(1, count, in_place=True, fetches=True, times=False, load=None))
+            columns *= 2
+        while self.graphs.is_recording:
+            on_progress(self.graphs.progress)
+            self.graphs.advance(idle=True)
 
     @property
-    def has_graphs(self) -> bool:
-        """Whether steps replay what was captured."""
-        return bool(self._captured)
+    def last(self) -> GraphKey:
+        """What the last step was. Only for measurements."""
+        assert self._last is not None
+        return self._last
+
+    @property
+    def replays(self) -> bool:
+        """Whether the last step was a graph."""
+        return self._last_graph is not None
 
     def replay(self) -> None:
         """Run the graph of the last step once more; the tokens that it draws and stores are worth
         nothing. Only for measurements."""
-        assert self._last is not None
-        self._captured[self._last].graph.replay()
+        assert self._last_graph is not None
+        self._last_graph.replay()
 
     def last_inputs(self) -> StepInput:
         """The inputs of the last step, as they lie on the device. Only for measurements."""
-        assert self._last is not None
-        return self._inputs.view(self._last.size, self._max_items(self._last.size))
+        return self._inputs.view(self.last.size, self._max_items(self.last.size))
 
     def _max_items(self, size: int) -> int:
         """Items that ``size`` requests can be cut into, all of them in the arena."""
         arena_items = self._lane_blocks * BLOCK_TOKENS // MIN_SPLIT_TOKENS
         return min(size * self._row_items, arena_items + size)
 
-    def _run_timed(self, key: GraphKey) -> Drawn:
-        if key in self._timed:
-            graph, drawn, times = self._timed[key]
-            graph.replay()
-        else:
-            times = TimedStep(self._device)
-            drawn = self._step(key, times)
-        self._fetch_times.add(times)
-        return drawn
+    def _record(self, key: GraphKey) -> Recorded:
+        """The graph of a step, after one of padding alone."""
+        assert self._recorder is not None
+        self._inputs.fill([], size=key.size, step=0)
+        return self._recorder.record(partial(self._run, key))
+
+    def _run(self, key: GraphKey) -> Drawn:
+        if not key.times:
+            return self._step(key, UNTIMED)
+        self._timed[key] = TimedStep(self._device)
+        return self._step(key, self._timed[key])
 
     def _step(self, key: GraphKey, times: StepTimes) -> Drawn:
         inputs = self._inputs.view(key.size, self._max_items(key.size))
@@ -222,9 +203,9 @@ class StepDecoder:
             inputs.known_B < 0, self._last_token_R[rows_B], inputs.known_B.long()
         )
         foresee = None
-        if key.selects:
+        if key.pages:
             assert self.tiered is not None
-            step = self.tiered.begin(inputs, fetches=key.fetches, times=times)
+            step = self.tiered.begin(inputs, width=key.pages, fetches=key.fetches, times=times)
             attend = self._attend_tiered(key, step, self.tiered)
             if key.fetches and self.tiered.ahead is not None:
                 foresee = partial(self.tiered.foresee, step)
@@ -232,7 +213,7 @@ class StepDecoder:
             attend = self._attend_in_place(inputs)
         hidden_BD = self._decoder.forward(tokens_B, positions_B, attend, foresee=foresee)
         self._seal.run(inputs)
-        if key.selects and self.tiered is not None:
+        if key.pages and self.tiered is not None:
             self.tiered.finish(step)
         logits_BV = self._decoder.logits(hidden_BD, out=self._logits_BV[: key.size])
         drawn_B = draw_tokens(logits_BV, plan=inputs.draws)
@@ -313,7 +294,8 @@ def attention_programs(device: torch.device, *, num_heads: int) -> int:
 
 
 def step_kind(rows: Sequence[StepRow]) -> tuple[bool, bool, bool]:
-    """What the requests of a step do, as in ``GraphKey``: one of the kinds there are graphs of."""
+    """What the requests of a step do, as there are graphs of: whether some attend in place, whether
+    some select, and whether these may have pages to fetch."""
     in_place = any(row.in_place for row in rows)
     selects = any(row.num_selected for row in rows)
     fetches = selects and (in_place or any(row.num_selected and not row.is_hot for row in rows))

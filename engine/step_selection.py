@@ -1,11 +1,12 @@
 """The pages of a layer: ranked, selected, and given slots in the hot tier, on the device.
 
 Shape legend: B requests, padded, H KV heads, G query heads per KV head, D head dim, K selected
-pages of a lane, L layers, M pages to fetch.
+pages of a lane, L layers, X anything, M pages to fetch.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Final
 
 import torch
@@ -23,6 +24,7 @@ NUM_COUNTERS: Final = 5
 
 class LayerSelection:
     """Room for one layer of as many requests as there are rows; all layers use it in turn.
+    Selections are as wide as each step asks for, at most ``max_count`` pages.
 
     ``counters``: pages selected, missed, evicted, those that found no slot, and those that
     ``count_wasted`` found, since the start. ``misses_L``: pages that each layer of the step has to
@@ -50,24 +52,21 @@ class LayerSelection:
         def ints(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
-        lanes = (max_rows, num_heads)
-        self._pages_BHK, self._slots_BHK = ints(*lanes, max_count), ints(*lanes, max_count)
+        self.max_count = max_count
+        lanes, num_pages = (max_rows, num_heads), max_rows * num_heads * max_count
+        self._pages_X, self._slots_X = ints(num_pages), ints(num_pages)
         self._num_hits_BH, self._tail_slots_BH = ints(*lanes), ints(*lanes)
-        num_pages = max_rows * num_heads * max_count
         self._miss_dst_M = ints(num_pages, dtype=torch.int64)
         num_lists = geometry.num_layers if keeps_lists else 1
         self._miss_src_LM = ints(num_lists, num_pages, dtype=torch.int64)
         self.misses_L = ints(geometry.num_layers)
         self.counters = DeviceCounters(NUM_COUNTERS, device=device)
 
-    @property
-    def max_count(self) -> int:
-        """Most full pages that a request may select here."""
-        return self._pages_BHK.shape[2]
-
-    def select(self, layer: int, q_BHGD: Tensor, inputs: StepInput) -> Tensor:
-        """Pages (B, H, K) that these queries select; valid until the next call."""
-        pages_BHK = self._pages_BHK[: len(q_BHGD)]
+    def select(self, layer: int, q_BHGD: Tensor, inputs: StepInput, *, width: int) -> Tensor:
+        """Pages (B, H, K) that these queries select, K being ``width``; valid until the next
+        call."""
+        shape = (len(q_BHGD), q_BHGD.shape[1], width)
+        pages_BHK = self._pages_X[: math.prod(shape)].view(shape)
         self._selector.select(
             q_BHGD,
             layer=layer,
@@ -86,7 +85,7 @@ class LayerSelection:
         next call."""
         cache, size = self._cache, len(pages_BHK)
         resolved = Resolved(
-            slots_BHK=self._slots_BHK[:size],
+            slots_BHK=self._slots_X[: pages_BHK.numel()].view(pages_BHK.shape),
             num_hits_BH=self._num_hits_BH[:size],
             tail_slots_BH=self._tail_slots_BH[:size],
             miss_dst_M=self._miss_dst_M,

@@ -38,14 +38,15 @@ FETCH_PRIORITY = -1  # before the attention it runs beside
 
 class Step(NamedTuple):
     """A step's inputs, and what all its layers make of them: pages that each request attends to,
-    place of the token in its partial page, tokens of that page, the step before. ``fetches``
-    false: no page can be missing. ``times``: who times the fetches."""
+    place of the token in its partial page, tokens of that page, the step before. ``width``: columns
+    of its selections. ``fetches`` false: no page can be missing. ``times``: who times the fetches."""
 
     inputs: StepInput
     count_B: Tensor
     offsets_B: Tensor
     tail_tokens_B: Tensor
     before_1: Tensor
+    width: int
     fetches: bool
     times: StepTimes
 
@@ -119,14 +120,17 @@ class TieredAttention:
         return self.now.max_count
 
     def count_on(self, before: TieredAttention) -> None:
-        """Go on with the counters of another; before the first step and any capture. What goes back
-        would look like a new engine, whose counters all count anew."""
+        """Go on with the counters of another; before the first step and anything recorded. What
+        goes back would look like a new engine, whose counters all count anew."""
         self.now.counters = before.now.counters
         if self.ahead is not None and before.ahead is not None:
             self.ahead.counters = before.ahead.counters
 
-    def begin(self, inputs: StepInput, *, fetches: bool, times: StepTimes = UNTIMED) -> Step:
-        """Start a step: forget what the last one had to fetch."""
+    def begin(
+        self, inputs: StepInput, *, width: int, fetches: bool, times: StepTimes = UNTIMED
+    ) -> Step:
+        """Start a step, whose requests select ``width`` pages at most: forget what the last one had
+        to fetch."""
         for selection in (self.now, self.ahead):
             if selection is not None:
                 selection.misses_L.zero_()
@@ -135,7 +139,7 @@ class TieredAttention:
                 inputs.rows_B,
                 positions_B=inputs.positions_B,
                 pages=inputs.pages,
-                width=self.max_count,
+                width=width,
             )
         self._coming.clear()
         self._kept.clear()
@@ -146,6 +150,7 @@ class TieredAttention:
             offsets_B=offsets_B,
             tail_tokens_B=offsets_B + 1,
             before_1=inputs.step_1 - 1,
+            width=width,
             fetches=fetches,
             times=times,
         )
@@ -170,7 +175,7 @@ class TieredAttention:
     def place(self, step: Step, layer: int, q_BHGD: Tensor, k_BHD: Tensor, v_BHD: Tensor) -> Placed:
         """Select the pages of a layer, give them slots, have those fetched that are missing, and
         store the token in its partial page."""
-        pages_BHK = self.now.select(layer, q_BHGD, step.inputs)
+        pages_BHK = self.now.select(layer, q_BHGD, step.inputs, width=step.width)
         if self._trace is not None:
             self._trace.overwrite(layer, pages_BHK)
         coming = self._coming.pop(layer, None)
@@ -230,7 +235,7 @@ class TieredAttention:
         """Slots for the pages that these queries of the layer before select."""
         num_heads, head_dim = self._cache.geometry.num_kv_heads, self._cache.geometry.head_dim
         q_BHGD = q_BHD.view(len(q_BHD), num_heads, -1, head_dim)
-        pages_BHK = ahead.select(layer, q_BHGD, step.inputs)
+        pages_BHK = ahead.select(layer, q_BHGD, step.inputs, width=step.width)
         if self._trace is not None:
             self._trace.foretell(layer, pages_BHK)
         return ahead.resolve(layer, pages_BHK, step.inputs, step_1=step.before_1)

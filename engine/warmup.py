@@ -11,7 +11,7 @@ from sparsed.engine.batch import DecodeRow, PromptChunk, StepPlan
 from sparsed.engine.kvcache.cache import KVCache
 from sparsed.engine.models.decoder import Decoder
 from sparsed.engine.recall import RecallSampler
-from sparsed.engine.step_decoder import Drawn
+from sparsed.engine.recorder import Drawn
 
 NUM_CHUNKS = 2  # the second one has a context
 NUM_STEPS = 2

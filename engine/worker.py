@@ -140,15 +140,21 @@ class Worker:
         self._engine = engine
         self._clock = clock
         self._stats_due = time.monotonic()
+        self._changes: list[int] = []  # of knobs, that are not answered
         self._stopping = False
 
     def serve(self, stopped: threading.Event) -> None:
         """Until Shutdown, or until ``stopped`` is set."""
         while not (self._stopping or stopped.is_set()):
-            self._take_messages()
-            self._send_stats_if_due()
-            if self._engine.has_work:
-                self._step()
+            self.turn()
+
+    def turn(self) -> None:
+        """Everything that is due once; waits for messages where there is nothing to do."""
+        self._take_messages()
+        self._send_stats_if_due()
+        if self._engine.has_work:
+            self._step()
+        self._answer_changes()
 
     def _take_messages(self) -> None:
         """All that came; waits for the first one while the engine is idle."""
@@ -172,12 +178,22 @@ class Worker:
                 raise AssertionError(f"the controller sent {type(message).__name__}")
 
     def _apply(self, message: ApplyKnobs) -> None:
-        error = None
+        change_id = message.change_id
         try:
             self._engine.apply(message.knobs)
         except InputError as refusal:
-            error = str(refusal)
-        self._link.send(KnobsApplied(knobs=self._engine.knobs, error=error))
+            answer = KnobsApplied(change_id=change_id, knobs=self._engine.knobs, error=str(refusal))
+            self._link.send(answer)
+        else:
+            self._changes.append(change_id)
+            self._answer_changes()
+
+    def _answer_changes(self) -> None:
+        """Tell that the newest change of knobs is in force, also to those whom it overtook."""
+        if self._changes and self._engine.applying is None:
+            for change_id in self._changes:
+                self._link.send(KnobsApplied(change_id=change_id, knobs=self._engine.knobs))
+            self._changes.clear()
 
     def _step(self) -> None:
         self._clock.start()

@@ -248,7 +248,7 @@ def _select_kernel(
                 key_W = page_keys(score_W, id_W, num_full, sink_pages, num_full - recent_pages)
             else:
                 key_W = tl.full([PIECE], -1, tl.int32)
-            keys = keys + (key_W,)  # noqa: RUF005  # the compiler knows no unpacking
+            keys = keys + (key_W,)  # type: ignore[assignment]  # noqa: RUF005  # no unpacking there
         num_forced = tl.minimum(sink_pages + recent_pages, num_full)
         threshold = find_threshold(keys, count, num_full, num_forced, GROUP, PIECE, PIECES)
         write_ids(keys, threshold, count, out_K, PIECE, PIECES)

@@ -347,7 +347,8 @@ def _attend(
     logits_GW = tl.dot(q_GD, tl.trans(k_WD), input_precision="ieee") * scale_log2
     logits_GW = tl.where((slot_W >= 0)[None, :], logits_GW, float("-inf"))
     peak_G, sum_G, o_GD = state
-    return absorb(logits_GW, v_WD, peak_G, sum_G, o_GD)
+    peak_G, sum_G, o_GD = absorb(logits_GW, v_WD, peak_G, sum_G, o_GD)
+    return peak_G, sum_G, o_GD
 
 
 @triton.jit

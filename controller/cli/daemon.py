@@ -119,6 +119,8 @@ def _lines(now: DaemonStatus) -> Iterator[tuple[str, object]]:
 
 
 def _tier_lines(stats: EngineStats) -> Iterator[tuple[str, object]]:
+    if stats.applying:
+        yield "applying", f"{', '.join(stats.applying.names)} {100 * stats.applying.frac:.0f} %"
     yield "requests", f"{stats.num_running} running, {stats.num_waiting} waiting"
     yield from _queue_lines(stats)
     yield "hot tier", f"{gib(stats.hot_used_bytes)} of {gib(stats.hot_total_bytes)}"

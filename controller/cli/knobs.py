@@ -41,7 +41,10 @@ def set_(
     state_dir: StateDirOption = None,
     output: OutputOption = Output.TEXT,
 ) -> None:
-    """Change knobs: hot ones at the next step, the others at the next start (exit status 5)."""
+    """Change knobs: hot ones now, the others at the next start (exit status 5).
+
+    Waits until they are in force; on a GPU the engine may have to get ready beside its requests.
+    """
     values = dict(_assignment(text) for text in assignments)
     with connect(state_dir, write=True) as client:
         states = client.set_knobs(values, validate_only=dry_run, reason=reason)

@@ -341,7 +341,7 @@ class CopyTotal(_message.Message):
     def __init__(self, direction: _Optional[_Union[Direction, str]] = ..., path: _Optional[_Union[CopyPath, str]] = ..., num_bytes: _Optional[int] = ..., seconds: _Optional[float] = ...) -> None: ...
 
 class EngineStats(_message.Message):
-    __slots__ = ("steps", "step_s", "prompt_tokens", "generated_tokens", "requests_finished", "hot_hits", "hot_misses", "evicted_pages", "overflow_pages", "h2d_bytes", "h2d_s", "d2h_bytes", "d2h_s", "recall_sum", "recall_samples", "num_running", "num_waiting", "hot_used_bytes", "hot_total_bytes", "dram_used_bytes", "dram_total_bytes", "recent_step_s", "knobs", "verify_checked_pages", "verify_mismatches", "copies", "working_set_pages", "working_set_bytes", "metadata_bytes", "foreseen_pages", "spills", "restores", "quality_raises", "quality_dense", "waits", "refusals", "num_spilled", "waiting", "recent_quality", "wasted_pages", "exposed_s", "timed_steps")
+    __slots__ = ("steps", "step_s", "prompt_tokens", "generated_tokens", "requests_finished", "hot_hits", "hot_misses", "evicted_pages", "overflow_pages", "h2d_bytes", "h2d_s", "d2h_bytes", "d2h_s", "recall_sum", "recall_samples", "num_running", "num_waiting", "hot_used_bytes", "hot_total_bytes", "dram_used_bytes", "dram_total_bytes", "recent_step_s", "knobs", "verify_checked_pages", "verify_mismatches", "copies", "working_set_pages", "working_set_bytes", "metadata_bytes", "foreseen_pages", "spills", "restores", "quality_raises", "quality_dense", "waits", "refusals", "num_spilled", "waiting", "recent_quality", "wasted_pages", "exposed_s", "timed_steps", "applying")
     STEPS_FIELD_NUMBER: _ClassVar[int]
     STEP_S_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -384,6 +384,7 @@ class EngineStats(_message.Message):
     WASTED_PAGES_FIELD_NUMBER: _ClassVar[int]
     EXPOSED_S_FIELD_NUMBER: _ClassVar[int]
     TIMED_STEPS_FIELD_NUMBER: _ClassVar[int]
+    APPLYING_FIELD_NUMBER: _ClassVar[int]
     steps: int
     step_s: float
     prompt_tokens: int
@@ -426,7 +427,8 @@ class EngineStats(_message.Message):
     wasted_pages: int
     exposed_s: float
     timed_steps: int
-    def __init__(self, steps: _Optional[int] = ..., step_s: _Optional[float] = ..., prompt_tokens: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., requests_finished: _Optional[int] = ..., hot_hits: _Optional[int] = ..., hot_misses: _Optional[int] = ..., evicted_pages: _Optional[int] = ..., overflow_pages: _Optional[int] = ..., h2d_bytes: _Optional[int] = ..., h2d_s: _Optional[float] = ..., d2h_bytes: _Optional[int] = ..., d2h_s: _Optional[float] = ..., recall_sum: _Optional[float] = ..., recall_samples: _Optional[int] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., hot_used_bytes: _Optional[int] = ..., hot_total_bytes: _Optional[int] = ..., dram_used_bytes: _Optional[int] = ..., dram_total_bytes: _Optional[int] = ..., recent_step_s: _Optional[_Iterable[float]] = ..., knobs: _Optional[_Union[Knobs, _Mapping]] = ..., verify_checked_pages: _Optional[int] = ..., verify_mismatches: _Optional[int] = ..., copies: _Optional[_Iterable[_Union[CopyTotal, _Mapping]]] = ..., working_set_pages: _Optional[int] = ..., working_set_bytes: _Optional[int] = ..., metadata_bytes: _Optional[int] = ..., foreseen_pages: _Optional[int] = ..., spills: _Optional[int] = ..., restores: _Optional[int] = ..., quality_raises: _Optional[int] = ..., quality_dense: _Optional[int] = ..., waits: _Optional[_Iterable[_Union[WaitCount, _Mapping]]] = ..., refusals: _Optional[_Iterable[_Union[RefusalCount, _Mapping]]] = ..., num_spilled: _Optional[int] = ..., waiting: _Optional[_Iterable[_Union[WaitingRequest, _Mapping]]] = ..., recent_quality: _Optional[_Iterable[_Union[QualityEvent, _Mapping]]] = ..., wasted_pages: _Optional[int] = ..., exposed_s: _Optional[float] = ..., timed_steps: _Optional[int] = ...) -> None: ...
+    applying: KnobProgress
+    def __init__(self, steps: _Optional[int] = ..., step_s: _Optional[float] = ..., prompt_tokens: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., requests_finished: _Optional[int] = ..., hot_hits: _Optional[int] = ..., hot_misses: _Optional[int] = ..., evicted_pages: _Optional[int] = ..., overflow_pages: _Optional[int] = ..., h2d_bytes: _Optional[int] = ..., h2d_s: _Optional[float] = ..., d2h_bytes: _Optional[int] = ..., d2h_s: _Optional[float] = ..., recall_sum: _Optional[float] = ..., recall_samples: _Optional[int] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., hot_used_bytes: _Optional[int] = ..., hot_total_bytes: _Optional[int] = ..., dram_used_bytes: _Optional[int] = ..., dram_total_bytes: _Optional[int] = ..., recent_step_s: _Optional[_Iterable[float]] = ..., knobs: _Optional[_Union[Knobs, _Mapping]] = ..., verify_checked_pages: _Optional[int] = ..., verify_mismatches: _Optional[int] = ..., copies: _Optional[_Iterable[_Union[CopyTotal, _Mapping]]] = ..., working_set_pages: _Optional[int] = ..., working_set_bytes: _Optional[int] = ..., metadata_bytes: _Optional[int] = ..., foreseen_pages: _Optional[int] = ..., spills: _Optional[int] = ..., restores: _Optional[int] = ..., quality_raises: _Optional[int] = ..., quality_dense: _Optional[int] = ..., waits: _Optional[_Iterable[_Union[WaitCount, _Mapping]]] = ..., refusals: _Optional[_Iterable[_Union[RefusalCount, _Mapping]]] = ..., num_spilled: _Optional[int] = ..., waiting: _Optional[_Iterable[_Union[WaitingRequest, _Mapping]]] = ..., recent_quality: _Optional[_Iterable[_Union[QualityEvent, _Mapping]]] = ..., wasted_pages: _Optional[int] = ..., exposed_s: _Optional[float] = ..., timed_steps: _Optional[int] = ..., applying: _Optional[_Union[KnobProgress, _Mapping]] = ...) -> None: ...
 
 class WaitCount(_message.Message):
     __slots__ = ("reason", "count")
@@ -465,6 +467,14 @@ class QualityEvent(_message.Message):
     token_budget: int
     is_dense: bool
     def __init__(self, request_id: _Optional[str] = ..., recall: _Optional[float] = ..., token_budget: _Optional[int] = ..., is_dense: bool = ...) -> None: ...
+
+class KnobProgress(_message.Message):
+    __slots__ = ("names", "frac")
+    NAMES_FIELD_NUMBER: _ClassVar[int]
+    FRAC_FIELD_NUMBER: _ClassVar[int]
+    names: _containers.RepeatedScalarFieldContainer[str]
+    frac: float
+    def __init__(self, names: _Optional[_Iterable[str]] = ..., frac: _Optional[float] = ...) -> None: ...
 
 class HostGauges(_message.Message):
     __slots__ = ("process_rss_bytes", "process_cpu_frac", "host_cpu_frac", "host_free_bytes", "gpu_used_bytes", "gpu_total_bytes", "gpu_util_frac", "pcie_h2d_bytes_per_s", "pcie_d2h_bytes_per_s", "pcie_generation", "pcie_width")

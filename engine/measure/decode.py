@@ -183,7 +183,7 @@ class DecodeMeter:
         """Of the captured step alone; None where the last step was not one."""
         steps, kv = self._runner.steps, self._runner.kv
         page_size = kv.geometry.page_size
-        if steps is None or not steps.has_graphs:
+        if steps is None or not steps.replays:
             return None
         if any(
             not row.complete or is_sparse(row, row.max_tokens, page_size)

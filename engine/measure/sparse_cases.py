@@ -65,8 +65,8 @@ def select_case(step: SparseStep) -> Case:
         store_MY = torch.randint(BYTE_LIMIT, size, device=setting.device, dtype=torch.uint8)
         q_BHGD = setting.random(step.batch, heads, setting.group, dim)
         basis_IHDR = setting.random(layers, heads, dim, kept).float()
-        size = (step.batch, heads, step.num_selected)
-        out_BHK = torch.empty(size, device=setting.device, dtype=torch.int32)
+        lanes = (step.batch, heads, step.num_selected)
+        out_BHK = torch.empty(lanes, device=setting.device, dtype=torch.int32)
         return [
             partial(
                 select_by_mean_keys,

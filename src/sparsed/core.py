@@ -77,7 +77,7 @@ class SparseMethod(StrEnum):
 
 
 class KnobClass(StrEnum):
-    """When a change takes effect: at the next step boundary, or in a new process."""
+    """When a change takes effect: between two steps, or in a new process."""
 
     HOT = "hot"
     RESTART = "restart"
@@ -743,8 +743,10 @@ class AbortRequest:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ApplyKnobs:
-    """Change hot knobs at the next step boundary; the engine answers with KnobsApplied."""
+    """Change hot knobs, at a step boundary; the engine answers with KnobsApplied of the same
+    ``change_id`` once they are in force, or newer ones in their place."""
 
+    change_id: int
     knobs: Knobs
 
 
@@ -822,8 +824,10 @@ class EngineFailed:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class KnobsApplied:
-    """Answer to ApplyKnobs; ``error`` names the knob that was refused."""
+    """Answer to the ApplyKnobs of that id: the ``knobs`` in force. ``error`` names the knob that was
+    refused."""
 
+    change_id: int
     knobs: Knobs
     error: str | None = None
 
@@ -890,6 +894,14 @@ class QualityEvent:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class KnobProgress:
+    """A change of hot knobs that is under way: which, and how much of what it takes is done."""
+
+    names: tuple[str, ...]
+    frac: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class EngineStats:
     """Counters since the engine started (they only grow) and gauges of now."""
 
@@ -937,6 +949,7 @@ class EngineStats:
     recent_step_s: tuple[float, ...] = ()  # durations of the steps since the last report
     recent_quality: tuple[QualityEvent, ...] = ()  # since the last report
     knobs: Knobs | None = None
+    applying: KnobProgress | None = None  # None: the newest knobs are in force
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

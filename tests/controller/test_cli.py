@@ -22,8 +22,10 @@ from sparsed.controller.control import DaemonState
 from sparsed.controller.state_dir import StateLock
 from sparsed.core import (
     KNOB_SPECS,
+    EngineStats,
     ExitCode,
     InputError,
+    KnobProgress,
     RefusalCount,
     RefusalReason,
     StartError,
@@ -115,6 +117,15 @@ def test_status_says_why_requests_wait(
         "low recall 2 budgets raised, 1 requests made dense",
     ):
         assert words in shown
+
+
+def test_status_tells_of_a_change_under_way(
+    sparsed: Sparsed, daemon: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    progress = KnobProgress(names=("token_budget", "copy_programs"), frac=0.374)
+    daemon.control.now = replace(daemon.control.now, stats=EngineStats(applying=progress))
+    assert sparsed("status") == 0
+    assert "token_budget, copy_programs 37 %" in capsys.readouterr().out
 
 
 def test_status_as_json(sparsed: Sparsed, daemon: Any, capsys: pytest.CaptureFixture[str]) -> None:

@@ -54,6 +54,34 @@ def test_the_preview_is_what_comes_true(board: KnobBoard) -> None:
     assert board.states() == preview
 
 
+def test_a_change_begins_from_what_was_asked_for_last(board: KnobBoard) -> None:
+    first = board.resolve({"token_budget": 2048}).knobs
+    first_id = board.ask(first)
+    second = board.resolve({"prefill_chunk": 64}).knobs
+    assert (second.token_budget, second.prefill_chunk) == (2048, 64)
+    second_id = board.ask(second)
+    assert first_id != second_id and board.wanted == second and board.knobs == KNOBS
+    board.answered(second_id)  # refused
+    assert board.wanted == first
+    board.answered(first_id)
+    board.take(first)
+    assert board.wanted == board.knobs == first
+    board.ask(second)
+    board.forget_asked()
+    assert board.wanted == first
+    board.answered(first_id)  # a late word changes nothing
+
+
+def test_a_value_that_was_overtaken_is_told(board: KnobBoard) -> None:
+    board.take(board.resolve({"token_budget": 2048}).knobs)
+    board.check_in_force({"token_budget": "2048", "page_size": 16})
+    with pytest.raises(InputError, match="token_budget is 2048: another change") as caught:
+        board.check_in_force({"token_budget": 512})
+    assert caught.value.field == "token_budget"
+    with pytest.raises(InputError, match="hbm_budget is auto"):
+        board.check_in_force({"hbm_budget": 4096})
+
+
 def test_waiting_values_add_up_and_can_be_taken_back(board: KnobBoard) -> None:
     board.keep(board.resolve({"page_size": 16}).pending)
     board.keep(board.resolve({"max_num_seqs": 16}).pending)

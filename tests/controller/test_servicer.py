@@ -134,6 +134,28 @@ def test_of_two_changes_of_one_revision_one_is_aborted(knobs: Any, control: Any)
     assert knobs.List(pb.ListKnobsRequest()).revision == revision + 1
 
 
+def test_a_newer_change_of_knobs_overtakes_one_that_takes_long(knobs: Any, control: Any) -> None:
+    revision = knobs.List(pb.ListKnobsRequest()).revision
+    with ThreadPoolExecutor() as pool:
+        control.step_s = 1.0
+        slow = pool.submit(knobs.Set, set_budget(1024), timeout=10)
+        assert wait_for(lambda: knobs.List(pb.ListKnobsRequest()).revision == revision + 1)
+        control.step_s = 0.0
+        knobs.Set(set_budget(512, expected_revision=revision + 1), timeout=10)
+        assert not slow.done() and control.changes == [({"token_budget": 512}, "")]
+        slow.result()
+    assert knobs.List(pb.ListKnobsRequest()).revision == revision + 2
+
+
+def test_a_refused_change_of_knobs_keeps_the_revision(knobs: Any, control: Any) -> None:
+    revision = knobs.List(pb.ListKnobsRequest()).revision
+    for budget in (7, 512):
+        control.is_engine_away = budget == 512
+        with pytest.raises(grpc.RpcError):
+            knobs.Set(set_budget(budget), timeout=10)
+    assert knobs.List(pb.ListKnobsRequest()).revision == revision
+
+
 def test_validate_only_keeps_the_revision(knobs: Any) -> None:
     revision = knobs.List(pb.ListKnobsRequest()).revision
     knobs.Set(set_budget(1024, validate_only=True), timeout=10)

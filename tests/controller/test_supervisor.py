@@ -88,7 +88,7 @@ def test_an_engine_that_is_killed_or_hangs_comes_back(
         watcher.supervisor.send(request("one"))
         (first,) = (await watcher.until(TokenBatch)).outputs
         knobs = plan.spec.knobs.with_values({"token_budget": 512})
-        watcher.supervisor.send(ApplyKnobs(knobs=knobs))
+        watcher.supervisor.send(ApplyKnobs(change_id=1, knobs=knobs))
         assert (await watcher.until(KnobsApplied)).knobs == knobs
 
         os.kill(facts.pid, signal.SIGKILL)

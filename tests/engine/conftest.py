@@ -25,6 +25,7 @@ from sparsed.engine.runner import Runner
 from sparsed.engine.sparse.basis import Basis
 from sparsed.engine.sparse.selectors import make_selector
 from sparsed.engine.step_decoder import StepDecoder
+from sparsed.engine.step_graphs import GraphTarget
 from sparsed.engine.tiered import TieredAttention
 
 MakeBasis = Callable[[Geometry], Basis]
@@ -198,7 +199,8 @@ def make_steps() -> MakeSteps:
             max_rows=8,
             max_tokens=4096,
             scale=scale,
-            use_graphs=False,
+            recorder=None,
+            target=GraphTarget((64,), kv.transfer.ways.load),
         )
 
     return make

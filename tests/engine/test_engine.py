@@ -35,7 +35,7 @@ from sparsed.engine.engine import Engine
 from sparsed.engine.hit_curve import MissCurve
 from sparsed.engine.pace import Pace
 from sparsed.engine.preemption import SETTLE_STEPS
-from sparsed.engine.step_decoder import Drawn
+from sparsed.engine.recorder import Drawn
 
 VOCAB = 50
 KNOBS = Knobs(
@@ -185,6 +185,15 @@ class ScriptedModel:
 
     def stats(self) -> EngineStats:
         return EngineStats(hot_hits=11)
+
+    readiness = 1.0
+    is_preparing = False
+
+    def ask(self, knobs: Knobs) -> None:
+        pass
+
+    def prepare(self, *, idle: bool) -> None:
+        pass
 
     def apply(self, knobs: Knobs) -> None:
         pass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,43 @@ def test_float32_agrees_with_the_cpu(
     mine, theirs = on_gpu.stats(), on_cpu.stats()
     assert mine.hot_hits + mine.hot_misses == theirs.hot_hits + theirs.hot_misses
     assert abs(mine.hot_misses - theirs.hot_misses) <= 0.02 * theirs.hot_misses + 4
+
+
+@pytest.mark.parametrize("own", [None, 1024])
+def test_graphs_recorded_between_steps_change_no_logits(
+    tiny_checkpoint: Callable[..., Path], own: int | None
+) -> None:
+    """The knob is raised and lowered again beside a request, which follows it or has a larger budget
+    of its own; the CPU takes each change when the GPU is ready for it."""
+    model = tiny_checkpoint("llama", max_position_embeddings=2048)
+    knobs = {"page_size": 8, "token_budget": 256, "sparse_method": "cuboid-mean"}
+    runners = [make_runner(model, device, "float32", knobs) for device in ("cpu", "cuda:0")]
+    tokens = torch.randint(0, 64, (1300,), generator=torch.Generator().manual_seed(1)).tolist()
+    chunk = PromptChunk(
+        row=0, tokens=tuple(tokens[:1100]), start=0, prompt_length=1100, logits_from=1099
+    )
+    for runner in runners:
+        runner.kv.add(len(tokens), method=SparseMethod.CUBOID_MEAN, token_budget=own)
+        runner.run(StepPlan(chunks=(chunk,), decodes=()))
+    in_force = wanted = runners[0].kv._knobs
+    budgets = {1105: 512, 1200: 256}
+    for position in range(1100, 1300):
+        if position in budgets:
+            wanted = replace(in_force, token_budget=budgets[position])
+            for runner in runners:
+                runner.ask(wanted)
+        runners[1].prepare(idle=True)
+        if wanted != in_force and runners[1].readiness == 1.0:
+            for runner in runners:
+                runner.apply(wanted)
+            in_force = wanted
+        decode = DecodeRow(row=0, token=tokens[position], position=position)
+        expected, got = (runner.run(StepPlan(chunks=(), decodes=(decode,))) for runner in runners)
+        torch.testing.assert_close(got.logits_NV.cpu(), expected.logits_NV, atol=2e-3, rtol=1e-3)
+    steps = runners[1].steps
+    assert in_force == wanted and in_force.token_budget == 256
+    assert steps is not None and steps.replays and not runners[1].is_preparing
+    assert steps.last.pages == (own or 256) // 8 - 1
 
 
 @pytest.mark.parametrize("method", [SparseMethod.DENSE, SparseMethod.CUBOID_MEAN])

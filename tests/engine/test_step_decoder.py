@@ -12,11 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparsed.core import BLOCK_TOKENS, EngineSpec, SparseMethod
+from sparsed.engine import assembly
 from sparsed.engine.batch import DecodeRow, DrawParams, PromptChunk, StepPlan
 from sparsed.engine.draws import draw
 from sparsed.engine.kvcache.rebalance import ROUND_STEPS
+from sparsed.engine.recorder import Drawn, Recorded
 from sparsed.engine.runner import Runner
-from sparsed.engine.step_decoder import Drawn, StepDecoder
+from sparsed.engine.step_decoder import StepDecoder
 from sparsed.engine.step_input import (
     MAX_SPLIT_TOKENS,
     MIN_SPLIT_TOKENS,
@@ -261,19 +263,145 @@ def test_lanes_that_lose_their_balance_change_no_token(
             assert (other.steps.row_of(last) is not None) == fits
 
 
-def test_steps_made_anew_go_on_with_their_counters_and_the_new_budget(
-    make_spec: Callable[..., EngineSpec], make_steps: MakeSteps
+class CpuRecorder:
+    """Graphs of a CPU: a replay does the step again, from the same inputs to the same results."""
+
+    def __init__(self) -> None:
+        self.recorded: list[Recorded] = []
+        self.num_replays = 0
+
+    def record(self, run: Callable[[], Drawn]) -> Recorded:
+        drawn = run()
+
+        def replay() -> None:
+            self.num_replays += 1
+            for old, new in zip(drawn, run(), strict=True):
+                old.copy_(new)
+
+        self.recorded.append(Recorded(replay, drawn))
+        return self.recorded[-1]
+
+    def settle(self) -> None: ...
+
+
+class AheadRunner(Runner):
+    """Takes the way of a CUDA device."""
+
+    @property
+    def runs_ahead(self) -> bool:
+        return True
+
+
+def recording_runner(spec: EngineSpec, monkeypatch: pytest.MonkeyPatch) -> AheadRunner:
+    monkeypatch.setattr(assembly, "CudaRecorder", CpuRecorder)
+    return AheadRunner(spec, on_progress=lambda *_: None)
+
+
+def recorder_of(runner: Runner) -> CpuRecorder:
+    assert runner.steps is not None
+    recorder = runner.steps._recorder
+    assert isinstance(recorder, CpuRecorder)
+    return recorder
+
+
+def add_row(runner: Runner, tokens: list[int], budget: int | None) -> int:
+    row = runner.kv.add(len(tokens) + 64, method=SparseMethod.MEAN_KEY, token_budget=budget)
+    chunk = PromptChunk(
+        row=row,
+        tokens=tuple(tokens),
+        start=0,
+        prompt_length=len(tokens),
+        logits_from=len(tokens) - 1,
+    )
+    runner.run(StepPlan(chunks=(chunk,), decodes=()))
+    return row
+
+
+@pytest.mark.parametrize("own", [None, 512])
+def test_graphs_recorded_between_steps_change_no_token(
+    make_spec: Callable[..., EngineSpec], monkeypatch: pytest.MonkeyPatch, own: int | None
 ) -> None:
-    spec = replace(make_spec(page_size=8, token_budget=256, lane_blocks=40), enforce_eager=True)
-    runner = Runner(spec, on_progress=lambda *_: None)
-    runner.steps = make_steps(runner)
+    """Of a request that is wider than the knob, and of a knob that is raised and lowered meanwhile;
+    against steps launched one by one, which take each change at once."""
+    spec = make_spec(page_size=8, token_budget=256, lane_blocks=24, max_num_seqs=3)
+    one = Runner(spec, on_progress=lambda *_: None)
+    other = recording_runner(spec, monkeypatch)
+    prompts = [[i * i % 199 for i in range(900)], [i % 31 for i in range(800)]]
+    rows = [add_row(one, prompts[0], None), add_row(one, prompts[1], own)]
+    assert rows == [add_row(other, prompts[0], None), add_row(other, prompts[1], own)]
+    recorder, knobs = recorder_of(other), spec.knobs
+    budgets = {6: 512, 40: 300}
+    asked, in_force, num_eager = None, [knobs], 0
+    for step in range(60):
+        if step in budgets:
+            asked = replace(knobs, token_budget=budgets[step])
+            other.ask(asked)
+        other.prepare(idle=True)  # a graph or more, however slow this machine is
+        if asked is not None and other.readiness == 1.0:
+            for runner in (one, other):
+                runner.apply(asked)
+            in_force.append(asked)
+            asked = None
+        plan = StepPlan(
+            chunks=(),
+            decodes=tuple(
+                DecodeRow(row=row, token=step + row, position=len(prompts[i]) + step)
+                for i, row in enumerate(rows)
+            ),
+        )
+        replays = recorder.num_replays
+        expected, got = one.run(plan), other.run(plan)
+        num_eager += recorder.num_replays == replays
+        torch.testing.assert_close(got.logits_NV, expected.logits_NV, atol=1e-4, rtol=1e-4)
+        assert torch.equal(got.tokens_N, expected.tokens_N)
+    assert [k.token_budget for k in in_force] == [256, 512, 300]
+    assert 0 < num_eager <= 3 if own else num_eager == 0
+    assert other.steps is not None and not other.is_preparing
+    assert other.steps.last.pages == (600 if own else 300) // 8 - 1
+    one.kv.check_integrity()
+    other.kv.check_integrity()
+
+
+def test_other_copies_come_with_graphs_of_their_own(
+    make_spec: Callable[..., EngineSpec], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = make_spec(page_size=8, token_budget=256, lane_blocks=6, max_num_seqs=2)
+    runner = recording_runner(spec, monkeypatch)
+    ways, recorder = runner.kv.transfer.ways, recorder_of(runner)
+    monkeypatch.setattr(ways, "_is_cpu", False)  # a CPU loads in one way only
+    row = add_row(runner, [i * i % 199 for i in range(900)], None)
+    for position, programs in enumerate((7, 9), 900):
+        num_recorded, knobs = len(recorder.recorded), replace(spec.knobs, copy_programs=programs)
+        runner.ask(knobs)
+        while runner.readiness < 1.0:
+            runner.prepare(idle=True)
+        assert len(recorder.recorded) == num_recorded + 2 * 4, "of every size that fetches"
+        runner.apply(knobs)
+        replays = recorder.num_replays
+        decode = DecodeRow(row=row, token=1, position=position)
+        runner.run(StepPlan(chunks=(), decodes=(decode,)))
+        assert recorder.num_replays == replays + 1
+        assert runner.steps is not None and runner.steps.last.load == ways.load
+        assert ways.load.programs == programs
+
+
+def test_counters_go_on_over_a_raise(
+    make_spec: Callable[..., EngineSpec], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = make_spec(page_size=8, token_budget=256, lane_blocks=40)
+    runner = recording_runner(spec, monkeypatch)
     row = prefill(runner, [i % 199 for i in range(900)], method=SparseMethod.MEAN_KEY)
     decode = DecodeRow(row=row, token=1, position=900)
     runner.run(StepPlan(chunks=(), decodes=(decode,)))
     before = runner.stats()
     assert before.hot_hits > 0
-    runner.apply(replace(spec.knobs, token_budget=640, hbm_budget=None))
-    assert runner.steps.tiered is not None and runner.steps.tiered.max_count == 640 // 8 - 1
-    assert runner.stats().hot_hits == before.hot_hits
+    wider = replace(spec.knobs, token_budget=640, hbm_budget=None)
+    runner.ask(wider)
+    while runner.is_preparing:
+        assert runner.readiness < 1.0
+        runner.prepare(idle=True)
+    runner.apply(wider)
+    assert runner.stats().hot_hits == before.hot_hits, "padding counts for nothing"
     runner.run(StepPlan(chunks=(), decodes=(replace(decode, position=901),)))
     assert runner.stats().hot_hits - before.hot_hits > before.hot_hits
+    assert runner.steps is not None and runner.steps.last.pages == 640 // 8 - 1

@@ -245,11 +245,11 @@ def test_a_request_that_never_fits_leaves_it_serving(loaded: Controller) -> None
 
 def test_knobs_are_applied_or_refused_by_name(loaded: Controller) -> None:
     wanted = replace(KNOBS, prefill_chunk=64)
-    loaded.send(ApplyKnobs(knobs=wanted))
-    assert loaded.wait_for(KnobsApplied) == KnobsApplied(knobs=wanted)
-    loaded.send(ApplyKnobs(knobs=replace(wanted, page_size=32)))
+    loaded.send(ApplyKnobs(change_id=7, knobs=wanted))
+    assert loaded.wait_for(KnobsApplied) == KnobsApplied(change_id=7, knobs=wanted)
+    loaded.send(ApplyKnobs(change_id=8, knobs=replace(wanted, page_size=32)))
     refused = loaded.wait_for(KnobsApplied)
-    assert refused.knobs == wanted
+    assert (refused.change_id, refused.knobs) == (8, wanted)
     assert "page_size" in str(refused.error)
 
 

@@ -1,0 +1,51 @@
+"""Steps recorded as CUDA graphs, to be run again by one launch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+
+class Drawn(NamedTuple):
+    """Logits (n, V) float32 of the rows that ran, and the token drawn from each (n,)."""
+
+    logits_NV: Tensor
+    tokens_N: Tensor
+
+
+class Recorded(NamedTuple):
+    """``replay`` queues a step once more, which leaves its results in ``drawn``."""
+
+    replay: Callable[[], None]
+    drawn: Drawn
+
+
+class Recorder(Protocol):
+    """How a step becomes something to run again; ``CudaRecorder`` is one."""
+
+    def record(self, run: Callable[[], Drawn]) -> Recorded: ...
+    def settle(self) -> None:
+        """Wait until nothing that was recorded runs any more."""
+        ...
+
+
+class CudaRecorder:
+    """Graphs that share the memory of what they compute on the way: only one runs at a time."""
+
+    def __init__(self) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def record(self, run: Callable[[], Drawn]) -> Recorded:
+        """Run a step, then capture it. Waits for the device."""
+        run()  # compiles kernels and picks products before the capture
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            drawn = run()
+        return Recorded(graph.replay, drawn)
+
+    def settle(self) -> None:
+        torch.cuda.synchronize()
