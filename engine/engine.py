@@ -6,7 +6,6 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from hashlib import blake2b
 from typing import Protocol
 
 from torch import Tensor
@@ -32,7 +31,7 @@ from sparsed.engine.quality import Attention, QualityGuard
 from sparsed.engine.readback import PendingTokens
 from sparsed.engine.recorder import Drawn
 from sparsed.engine.refusals import Refusals
-from sparsed.engine.request import RequestState, Status, check_request
+from sparsed.engine.request import RequestState, Status, check_request, seed_of
 from sparsed.engine.sampler import Draw, Sampler
 from sparsed.engine.scheduler import Rows, Scheduler, Step
 
@@ -136,7 +135,9 @@ class Engine:
         except InputError as error:
             self._refuse(request, error)
         else:
-            self._scheduler.add(RequestState(request=request, seed=self._seed_of(request)))
+            self._scheduler.add(
+                RequestState(request=request, seed=seed_of(request, engine_seed=self._seed))
+            )
 
     def abort(self, request_id: str) -> None:
         """End a request; nothing happens if it has ended already."""
@@ -345,10 +346,3 @@ class Engine:
         self._counters.prompt_tokens += sum(len(chunk.tokens) for chunk in step.plan.chunks)
         self._step_times.append(seconds)
         self._scheduler.note_step(step, seconds=seconds)
-
-    def _seed_of(self, request: AddRequest) -> int:
-        """The request's seed, or one that a restarted engine will find again."""
-        if request.sampling.seed is not None:
-            return request.sampling.seed
-        text = f"{self._seed}/{request.request_id}".encode()
-        return int.from_bytes(blake2b(text, digest_size=8).digest())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
+from hashlib import blake2b
 
 from sparsed.core import (
     KNOBS_BY_NAME,
@@ -193,3 +194,11 @@ def _check_token_budget(token_budget: int, *, page_size: int) -> None:
             "tokens; raise it",
             field="sparse.token_budget",
         )
+
+
+def seed_of(request: AddRequest, *, engine_seed: int) -> int:
+    """The request's seed, or one that a restarted engine will find again."""
+    if request.sampling.seed is not None:
+        return request.sampling.seed
+    text = f"{engine_seed}/{request.request_id}".encode()
+    return int.from_bytes(blake2b(text, digest_size=8).digest())

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparsed.kernels import reference_selected
-from sparsed.kernels.softmax import absorb
+from sparsed.kernels.softmax import absorb, join, nothing
 
 SPLIT_TOKENS: Final = 256  # fixed, so that a result never depends on who else is in the batch
 _TILE_BYTES = 16 << 10  # of keys; as many of values
@@ -213,7 +213,7 @@ def _hits_kernel(
         return
     groups, dims = tl.arange(0, PADDED_GROUP), tl.arange(0, PADDED_DIM)
     q_GD = _load_query(q_BHGD, lane, arena_NTCD, GROUP, PADDED_GROUP, HEAD_DIM, PADDED_DIM)
-    state = _nothing(PADDED_GROUP, PADDED_DIM)
+    state = nothing(PADDED_GROUP, PADDED_DIM)
     for start in range(first, min(first + SPLIT_TOKENS, num_tokens), TILE_TOKENS):
         tokens = start + tl.arange(0, TILE_TOKENS)
         slots = slots_BHK + lane * num_columns + tokens // PAGE_SIZE
@@ -266,7 +266,7 @@ def _rest_kernel(
     num_hits = tl.load(num_hits_BH + lane)
     groups, dims = tl.arange(0, PADDED_GROUP), tl.arange(0, PADDED_DIM)
     mask_GD = (groups < GROUP)[:, None] & (dims < HEAD_DIM)[None, :]
-    hits, ran = _nothing(PADDED_GROUP, PADDED_DIM), tl.cdiv(num_hits * PAGE_SIZE, SPLIT_TOKENS)
+    hits, ran = nothing(PADDED_GROUP, PADDED_DIM), tl.cdiv(num_hits * PAGE_SIZE, SPLIT_TOKENS)
     for start in range(0, ran, _SPLITS_AT_ONCE):
         for i in tl.static_range(_SPLITS_AT_ONCE):
             split_G = start + i + tl.zeros([PADDED_GROUP], tl.int32)
@@ -275,9 +275,9 @@ def _rest_kernel(
             lse_G = tl.load(lse_BHSG + row_G, mask=mask_G, other=float("-inf"))
             part = o_BHSGD + row_G[:, None] * HEAD_DIM + dims[None, :]
             part_GD = tl.load(part, mask=mask_GD & mask_G[:, None], other=0.0)
-            hits = _join(hits, (lse_G, 1.0, part_GD))
+            hits = join(hits, (lse_G, 1.0, part_GD))
     q_GD = _load_query(q_BHGD, lane, arena_NTCD, GROUP, PADDED_GROUP, HEAD_DIM, PADDED_DIM)
-    state = _nothing(PADDED_GROUP, PADDED_DIM)
+    state = nothing(PADDED_GROUP, PADDED_DIM)
     tail_slot, miss_tokens = tl.load(tail_slots_BH + lane), (count - num_hits) * PAGE_SIZE
     num_tokens = miss_tokens + tl.load(tail_tokens_B + lane // NUM_HEADS)
     for start in range(0, num_tokens, TILE_TOKENS):
@@ -290,7 +290,7 @@ def _rest_kernel(
             q_GD, slot_W, tokens % PAGE_SIZE, arena_NTCD, scale_log2, state,
             PAGE_SIZE, HEAD_DIM, PADDED_DIM,
         )  # fmt: skip
-    peak_G, sum_G, o_GD = _join(state, hits)
+    peak_G, sum_G, o_GD = join(state, hits)
     row_G = lane * GROUP + groups
     divisor_G = tl.where(sum_G > 0.0, sum_G, 1.0)
     o_GD = (o_GD / divisor_G[:, None]).to(out_BHGD.dtype.element_ty)
@@ -313,16 +313,6 @@ def _load_query(
     mask_GD = (groups < GROUP)[:, None] & (dims < HEAD_DIM)[None, :]
     q = q_BHGD + (lane * GROUP + groups)[:, None] * HEAD_DIM + dims[None, :]
     return tl.load(q, mask=mask_GD, other=0.0).to(arena_NTCD.dtype.element_ty)
-
-
-@triton.jit
-def _nothing(
-    PADDED_GROUP: tl.constexpr, PADDED_DIM: tl.constexpr
-) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """Peaks of logits in powers of two, sums of weights, and weighted values, of no token."""
-    peak_G = tl.full([PADDED_GROUP], float("-inf"), tl.float32)
-    sum_G = tl.zeros([PADDED_GROUP], tl.float32)
-    return peak_G, sum_G, tl.zeros([PADDED_GROUP, PADDED_DIM], tl.float32)
 
 
 @triton.jit
@@ -349,15 +339,3 @@ def _attend(
     peak_G, sum_G, o_GD = state
     peak_G, sum_G, o_GD = absorb(logits_GW, v_WD, peak_G, sum_G, o_GD)
     return peak_G, sum_G, o_GD
-
-
-@triton.jit
-def _join(one: tl.tuple, other: tl.tuple) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """What two of them have attended to together."""
-    peak_G, sum_G, o_GD = one
-    other_peak_G, other_sum_G, other_o_GD = other
-    new_peak_G = tl.maximum(peak_G, other_peak_G)
-    base_G = tl.where(new_peak_G == float("-inf"), 0.0, new_peak_G)
-    keep_G, gain_G = tl.exp2(peak_G - base_G), tl.exp2(other_peak_G - base_G)
-    o_GD = o_GD * keep_G[:, None] + other_o_GD * gain_G[:, None]
-    return new_peak_G, sum_G * keep_G + other_sum_G * gain_G, o_GD

@@ -5,6 +5,14 @@ import triton.language as tl
 
 
 @triton.jit
+def nothing(QUERIES: tl.constexpr, DIMS: tl.constexpr) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """Peaks of logits in powers of two, sums of weights, and weighted values, of no token."""
+    peak_X = tl.full([QUERIES], float("-inf"), tl.float32)
+    sum_X = tl.zeros([QUERIES], tl.float32)
+    return peak_X, sum_X, tl.zeros([QUERIES, DIMS], tl.float32)
+
+
+@triton.jit
 def absorb(
     logits_XW: tl.tensor, v_WD: tl.tensor, peak_X: tl.tensor, sum_X: tl.tensor, o_XD: tl.tensor
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
@@ -23,3 +31,15 @@ def absorb(
     weight_XW = weight_XW.to(v_WD.dtype)
     o_XD = tl.dot(weight_XW, v_WD, o_XD * keep_X[:, None], input_precision="ieee")
     return new_peak_X, sum_X, o_XD
+
+
+@triton.jit
+def join(one: tl.tuple, other: tl.tuple) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """What two of them have attended to together."""
+    peak_X, sum_X, o_XD = one
+    other_peak_X, other_sum_X, other_o_XD = other
+    new_peak_X = tl.maximum(peak_X, other_peak_X)
+    base_X = tl.where(new_peak_X == float("-inf"), 0.0, new_peak_X)
+    keep_X, gain_X = tl.exp2(peak_X - base_X), tl.exp2(other_peak_X - base_X)
+    o_XD = o_XD * keep_X[:, None] + other_o_XD * gain_X[:, None]
+    return new_peak_X, sum_X * keep_X + other_sum_X * gain_X, o_XD

@@ -340,7 +340,7 @@ LAUNCHES: dict[str, Callable[[], None]] = {
     "draw of 32,001": lambda: launch_draw(32_001),
     **{
         f"select of {columns:,}, group {group}": partial(launch_select, group, columns)
-        for columns in (4144, 16_384, 65_536)
+        for columns in (4144, 16_384, 32_768)
         for group in (3, 4, 6)
     },
 }
