@@ -202,8 +202,9 @@ class StepDecoder:
         tokens_B = torch.where(
             inputs.known_B < 0, self._last_token_R[rows_B], inputs.known_B.long()
         )
-        foresee = None
+        foresee, queries = None, None
         if key.pages:
+            queries = self.trail.queries[:, : key.size].flatten(2, 3)
             assert self.tiered is not None
             step = self.tiered.begin(inputs, width=key.pages, fetches=key.fetches, times=times)
             attend = self._attend_tiered(key, step, self.tiered)
@@ -211,7 +212,9 @@ class StepDecoder:
                 foresee = partial(self.tiered.foresee, step)
         else:
             attend = self._attend_in_place(inputs)
-        hidden_BD = self._decoder.forward(tokens_B, positions_B, attend, foresee=foresee)
+        hidden_BD = self._decoder.forward(
+            tokens_B, positions_B, attend, foresee=foresee, queries_LNHD=queries
+        )
         self._seal.run(inputs)
         if key.pages and self.tiered is not None:
             self.tiered.finish(step)
@@ -251,8 +254,7 @@ class StepDecoder:
         nothing_BHD: Tensor | None = None  # of requests that are padding
 
         def attend(layer: int, q_BHD: Tensor, k_BHD: Tensor, v_BHD: Tensor) -> Tensor:
-            q_BHGD = self.trail.queries[layer, : len(q_BHD)]
-            q_BHGD.copy_(q_BHD.reshape(q_BHGD.shape))
+            q_BHGD = self.trail.queries[layer, : len(q_BHD)]  # where they are
             placed = tiered.place(step, layer, q_BHGD, k_BHD, v_BHD)
             if key.in_place:
                 o_BHD = self._attend_resident(layer, q_BHD, step.inputs)

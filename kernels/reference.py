@@ -149,13 +149,22 @@ def attend_resident(
 
 
 def rotate_heads(
-    heads_NHD: Tensor, cos_ND: Tensor, sin_ND: Tensor, *, norm_HD: Tensor | None, eps: float
+    heads_NHD: Tensor,
+    cos_ND: Tensor,
+    sin_ND: Tensor,
+    *,
+    norm_HD: Tensor | None,
+    eps: float,
+    first_NFD: Tensor | None = None,
 ) -> Tensor:
     """See ``kernels.rotate.rotate_heads``; three passes, whatever the number of heads."""
     if norm_HD is not None:
         heads_NHD = F.rms_norm(heads_NHD, heads_NHD.shape[-1:], None, eps) * norm_HD
     swapped_NHD = heads_NHD.roll(heads_NHD.shape[-1] // 2, dims=-1)
-    return torch.addcmul(heads_NHD * cos_ND[:, None], swapped_NHD, sin_ND[:, None])
+    rotated_NHD = torch.addcmul(heads_NHD * cos_ND[:, None], swapped_NHD, sin_ND[:, None])
+    if first_NFD is not None:
+        first_NFD.copy_(rotated_NHD[:, : first_NFD.shape[1]])
+    return rotated_NHD
 
 
 def rms_norm(x_ND: Tensor, weight_D: Tensor, *, eps: float) -> Tensor:

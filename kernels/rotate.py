@@ -10,13 +10,21 @@ _TILE_HEADS = 16
 
 
 def rotate_heads(
-    heads_NHD: Tensor, cos_ND: Tensor, sin_ND: Tensor, *, norm_HD: Tensor | None, eps: float
+    heads_NHD: Tensor,
+    cos_ND: Tensor,
+    sin_ND: Tensor,
+    *,
+    norm_HD: Tensor | None,
+    eps: float,
+    first_NFD: Tensor | None = None,
 ) -> Tensor:
     """Rotate the pairs (i, i + D / 2) of each head, after an RMS norm where ``norm_HD`` is given.
 
     Shapes: heads (N, H, D), heads and dims contiguous, rows any distance apart; cos, sin (N, D),
     sin with the sign of each half; norm (H, D), one weight a head; all of one dtype. Returns
-    (N, H, D): on CUDA ``heads`` itself, changed in place; elsewhere a new tensor.
+    (N, H, D): on CUDA ``heads`` itself, changed in place; elsewhere a new tensor. Of so many first
+    heads the result goes to ``first`` (N, F, D), contiguous, if there is one, and what is returned
+    of them may be anything.
     Precision: float32 inside on CUDA, the dtype of heads elsewhere.
     Errors: AssertionError on other shapes or dtypes.
     Source: RoPE, arXiv 2104.09864; QK-norm as in Qwen3.
@@ -28,12 +36,21 @@ def rotate_heads(
     if norm_HD is not None:
         assert norm_HD.shape == (num_heads, head_dim) and norm_HD.dtype == heads_NHD.dtype
     assert cos_ND.is_contiguous() and sin_ND.is_contiguous()
+    if first_NFD is not None:
+        assert first_NFD.shape[::2] == (num_tokens, head_dim) and first_NFD.is_contiguous()
+        assert first_NFD.shape[1] <= num_heads and first_NFD.dtype == heads_NHD.dtype
     run = _launch if heads_NHD.is_cuda else reference.rotate_heads
-    return run(heads_NHD, cos_ND, sin_ND, norm_HD=norm_HD, eps=eps)
+    return run(heads_NHD, cos_ND, sin_ND, norm_HD=norm_HD, eps=eps, first_NFD=first_NFD)
 
 
 def _launch(
-    heads_NHD: Tensor, cos_ND: Tensor, sin_ND: Tensor, *, norm_HD: Tensor | None, eps: float
+    heads_NHD: Tensor,
+    cos_ND: Tensor,
+    sin_ND: Tensor,
+    *,
+    norm_HD: Tensor | None,
+    eps: float,
+    first_NFD: Tensor | None = None,
 ) -> Tensor:
     num_tokens, num_heads, head_dim = heads_NHD.shape
     if num_tokens:
@@ -42,31 +59,37 @@ def _launch(
             cos_ND,
             sin_ND,
             heads_NHD if norm_HD is None else norm_HD.contiguous(),
+            heads_NHD if first_NFD is None else first_NFD,
             heads_NHD.stride(0),
             num_heads,
+            0 if first_NFD is None else first_NFD.shape[1],
             eps,
             HEAD_DIM=head_dim,
             PADDED_HALF=triton.next_power_of_2(head_dim // 2),
             TILE_HEADS=_TILE_HEADS,
             NORM=norm_HD is not None,
+            FIRST=first_NFD is not None,
             enable_fp_fusion=True,
         )
     return heads_NHD
 
 
-@triton.jit(do_not_specialize=["num_heads"])
+@triton.jit(do_not_specialize=["num_heads", "num_first"])
 def _rotate_kernel(
     heads_NHD: tl.tensor,
     cos_ND: tl.tensor,
     sin_ND: tl.tensor,
     norm_HD: tl.tensor,
+    first_NFD: tl.tensor,
     stride_N: tl.int32,
     num_heads: tl.int32,
+    num_first: tl.int32,
     eps: tl.float32,
     HEAD_DIM: tl.constexpr,
     PADDED_HALF: tl.constexpr,
     TILE_HEADS: tl.constexpr,
     NORM: tl.constexpr,
+    FIRST: tl.constexpr,
 ) -> None:
     token = tl.program_id(0).to(tl.int64)
     half: tl.constexpr = HEAD_DIM // 2
@@ -89,5 +112,12 @@ def _rotate_kernel(
     sin_x_F = tl.load(sin_ND + angle, mask=mask).to(tl.float32)
     sin_y_F = tl.load(sin_ND + angle + half, mask=mask).to(tl.float32)
     element = heads_NHD.dtype.element_ty
-    tl.store(low, (x_HF * cos_x_F + y_HF * sin_x_F).to(element), mask=mask_HF)
-    tl.store(low + half, (y_HF * cos_y_F + x_HF * sin_y_F).to(element), mask=mask_HF)
+    x_HF, y_HF = x_HF * cos_x_F + y_HF * sin_x_F, y_HF * cos_y_F + x_HF * sin_y_F
+    if FIRST:
+        first = first_NFD + token * num_first * HEAD_DIM + place_HF
+        is_first_HF = mask_HF & (heads < num_first)[:, None]
+        tl.store(first, x_HF.to(element), mask=is_first_HF)
+        tl.store(first + half, y_HF.to(element), mask=is_first_HF)
+        mask_HF = mask_HF & (heads >= num_first)[:, None]
+    tl.store(low, x_HF.to(element), mask=mask_HF)
+    tl.store(low + half, y_HF.to(element), mask=mask_HF)

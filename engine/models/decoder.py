@@ -65,8 +65,11 @@ class Decoder:
         *,
         lengths_N: Tensor | None = None,
         foresee: Foresee | None = None,
+        queries_LNHD: Tensor | None = None,
     ) -> Tensor:
         """Hidden states (N, D) before the last norm, of tokens in any mixture of requests.
+        ``queries`` (L, N, H, D), if given, takes the queries of every layer, each contiguous, and
+        ``attend`` gets them from there.
 
         ``lengths_N`` matters to dynamic RoPE alone, which rotates a token by the length its
         sequence has when the token is computed: the whole prompt for a prompt token (whatever the
@@ -76,7 +79,8 @@ class Decoder:
         tables = self.rope.tables(positions_N, lengths_N=lengths_N, dtype=hidden_ND.dtype)
         for number, layer in enumerate(self.weights.layers):
             normed_ND = self._norm(hidden_ND, layer.input_norm_D)
-            o_NHD = attend(number, *self._project(normed_ND, layer, tables))
+            q_NHD = None if queries_LNHD is None else queries_LNHD[number]
+            o_NHD = attend(number, *self._project(normed_ND, layer, tables, q_NHD=q_NHD))
             layer.output.add_to(hidden_ND, o_NHD.flatten(1))
             if foresee is not None and number + 1 < len(self.weights.layers):
                 after = self.weights.layers[number + 1]
@@ -93,15 +97,22 @@ class Decoder:
         return logits_nV.float() if out is None else out.copy_(logits_nV)
 
     def _project(
-        self, normed_ND: Tensor, layer: LayerWeights, tables: tuple[Tensor, Tensor]
+        self,
+        normed_ND: Tensor,
+        layer: LayerWeights,
+        tables: tuple[Tensor, Tensor],
+        *,
+        q_NHD: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k and v; q and k go through norm and rotation as one tensor."""
-        config = self.config
+        """q (in ``q_NHD``, if there is one), k and v; q and k go through norm and rotation as one
+        tensor."""
+        config, eps = self.config, self.config.rms_norm_eps
         num_rotated = config.num_heads + config.num_kv_heads
         heads = layer.qkv(normed_ND).view(len(normed_ND), -1, config.head_dim)
         rotated, v_NKD = heads[:, :num_rotated], heads[:, num_rotated:]
-        rotated = rotate_heads(rotated, *tables, norm_HD=layer.qk_norm_HD, eps=config.rms_norm_eps)
-        return rotated[:, : config.num_heads], rotated[:, config.num_heads :], v_NKD
+        rotated = rotate_heads(rotated, *tables, norm_HD=layer.qk_norm_HD, eps=eps, first_NFD=q_NHD)
+        q_NHD = rotated[:, : config.num_heads] if q_NHD is None else q_NHD
+        return q_NHD, rotated[:, config.num_heads :], v_NKD
 
     def _query(
         self, normed_ND: Tensor, layer: LayerWeights, tables: tuple[Tensor, Tensor]

@@ -196,6 +196,13 @@ def test_rotate(cases, dim, norm, dtype):
     got_NHD = rotate._launch(**case)
     assert got_NHD is case["heads_NHD"]
     assert_close(got_NHD, expected_NHD, atol=cases.tolerance[dtype], rtol=cases.tolerance[dtype])
+    case = cases.rotate(dim=dim, norm=norm, dtype=dtype)
+    before_NHD = case["heads_NHD"].clone()
+    first_NFD = torch.full_like(expected_NHD[:, :2], 7).contiguous()
+    got_NHD = rotate._launch(**case, first_NFD=first_NFD)
+    assert torch.equal(got_NHD[:, :2], before_NHD[:, :2])
+    joined_NHD = torch.cat((first_NFD, got_NHD[:, 2:]), dim=1)
+    assert_close(joined_NHD, expected_NHD, atol=cases.tolerance[dtype], rtol=cases.tolerance[dtype])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

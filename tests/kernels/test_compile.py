@@ -161,7 +161,10 @@ def launch_rotate(dim: int, dtype: torch.dtype, *, norm: bool) -> None:
     table_ND = torch.zeros(2, dim, dtype=dtype)
     norm_HD = torch.zeros(5, dim, dtype=dtype) if norm else None
     heads_NHD = torch.zeros(2, 6, dim, dtype=dtype)[:, :5]
-    rotate._launch(heads_NHD, table_ND, table_ND, norm_HD=norm_HD, eps=1e-6)
+    for first_NFD in (None, heads_NHD[:, :1].contiguous()):
+        rotate._launch(
+            heads_NHD, table_ND, table_ND, norm_HD=norm_HD, eps=1e-6, first_NFD=first_NFD
+        )
 
 
 def launch_merge(dim: int, dtype: torch.dtype) -> None:

@@ -292,7 +292,12 @@ def test_rotate(cases, shape):
     before_NHD = case["heads_NHD"].clone()
     got = rotate_heads(**case)
     assert got.dtype == shape["dtype"] and torch.equal(case["heads_NHD"], before_NHD)
-    close(got, cases.naive_rotate(**case), 2 * cases.tolerance[shape["dtype"]])
+    expected = cases.naive_rotate(**case)
+    close(got, expected, 2 * cases.tolerance[shape["dtype"]])
+    num_first = shape["heads"] - 1
+    first_NFD = torch.full_like(got[:, :num_first], 7).contiguous()
+    rest_NHD = rotate_heads(**case, first_NFD=first_NFD)[:, num_first:]
+    close(torch.cat((first_NFD, rest_NHD), dim=1), expected, 2 * cases.tolerance[shape["dtype"]])
 
 
 def test_rotation_keeps_the_length_of_a_head(cases):
