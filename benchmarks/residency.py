@@ -15,7 +15,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -41,11 +41,13 @@ SPARE_TOKENS: Final = 192  # of a request, for the steps that are measured
 
 
 class Point(NamedTuple):
-    """A batch of requests of equal contexts, all of one method."""
+    """A batch of requests of equal contexts, all of one method. ``hbm_budget``: tokens a lane may
+    hold, None for what the engine gives it."""
 
     requests: int
     context: int
     method: SparseMethod
+    hbm_budget: int | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,6 +254,7 @@ class Bench:
     @contextmanager
     def _requests(self, point: Point) -> Iterator[list[list[int]]]:
         kv, context = self.runner.kv, point.context
+        kv.apply(replace(self._spec.knobs, hbm_budget=point.hbm_budget))
         indices = [
             kv.add(context + SPARE_TOKENS, method=point.method, token_budget=None)
             for _ in range(point.requests)
@@ -290,7 +293,6 @@ def make_spec(options: argparse.Namespace) -> EngineSpec:
         "max_model_len": most,
         "kv_hbm_gib": options.hot_gib,
         "kv_dram_gib": dram,
-        "hbm_budget": options.hbm_budget,
     }
     knobs = resolve_knobs(
         asked, shape=shape, machine=read_machine(), device="cuda:0", dtype="bfloat16"
@@ -308,10 +310,16 @@ def make_spec(options: argparse.Namespace) -> EngineSpec:
 
 
 def parse_point(text: str) -> Point:
-    """``8x32768``, or ``8x32768:dense``."""
+    """``8x32768``, ``8x32768:dense``, or ``8x32768@2176`` with the tokens a lane may hold."""
     batch, _, method = text.partition(":")
+    batch, _, budget = batch.partition("@")
     requests, context = batch.split("x")
-    return Point(int(requests), int(context), SparseMethod(method or SparseMethod.MEAN_KEY))
+    return Point(
+        int(requests),
+        int(context),
+        SparseMethod(method or SparseMethod.MEAN_KEY),
+        int(budget) if budget else None,
+    )
 
 
 def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -319,9 +327,6 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", default="dummy:llama-3.1-8b")
     parser.add_argument("--trace", help="a recording whose selections are replayed")
     parser.add_argument("--look-ahead", choices=("off", "on", "both"), default="off")
-    parser.add_argument(
-        "--hbm-budget", type=int, help="tokens a lane may hold (default: an even share)"
-    )
     parser.add_argument("--prefill", action="store_true", help="compute the prompts")
     parser.add_argument("--budget", type=int, default=2048)
     parser.add_argument("--page-size", type=int, default=8)
