@@ -18,7 +18,7 @@ import transformers
 from report import environment, reference_tokens, resolve_builtin, this_machine
 from transformers.generation.streamers import BaseStreamer
 
-from sparsed.core import AddRequest, EngineSpec, SamplingParams
+from sparsed.core import AddRequest, EngineSpec, SamplingParams, Service
 from sparsed.engine.engine import Engine
 from sparsed.engine.models.config import load_config
 from sparsed.engine.planner import plan_memory, resolve_knobs
@@ -103,7 +103,8 @@ def make_engine(directory: Path, knobs: dict[str, object]) -> Engine:
     spec = EngineSpec(
         model=str(directory), device="cpu", dtype="float32", knobs=resolved, plan=plan
     )
-    return Engine(Runner(spec, on_progress=lambda phase, frac: None), knobs=resolved)
+    runner = Runner(spec, on_progress=lambda phase, frac: None)
+    return Engine(runner, knobs=resolved, service=Service(recall_floor=0.0))
 
 
 def main() -> None:

@@ -7,7 +7,8 @@ from typing import Final
 
 from sparsed.core import BLOCK_TOKENS, DTYPE_BYTES, ModelShape, SparseMethod
 
-KEPT_DIMS: Final = 40  # of a page's mean key, four bits each; a multiple of 8
+KEPT_DIMS: Final = 40  # of a page's mean key, four bits each
+DIMS_OF_WORD: Final = 8
 SCALE_BYTES: Final = 2  # float16
 WORD_BYTES: Final = 4  # the mean keys of a lane and frame take whole ones
 
@@ -72,7 +73,12 @@ class Geometry:
     @property
     def kept_dims(self) -> int:
         """Dims in which a page's mean key is kept: fewer than ``KEPT_DIMS`` in small heads."""
-        return min(KEPT_DIMS, self.head_dim // 8 * 8)
+        return min(KEPT_DIMS, self.head_dim)
+
+    @property
+    def stored_dims(self) -> int:
+        """``kept_dims``, and others that are 0: whole words."""
+        return -(-self.kept_dims // DIMS_OF_WORD) * DIMS_OF_WORD
 
     def summary_bytes_per_frame(self, method: str) -> int:
         """Of a page the mean key in few dims of four bits and a scale, or two vectors of head_dim;
@@ -80,7 +86,7 @@ class Geometry:
         if method == SparseMethod.DENSE:
             return 0
         if method == SparseMethod.MEAN_KEY:
-            row_bytes = self.pages_per_block * (self.kept_dims // 2 + SCALE_BYTES)
+            row_bytes = self.pages_per_block * (self.stored_dims // 2 + SCALE_BYTES)
             return self.num_lanes * -(-row_bytes // WORD_BYTES) * WORD_BYTES
         return self.page_rows_per_frame * 2 * self.head_dim * self.element_bytes
 

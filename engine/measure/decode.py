@@ -26,6 +26,7 @@ from sparsed.core import (
     ExitCode,
     MeasureDecode,
     SamplingParams,
+    Service,
     SparseDetails,
     StartError,
     TokenBatch,
@@ -59,7 +60,10 @@ def measure_decode(wanted: MeasureDecode, *, on_progress: Progress) -> DecodeRep
     copy_rate = copy_bytes_per_s(Clock(device))
     runner = Runner(spec, on_progress=on_progress)
     meter = DecodeMeter(
-        runner, Engine(runner, knobs=spec.knobs), spec=spec, copy_bytes_per_s=copy_rate
+        runner,
+        Engine(runner, knobs=spec.knobs, service=Service(recall_floor=0.0)),
+        spec=spec,
+        copy_bytes_per_s=copy_rate,
     )
     fitting = [point for point in wanted.points if meter.fits(point)]
     if not fitting:

@@ -19,7 +19,7 @@ from sparsed.engine.measure.clock import Work
 from sparsed.engine.measure.resolve_cases import resolve_cases
 from sparsed.engine.measure.sparse_step import SparseStep
 from sparsed.engine.sparse.base import SINK_PAGES, recent_pages
-from sparsed.kernels.mean_keys import row_bytes, select_by_mean_keys
+from sparsed.kernels.mean_keys import SCALE_BYTES, row_bytes, select_by_mean_keys
 from sparsed.kernels.selected import (
     SPLIT_TOKENS,
     Partials,
@@ -55,8 +55,9 @@ def sparse_cases(setting: Setting) -> Iterator[Case]:
 def select_case(step: SparseStep) -> Case:
     """The best pages by their mean keys; every input is another layer of the store."""
     setting, shape, geometry = step.setting, step.setting.shape, step.geometry
-    heads, dim, kept = shape.num_kv_heads, shape.head_dim, geometry.kept_dims
-    amount = step.num_lanes * step.num_full * row_bytes(1, kept) + heads * dim * kept * FLOAT_BYTES
+    heads, dim, kept = shape.num_kv_heads, shape.head_dim, geometry.stored_dims
+    amount = step.num_lanes * step.num_full * (kept // 2 + SCALE_BYTES)
+    amount += heads * dim * kept * FLOAT_BYTES
 
     def make() -> Sequence[Work]:
         layers = setting.rotations(amount)
@@ -158,9 +159,9 @@ def summarise_case(setting: Setting, *, frames: int, lanes: int, frame_pages: in
     many requests, all of them as in a prompt chunk. Keys are read, values are not."""
     step = SparseStep(setting, batch=1)
     geometry, dim, page_size = step.geometry, setting.shape.head_dim, setting.page_size
-    kept, per_frame = geometry.kept_dims, geometry.pages_per_block
+    kept, per_frame = geometry.stored_dims, geometry.pages_per_block
     num_pages = frames * lanes * frame_pages
-    amount = num_pages * (geometry.page_bytes // 2 + row_bytes(1, kept))
+    amount = num_pages * (geometry.page_bytes // 2 + kept // 2 + SCALE_BYTES)
     amount += lanes * dim * (kept + 1) * FLOAT_BYTES
 
     def make() -> Sequence[Work]:

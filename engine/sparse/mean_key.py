@@ -7,6 +7,7 @@ Shape legend as in ``sparse.base``; L layers, N lanes (L * H), R kept dims, S ro
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sparsed.engine.kvcache.geometry import Geometry
@@ -28,18 +29,19 @@ class MeanKeySelector:
     def __init__(
         self, basis: Basis, *, geometry: Geometry, frames_RF: Tensor, num_frames: int
     ) -> None:
-        layers, heads, head_dim, num_dims = basis.keys_LHDR.shape
-        assert (layers, heads, head_dim) == (
-            geometry.num_layers, geometry.num_kv_heads, geometry.head_dim,
+        assert basis.keys_LHDR.shape == (
+            geometry.num_layers, geometry.num_kv_heads, geometry.head_dim, geometry.kept_dims,
         )  # fmt: skip
+        padding = (0, geometry.stored_dims - geometry.kept_dims)
+        keys_LHDR, queries_LHDR = (F.pad(part, padding) for part in basis[:2])
         device = frames_RF.device
         self._geometry = geometry
         self._frames_RF = frames_RF
-        self._keys_NDR = basis.keys_LHDR.flatten(0, 1).contiguous().to(device)
-        self._queries_LHDR = basis.queries_LHDR.contiguous().to(device)
+        self._keys_NDR = keys_LHDR.flatten(0, 1).contiguous().to(device)
+        self._queries_LHDR = queries_LHDR.contiguous().to(device)
         self._centre_ND = basis.centre_LHD.flatten(0, 1).contiguous().to(device)
         num_rows = (num_frames + 1) * geometry.num_lanes
-        size = (num_rows, row_bytes(geometry.pages_per_block, num_dims))
+        size = (num_rows, row_bytes(geometry.pages_per_block, geometry.stored_dims))
         self.store_SY = torch.zeros(size, dtype=torch.uint8, device=device)
 
     @property

@@ -120,7 +120,8 @@ def daemon(
         port = port or free_port()
         log = tmp_path_factory.mktemp("log") / "daemon.log"
         command = [sys.executable, "-m", "sparsed", "start", "--model", model, "--device", "cpu"]
-        command += ["--state-dir", str(state_dir), "--port", str(port), *flags]
+        command += ["--state-dir", str(state_dir), "--port", str(port)]
+        command += ["--recall-floor", "0", *flags]  # random weights attend to everything alike
         with log.open("wb") as output:
             process = subprocess.Popen(
                 command,

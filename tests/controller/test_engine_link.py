@@ -63,7 +63,9 @@ def test_neighbours_of_a_fatal_request_go_on_with_the_same_text(
 
     async def live() -> None:
         senses = Senses(lambda: pytest.fail("no scrape"), slo=Slo())
-        link = PoisonedLink(plan, run_dir=tmp_path, senses=senses, on_snapshot=lambda _: None)
+        link = PoisonedLink(
+            plan, run_dir=tmp_path, max_queued=9, senses=senses, on_snapshot=lambda _: None
+        )
         await link.supervisor.start()
         undisturbed = [await read(submit(link, name)) for name in names]
         link.armed = True

@@ -37,7 +37,9 @@ def test_pages_tile_blocks_and_blocks_tile_frames(geometry: Geometry) -> None:
     summaries = geometry.summary_bytes_per_frame(SparseMethod.QUEST)
     assert summaries * geometry.page_size == geometry.frame_bytes
     summaries = geometry.summary_bytes_per_frame(SparseMethod.MEAN_KEY)
-    assert summaries == geometry.page_rows_per_frame * (min(40, geometry.head_dim) // 2 + 2)
+    lane_bytes = geometry.pages_per_block * (-(-min(40, geometry.head_dim) // 8) * 4 + 2)
+    assert 0 <= summaries - geometry.num_lanes * lane_bytes < 4 * geometry.num_lanes
+    assert summaries % (4 * geometry.num_lanes) == 0, "whole words"
 
 
 @given(geometry=geometries, num_tokens=st.integers(0, 10**7))

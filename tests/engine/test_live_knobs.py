@@ -27,9 +27,12 @@ from sparsed.core import (
     TokenBatch,
     TokenOutput,
 )
+from sparsed.engine.admission import Claim, Room
 from sparsed.engine.batch import StepPlan
 from sparsed.engine.engine import Engine
+from sparsed.engine.hit_curve import MissCurve
 from sparsed.engine.kvcache.link_policy import CopyChoice
+from sparsed.engine.pace import Pace
 from sparsed.engine.recorder import Drawn
 from sparsed.engine.step_graphs import SLICE_S, GraphKey, GraphTarget, StepGraphs, ladder
 from sparsed.engine.wire import Message
@@ -53,11 +56,38 @@ KNOBS = Knobs(
 )
 
 
+class Claims:
+    """Nothing costs anything."""
+
+    miss_s = 0.0
+
+    def of_row(self, row: int) -> Claim:
+        return NO_CLAIM
+
+    def of_request(self, num_tokens: int, **_values: object) -> Claim:
+        return NO_CLAIM
+
+    def room(self, pace: Pace) -> Room:
+        return Room(hot_pages=10**6, free_frames=10**6, free_rows=MAX_ROWS)
+
+
+CURVE = MissCurve(slots=1, misses=0, exponent=1, selected=1, total=1)
+NO_CLAIM = Claim(mandatory_pages=1, working_set_pages=1, frames=1, curve=CURVE)
+
+
 class Rows:
     """A cache for everybody, which knows each request's budget."""
 
     def __init__(self) -> None:
         self.own: dict[int, int | None] = {}
+        self.claims = Claims()
+
+    def observe(self) -> None: ...
+
+    def rebudget(self) -> None: ...
+
+    def recalls(self, row: int) -> list[float]:
+        return []
 
     def can_admit(self, num_tokens: int, *, method: SparseMethod, token_budget: int | None) -> bool:
         return len(self.own) < MAX_ROWS

@@ -180,7 +180,7 @@ def test_host_and_device_agree_on_who_replays(asked: list[tuple[int, int]], touc
     trace = SelectionTrace(pages_SYK, num_layers=1, num_heads=1, device=torch.device("cpu"))
     count_B, num_full_B = torch.tensor(asked, dtype=torch.int32).T
     rows_B = torch.arange(len(asked), dtype=torch.int32)
-    pages = Pages(num_full_B=num_full_B, count_B=count_B, first_B=rows_B)
+    pages = Pages(num_full_B=num_full_B, count_B=count_B)
     trace.begin(rows_B, positions_B=num_full_B * PAGE_SIZE, pages=pages, width=40)
     own_BHK = torch.full((len(asked), 1, 40), -7, dtype=torch.int32)
     trace.overwrite(0, own_BHK)

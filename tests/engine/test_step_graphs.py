@@ -49,6 +49,9 @@ def target(budget: int, load: CopyChoice) -> GraphTarget:
     return GraphTarget(ladder(budget, page_size=PAGE_SIZE, max_tokens=MAX_TOKENS), load)
 
 
+Kind = tuple[bool, bool, bool]  # as in GraphKey
+
+
 class GraphsMachine(RuleBasedStateMachine):
     """Changes come at any time, and are put in force as soon as the graphs say they may be."""
 
@@ -136,17 +139,22 @@ class GraphsMachine(RuleBasedStateMachine):
         budget=st.none() | budgets,
         kind=st.sampled_from([IN_PLACE, *SELECTING]),
     )
-    def step(self, num_rows: int, budget: int | None, kind: tuple[bool, bool]) -> None:
+    def step(self, num_rows: int, budget: int | None, kind: Kind) -> None:
         """Of requests that follow the knob, or have a budget of their own."""
         own = self.now.counts[0] if budget is None else budget // PAGE_SIZE - 1
         count = 0 if kind == IN_PLACE else own
-        key, graph = self.graphs.find(num_rows, count=count, in_place=kind[0], fetches=kind[1])
-        assert key.size >= num_rows and key[2:4] == kind
+        in_place, fetches, times = kind
+        key, graph = self.graphs.find(
+            num_rows, count=count, in_place=in_place, fetches=fetches, times=times
+        )
+        assert key.size >= num_rows and key[2:4] == kind[:2]
         assert key.pages >= count and (key.pages == 0) == (count == 0)
         assert key.load == (self.now.load if kind[1] else None)
+        kind = (in_place, fetches, False)
         usable = self.usable(num_rows, count, kind)
         if graph is None:
             assert not usable, "there is one that would do"
+            assert key.times == times
             assert count > self.now.counts[0], "requests that follow the knob have theirs always"
             assert key.pages == min(c for c in self.now.counts if c >= count)
             assert key.size == min(size for size in SIZES if size >= num_rows)
@@ -154,23 +162,25 @@ class GraphsMachine(RuleBasedStateMachine):
                 assert self.graphs.is_recording, "the next such request is to find one"
         else:
             assert graph is self.alive[key]
-            assert key in (self.best(num_rows, count, kind), min(usable))
+            assert key.times == (times and key._replace(times=True) in self.alive)
+            found = key._replace(times=False)
+            assert found in (self.best(num_rows, count, kind), min(usable))
 
-    def best(self, num_rows: int, count: int, kind: tuple[bool, bool]) -> GraphKey:
+    def best(self, num_rows: int, count: int, kind: Kind) -> GraphKey:
         """What there are graphs of once everything is recorded: few sizes of wide selections."""
         rung = min(c for c in self.now.counts if c >= count) if count else 0
         few = {1, 2, 4, 8, MAX_ROWS} if rung > self.now.counts[0] else set(SIZES)
         size = min(size for size in few if size >= num_rows)
         return GraphKey(size, rung, *kind, self.now.load if kind[1] else None)
 
-    def usable(self, num_rows: int, count: int, kind: tuple[bool, bool]) -> set[GraphKey]:
+    def usable(self, num_rows: int, count: int, kind: Kind) -> set[GraphKey]:
         load = self.now.load if kind[1] else None
         return {
             key
             for key in self.alive
             if key.size >= num_rows
             and (key.pages >= count if count else key.pages == 0)
-            and (*key[2:4], key.load) == (*kind, load)
+            and (*key[2:5], key.load) == (*kind, load)
         }
 
     def serving_counts(self, wanted: GraphTarget) -> set[int]:
@@ -179,12 +189,12 @@ class GraphsMachine(RuleBasedStateMachine):
         def serves(count: int) -> bool:
             return all(
                 any(
-                    key.size >= MAX_ROWS and key.pages == count and key[2:4] == kind
+                    key.size >= MAX_ROWS and key.pages == count and key[2:5] == kind
                     and key.load == (wanted.load if kind[1] else None)
                     for key in self.alive
                 )
                 for kind in SELECTING
-            ) and GraphKey(1, count, False, False, None) in self.alive  # fmt: skip
+            ) and GraphKey(1, count, False, False, False, None) in self.alive  # fmt: skip
 
         return {key.pages for key in self.alive if key.pages and serves(key.pages)}
 
@@ -227,7 +237,7 @@ def test_a_wide_request_finds_its_graphs_after_some_pauses() -> None:
     graphs = StepGraphs(target(2048, LOADS[0]), sizes=SIZES, record=record)
     while graphs.is_recording:
         graphs.advance(idle=True)
-    assert len(recorded) == len(graphs) == 4 * len(SIZES)
+    assert len(recorded) == len(graphs) == (1 + len(SELECTING)) * len(SIZES)
     recorded.clear()
 
     def find() -> tuple[GraphKey, GraphKey | None]:
@@ -252,5 +262,5 @@ def test_without_graphs_nothing_waits() -> None:
     assert graphs.is_ready and not graphs.is_recording
     graphs.switch()
     key, graph = graphs.find(5, count=1000, in_place=True, fetches=True)
-    assert graph is None and key == GraphKey(8, 1023, True, True, LOADS[1])
+    assert graph is None and key == GraphKey(8, 1023, True, True, False, LOADS[1])
     assert not graphs.is_recording

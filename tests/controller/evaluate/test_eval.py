@@ -142,7 +142,7 @@ def test_what_the_process_is_asked_for(
 
 def test_the_default_keeps_fewer_dims_of_small_heads() -> None:
     shape = replace(dummy_config("dummy:tiny").shape, head_dim=30)
-    assert fit_default(MEAN_KEY, shape) == replace(MEAN_KEY, kept_dims=28)
+    assert fit_default(MEAN_KEY, shape) == replace(MEAN_KEY, kept_dims=30)
     assert fit_default(MEAN_KEY, replace(shape, head_dim=64)) == MEAN_KEY
     given = replace(MEAN_KEY, kept_dims=39)  # not the default: as it was asked for
     assert fit_default(given, shape) == given
