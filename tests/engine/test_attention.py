@@ -21,6 +21,7 @@ from sparsed.engine.attention import Attention
 from sparsed.engine.batch import DecodeRow, PromptChunk, StepPlan
 from sparsed.engine.kvcache.cache import KVCache
 from sparsed.engine.sparse.basis import Basis
+from sparsed.kernels.reference_mean_keys import round_queries
 
 MakeBasis = Callable[..., Basis]
 MakeCache = Callable[..., KVCache]
@@ -89,7 +90,8 @@ def mean_key_scores(
     scale_HP1 = (means_HPR.abs().amax(-1, keepdim=True) / 7).half().float()
     steps_HPR = means_HPR / scale_HP1
     off_HPR = (steps_HPR - steps_HPR.floor() - 0.5).abs()
-    estimates_HGP = (q_HGD @ basis_HDR) @ (steps_HPR.round() * scale_HP1).mT * SCALE
+    q_HGR = round_queries(q_HGD @ basis_HDR)
+    estimates_HGP = q_HGR @ (steps_HPR.round() * scale_HP1).mT * SCALE
     votes_HP = estimates_HGP.softmax(-1).sum(1)
     return votes_HP if off_HPR.min() > 1e-5 else torch.full_like(votes_HP, float("nan"))
 

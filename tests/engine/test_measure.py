@@ -25,6 +25,7 @@ from sparsed.core import (
     KernelReport,
     MeasureDecode,
     MeasureKernels,
+    Service,
     StartError,
 )
 from sparsed.engine.engine import Engine
@@ -109,7 +110,7 @@ def test_a_point_fits_or_does_not(make_spec: MakeSpec) -> None:
 
 def make_meter(spec: EngineSpec) -> DecodeMeter:
     runner = Runner(spec, on_progress=lambda *_: None)
-    engine = Engine(runner, knobs=spec.knobs)
+    engine = Engine(runner, knobs=spec.knobs, service=Service(recall_floor=0.0))
     return DecodeMeter(runner, engine, spec=spec, copy_bytes_per_s=1e9)
 
 
