@@ -206,7 +206,11 @@ class Methods:
         if choice.kept_dims is None:
             return summary
         keys_HDR, queries_HDR = self._calibrated().basis(layer, choice.kept_dims)
-        return Rotated(summary, keys_HDR=keys_HDR, queries_HDR=queries_HDR)
+        # What the engine keeps in four bits, it multiplies with queries in eight.
+        in_engine = choice.method is RankMethod.MEAN and choice.metadata is MetadataFormat.INT4
+        return Rotated(
+            summary, keys_HDR=keys_HDR, queries_HDR=queries_HDR, rounds_queries=in_engine
+        )
 
     def _calibrated(self) -> Calibration:
         if self._calibration is None:

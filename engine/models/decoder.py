@@ -34,12 +34,11 @@ class Attend(Protocol):
 
 
 class Foresee(Protocol):
-    """Told, between attention and MLP of a layer, how to make queries that foretell those of the
-    next layer.
+    """Told, before a layer runs, how to make queries that foretell those of the next layer.
 
     ``make_query`` gives q (N, H, D), contiguous: the next layer's own maps, of the hidden states
-    that go into this MLP instead of those that come out of it. It may be called on another stream,
-    and need not be called.
+    that go into this layer instead of those that come out of it. It may be called on another
+    stream, and need not be called.
     """
 
     def __call__(self, layer: int, make_query: Callable[[], Tensor], /) -> None: ...
@@ -78,14 +77,14 @@ class Decoder:
         hidden_ND = F.embedding(tokens_N, self.weights.embedding_VD)
         tables = self.rope.tables(positions_N, lengths_N=lengths_N, dtype=hidden_ND.dtype)
         for number, layer in enumerate(self.weights.layers):
-            normed_ND = self._norm(hidden_ND, layer.input_norm_D)
-            q_NHD = None if queries_LNHD is None else queries_LNHD[number]
-            o_NHD = attend(number, *self._project(normed_ND, layer, tables, q_NHD=q_NHD))
-            layer.output.add_to(hidden_ND, o_NHD.flatten(1))
             if foresee is not None and number + 1 < len(self.weights.layers):
                 after = self.weights.layers[number + 1]
                 normed_ND = self._norm(hidden_ND, after.input_norm_D)
                 foresee(number + 1, partial(self._query, normed_ND, after, tables))
+            normed_ND = self._norm(hidden_ND, layer.input_norm_D)
+            q_NHD = None if queries_LNHD is None else queries_LNHD[number]
+            o_NHD = attend(number, *self._project(normed_ND, layer, tables, q_NHD=q_NHD))
+            layer.output.add_to(hidden_ND, o_NHD.flatten(1))
             gate_up = layer.gate_up(self._norm(hidden_ND, layer.post_norm_D))
             layer.down.add_to(hidden_ND, silu_mul(gate_up))
         return hidden_ND

@@ -16,6 +16,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from sparsed.kernels.reference_mean_keys import round_queries
+
 
 class Summary(Protocol):
     """Metadata of the units of one layer. Keys are rotated, float32. ``signs``: the equal parts
@@ -140,11 +142,15 @@ class Rotated:
     """Another summary of keys in a basis of their own, of which only the first dims are kept.
 
     ``keys_HDR`` and ``queries_HDR`` take keys and queries there; the products of what they give
-    approximate q.k. Source of the idea: Loki, arXiv 2406.02542; ShadowKV.
+    approximate q.k. ``rounds_queries``: to eight bits, as the kernel of mean keys does.
+    Source of the idea: Loki, arXiv 2406.02542; ShadowKV.
     """
 
-    def __init__(self, inner: Summary, *, keys_HDR: Tensor, queries_HDR: Tensor) -> None:
+    def __init__(
+        self, inner: Summary, *, keys_HDR: Tensor, queries_HDR: Tensor, rounds_queries: bool
+    ) -> None:
         self.signs = inner.signs
+        self._rounds_queries = rounds_queries
         self._inner = inner
         self._keys_HDR = keys_HDR
         self._queries_HDR = queries_HDR
@@ -156,7 +162,10 @@ class Rotated:
         return self._inner.merge(summary_HSXE)
 
     def estimate(self, q_nHGD: Tensor, summary_HUE: Tensor) -> Tensor:
-        return self._inner.estimate(q_nHGD @ self._queries_HDR, summary_HUE)
+        q_nHGR = q_nHGD @ self._queries_HDR
+        return self._inner.estimate(
+            round_queries(q_nHGR) if self._rounds_queries else q_nHGR, summary_HUE
+        )
 
 
 class EveryKey:

@@ -156,10 +156,10 @@ def test_a_basis_of_all_dims_changes_nothing(q_nHGD: Tensor, keys_HMD: Tensor) -
     rotation_DD = torch.linalg.qr(torch.randn((D, D))).Q
     maps = rotation_DD.expand(H, -1, -1)
     plain = ranker(keys_HMD, Mean()).score(q_nHGD, None, num_full_n=full(M // 16))
-    rotated = Rotated(Mean(), keys_HDR=maps, queries_HDR=maps)
+    rotated = Rotated(Mean(), keys_HDR=maps, queries_HDR=maps, rounds_queries=False)
     found = ranker(keys_HMD, rotated).score(q_nHGD, None, num_full_n=full(M // 16))
     torch.testing.assert_close(found, plain, atol=0.2, rtol=0.02)  # both are kept in bf16
-    few = Rotated(Mean(), keys_HDR=maps[..., :4], queries_HDR=maps[..., :4])
+    few = Rotated(Mean(), keys_HDR=maps[..., :4], queries_HDR=maps[..., :4], rounds_queries=False)
     assert ranker(keys_HMD, few).metadata_bytes == 4 * 2 / 16
 
 
