@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -104,10 +104,10 @@ class Attention:
         ]
         self._cache.seal(sealed, step=step)
 
-    def count(self, decodes: Sequence[DecodeRow]) -> None:
-        """Count what the tokens of a step read."""
+    def count(self, decodes: Sequence[DecodeRow], *, in_place: Collection[int] = ()) -> None:
+        """Count what the tokens of a step read; those of the rows ``in_place`` read everything."""
         for decode in decodes:
-            self._count(decode.row, decode.position)
+            self._count(decode.row, decode.position, in_place=decode.row in in_place)
 
     def _groups(self, decodes: Sequence[DecodeRow], *, dense: bool, step: int) -> tuple[Group, ...]:
         if dense and self._dense_layers == 0:
@@ -132,13 +132,13 @@ class Attention:
             o_BHGD = group.run(layer, q_BHGD[group.batch.index_B])
             out[group.batch.index_B] = o_BHGD.flatten(1, 2).to(out.dtype)
 
-    def _count(self, index: int, position: int) -> None:
+    def _count(self, index: int, position: int, *, in_place: bool) -> None:
         """Tokens the row's lanes read in this step, averaged over the layers."""
         cache, trace = self._cache, self._tiers.trace
         row, page_size = cache.rows[index], cache.geometry.page_size
         dense = position + 1
         read = dense
-        sparse = is_sparse(row, position, page_size)
+        sparse = not in_place and is_sparse(row, position, page_size)
         replayed = False
         if sparse:
             num_selected, num_full = row.selected_pages(page_size), position // page_size

@@ -28,6 +28,7 @@ from sparsed.engine.assembly import (
 from sparsed.engine.batch import DecodeRow, PromptChunk, StepPlan
 from sparsed.engine.draws import draw_step
 from sparsed.engine.fetch_times import UNTIMED, FetchTimes, TimedStep
+from sparsed.engine.in_place_costs import measure_rule
 from sparsed.engine.kvcache.cache import KVCache
 from sparsed.engine.kvcache.rebalance import Rebalancer
 from sparsed.engine.kvcache.upload import upload
@@ -91,6 +92,7 @@ class Runner:
         if self.steps is not None:
             self.steps.record_all(partial(on_progress, "capturing decode graphs"))
             warm_up(self, spec.knobs, on_progress=on_progress)
+            self._measure_rule()
         self.facts = EngineFacts(
             pid=os.getpid(),
             device_name=device_name(self._device),
@@ -126,10 +128,12 @@ class Runner:
         if queued:
             assert self.steps is not None
             self.kv.transfer.wait_for_saves()
+            queued = tuple(self.steps.cheapest(queued))
             parts.append(self.steps.run(queued, step=self._step))
             self.recall.sample(queued, self.steps.trail, step=self._step)
         self.attention.finish(others, step=self._step)
-        self.attention.count(plan.decodes)
+        in_place = {row.decode.row for row in queued if row.in_place}
+        self.attention.count(plan.decodes, in_place=in_place)
         if len(parts) == 1:
             return parts[0]
         last = tuple(row.decode for row in queued)
@@ -224,6 +228,18 @@ class Runner:
         if before is not None and self.steps.tiered is not None:
             self.steps.tiered.count_on(before)
         self.steps.record_all(lambda _frac: None)
+
+    def _measure_rule(self) -> None:
+        """Learn when requests that might select attend in place; a recording must be followed."""
+        if self.steps is not None and self._trace is None and self._device.type == "cuda":
+            knobs, geometry = self._spec.knobs, self.kv.geometry
+            self.steps.rule = measure_rule(
+                self.steps,
+                geometry,
+                method=knobs.sparse_method,
+                max_pages=geometry.max_pages(knobs.max_model_len),
+                device=self._device,
+            )
 
     def stats(self) -> EngineStats:
         """Counters and gauges of the tiers; the caller adds those of requests and steps."""

@@ -21,6 +21,7 @@ from sparsed.core import BLOCK_TOKENS
 from sparsed.engine.batch import DecodeRow
 from sparsed.engine.decode_batch import is_sparse
 from sparsed.engine.fetch_times import UNTIMED, FetchTimes, StepTimes, TimedStep
+from sparsed.engine.in_place import InPlaceRule
 from sparsed.engine.kvcache.cache import KVCache
 from sparsed.engine.models.decoder import Decoder
 from sparsed.engine.recorder import Drawn, Recorded, Recorder
@@ -56,6 +57,8 @@ class StepDecoder:
     """Runs steps over rows that are ``complete`` and attend to everything, and, with ``tiered``,
     over rows that select. ``graphs`` are those of its steps, made by ``recorder`` (None: there are
     none) for ``target``, whose counts end with that of ``tiered``.
+
+    ``rule``: who attends in place though it might select; None: nobody.
 
     ``last_token_R`` (one entry a row, the spare one included) holds the last token drawn for each
     row; a step reads and writes it on the device. What ``run`` returns is valid until it is called
@@ -96,15 +99,17 @@ class StepDecoder:
         self._timed: dict[GraphKey, TimedStep] = {}  # of the last recording or run
         self._fetch_times = fetch_times
         self._last: GraphKey | None = None
+        self._sizes = tuple(graph_sizes(max_rows))
         self._last_graph: Recorded | None = None
         self._recorder = recorder
         self.graphs = StepGraphs(
             target,
-            sizes=graph_sizes(max_rows),
+            sizes=self._sizes,
             record=self._record if recorder else None,
             settle=recorder.settle if recorder else None,
         )
         self.tiered = tiered
+        self.rule: InPlaceRule | None = None
         self.trail = self._make_trail(max_rows if tiered else 0)
 
     def row_of(self, decode: DecodeRow) -> StepRow | None:
@@ -119,6 +124,22 @@ class StepDecoder:
         if self.tiered is None or not 0 < count <= self.tiered.max_count or not has_room:
             return None
         return StepRow(decode, 0, num_full=num_full, num_selected=count, is_hot=row.complete)
+
+    def cheapest(self, rows: Sequence[StepRow]) -> Sequence[StepRow]:
+        """The same requests as they are computed fastest: if no page of them can be missing, by
+        ``rule`` all of them in place."""
+        selecting = [row for row in rows if row.num_selected]
+        if self.rule is None or not selecting or not all(row.is_hot for row in selecting):
+            return rows
+        in_place = self.rule.choose(
+            len(rows),
+            num_selecting=len(selecting),
+            tokens=sum(row.decode.position + 1 for row in selecting),
+            selected=sum(row.num_selected for row in selecting) * self._cache.geometry.page_size,
+        )
+        if not in_place:
+            return rows
+        return [StepRow(row.decode, in_place=row.decode.position + 1) for row in rows]
 
     @torch.inference_mode()
     def run(self, rows: Sequence[StepRow], *, step: int) -> Drawn:
@@ -157,6 +178,21 @@ class StepDecoder:
         while self.graphs.is_recording:
             on_progress(self.graphs.progress)
             self.graphs.advance(idle=True)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Batch sizes of graphs, rising."""
+        return self._sizes
+
+    def rehearse(self, size: int, *, num_full: int) -> Recorded | None:
+        """The graph of a step of nobody, of ``size`` requests that look at ``num_full`` pages each
+        and select one; 0: all of them in place. None: there is no such graph."""
+        page_size, selects = self._cache.geometry.page_size, num_full > 0
+        key, graph = self.graphs.find(size, count=int(selects), in_place=not selects, fetches=False)
+        decode = DecodeRow(row=self._cache.tables.spare_row, token=0, position=num_full * page_size)
+        row = StepRow(decode, 0, num_full=num_full, num_selected=1)
+        self._inputs.fill([row] * size if selects else [], size=key.size, step=0)
+        return graph
 
     @property
     def last(self) -> GraphKey:

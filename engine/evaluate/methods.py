@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparsed.core import BudgetRule, Choice, InputError, RankMethod
+from sparsed.core import BudgetRule, Choice, InputError, MetadataFormat, RankMethod
 from sparsed.engine.evaluate.attend import Chosen, DenseMethod, LayerMethod
 from sparsed.engine.evaluate.calibration import Calibration
 from sparsed.engine.evaluate.clusters import ClusterMethod

@@ -1,0 +1,104 @@
+"""Attention in place where it is cheaper than a selection: the rule, and steps that follow it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sparsed.core import EngineSpec, SparseMethod
+from sparsed.engine.batch import DecodeRow, PromptChunk, StepPlan
+from sparsed.engine.in_place import MARGIN, InPlaceRule, Overhead
+from sparsed.engine.runner import Runner
+from sparsed.engine.step_decoder import StepDecoder
+
+MakeSteps = Callable[..., StepDecoder]
+PAGE = 8
+
+
+def make_rule(overhead_s: float) -> InPlaceRule:
+    """A token takes a microsecond, a summary nothing."""
+    flat = Overhead(few_pages=1, few_s=overhead_s, many_pages=2, many_s=overhead_s)
+    return InPlaceRule(
+        {1: flat, 8: flat}, token_bytes=1, summary_bytes=0.0, page_size=PAGE, bytes_per_s=1e6
+    )
+
+
+@given(
+    overhead_s=st.floats(0, 1),
+    steps=st.lists(st.tuples(st.integers(1, 9), st.integers(0, 10**6)), min_size=1, max_size=9),
+)
+def test_what_is_chosen_is_at_most_a_margin_dearer(
+    overhead_s: float, steps: list[tuple[int, int]]
+) -> None:
+    rule = make_rule(overhead_s)
+    for rows, tokens in steps:
+        selected = min(tokens, 2000)
+        in_place = rule.choose(rows, num_selecting=rows, tokens=tokens, selected=selected)
+        costs = {True: tokens * 1e-6, False: overhead_s + selected * 1e-6}
+        assert costs[in_place] <= costs[not in_place] / (1 - MARGIN) + 1e-12
+
+
+def test_nothing_flips_at_the_boundary() -> None:
+    rule = make_rule(0.01)
+    chosen = {rule.choose(1, num_selecting=1, tokens=t, selected=2000) for t in (11990, 12010) * 5}
+    assert len(chosen) == 1
+
+
+@given(few=st.floats(0, 1), rise=st.floats(0, 1), pages=st.floats(0, 9999))
+def test_an_overhead_grows_with_the_pages(few: float, rise: float, pages: float) -> None:
+    line = Overhead(few_pages=100, few_s=few, many_pages=4000, many_s=few + rise)
+    assert line.at(100) == pytest.approx(few) and line.at(4000) == pytest.approx(few + rise)
+    assert 0.0 <= line.at(pages) <= line.at(pages + 1) + 1e-12
+
+
+@pytest.mark.parametrize("overhead_s", [0.0, 1e3])
+def test_a_step_in_place_is_a_dense_one(
+    make_spec: Callable[..., EngineSpec], make_steps: MakeSteps, overhead_s: float
+) -> None:
+    """And the request tells so. Nothing but the rule differs."""
+    runners = [
+        Runner(
+            make_spec(page_size=PAGE, token_budget=256, lane_blocks=40), on_progress=lambda *_: None
+        )
+        for _ in range(2)
+    ]
+    other = runners[1]
+    tokens = [i * i % 199 for i in range(900)]
+    rows = [
+        _prefill(runner, tokens, method)
+        for runner, method in zip(runners, (SparseMethod.DENSE, SparseMethod.MEAN_KEY), strict=True)
+    ]
+    other.steps = make_steps(other)
+    other.steps.rule = make_rule(overhead_s)
+    for position in range(900, 905):
+        logits = [
+            runner.run(
+                StepPlan(
+                    chunks=(), decodes=(DecodeRow(row=row, token=position % 7, position=position),)
+                )
+            )
+            for runner, row in zip(runners, rows, strict=True)
+        ]
+        same = torch.allclose(logits[0].logits_NV, logits[1].logits_NV, atol=1e-4)
+        assert same == bool(overhead_s)
+    found = other.kv.details(rows[1])
+    assert found.sparse_steps == (0 if overhead_s else 5)
+    assert (found.tokens_read == found.tokens_dense) == bool(overhead_s)
+    other.kv.check_integrity()
+
+
+def _prefill(runner: Runner, tokens: list[int], method: SparseMethod) -> int:
+    row = runner.kv.add(len(tokens) + 64, method=method, token_budget=None)
+    chunk = PromptChunk(
+        row=row,
+        tokens=tuple(tokens),
+        start=0,
+        prompt_length=len(tokens),
+        logits_from=len(tokens) - 1,
+    )
+    runner.run(StepPlan(chunks=(chunk,), decodes=()))
+    return row
