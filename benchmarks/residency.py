@@ -122,6 +122,11 @@ class Bench:
         if isinstance(selector, MeanKeySelector) and not options.prefill:
             selector.store_SY.random_(0, RANDOM_BYTES)  # else all pages would be the same
 
+    def always_select(self) -> None:
+        """From now on."""
+        assert self.runner.steps is not None
+        self.runner.steps.rule = None
+
     def look_ahead(self) -> None:
         """From now on."""
         self.looks_ahead = True
@@ -152,6 +157,8 @@ class Bench:
         count = max(1, options.budget // kv.geometry.page_size - 1)
         slots = kv.rows[rows[0][0]].num_blocks * kv.geometry.pages_per_block
         kind = "replayed" if options.trace else "scored"
+        if selected == 0:  # wholly hot, and the engine found that cheaper
+            kind = "in place"
         return Row(
             requests=point.requests,
             context_tokens=point.context,
@@ -166,7 +173,7 @@ class Bench:
             link_bytes=link_bytes,
             hbm_floor_ms=hbm_bytes / self.copy_rate * 1e3,
             link_floor_ms=link_bytes / self.link_rate * 1e3,
-            parts=None if point.method is SparseMethod.DENSE else self._parts(selected // steps),
+            parts=self._parts(selected // steps) if selected else None,
         )
 
     @torch.inference_mode()
@@ -230,7 +237,7 @@ class Bench:
         embedding = shape.vocab_size * shape.hidden_size * 2
         weights = self.runner.decoder.weights.num_bytes - embedding
         tokens = sum(position for _, position in rows)
-        if point.method is SparseMethod.DENSE:
+        if point.method is SparseMethod.DENSE or not selected_pages:
             return weights + tokens * shape.kv_bytes_per_token("bfloat16")
         frames = sum(num_frames(position) for _, position in rows)
         summaries = frames * kv.geometry.summary_bytes_per_frame(point.method)
@@ -327,6 +334,11 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", default="dummy:llama-3.1-8b")
     parser.add_argument("--trace", help="a recording whose selections are replayed")
     parser.add_argument("--look-ahead", choices=("off", "on", "both"), default="off")
+    parser.add_argument(
+        "--always-select",
+        action="store_true",
+        help="measure all points once more, and let none attend in place though it is cheaper",
+    )
     parser.add_argument("--prefill", action="store_true", help="compute the prompts")
     parser.add_argument("--budget", type=int, default=2048)
     parser.add_argument("--page-size", type=int, default=8)
@@ -346,12 +358,14 @@ def main() -> None:
         flush=True,
     )
     rows = []
-    both = options.look_ahead == "both"
-    for turn, point in enumerate(options.points * (1 + both)):
-        if turn == len(options.points):
-            bench.look_ahead()
-        rows.append(bench.measure(point))
-        print(rows[-1], flush=True)
+    turns: list[Callable[[], None]] = [lambda: None]
+    turns += [bench.always_select] if options.always_select else []
+    turns += [bench.look_ahead] if options.look_ahead == "both" else []
+    for begin in turns:
+        begin()
+        for point in options.points:
+            rows.append(bench.measure(point))
+            print(rows[-1], flush=True)
     rates = {"copy_bytes_per_s": bench.copy_rate, "link_bytes_per_s": bench.link_rate}
     result = environment() | rates | {"rows": [asdict(row) | {"ratio": row.ratio} for row in rows]}
     options.output.write_text(json.dumps(result, indent=1) + "\n")
