@@ -204,6 +204,7 @@ def make_spec(options: SoakOptions, *, roomy: bool = False) -> EngineSpec:
         knobs=knobs,
         plan=plan,
         enforce_eager=options.enforce_eager,
+        always_select=True,  # texts are compared with those of other company
         verify_kv=VerifyMode.OFF if roomy else VerifyMode.FULL,
     )
 

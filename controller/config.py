@@ -54,6 +54,7 @@ class DaemonConfig:
     seed: int = 0
     no_profile: bool = False
     enforce_eager: bool = False
+    always_select: bool = False
     verify_kv: str = VerifyMode.OFF.value
     selection_trace: Path | None = None  # a recording whose selections replace the model's own
     tensor_parallel_size: int = 1
@@ -317,6 +318,7 @@ _OPTIONS: Mapping[str, Callable[[_Given], object]] = {
     "seed": _integer(0, 2**31 - 1),
     "no_profile": _boolean,
     "enforce_eager": _boolean,
+    "always_select": _boolean,
     "verify_kv": _pattern("|".join(VerifyMode), allowed=", ".join(VerifyMode)),
     "selection_trace": _path,
     "tensor_parallel_size": _one_gpu,

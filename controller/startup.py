@@ -105,6 +105,7 @@ def prepare(
             plan=sized.plan,
             seed=config.seed,
             enforce_eager=config.enforce_eager,
+            always_select=config.always_select,
             recall_stride=RECALL_STRIDE if device == "cpu" else QUEUED_RECALL_STRIDE,
             verify_kv=VerifyMode(config.verify_kv),
             selection_trace=find_selection_trace(config.selection_trace, knobs=sized.knobs),

@@ -231,7 +231,8 @@ class Runner:
 
     def _measure_rule(self) -> None:
         """Learn when requests that might select attend in place; a recording must be followed."""
-        if self.steps is not None and self._trace is None and self._device.type == "cuda":
+        may_choose = self._trace is None and not self._spec.always_select
+        if self.steps is not None and may_choose and self._device.type == "cuda":
             knobs, geometry = self._spec.knobs, self.kv.geometry
             self.steps.rule = measure_rule(
                 self.steps,

@@ -120,6 +120,12 @@ SERVING_FLAGS = (
         is_switch=True,
     ),
     _option(
+        "always_select",
+        "",
+        "On a GPU: select pages even where attending to all is faster; no text depends on the load",
+        is_switch=True,
+    ),
+    _option(
         "verify_kv", "MODE", "off, sample or full: hash pages on both tiers to find broken copies"
     ),
     _option(

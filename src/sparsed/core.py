@@ -529,6 +529,7 @@ class EngineSpec:
     plan: MemoryPlan
     seed: int = 0
     enforce_eager: bool = False  # launch every operation of a step, capture no graph
+    always_select: bool = False  # even where attending to all tokens in place is faster
     recall_stride: int = RECALL_STRIDE  # steps between two measurements of attention recall
     verify_kv: VerifyMode = VerifyMode.OFF
     look_ahead: bool = False  # fetch a layer early what the layer will probably select

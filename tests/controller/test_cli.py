@@ -240,7 +240,7 @@ def test_no_profiles_are_said_to_be_none(
     assert capsys.readouterr().out == "no profiles\n"
 
 
-@pytest.mark.parametrize("name", ["copy_programs", "enforce_eager"])
+@pytest.mark.parametrize("name", ["copy_programs", "enforce_eager", "always_select"])
 def test_flags_that_do_nothing_on_a_cpu_say_so(name: str) -> None:
     (flag,) = (flag for flag in (*KNOB_FLAGS, *SERVING_FLAGS) if flag.name == name)
     assert flag.help.startswith("On a GPU: ")

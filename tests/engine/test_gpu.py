@@ -43,7 +43,14 @@ def make_runner(model: Path, device: str, dtype: str, knobs: Mapping[str, object
     asked = {"kv_dram_gib": 1.0, "kv_hbm_gib": 1.0, "max_num_seqs": 4, **knobs}
     resolved = resolve_knobs(asked, shape=shape, machine=MACHINE, device=device, dtype=dtype)
     plan = plan_memory(resolved, shape=shape, dtype=dtype)
-    spec = EngineSpec(model=str(model), device=device, dtype=dtype, knobs=resolved, plan=plan)
+    spec = EngineSpec(
+        model=str(model),
+        device=device,
+        dtype=dtype,
+        knobs=resolved,
+        plan=plan,
+        always_select=True,
+    )
     return Runner(spec, on_progress=lambda phase, frac: None)
 
 

@@ -86,6 +86,7 @@ def make_runner() -> MakeRunner:
             knobs=resolved,
             plan=plan,
             enforce_eager=enforce_eager,
+            always_select=True,
             verify_kv=verify_kv,
             calibration=known,
         )
