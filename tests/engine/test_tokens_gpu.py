@@ -24,6 +24,7 @@ from sparsed.core import (
     LinkCalibration,
     MachineFacts,
     SamplingParams,
+    Service,
     SparseMethod,
     SparseOptions,
     TokenOutput,
@@ -98,7 +99,8 @@ def make_runner() -> MakeRunner:
 
 
 def engine_of(runner: Runner) -> Engine:
-    return Engine(runner, knobs=runner.kv._knobs)
+    # Without the quality breaker: which steps are sampled depends on the company.
+    return Engine(runner, knobs=runner.kv._knobs, service=Service(recall_floor=0.0))
 
 
 def request(name: str, prompt: Sequence[int], count: int, **params: Any) -> AddRequest:
