@@ -35,8 +35,9 @@ from overload_recompute import Recomputing, on_demand
 from overload_stack import MODES, STACK, Mode, Runners, Setting, parse_mode
 from report import environment, reference_tokens, resolve_builtin
 
-from sparsed.core import EngineStats, InputError
+from sparsed.core import BLOCK_TOKENS, EngineStats, InputError
 from sparsed.engine.engine import Engine, Model
+from sparsed.engine.kvcache.geometry import num_frames
 from sparsed.engine.models.config import load_config
 from sparsed.engine.models.dummy import DUMMY_PREFIX, dummy_config
 
@@ -70,7 +71,7 @@ class Bench:
                 device=options.device,
                 shape=config.shape,
                 tokens=longest,
-                kv_tokens=options.count * longest,
+                kv_tokens=options.count * num_frames(longest) * BLOCK_TOKENS,
                 max_num_seqs=options.max_num_seqs or min(options.count, 64),
                 token_budget=options.budget,
                 hot_gib=options.hot_gib,

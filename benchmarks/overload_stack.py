@@ -134,7 +134,7 @@ class PlainCopies:
 @dataclass(frozen=True, kw_only=True)
 class Setting:
     """What all engines of a run have in common. ``tokens``: of the longest request; ``kv_tokens``:
-    of all requests together. Sizes in GiB; None: the engine's default."""
+    of all requests together, in whole blocks. Sizes in GiB; None: the engine's default."""
 
     model: str
     device: str
