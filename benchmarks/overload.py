@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -96,8 +97,11 @@ class Bench:
                 front: AtOnce | Recomputing = AtOnce(engine)
                 if mode.recomputes:
                     front = Recomputing(engine, lane_blocks=shares.lane_blocks)
+                began_s = time.process_time()
                 driven = self._drive(engine, watched, load, front=front)
+                cpu_s = time.process_time() - began_s
                 row = {"mode": mode.name, "rate": rate, "unit_ms": unit_ms, **summarise(driven)}
+                row |= {"cpu_s": cpu_s}  # where others share the CPU, this is what a load took
                 row |= moved(before, read_stats(engine))
                 if isinstance(front, Recomputing):
                     row["recomputed"] = front.num_preempted
