@@ -25,10 +25,11 @@ from sparsed.core import (
     TokenBatch,
     TokenOutput,
 )
+from sparsed.engine.admission import GATES, Gate
 from sparsed.engine.batch import StepPlan
 from sparsed.engine.outputs import add_prompt_logprobs, output_of
 from sparsed.engine.quality import Attention, QualityGuard
-from sparsed.engine.readback import PendingTokens
+from sparsed.engine.readback import InFlight, PendingTokens
 from sparsed.engine.recorder import Drawn
 from sparsed.engine.refusals import Refusals
 from sparsed.engine.request import RequestState, Status, check_request, seed_of
@@ -79,36 +80,35 @@ class _Counters:
     requests_finished: int = 0
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _InFlight:
-    """A step that was launched: who waits for which of its tokens."""
-
-    tokens: PendingTokens
-    waiting: tuple[tuple[RequestState, int], ...]
-
-
 class Engine:
     """Continuous batching over one model. One thread; only ``step`` takes its time.
 
     Where the model runs ahead, the tokens that it draws are read while the next step runs:
-    a request that ends has by then run one step more, whose token is dropped.
+    a request that ends has by then run one step more, whose token is dropped. ``gates``: what a
+    request must pass to join, as in ``admission.py``.
 
     A request that cannot be served ends with an output that says so, at the next step. Any
     other error leaves the engine unusable and is raised.
     """
 
     def __init__(
-        self, model: Model, *, knobs: Knobs, seed: int = 0, service: Service | None = None
+        self,
+        model: Model,
+        *,
+        knobs: Knobs,
+        seed: int = 0,
+        service: Service | None = None,
+        gates: Sequence[Gate] = GATES,
     ) -> None:
         service = service or Service()
         self._model = model
         self._seed = seed
-        self._scheduler = Scheduler(model.kv, knobs=knobs, target_s=service.tpot_s)
+        self._scheduler = Scheduler(model.kv, knobs=knobs, target_s=service.tpot_s, gates=gates)
         self._quality = QualityGuard(model.kv, floor=service.recall_floor)
         self._refusals = Refusals()
         self._asked: Knobs | None = None  # not in force yet
         self._sampler = Sampler()
-        self._in_flight: deque[_InFlight] = deque()
+        self._in_flight: deque[InFlight] = deque()
         self._outputs: list[TokenOutput] = []  # of this step, and of requests closed before it
         self._counters = _Counters()
         self._step_times: deque[float] = deque(maxlen=MAX_STEP_TIMES)
@@ -255,7 +255,7 @@ class Engine:
         waiting = tuple(pair for pair in drawing if self._model_draws(pair[0]))
         for request, _ in waiting:
             request.num_in_flight += 1
-        self._in_flight.append(_InFlight(tokens=PendingTokens(drawn.tokens_N), waiting=waiting))
+        self._in_flight.append(InFlight(tokens=PendingTokens(drawn.tokens_N), waiting=waiting))
         self._sample([pair for pair in drawing if not self._model_draws(pair[0])], drawn.logits_NV)
 
     def _model_draws(self, request: RequestState) -> bool:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+
+from sparsed.engine.request import RequestState
 
 
 class _Pending:
@@ -36,6 +40,14 @@ class PendingTokens(_Pending):
         """The tokens; waits for the step that draws them."""
         tokens: list[int] = self._wait().tolist()
         return tokens
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class InFlight:
+    """A step that was launched: who waits for which of its tokens."""
+
+    tokens: PendingTokens
+    waiting: tuple[tuple[RequestState, int], ...]
 
 
 class PendingValue(_Pending):

@@ -25,6 +25,7 @@ from sparsed.kernels.copy import copy_pages
 
 PROBE_BYTES = 64 << 20
 PROBE_REPEATS = 3
+CopyRows = Callable[..., None]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,7 +49,9 @@ class Transfer:
 
     Inside a CUDA graph copies time nothing and wait for nothing: call ``wait_for_saves`` before a
     replay that loads, and ``warm_up`` before a capture. ``ways`` says how copies are made, and can
-    be changed at any time; a graph keeps what held at its capture. One thread.
+    be changed at any time; a graph keeps what held at its capture. ``copy_rows`` moves page rows as
+    ``kernels.copy.copy_pages`` does; one that waits for the device needs steps without graphs.
+    One thread.
     """
 
     def __init__(
@@ -58,7 +61,9 @@ class Transfer:
         device: torch.device,
         calibration: LinkCalibration | None = None,
         verifier: Verifier | None = None,
+        copy_rows: CopyRows = copy_pages,
     ) -> None:
+        self.copy_rows = copy_rows
         self.ways = Ways(page_bytes=page_bytes, device=device, calibration=calibration)
         self._page_bytes = page_bytes
         self._device = device
@@ -155,13 +160,7 @@ class Transfer:
     ) -> None:
         """Copy the first ``count`` rows of a list to the device, on the current stream, as part of
         a step that has waited for all saves; ``count_fetched`` counts a whole step at once."""
-        pages = _Pages(
-            dst_RX=dst_RX,
-            src_RX=src_RX,
-            dst_rows_M=dst_rows_M,
-            src_rows_M=src_rows_M,
-            count=count_1,
-        )
+        pages = _pages(dst_RX, src_RX, dst_rows_M, src_rows_M, count_1)
         self._copy(Direction.H2D, self.ways.load, pages)
         self._verifier.check(
             dst_RX, store_rows=dst_rows_M, page_rows=src_rows_M, where=Where.LOAD, count=count_1
@@ -271,7 +270,7 @@ class Transfer:
 
     def _copy(self, direction: Direction, choice: CopyChoice, pages: _Pages) -> None:
         with self._totals.timed((direction, choice.path)):
-            copy_pages(
+            self.copy_rows(
                 pages.dst_RX,
                 pages.src_RX,
                 dst_rows_M=pages.dst_rows_M,

@@ -27,6 +27,7 @@ from sparsed.core import (
     SparseMethod,
     SparseOptions,
     TokenOutput,
+    WaitReason,
 )
 from sparsed.engine.admission import Claim, Room
 from sparsed.engine.batch import DrawParams, StepPlan
@@ -618,6 +619,23 @@ def test_low_recall_raises_the_budget_in_the_next_step() -> None:
     assert cache.attention[-1] == (row, 4096, True)
     assert watched.stats().quality_dense == 1
     assert watched.stats().recent_quality == ()
+
+
+def test_requests_pass_the_gates_that_an_engine_is_given() -> None:
+    """All would fit, and each waits for the one before."""
+
+    def one_by_one(running: Sequence[Claim], _candidate: Claim, _room: Room) -> WaitReason | None:
+        return WaitReason.LINK if running else None
+
+    shy = Engine(ScriptedModel(), knobs=KNOBS, gates=[one_by_one])
+    for name in "abc":
+        shy.add(request(name, prompt=[1, 2, 3]))
+    most = 0
+    while shy.has_work:
+        shy.step()
+        most = max(most, shy.stats().num_running)
+    assert most == 1
+    assert {one.reason for one in shy.stats().waits} == {WaitReason.LINK}
 
 
 def test_refusals_are_counted_by_reason() -> None:
