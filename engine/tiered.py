@@ -76,7 +76,7 @@ class Placed(NamedTuple):
 
 class TieredAttention:
     """Call ``begin``, then for every layer in order ``place`` and ``attend``, then ``finish``; with
-    look-ahead, ``foresee`` the next layer before ``place``. What ``place`` gives holds until it is
+    look-ahead, ``foresee`` a layer before its ``place``. What ``place`` gives holds until it is
     called again. ``ahead`` None: no look-ahead. One stream of the caller.
     """
 
