@@ -11,8 +11,8 @@ from soak_load import SoakOptions
 from torch import Tensor
 
 from sparsed.core import EngineSpec
-from sparsed.engine.kvcache import transfer
 from sparsed.engine.kvcache.tables import PageTables
+from sparsed.engine.kvcache.transfer import Transfer
 from sparsed.engine.runner import Runner
 from sparsed.kernels.copy import copy_pages
 
@@ -106,7 +106,7 @@ def test_a_page_that_arrives_changed_is_found(
     check_steps: int, words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By comparing the tiers between steps, and without that by verifying copies."""
-    monkeypatch.setattr(transfer, "copy_pages", copy_wrongly)
+    monkeypatch.setitem(Transfer.__init__.__kwdefaults__, "copy_rows", copy_wrongly)
     with pytest.raises(AssertionError, match=words):
         assert not soak(seed=11, check_steps=check_steps, num_compared=0).problems()
 
