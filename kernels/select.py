@@ -248,7 +248,8 @@ def _select_kernel(
                 key_W = page_keys(score_W, id_W, num_full, sink_pages, num_full - recent_pages)
             else:
                 key_W = tl.full([PIECE], -1, tl.int32)
-            keys = keys + (key_W,)  # type: ignore[assignment]  # noqa: RUF005  # no unpacking there
+            # The compiler knows no unpacking, and the tuple's type grows: this loop is unrolled.
+            keys = keys + (key_W,)  # type: ignore[assignment]  # noqa: RUF005
         num_forced = tl.minimum(sink_pages + recent_pages, num_full)
         threshold = find_threshold(keys, count, num_full, num_forced, GROUP, PIECE, PIECES)
         write_ids(keys, threshold, count, out_K, PIECE, PIECES)

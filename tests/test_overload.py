@@ -113,13 +113,13 @@ class NoModel:
 
 
 def run(engine: FakeEngine, load: Load, *, limit_s: float = math.inf) -> Driven:
-    engine.model = Watched(NoModel(), clock=engine.clock)  # type: ignore[arg-type]  # of nothing
+    engine.model = Watched(NoModel(), clock=engine.clock)  # type: ignore[arg-type]  # it only runs
     return drive(
-        engine,  # type: ignore[arg-type]  # as far as it is used
+        engine,  # type: ignore[arg-type]  # as much of one as is called
         engine.model,
         make_requests(load, Prompts(vocab_size=512)),
         arrivals_s=load.arrivals_s(),
-        front=AtOnce(engine),  # type: ignore[arg-type]
+        front=AtOnce(engine),  # type: ignore[arg-type]  # as above
         limit_s=limit_s,
         clock=engine.clock,
         sleep=engine.sleep,
@@ -198,7 +198,7 @@ def test_recomputing_never_overcommits_and_loses_no_token(
     sizes: Sequence[tuple[int, int]], lane_blocks: int
 ) -> None:
     engine = FakeEngine()
-    front = Recomputing(engine, lane_blocks=lane_blocks)  # type: ignore[arg-type]
+    front = Recomputing(engine, lane_blocks=lane_blocks)  # type: ignore[arg-type]  # as in run
     asked = [
         make_requests(replace(LOAD, count=i + 1, prompt_tokens=p, output_tokens=o), Prompts(vocab_size=512))[i]
         for i, (p, o) in enumerate(sizes)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from sparsed.core import GIB, EngineSpec, MachineFacts, ModelShape, Service
+from sparsed.core import GIB, EngineSpec, MachineFacts, ModelShape, Service, SparseMethod
+from sparsed.engine.batch import PromptChunk, StepPlan
 from sparsed.engine.engine import Engine
 from sparsed.engine.kvcache.cache import KVCache
 from sparsed.engine.kvcache.dram import DramPool
@@ -34,6 +35,7 @@ MakeSpec = Callable[..., EngineSpec]
 MakeRunner = Callable[..., Runner]
 MakeEngine = Callable[..., Engine]
 MakeSteps = Callable[..., StepDecoder]
+Prefill = Callable[..., int]
 
 SHAPE = ModelShape(
     num_layers=2,
@@ -114,6 +116,34 @@ def make_cache(make_basis: MakeBasis) -> MakeCache:
         )
 
     return make
+
+
+@pytest.fixture(scope="session")
+def prefill() -> Prefill:
+    """``prefill(runner, tokens, method=MEAN_KEY, token_budget=None, output=64)`` -> the KV row of a
+    request whose prompt, ``tokens``, ran as one chunk; there is room for ``output`` more."""
+
+    def run(
+        runner: Runner,
+        tokens: Sequence[int],
+        *,
+        method: SparseMethod = SparseMethod.MEAN_KEY,
+        token_budget: int | None = None,
+        output: int = 64,
+    ) -> int:
+        length = len(tokens)
+        row = runner.kv.add(length + output, method=method, token_budget=token_budget)
+        chunk = PromptChunk(
+            row=row,
+            tokens=tuple(tokens),
+            start=0,
+            prompt_length=length,
+            logits_from=length - 1,
+        )
+        runner.run(StepPlan(chunks=(chunk,), decodes=()))
+        return row
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -151,10 +151,8 @@ def test_a_large_request_does_not_starve(sizes: list[int], seed: int) -> None:
         waiting.append((100.0, float(second)))
         while True:
             now = [claim(pages) for pages, _ in running]
-            picked = pick(
-                [second - came for _, came in waiting],
-                lambda i, now=now: check(now, claim(waiting[i][0]), ROOM),  # type: ignore[misc]
-            )
+            answers = [check(now, claim(pages), ROOM) for pages, _ in waiting]
+            picked = pick([second - came for _, came in waiting], answers.__getitem__)
             if picked.place is None:
                 break
             pages, came = waiting.pop(picked.place)

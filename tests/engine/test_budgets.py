@@ -17,6 +17,7 @@ from sparsed.engine.hit_curve import (
     MissCurve,
     measured_curve,
 )
+from sparsed.engine.kvcache.shares import Rule
 
 SLOTS = 8  # of a block, all lanes together
 
@@ -50,11 +51,11 @@ def power_law(share: Share, blocks: int) -> float:
 
 @pytest.mark.parametrize("rule", [by_gain, even, partial(multiple_of, residency=2.5)])
 @given(data=st.data())
-def test_every_rule_keeps_the_bounds_and_the_sum(rule: object, data: st.DataObject) -> None:
+def test_every_rule_keeps_the_bounds_and_the_sum(rule: Rule, data: st.DataObject) -> None:
     claims = data.draw(st.lists(shares(), min_size=1, max_size=6))
     least = sum(share.least for share in claims)
     total = data.draw(st.integers(least, least + 120))
-    found = rule(claims, total)  # type: ignore[operator]  # a rule
+    found = rule(claims, total)
     assert all(s.least <= b <= s.most for s, b in zip(claims, found, strict=True))
     assert sum(found) <= total
     if not isinstance(rule, partial):

@@ -11,8 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparsed.core import CopyPath, Direction, SparseMethod
-from sparsed.engine.batch import DecodeRow, PromptChunk, StepPlan
+from sparsed.core import CopyPath, Direction
+from sparsed.engine.batch import DecodeRow, StepPlan
 from sparsed.engine.fetch_times import UNTIMED, TimedStep
 from sparsed.engine.kvcache import streams
 from sparsed.engine.kvcache.totals import Totals
@@ -21,10 +21,12 @@ from sparsed.engine.step_decoder import StepDecoder
 
 MakeRunner = Callable[..., Runner]
 MakeSteps = Callable[..., StepDecoder]
+Prefill = Callable[..., int]
 
 CPU = torch.device("cpu")
 LOAD = (Direction.H2D, CopyPath.KERNEL)
 LENGTH = 700
+PROMPT = [i * i % 199 for i in range(LENGTH)]
 STEPS = 6
 
 
@@ -134,19 +136,6 @@ def test_only_copies_in_graphs_are_estimated() -> None:
 # -- steps ---------------------------------------------------------------------------------------
 
 
-def prefilled(runner: Runner) -> int:
-    row = runner.kv.add(LENGTH + 60, method=SparseMethod.MEAN_KEY, token_budget=None)
-    chunk = PromptChunk(
-        row=row,
-        tokens=tuple(i * i % 199 for i in range(LENGTH)),
-        start=0,
-        prompt_length=LENGTH,
-        logits_from=LENGTH - 1,
-    )
-    runner.run(StepPlan(chunks=(chunk,), decodes=()))
-    return row
-
-
 def decode(runner: Runner, row: int, *, steps: int = STEPS) -> float:
     """Seconds of these steps."""
     started_s = time.perf_counter()
@@ -158,10 +147,10 @@ def decode(runner: Runner, row: int, *, steps: int = STEPS) -> float:
 
 @pytest.mark.parametrize("way", ["eager", "queued", "looks ahead"])
 def test_on_a_cpu_attention_stands_still_for_every_fetch(
-    make_runner: MakeRunner, make_steps: MakeSteps, way: str
+    make_runner: MakeRunner, make_steps: MakeSteps, way: str, prefill: Prefill
 ) -> None:
     runner = make_runner(page_size=8, token_budget=256, lane_blocks=4)
-    row = prefilled(runner)
+    row = prefill(runner, PROMPT, output=60)
     if way != "eager":
         runner.steps = make_steps(runner, looks_ahead=way == "looks ahead")
     before = runner.stats()
@@ -174,10 +163,10 @@ def test_on_a_cpu_attention_stands_still_for_every_fetch(
 
 @pytest.mark.parametrize("queued", [False, True])
 def test_one_step_in_some_is_timed(
-    make_runner: MakeRunner, make_steps: MakeSteps, queued: bool
+    make_runner: MakeRunner, make_steps: MakeSteps, queued: bool, prefill: Prefill
 ) -> None:
     runner = make_runner(page_size=8, token_budget=256, lane_blocks=4)
-    row = prefilled(runner)
+    row = prefill(runner, PROMPT, output=60)
     runner.steps = make_steps(runner) if queued else None
     runner.fetch_times.stride = 5
     decode(runner, row, steps=11)  # the prompt was step 1
@@ -185,10 +174,10 @@ def test_one_step_in_some_is_timed(
 
 
 def test_steps_that_cannot_fetch_are_not_timed(
-    make_runner: MakeRunner, make_steps: MakeSteps
+    make_runner: MakeRunner, make_steps: MakeSteps, prefill: Prefill
 ) -> None:
     runner = make_runner(page_size=8, token_budget=256, lane_blocks=40)
-    row = prefilled(runner)
+    row = prefill(runner, PROMPT, output=60)
     runner.steps = make_steps(runner)
     decode(runner, row)
     stats = runner.stats()

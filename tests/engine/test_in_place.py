@@ -10,12 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparsed.core import EngineSpec, SparseMethod
-from sparsed.engine.batch import DecodeRow, PromptChunk, StepPlan
+from sparsed.engine.batch import DecodeRow, StepPlan
 from sparsed.engine.in_place import MARGIN, InPlaceRule, Overhead
 from sparsed.engine.runner import Runner
 from sparsed.engine.step_decoder import StepDecoder
 
 MakeSteps = Callable[..., StepDecoder]
+Prefill = Callable[..., int]
 PAGE = 8
 
 
@@ -57,7 +58,10 @@ def test_an_overhead_grows_with_the_pages(few: float, rise: float, pages: float)
 
 @pytest.mark.parametrize("overhead_s", [0.0, 1e3])
 def test_a_step_in_place_is_a_dense_one(
-    make_spec: Callable[..., EngineSpec], make_steps: MakeSteps, overhead_s: float
+    make_spec: Callable[..., EngineSpec],
+    make_steps: MakeSteps,
+    prefill: Prefill,
+    overhead_s: float,
 ) -> None:
     """And the request tells so. Nothing but the rule differs."""
     runners = [
@@ -69,7 +73,7 @@ def test_a_step_in_place_is_a_dense_one(
     other = runners[1]
     tokens = [i * i % 199 for i in range(900)]
     rows = [
-        _prefill(runner, tokens, method)
+        prefill(runner, tokens, method=method)
         for runner, method in zip(runners, (SparseMethod.DENSE, SparseMethod.MEAN_KEY), strict=True)
     ]
     other.steps = make_steps(other)
@@ -89,16 +93,3 @@ def test_a_step_in_place_is_a_dense_one(
     assert found.sparse_steps == (0 if overhead_s else 5)
     assert (found.tokens_read == found.tokens_dense) == bool(overhead_s)
     other.kv.check_integrity()
-
-
-def _prefill(runner: Runner, tokens: list[int], method: SparseMethod) -> int:
-    row = runner.kv.add(len(tokens) + 64, method=method, token_budget=None)
-    chunk = PromptChunk(
-        row=row,
-        tokens=tuple(tokens),
-        start=0,
-        prompt_length=len(tokens),
-        logits_from=len(tokens) - 1,
-    )
-    runner.run(StepPlan(chunks=(chunk,), decodes=()))
-    return row

@@ -211,7 +211,7 @@ class Bench:
     def __init__(self) -> None:
         self.model, self.link = CountingModel(), ScriptedLink()
         self.engine = Engine(self.model, knobs=KNOBS)
-        self.worker = Worker(self.link, engine=self.engine, clock=StepClock())  # type: ignore[arg-type]
+        self.worker = Worker(self.link, engine=self.engine, clock=StepClock())  # type: ignore[arg-type]  # a link that is a script
 
     def tell(self, message: Message) -> None:
         self.link.inbox.append(message)

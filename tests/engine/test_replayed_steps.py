@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sparsed.core import EngineSpec, InputError, SparseMethod
-from sparsed.engine.batch import DecodeRow, PromptChunk, StepPlan
+from sparsed.core import EngineSpec, InputError
+from sparsed.engine.batch import DecodeRow, StepPlan
 from sparsed.engine.evaluate.recording import Recording, RecordingHeader, write_recording
 from sparsed.engine.runner import Runner
 from sparsed.engine.sparse.replay import ANCHOR_PAGES, LANE_SHIFT, ROW_SHIFT, SelectionTrace
@@ -24,6 +24,7 @@ from sparsed.engine.step_input import Pages
 
 MakeSpec = Callable[..., EngineSpec]
 MakeSteps = Callable[..., StepDecoder]
+Prefill = Callable[..., int]
 
 PAGE_SIZE, BUDGET = 8, 256
 STEPS, LANES, RECORDED_TOKENS = 7, 6, 1000
@@ -62,15 +63,11 @@ def file(tmp_path: Path, recording: Recording) -> Path:
     return path
 
 
-def prefilled(spec: EngineSpec) -> Runner:
+def prefilled(spec: EngineSpec, prefill: Prefill) -> Runner:
     runner = Runner(spec, on_progress=lambda *_: None)
     for number, (length, budget) in enumerate(zip(LENGTHS, BUDGETS, strict=True)):
-        row = runner.kv.add(length + 8, method=SparseMethod.MEAN_KEY, token_budget=budget)
-        tokens = tuple((i * i + number) % 199 for i in range(length))
-        chunk = PromptChunk(
-            row=row, tokens=tokens, start=0, prompt_length=length, logits_from=length - 1
-        )
-        runner.run(StepPlan(chunks=(chunk,), decodes=()))
+        tokens = [(i * i + number) % 199 for i in range(length)]
+        prefill(runner, tokens, token_budget=budget, output=8)
     return runner
 
 
@@ -101,11 +98,15 @@ def replayed_pages(
 
 
 def test_a_runner_attends_to_what_was_recorded(
-    make_spec: MakeSpec, file: Path, recording: Recording, monkeypatch: pytest.MonkeyPatch
+    make_spec: MakeSpec,
+    file: Path,
+    recording: Recording,
+    monkeypatch: pytest.MonkeyPatch,
+    prefill: Prefill,
 ) -> None:
     asked = {"page_size": PAGE_SIZE, "token_budget": BUDGET, "lane_blocks": 17}
     spec = replace(make_spec(**asked), selection_trace=str(file))
-    runner = prefilled(spec)
+    runner = prefilled(spec, prefill)
     assert runner.facts.selection_trace == str(file)
     residency, seen = runner.attention.tiers.residency, []
     bring_in = residency.bring_in
@@ -146,12 +147,17 @@ def test_a_runner_attends_to_what_was_recorded(
 
 @pytest.mark.parametrize(("lane_blocks", "looks_ahead"), [(17, False), (17, True), (60, False)])
 def test_queued_steps_replay_as_eager_ones_do(
-    make_spec: MakeSpec, make_steps: MakeSteps, file: Path, lane_blocks: int, looks_ahead: bool
+    make_spec: MakeSpec,
+    make_steps: MakeSteps,
+    file: Path,
+    lane_blocks: int,
+    looks_ahead: bool,
+    prefill: Prefill,
 ) -> None:
     asked = {"page_size": PAGE_SIZE, "token_budget": BUDGET, "lane_blocks": lane_blocks}
     own = make_spec(**asked)
     spec = replace(own, selection_trace=str(file))
-    one, other, free = prefilled(spec), prefilled(spec), prefilled(own)
+    one, other, free = prefilled(spec, prefill), prefilled(spec, prefill), prefilled(own, prefill)
     steps = make_steps(other, looks_ahead=looks_ahead)
     differs = False
     for turn in range(6):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from sparsed.core import BLOCK_TOKENS, EngineSpec, SparseMethod
 from sparsed.engine import assembly
-from sparsed.engine.batch import DecodeRow, DrawParams, PromptChunk, StepPlan
+from sparsed.engine.batch import DecodeRow, DrawParams, StepPlan
 from sparsed.engine.draws import draw
 from sparsed.engine.kvcache.rebalance import ROUND_STEPS
 from sparsed.engine.recorder import Drawn, Recorded
@@ -32,6 +32,7 @@ from sparsed.kernels.sample import DrawPlan
 
 MakeRunner = Callable[..., Runner]
 MakeSteps = Callable[..., StepDecoder]
+Prefill = Callable[..., int]
 lengths = st.lists(st.integers(0, 300_000), min_size=1, max_size=40)
 
 
@@ -123,25 +124,6 @@ def check_draws(asked: DrawPlan, expected: list[DrawParams], padding: int) -> No
     assert list(columns) == [one[1:] for one in expected]
 
 
-def prefill(
-    runner: Runner,
-    tokens: list[int],
-    *,
-    method: SparseMethod = SparseMethod.DENSE,
-    output: int = 64,
-) -> int:
-    row = runner.kv.add(len(tokens) + output, method=method, token_budget=None)
-    chunk = PromptChunk(
-        row=row,
-        tokens=tuple(tokens),
-        start=0,
-        prompt_length=len(tokens),
-        logits_from=len(tokens) - 1,
-    )
-    runner.run(StepPlan(chunks=(chunk,), decodes=()))
-    return row
-
-
 def run_queued(runner: Runner, steps: StepDecoder, decodes: list[DecodeRow], *, step: int) -> Drawn:
     for decode in decodes:
         runner.kv.make_room(decode.row, decode.position)
@@ -152,12 +134,18 @@ def run_queued(runner: Runner, steps: StepDecoder, decodes: list[DecodeRow], *, 
 
 @pytest.mark.parametrize("page_size", [8, 32, 128])
 def test_a_resident_step_draws_what_the_runner_draws(
-    make_runner: MakeRunner, make_steps: MakeSteps, page_size: int
+    make_runner: MakeRunner,
+    make_steps: MakeSteps,
+    page_size: int,
+    prefill: Prefill,
 ) -> None:
     prompts = [[7] * 3, list(range(127)), list(range(300)), list(range(128))]
     one, other = (make_runner(page_size=page_size, token_budget=512) for _ in range(2))
-    rows = [prefill(one, tokens) for tokens in prompts]
-    assert rows == [prefill(other, tokens) for tokens in prompts]
+    rows, others = (
+        [prefill(runner, tokens, method=SparseMethod.DENSE) for tokens in prompts]
+        for runner in (one, other)
+    )
+    assert rows == others
     steps = make_steps(other)
     known: list[int | None] = [1, 2, 3, 4]
     drawn = torch.tensor([1, 2, 3, 4])
@@ -189,6 +177,7 @@ def test_a_step_over_both_tiers_draws_what_the_runner_draws(
     page_size: int,
     hot_blocks: int,
     looks_ahead: bool,
+    prefill: Prefill,
 ) -> None:
     """Evictions or none, beside a row that attends to everything and one that grows sparse."""
     settings = {"page_size": page_size, "token_budget": 256, "lane_blocks": hot_blocks}
@@ -230,6 +219,7 @@ def test_lanes_that_lose_their_balance_change_no_token(
     make_steps: MakeSteps,
     monkeypatch: pytest.MonkeyPatch,
     ahead: bool,
+    prefill: Prefill,
 ) -> None:
     """Rounds move blocks between two steps of a request; what it attends to stays the same."""
     settings = {"page_size": 8, "token_budget": 256, "lane_blocks": 4}
@@ -239,7 +229,7 @@ def test_lanes_that_lose_their_balance_change_no_token(
         other.steps = make_steps(other)
     prompt = [i * i % 199 for i in range(700)]
     for runner in (one, other):
-        prefill(runner, prompt, method=SparseMethod.MEAN_KEY, output=ROUND_STEPS + 30)
+        prefill(runner, prompt, output=ROUND_STEPS + 30)
     (row,) = one.kv.rows
     for step in range(ROUND_STEPS + 30):
         plan = StepPlan(
@@ -304,22 +294,12 @@ def recorder_of(runner: Runner) -> CpuRecorder:
     return recorder
 
 
-def add_row(runner: Runner, tokens: list[int], budget: int | None) -> int:
-    row = runner.kv.add(len(tokens) + 64, method=SparseMethod.MEAN_KEY, token_budget=budget)
-    chunk = PromptChunk(
-        row=row,
-        tokens=tuple(tokens),
-        start=0,
-        prompt_length=len(tokens),
-        logits_from=len(tokens) - 1,
-    )
-    runner.run(StepPlan(chunks=(chunk,), decodes=()))
-    return row
-
-
 @pytest.mark.parametrize("own", [None, 512])
 def test_graphs_recorded_between_steps_change_no_token(
-    make_spec: Callable[..., EngineSpec], monkeypatch: pytest.MonkeyPatch, own: int | None
+    make_spec: Callable[..., EngineSpec],
+    monkeypatch: pytest.MonkeyPatch,
+    own: int | None,
+    prefill: Prefill,
 ) -> None:
     """Of a request that is wider than the knob, and of a knob that is raised and lowered meanwhile;
     against steps launched one by one, which take each change at once."""
@@ -327,8 +307,11 @@ def test_graphs_recorded_between_steps_change_no_token(
     one = Runner(spec, on_progress=lambda *_: None)
     other = recording_runner(spec, monkeypatch)
     prompts = [[i * i % 199 for i in range(900)], [i % 31 for i in range(800)]]
-    rows = [add_row(one, prompts[0], None), add_row(one, prompts[1], own)]
-    assert rows == [add_row(other, prompts[0], None), add_row(other, prompts[1], own)]
+    rows, others = (
+        [prefill(runner, prompts[0]), prefill(runner, prompts[1], token_budget=own)]
+        for runner in (one, other)
+    )
+    assert rows == others
     recorder, knobs = recorder_of(other), spec.knobs
     budgets = {6: 512, 40: 300}
     asked, in_force, num_eager = None, [knobs], 0
@@ -363,13 +346,15 @@ def test_graphs_recorded_between_steps_change_no_token(
 
 
 def test_other_copies_come_with_graphs_of_their_own(
-    make_spec: Callable[..., EngineSpec], monkeypatch: pytest.MonkeyPatch
+    make_spec: Callable[..., EngineSpec],
+    monkeypatch: pytest.MonkeyPatch,
+    prefill: Prefill,
 ) -> None:
     spec = make_spec(page_size=8, token_budget=256, lane_blocks=6, max_num_seqs=2)
     runner = recording_runner(spec, monkeypatch)
     ways, recorder = runner.kv.transfer.ways, recorder_of(runner)
     monkeypatch.setattr(ways, "_is_cpu", False)  # a CPU loads in one way only
-    row = add_row(runner, [i * i % 199 for i in range(900)], None)
+    row = prefill(runner, [i * i % 199 for i in range(900)])
     for position, programs in enumerate((7, 9), 900):
         num_recorded, knobs = len(recorder.recorded), replace(spec.knobs, copy_programs=programs)
         runner.ask(knobs)
@@ -386,11 +371,13 @@ def test_other_copies_come_with_graphs_of_their_own(
 
 
 def test_counters_go_on_over_a_raise(
-    make_spec: Callable[..., EngineSpec], monkeypatch: pytest.MonkeyPatch
+    make_spec: Callable[..., EngineSpec],
+    monkeypatch: pytest.MonkeyPatch,
+    prefill: Prefill,
 ) -> None:
     spec = make_spec(page_size=8, token_budget=256, lane_blocks=40)
     runner = recording_runner(spec, monkeypatch)
-    row = prefill(runner, [i % 199 for i in range(900)], method=SparseMethod.MEAN_KEY)
+    row = prefill(runner, [i % 199 for i in range(900)])
     decode = DecodeRow(row=row, token=1, position=900)
     runner.run(StepPlan(chunks=(), decodes=(decode,)))
     before = runner.stats()

@@ -9,7 +9,7 @@ import pytest
 from torch import Tensor
 
 from sparsed.core import SparseMethod
-from sparsed.engine.batch import DecodeRow, PromptChunk, StepPlan
+from sparsed.engine.batch import DecodeRow, StepPlan
 from sparsed.engine.kvcache.geometry import num_frames
 from sparsed.engine.runner import Runner
 from sparsed.engine.step_decoder import StepDecoder
@@ -18,29 +18,24 @@ from sparsed.kernels.buckets import WINDOW_STEPS
 
 MakeRunner = Callable[..., Runner]
 MakeSteps = Callable[..., StepDecoder]
+Prefill = Callable[..., int]
 LENGTHS = (700, 620)
 Selections = dict[tuple[int, int, int], list[set[int]]]  # of (row, layer, head), step by step
 
 
-def prefilled(runner: Runner) -> list[int]:
-    rows = []
-    for number, length in enumerate(LENGTHS):
-        row = runner.kv.add(length + 60, method=SparseMethod.MEAN_KEY, token_budget=None)
-        tokens = tuple((i * i + number) % 199 for i in range(length))
-        chunk = PromptChunk(
-            row=row, tokens=tokens, start=0, prompt_length=length, logits_from=length - 1
-        )
-        runner.run(StepPlan(chunks=(chunk,), decodes=()))
-        rows.append(row)
-    return rows
+def prefilled(runner: Runner, prefill: Prefill) -> list[int]:
+    return [
+        prefill(runner, [(i * i + number) % 199 for i in range(length)], output=60)
+        for number, length in enumerate(LENGTHS)
+    ]
 
 
 def test_the_working_set_is_what_the_newest_steps_selected(
-    make_runner: MakeRunner, monkeypatch: pytest.MonkeyPatch
+    make_runner: MakeRunner, monkeypatch: pytest.MonkeyPatch, prefill: Prefill
 ) -> None:
     runner = make_runner(page_size=8, token_budget=256)
     assert runner.stats().working_set_pages == 0
-    rows = prefilled(runner)
+    rows = prefilled(runner, prefill)
     residency = runner.attention.tiers.residency
     bring_in, selected = residency.bring_in, Selections()
 
@@ -73,20 +68,20 @@ def test_the_working_set_is_what_the_newest_steps_selected(
 
 @pytest.mark.parametrize("method", [SparseMethod.MEAN_KEY, SparseMethod.QUEST, SparseMethod.DENSE])
 def test_metadata_is_the_summaries_of_frames_in_use(
-    make_runner: MakeRunner, method: SparseMethod
+    make_runner: MakeRunner, method: SparseMethod, prefill: Prefill
 ) -> None:
     runner = make_runner(page_size=8, token_budget=256, sparse_method=method)
     assert runner.stats().metadata_bytes == 0
-    prefilled(runner)
+    prefilled(runner, prefill)
     frames = sum(num_frames(length + 60) for length in LENGTHS)
     per_frame = runner.kv.geometry.summary_bytes_per_frame(method)
     assert runner.stats().metadata_bytes == frames * per_frame
     assert (per_frame > 0) == (method is not SparseMethod.DENSE)
 
 
-def test_copies_by_way_add_up(make_runner: MakeRunner) -> None:
+def test_copies_by_way_add_up(make_runner: MakeRunner, prefill: Prefill) -> None:
     runner = make_runner(page_size=8, token_budget=256, lane_blocks=6)
-    rows = prefilled(runner)
+    rows = prefilled(runner, prefill)
     decode = DecodeRow(row=rows[0], token=1, position=LENGTHS[0])
     runner.run(StepPlan(chunks=(), decodes=(decode,)))
     stats = runner.stats()
@@ -130,10 +125,11 @@ def test_pages_fetched_a_layer_ahead_are_counted_apart(
     make_steps: MakeSteps,
     monkeypatch: pytest.MonkeyPatch,
     looks_ahead: bool,
+    prefill: Prefill,
 ) -> None:
     """What is waited for and what was foreseen together are all that crossed the link."""
     runner = make_runner(page_size=8, token_budget=256, lane_blocks=6)
-    rows = prefilled(runner)
+    rows = prefilled(runner, prefill)
     runner.steps = make_steps(runner, looks_ahead=looks_ahead)
     before, fetched_for_nothing = runner.stats(), foreseen_and_not_selected(runner, monkeypatch)
     for turn in range(6):
