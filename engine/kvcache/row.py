@@ -67,6 +67,7 @@ class Row:
     complete: bool = True
     is_spilled: bool = False
     share: int | None = None
+    num_tokens: int = 0  # that it has, those of the step to come included
     num_placed: int = 0  # pages placed in order while complete: whole blocks
     reads: Reads = field(default_factory=Reads)
     reads_before: Reads = field(default_factory=Reads)  # without the newest step

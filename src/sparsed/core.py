@@ -186,6 +186,17 @@ KNOB_SPECS: tuple[KnobSpec, ...] = (
         help="prompt tokens computed in one step, all requests together",
     ),
     KnobSpec(
+        name="residency_watermark",
+        unit="of the hot tier",
+        klass=KnobClass.HOT,
+        default=0.1,
+        minimum=0.0,
+        maximum=0.5,
+        integer=False,
+        help="share of the hot tier that stays free while requests are kept there whole; below it "
+        "they keep what they have a right to",
+    ),
+    KnobSpec(
         name="copy_programs",
         unit="programs",
         klass=KnobClass.HOT,
@@ -286,6 +297,7 @@ class Knobs:
     kv_dram_gib: float
     max_model_len: int
     copy_programs: int | None = None
+    residency_watermark: float = 0.1
 
     def __post_init__(self) -> None:
         for spec in KNOB_SPECS:
