@@ -28,6 +28,7 @@ def cache(make_cache: MakeCache) -> KVCache:
         token_budget=256,
         sparse_method="quest",
         max_model_len=2048,
+        residency_watermark=0.5,  # so that nobody comes back whole
     )
 
 
@@ -123,9 +124,6 @@ def test_blocks_go_to_those_who_miss_more(cache: KVCache) -> None:
     assert blocks == [6, 6]
     cache.rebudget()
     assert [cache.rows[index].num_blocks for index in (calm, restless)] == blocks
-    cache.observe()
-    shrunk = [cache.rows[index].num_blocks for index in (calm, restless)]
-    assert shrunk[0] < 6 and shrunk[1] == 6, "a row a step, and first who loses blocks"
     cache.observe()
     few, many = (cache.rows[index].num_blocks for index in (calm, restless))
     assert 3 <= few < 6 < many and few + many == 12
