@@ -92,6 +92,8 @@ class Attention:
         if plan.tail_slots_LBH is not None:
             part = slice(plan.num_chunk_tokens, None)
             self._decode(plan, layer, q[part], k[part], v[part], out=o[part])
+        if plan.chunks:
+            self._prefill.foresee(plan.chunks[0], layer + 1)
         return o
 
     def finish(self, decodes: Sequence[DecodeRow], *, step: int) -> None:
