@@ -131,6 +131,7 @@ class Recorder:
     def record(self, run: Callable[[], Drawn]) -> Recorded:
         assert isinstance(run, partial) and isinstance(run.func, MethodType)
         steps, (key,) = run.func.__self__, run.args
+        assert isinstance(steps, StepDecoder)
         drawn, number = run(), self.num_recorded
         self.num_recorded += 1
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,14 +13,14 @@ from sparsed.engine.batch import DecodeRow, StepPlan
 from sparsed.engine.in_place_costs import is_of_hot_pages
 from sparsed.engine.measure.ceilings import copy_bytes_per_s, copy_bytes_per_s_within
 from sparsed.engine.measure.clock import Clock
-from sparsed.engine.models.config import load_config
+from sparsed.engine.models.dummy import dummy_config
 from sparsed.engine.planner import plan_memory, resolve_knobs
 from sparsed.engine.runner import Runner
 from sparsed.engine.step_decoder import StepDecoder
 
 pytestmark = pytest.mark.gpu
 
-DEVICE = "cuda:0"
+DEVICE, MODEL = "cuda:0", "dummy:tiny"
 MACHINE = MachineFacts(
     cpu_name="any",
     num_cpus=2,
@@ -36,21 +35,26 @@ Prefill = Callable[..., int]
 
 
 @pytest.fixture
-def make_runner(tiny_checkpoint: Callable[..., Path]) -> MakeRunner:
+def make_runner() -> MakeRunner:
     """``make_runner(**knobs)`` -> a runner of a small model that may attend in place."""
 
     def make(**knobs: object) -> Runner:
-        model = tiny_checkpoint("llama", max_position_embeddings=2048)
-        shape = load_config(model).shape
-        asked = {"kv_dram_gib": 1.0, "kv_hbm_gib": 1.0, "max_num_seqs": 4, "page_size": 8,
-                 "token_budget": 256, "sparse_method": "mean-key", **knobs}  # fmt: skip
+        shape = dummy_config(MODEL).shape
+        asked = {
+            "kv_dram_gib": 1.0,
+            "kv_hbm_gib": 1.0,
+            "max_num_seqs": 4,
+            "max_model_len": 2048,
+            "page_size": 8,
+            "token_budget": 256,
+            "sparse_method": "mean-key",
+            **knobs,
+        }
         resolved = resolve_knobs(
             asked, shape=shape, machine=MACHINE, device=DEVICE, dtype="float32"
         )
         plan = plan_memory(resolved, shape=shape, dtype="float32")
-        spec = EngineSpec(
-            model=str(model), device=DEVICE, dtype="float32", knobs=resolved, plan=plan
-        )
+        spec = EngineSpec(model=MODEL, device=DEVICE, dtype="float32", knobs=resolved, plan=plan)
         return Runner(spec, on_progress=lambda phase, frac: None)
 
     return make
@@ -66,7 +70,7 @@ def check_overheads(steps: StepDecoder) -> None:
     assert steps.rule is not None
     overheads = steps.rule._overheads
     assert {key for key in steps.graphs._graphs if is_of_hot_pages(key)} <= set(overheads)
-    assert overheads and all(is_of_hot_pages(key) for key in overheads)
+    assert {key.in_place for key in overheads} == {False, True}
     for key, overhead in overheads.items():
         assert overhead.few_s > 0 and overhead.many_s > 0, key
         assert overhead.many_s < 0.1, "seconds"
@@ -75,7 +79,6 @@ def check_overheads(steps: StepDecoder) -> None:
 def test_overheads_are_known_from_the_start_and_of_steps_made_anew(make_runner: MakeRunner) -> None:
     runner = make_runner()
     check_overheads(steps_of(runner))
-    assert {key.in_place for key in steps_of(runner).rule._overheads} == {False, True}  # type: ignore[union-attr]
     stats = runner.stats()
     assert stats.hot_hits == stats.hot_misses == stats.working_set_pages == 0
     runner.look_ahead(True)
@@ -133,4 +136,4 @@ def test_a_rate_within_a_buffer_takes_no_memory_and_is_that_of_a_large_copy() ->
     torch.cuda.reset_peak_memory_stats()
     rate = copy_bytes_per_s_within(buffer_NX, clock)
     assert torch.cuda.max_memory_allocated() == before
-    assert rate == pytest.approx(copy_bytes_per_s(clock), rel=0.15)
+    assert rate == pytest.approx(copy_bytes_per_s(clock), rel=0.2)
