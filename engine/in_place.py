@@ -57,8 +57,8 @@ class InPlaceRule:
     def choose(self, key: GraphKey, *, num_selecting: int, tokens: int, selected: int) -> bool:
         """Whether in place is the better way for a step that would else be the graph ``key``, of
         requests of which ``num_selecting`` have ``tokens`` in all and would read ``selected`` of
-        them. They select where nobody knows what that costs."""
-        overhead = self._overheads.get(key)
+        them. They select where nothing like it is known."""
+        overhead = self._overhead_of(key)
         if overhead is None:
             return False
         pages = tokens / self._page_size
@@ -69,3 +69,13 @@ class InPlaceRule:
         if other < (1 - MARGIN) * mine:
             self._in_place = not self._in_place
         return self._in_place
+
+    def _overhead_of(self, key: GraphKey) -> Overhead | None:
+        """Until a graph is there and timed, as of the one nearest to it."""
+        if key in self._overheads:
+            return self._overheads[key]
+        like = [known for known in self._overheads if known.in_place == key.in_place]
+        if not like:
+            return None
+        nearest = min(like, key=lambda k: (abs(k.size - key.size), abs(k.pages - key.pages)))
+        return self._overheads[nearest]

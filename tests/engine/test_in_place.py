@@ -75,10 +75,27 @@ def test_a_step_is_judged_by_its_own_graph(overhead_s: float, other_s: float, to
     assert chosen[0] == chosen[1]
 
 
-def test_a_graph_that_nobody_has_timed_selects() -> None:
+def test_a_graph_unlike_all_that_were_timed_selects() -> None:
     rule = make_rule(1e3)
     assert not rule.choose(MIXED, num_selecting=1, tokens=9000, selected=2000)
     assert rule.choose(ALONE, num_selecting=1, tokens=9000, selected=2000), "as before"
+
+
+@pytest.mark.parametrize("near_s", [0.0, 1e3])
+def test_a_graph_to_come_is_judged_by_the_nearest(near_s: float) -> None:
+    """Of its kind: of as many requests, then of as wide a selection."""
+    rule, far_s = make_rule(1e3 - near_s), 1e3 - near_s
+    for key, overhead_s in (
+        (ALONE._replace(size=4, pages=31), far_s),
+        (ALONE._replace(size=4), near_s),
+        (ALONE._replace(size=8, pages=255), far_s),
+        (MIXED._replace(size=4, pages=255), far_s),
+    ):
+        rule.learn(key, flat(overhead_s))
+    wide = ALONE._replace(size=4, pages=255)
+    assert rule.choose(wide, num_selecting=4, tokens=9000, selected=2000) == bool(near_s)
+    rule.learn(wide, flat(far_s))
+    assert rule.choose(wide, num_selecting=4, tokens=9000, selected=2000) == bool(far_s)
 
 
 @given(few=st.floats(0, 1), rise=st.floats(0, 1), pages=st.floats(0, 9999))
