@@ -148,6 +148,9 @@ class Attention:
             selected = num_selected * page_size + position % page_size + 1
             num_layers, dense_layers = cache.geometry.num_layers, self._dense_layers
             read = (dense_layers * dense + (num_layers - dense_layers) * selected) // num_layers
+        elif row.steps_in_row:
+            cache.tables.forget_window(index)
+        row.steps_in_row = row.steps_in_row + 1 if sparse else 0
         row.reads_before = row.reads
         row.reads = Reads(
             decode_steps=row.reads.decode_steps + 1,

@@ -151,6 +151,7 @@ class KVCache:
         self._blocks.resize(row, 0)
         self.tables.clear_slots(index, upload(row.frames, device=self._device))
         row.is_spilled, row.complete, row.num_placed = True, False, 0
+        row.steps_in_row = 0
         self._blocks.forget()
 
     def can_restore(self, index: int) -> bool:

@@ -51,10 +51,11 @@ class Claims:
 
     @property
     def miss_s(self) -> float:
-        """What the misses of a step take on the link, of all requests that run; 0 where its rate is
-        not known."""
+        """What the misses of a step take on the link, of all requests whose newest step selected; 0
+        where its rate is not known."""
         rate = self._load_bytes_per_s
-        pages = sum(row.use.misses_per_step for row in self._shares.hot_rows)
+        selecting = (row for row in self._shares.hot_rows if row.steps_in_row)
+        pages = sum(row.use.misses_per_step for row in selecting)
         return pages * self._geometry.page_bytes / rate if rate else 0.0
 
     def room(self, pace: Pace) -> Room:
@@ -117,7 +118,7 @@ class Claims:
                 total=total, reads_all=True,
             )  # fmt: skip
         selected = min(total, self._selected(row.token_budget))
-        if not row.use.is_known or row.complete:
+        if not row.is_known or row.complete:
             return self.learned.curve(slots=slots, selected=selected, total=total)
         steps = float(row.use.num_steps + row.use.base_steps)
         return measured_curve(
@@ -133,7 +134,7 @@ class Claims:
         """Of a prompt in progress what it must have, which the caller adds."""
         if row.method is SparseMethod.DENSE or not row.reads.decode_steps:
             return 0.0
-        if row.use.is_known:
+        if row.is_known:
             return float(row.use.window_pages + self._geometry.num_lanes)  # and the partial pages
         total = float(len(row.frames) * self._pages_per_lane_block)
         selected = min(total, self._selected(row.token_budget))
@@ -141,7 +142,7 @@ class Claims:
 
     def _learn(self) -> None:
         for row in self._shares.hot_rows:
-            if row.use.is_known and not row.complete and row.method is not SparseMethod.DENSE:
+            if row.is_known and not row.complete and row.method is not SparseMethod.DENSE:
                 selected = self._selected(row.token_budget)
                 ratio = row.use.window_pages / selected
                 self.learned = self.learned.learn(ratio=ratio, curve=self.curve(row))

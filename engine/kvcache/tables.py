@@ -31,8 +31,8 @@ class PageTables:
     ``lane_blocks_RLHN`` (R + 1, L, H, F): arena blocks a lane owns, in order, -1 after the last of
     its ``num_blocks_RLH``. Slot s of a lane is ``lane_blocks[s // P] * P + s % P``.
     ``window_RLH`` (R + 1, L, H): pages of a lane that its newest steps used, as
-    ``kernels.resolve.Resolved`` has it; 0 while nothing was selected. ``demand_RLH2`` as there, over
-    all steps of a row since it was last read.
+    ``kernels.resolve.Resolved`` has it; 0 where the newest step selected nothing. ``demand_RLH2``
+    as there, over all steps of a row since it was last read.
     ``displaced``: pages that lost their slot to a shrinking row or to a page that had to be open;
     selections count theirs themselves, and a request that ends evicts nothing.
     """
@@ -91,6 +91,10 @@ class PageTables:
         """No page of ``row``, whose frames these are, has a slot any longer; they have been
         released."""
         self.page_slot_MLHP.index_fill_(0, frames_F, -1)
+        self.forget_window(row)
+
+    def forget_window(self, row: int) -> None:
+        """What the steps of ``row`` used until now is in its window no longer."""
         self.window_RLH[row].fill_(0)
 
     def set_blocks(self, row: int, first_block: int, blocks_Ln: Tensor, counts_L: Tensor) -> None:
