@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from typing import Final
 
 from sparsed.core import SparseMethod
-from sparsed.engine.admission import Claim, Room
+from sparsed.engine.admission import Claim, Room, expected_claim, selected_pages
 from sparsed.engine.hit_curve import Learned, MissCurve, measured_curve
-from sparsed.engine.kvcache.geometry import Geometry, num_frames
+from sparsed.engine.kvcache.geometry import Geometry
 from sparsed.engine.kvcache.pages import FreeList
 from sparsed.engine.kvcache.row import Row
 from sparsed.engine.kvcache.row_meter import RowMeter
@@ -91,21 +91,13 @@ class Claims:
         self, num_tokens: int, *, method: SparseMethod, token_budget: int | None
     ) -> Claim:
         """What a request would take that has no row yet: as others have."""
-        token_budget = token_budget or self._shares.knobs.token_budget
-        mandatory = self._shares.mandatory(num_tokens, method=method, token_budget=token_budget)
-        pages = mandatory * self._pages_per_lane_block
-        total = float(num_frames(num_tokens) * self._pages_per_lane_block)
-        selected = total
-        if method is not SparseMethod.DENSE:
-            selected = min(total, self._selected(token_budget))
-        return Claim(
-            mandatory_pages=pages,
-            working_set_pages=max(
-                pages,
-                self.learned.working_set(selected=selected, total=min(total, self._hot_pages)),
-            ),
-            frames=num_frames(num_tokens),
-            curve=self.learned.curve(slots=pages, selected=selected, total=total),
+        return expected_claim(
+            num_tokens,
+            method=method,
+            token_budget=token_budget or self._shares.knobs.token_budget,
+            geometry=self._geometry,
+            lane_blocks=self._shares.lane_blocks,
+            learned=self.learned,
         )
 
     def curve(self, row: Row) -> MissCurve:
@@ -117,7 +109,7 @@ class Claims:
                 slots=slots, misses=max(total - slots, 0.0), exponent=1.0, selected=total,
                 total=total, reads_all=True,
             )  # fmt: skip
-        selected = min(total, self._selected(row.token_budget))
+        selected = min(total, selected_pages(row.token_budget, self._geometry))
         if not row.is_known or row.complete:
             return self.learned.curve(slots=slots, selected=selected, total=total)
         steps = float(row.use.num_steps + row.use.base_steps)
@@ -137,19 +129,15 @@ class Claims:
         if row.is_known:
             return float(row.use.window_pages + self._geometry.num_lanes)  # and the partial pages
         total = float(len(row.frames) * self._pages_per_lane_block)
-        selected = min(total, self._selected(row.token_budget))
+        selected = min(total, selected_pages(row.token_budget, self._geometry))
         return self.learned.working_set(selected=selected, total=min(total, self._hot_pages))
 
     def _learn(self) -> None:
         for row in self._shares.hot_rows:
             if row.is_known and not row.complete and row.method is not SparseMethod.DENSE:
-                selected = self._selected(row.token_budget)
+                selected = selected_pages(row.token_budget, self._geometry)
                 ratio = row.use.window_pages / selected
                 self.learned = self.learned.learn(ratio=ratio, curve=self.curve(row))
-
-    def _selected(self, token_budget: int) -> float:
-        """Full pages that a step selects."""
-        return float((token_budget // self._geometry.page_size - 1) * self._geometry.num_lanes)
 
     def _slots(self, row: Row) -> float:
         """Slots of a row but for those of partial pages."""

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 
 from sparsed.core import Knobs, SparseMethod
+from sparsed.engine.admission import mandatory_blocks
 from sparsed.engine.budgets import Share, by_gain
 from sparsed.engine.hit_curve import MissCurve
 from sparsed.engine.kvcache.geometry import Geometry, num_frames
@@ -49,10 +50,9 @@ class Shares:
     def mandatory(self, num_tokens: int, *, method: SparseMethod, token_budget: int) -> int:
         """Blocks a request cannot go without: its selection and the partial page, or everything
         where attention is dense; all there are if it asks for more."""
-        wanted = num_frames(num_tokens)
-        if method is not SparseMethod.DENSE:
-            wanted = min(wanted, num_frames(token_budget) + 1)
-        return max(1, min(wanted, self.lane_blocks))
+        return mandatory_blocks(
+            num_tokens, method=method, token_budget=token_budget, lane_blocks=self.lane_blocks
+        )
 
     def quota(self, row: Row) -> int:
         """Blocks ``row`` may hold: what nobody takes from it, and unless the knob says how many,

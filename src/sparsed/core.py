@@ -440,6 +440,20 @@ class LinkProbe:
     d2h_bytes_per_s: float
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GpuRates:
+    """What a GPU carries, as far as a prediction needs it. ``copy_bytes_per_s``: read and written
+    by a copy in its memory; ``link_bytes_per_s``: pages loaded by a kernel; ``is_measured``: else
+    scaled from data sheets."""
+
+    name: str
+    hbm_bytes: int
+    copy_bytes_per_s: float
+    link_bytes_per_s: float
+    matmul_flop_per_s: float  # large products in bfloat16
+    is_measured: bool
+
+
 class Direction(StrEnum):
     """Of a copy between the tiers: loads into the hot tier are H2D, saves are D2H."""
 
