@@ -9,7 +9,18 @@ from typing import Annotated
 import typer
 
 import sparsed
-from sparsed.controller.cli import bench, daemon, eval, knobs, model, profile, start, tune, tuner
+from sparsed.controller.cli import (
+    bench,
+    daemon,
+    decision,
+    eval,
+    knobs,
+    model,
+    profile,
+    start,
+    tune,
+    tuner,
+)
 from sparsed.controller.cli.output import complain
 from sparsed.controller.cli.session import ERROR
 from sparsed.core import ExitCode, InputError, StartError
@@ -40,6 +51,7 @@ app.command("eval")(eval.evaluate)
 app.add_typer(knobs.app, name="knobs")
 app.add_typer(tuner.app, name="tuner")
 app.add_typer(profile.app, name="profile")
+app.add_typer(decision.app, name="decision")
 app.add_typer(model.app, name="model")
 app.add_typer(bench.app, name="bench")
 
