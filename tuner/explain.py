@@ -42,7 +42,7 @@ def explain(verdict: AcceptanceVerdict, *, rule: AcceptanceRule) -> str:
 def _without_statistics(verdict: AcceptanceVerdict, *, rule: AcceptanceRule) -> str:
     return {
         DecisionReason.OUTRANKED: "rejected: measured again in other arrival orders, its worst "
-        "run is not above the default's worst",
+        "run is not above that of what ran before",
         DecisionReason.CANDIDATE_FAILED: "rejected: it broke down in the test",
         DecisionReason.MISSING_DATA: "held: a window has no figures",
         DecisionReason.NOT_ENOUGH: f"held: stopped after {verdict.num_pairs} of {rule.num_pairs} "
