@@ -200,7 +200,17 @@ def verdict_values(verdict: AcceptanceVerdict) -> dict[str, Any]:
 
 
 def rule_values(rule: AcceptanceRule) -> dict[str, Any]:
-    return {**asdict(rule), "guards": [guard.value for guard in rule.guards]}
+    return {
+        **asdict(rule),
+        "guards": [guard.value for guard in rule.guards],
+        "targets": {guard.value: plain_number(x) for guard, x in rule.targets.items()},
+    }
+
+
+def _rule_of(values: Mapping[str, Any]) -> AcceptanceRule:
+    guards = tuple(map(Guard, values["guards"]))
+    targets = {Guard(name): target for name, target in values["targets"].items()}
+    return AcceptanceRule(**{**values, "guards": guards, "targets": targets})
 
 
 def acceptance_of(
@@ -215,7 +225,7 @@ def acceptance_of(
         key=key,
         config_from=config_from,
         config_to=config_to,
-        rule=AcceptanceRule(**{**row.rule, "guards": tuple(map(Guard, row.rule["guards"]))}),
+        rule=_rule_of(row.rule),
         verdict=AcceptanceVerdict(
             state=DecisionState(row.state),
             reason=DecisionReason(row.reason),

@@ -163,7 +163,7 @@ def _test(pairs: Sequence[_Pair], *, rule: AcceptanceRule) -> AcceptanceVerdict:
         [worth(pair.incumbent, metric=rule.metric) or 0.0 for pair in pairs],
     )
     p, hl, cv = p_greater(gains), hodges_lehmann(gains), _noise(gains)
-    bounds = {guard: _loss_bound(pairs, guard, alpha=rule.guard_alpha) for guard in rule.guards}
+    bounds = {guard: _loss_bound(pairs, guard, rule=rule) for guard in rule.guards}
     reason = _reason(p=p, hl=hl, cv=cv, bounds=bounds, rule=rule)
     return AcceptanceVerdict(
         state=_state(reason),
@@ -194,10 +194,11 @@ def _reason(
     return DecisionReason.ACCEPTED
 
 
-def _loss_bound(pairs: Sequence[_Pair], guard: Guard, *, alpha: float) -> float:
+def _loss_bound(pairs: Sequence[_Pair], guard: Guard, *, rule: AcceptanceRule) -> float:
     """Upper limit of the logarithm of what the candidate loses in ``guard``."""
-    before = [pair.incumbent.metrics[guard] or 0.0 for pair in pairs]
-    after = [pair.candidate.metrics[guard] or 0.0 for pair in pairs]
+    alpha, target = rule.guard_alpha, rule.targets.get(guard, 0.0)
+    before = [max(pair.incumbent.metrics[guard] or 0.0, target) for pair in pairs]
+    after = [max(pair.candidate.metrics[guard] or 0.0, target) for pair in pairs]
     if guard is Guard.QUALITY:
         return upper_bound(_log_ratios(before, after), alpha=alpha)
     if guard is not Guard.ERRORS:

@@ -41,16 +41,14 @@ class Comparison:
 
 def offline_rule(*, objective: Objective, slo: Slo) -> AcceptanceRule:
     """Guards are the targets that were given, errors, and quality where no floor was given: a
-    floor says what may be lost of it."""
-    given = {
-        Guard.TTFT: slo.ttft_s is not None,
-        Guard.TPOT: slo.tpot_s is not None,
-        Guard.ERRORS: True,
-        Guard.QUALITY: slo.min_recall is None,
-    }
+    floor says what may be lost of it, and a target what latency is good enough."""
+    given = {Guard.TTFT: slo.ttft_s, Guard.TPOT: slo.tpot_s}
+    targets = {guard: target for guard, target in given.items() if target is not None}
+    quality = (Guard.QUALITY,) if slo.min_recall is None else ()
     return AcceptanceRule(
         metric=METRICS[objective],
-        guards=tuple(guard for guard, is_given in given.items() if is_given),
+        guards=(*targets, Guard.ERRORS, *quality),
+        targets=targets,
         num_rounds=NUM_ROUNDS,
     )
 

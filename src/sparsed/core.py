@@ -1136,13 +1136,15 @@ class AcceptanceRule:
 
     ``metric``: name of the figure that is to grow. ``num_rounds``: measurements of each
     candidate before the test; 0: there is one candidate. ``num_pairs`` is fixed beforehand,
-    fewer decide nothing. ``max_loss_frac``: by which a guard must be shown to be no worse;
+    fewer decide nothing. ``targets``: of guards; what is below its target counts as the target, so
+    only what is over it is lost. ``max_loss_frac``: by which a guard must be shown to be no worse;
     ``max_error_frac``: the same for the share of requests that are answered. ``max_cv_frac``:
     noise of one window over which nothing is decided. InputError if no result could pass.
     """
 
     metric: str = "goodput_requests_per_s"
     guards: tuple[Guard, ...] = tuple(Guard)
+    targets: Mapping[Guard, float] = field(default_factory=dict)
     num_rounds: int = 0
     num_pairs: int = 32
     alpha: float = 0.025  # one-sided, of the gain

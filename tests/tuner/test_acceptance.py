@@ -193,6 +193,18 @@ def test_each_guard_has_its_margin(
     assert "worse, over the" in explain(verdict, rule=RULE)
 
 
+def test_below_its_target_a_latency_may_rise() -> None:
+    windows = pairs(noisy(BETTER), tpot_p95_s=0.04)
+    assert verdict_on(windows).reason is DecisionReason.TPOT_WORSE
+    for target, reason in (
+        (0.05, DecisionReason.ACCEPTED),
+        (0.039, DecisionReason.ACCEPTED),
+        (0.038, DecisionReason.TPOT_WORSE),
+    ):
+        rule = replace(RULE, targets={Guard.TPOT: target})
+        assert verdict_on(windows, rule).reason is reason
+
+
 def test_a_guard_that_is_only_uncertain_rejects_too() -> None:
     """Not worse on average, and yet a loss of 3 % is not excluded."""
     windows = pairs(noisy(BETTER))
