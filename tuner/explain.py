@@ -18,37 +18,30 @@ GUARD_OF: Final = {reason: guard for guard, reason in WORSE.items()}
 
 
 def explain(verdict: AcceptanceVerdict, *, rule: AcceptanceRule) -> str:
-    """One sentence: what was decided, by which figure, and what would change it."""
-    reason = verdict.reason
-    if guard := GUARD_OF.get(reason):
+    """One sentence: what was decided, by which figure, and what would change it. Figures that
+    a stored verdict has lost are shown as such."""
+    if guard := GUARD_OF.get(verdict.reason):
         most = rule.max_error_frac if guard is Guard.ERRORS else rule.max_loss_frac
-        return (
-            f"rejected: {GUARD_WORDS[guard]} may be {_percent(verdict.loss_bounds[guard])} worse, "
-            f"over the {most:.1%} allowed"
-        )
-    if verdict.hl is None or verdict.p is None or verdict.cv is None:
-        return _without_statistics(verdict, rule=rule)
-    gain = f"{_percent(verdict.hl)} in {verdict.num_pairs} pairs, p {verdict.p:.3g}"
+        bound = _percent(verdict.loss_bounds.get(guard))
+        return f"rejected: {GUARD_WORDS[guard]} may be {bound} worse, over the {most:.1%} allowed"
+    p = "-" if verdict.p is None else f"{verdict.p:.3g}"
+    noise = "-" if verdict.cv is None else f"{verdict.cv:.1%}"
+    gain = f"{_percent(verdict.hl)} in {verdict.num_pairs} pairs, p {p}"
     return {
         DecisionReason.ACCEPTED: f"accepted: {gain}",
-        DecisionReason.NO_GAIN: f"rejected: {gain} is no gain at {rule.alpha:g}",
-        DecisionReason.SMALL_EFFECT: f"rejected: {gain}, too small: {rule.min_effect_frac:.1%} "
-        "is the least",
-        DecisionReason.NOISY: f"held: one window varies by {verdict.cv:.1%}, more than "
-        f"{rule.max_cv_frac:.1%}; measure longer windows on a quieter machine",
-    }[reason]
-
-
-def _without_statistics(verdict: AcceptanceVerdict, *, rule: AcceptanceRule) -> str:
-    return {
         DecisionReason.OUTRANKED: "rejected: measured again in other arrival orders, its worst "
         "run is not above that of what ran before",
         DecisionReason.CANDIDATE_FAILED: "rejected: it broke down in the test",
-        DecisionReason.MISSING_DATA: "held: a window has no figures",
+        DecisionReason.NO_GAIN: f"rejected: {gain} is no gain at {rule.alpha:g}",
+        DecisionReason.SMALL_EFFECT: f"rejected: {gain}, too small: {rule.min_effect_frac:.1%} "
+        "is the least",
+        DecisionReason.MISSING_DATA: "held: a window or a figure of one is missing",
         DecisionReason.NOT_ENOUGH: f"held: stopped after {verdict.num_pairs} of {rule.num_pairs} "
         "pairs; give it more time",
+        DecisionReason.NOISY: f"held: one window varies by {noise}, more than "
+        f"{rule.max_cv_frac:.1%}; measure longer windows on a quieter machine",
     }[verdict.reason]
 
 
-def _percent(log_ratio: float) -> str:
-    return f"{math.expm1(log_ratio):+.1%}"
+def _percent(log_ratio: float | None) -> str:
+    return "-" if log_ratio is None else f"{math.expm1(log_ratio):+.1%}"

@@ -301,13 +301,9 @@ def test_verdicts_that_differ_do_not_agree(name: str) -> None:
 
 @pytest.mark.parametrize("reason", list(DecisionReason))
 def test_every_reason_has_words(reason: DecisionReason) -> None:
-    figures = verdict_on(pairs(noisy(BETTER)))
-    bare = AcceptanceVerdict(state=figures.state, reason=reason, num_pairs=3)
-    is_bare = reason in (
-        DecisionReason.OUTRANKED,
-        DecisionReason.CANDIDATE_FAILED,
-        DecisionReason.MISSING_DATA,
-        DecisionReason.NOT_ENOUGH,
-    )
-    words = explain(bare if is_bare else replace(figures, reason=reason), rule=RULE)
-    assert words.partition(":")[0] in {"accepted", "rejected", "held"}
+    """Also of a stored verdict that lost its figures."""
+    whole = replace(verdict_on(pairs(noisy(BETTER))), reason=reason)
+    bare = AcceptanceVerdict(state=whole.state, reason=reason, num_pairs=3)
+    for verdict in (whole, bare):
+        words = explain(verdict, rule=RULE)
+        assert words.partition(":")[0] in {"accepted", "rejected", "held"}
