@@ -6,6 +6,7 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from statistics import NormalDist
 
 import pytest
 from hypothesis import given
@@ -141,6 +142,7 @@ def test_only_guarded_figures_have_to_be_there() -> None:
     [
         lambda windows: windows[:5] + windows[6:],  # one window is absent
         lambda windows: [*windows, replace(windows[7], number=99)],  # one came twice
+        lambda windows: [*windows, replace(windows[63], number=99)],  # the last one did
         lambda windows: windows[2:],  # the first pair is absent
     ],
 )
@@ -165,6 +167,21 @@ def test_reasons_of_the_gain(ratios: list[float], reason: DecisionReason) -> Non
     verdict = verdict_on(pairs(ratios))
     assert verdict.reason is reason
     assert verdict.p is not None
+
+
+def test_the_gain_must_be_significant_at_the_level_of_the_rule() -> None:
+    weak = [pairs(noisy(1.011, seed=seed)) for seed in range(40)]
+    between = [item for item in weak if 0.025 < (verdict_on(item).p or 0.0) < 0.05]
+    assert between
+    for windows in between:
+        assert verdict_on(windows).reason is DecisionReason.NO_GAIN
+        assert verdict_on(windows, replace(RULE, alpha=0.05)).reason is not DecisionReason.NO_GAIN
+
+
+def test_the_noise_is_the_deviation_of_one_window() -> None:
+    quantiles = [NormalDist(0.0, 0.05).inv_cdf((at + 0.5) / 32) for at in range(32)]
+    verdict = verdict_on(pairs([BETTER * math.exp(value) for value in quantiles]))
+    assert verdict.cv == pytest.approx(0.05 / math.sqrt(2), rel=0.05)
 
 
 def test_a_few_disturbed_windows_are_no_noise() -> None:
@@ -221,6 +238,15 @@ def test_errors_in_few_windows_are_seen() -> None:
     for at in (1, 17, 33, 49):
         windows[at] = replace(windows[at], metrics={**windows[at].metrics, "error_frac": 0.05})
     assert verdict_on(windows).reason is DecisionReason.ERRORS_WORSE
+
+
+def test_as_many_errors_on_both_sides_are_too_few_to_tell() -> None:
+    windows = pairs(noisy(BETTER))
+    for at in (1, 16, 33, 48):
+        windows[at] = replace(windows[at], metrics={**windows[at].metrics, "error_frac": 0.05})
+    verdict = verdict_on(windows)
+    assert verdict.reason is DecisionReason.ERRORS_WORSE
+    assert 0.005 < verdict.loss_bounds["error_frac"] < 0.006
 
 
 def test_windows_that_break_a_target_are_worth_nothing() -> None:

@@ -12,6 +12,7 @@ import pytest
 from sparsed.core import (
     AcceptanceWindow,
     DecisionReason,
+    Guard,
     Knobs,
     KnobValue,
     Measurement,
@@ -21,9 +22,10 @@ from sparsed.core import (
     TrialStatus,
     WindowStage,
 )
-from sparsed.tuner.objective import OutOfTime, TrialFailed
+from sparsed.tuner.objective import OutOfTime, TrialFailed, window_metrics
 from sparsed.tuner.offline import StudyOutcome, StudyPlan, run_study
 from sparsed.tuner.space import build_space
+from sparsed.tuner.verification import offline_rule
 
 DEFAULT = Knobs(
     token_budget=2048,
@@ -185,6 +187,35 @@ def test_a_lucky_candidate_loses_to_one_whose_worst_is_better() -> None:
     outcome, recorded = study(engine, previous, num_trials=1)
     assert recorded == []
     assert outcome.winner == previous[2]
+
+
+def test_the_rule_guards_what_was_given() -> None:
+    rule = offline_rule(objective=Objective.THROUGHPUT, slo=Slo())
+    assert (rule.guards, rule.targets) == ((Guard.ERRORS, Guard.QUALITY), {})
+    assert (rule.metric, rule.num_pairs, rule.num_rounds) == ("output_tokens_per_s", 32, 5)
+    slo = Slo(ttft_s=1.0, tpot_s=0.05, min_recall=0.9)
+    rule = offline_rule(objective=Objective.GOODPUT, slo=slo)
+    assert rule.guards == (Guard.TTFT, Guard.TPOT, Guard.ERRORS)
+    assert rule.targets == {Guard.TTFT: 1.0, Guard.TPOT: 0.05}
+    assert rule.metric == "goodput_requests_per_s"
+
+
+@pytest.mark.parametrize(
+    ("recall", "sparse_steps", "quality"), [(0.9, 5, 0.9), (None, 0, 1.0), (None, 5, None)]
+)
+def test_quality_is_known_where_it_was_sampled_or_nothing_was_sparse(
+    recall: float | None, sparse_steps: int, quality: float | None
+) -> None:
+    measured = replace(
+        SyntheticEngine()(SPACE.default_values, 0),
+        attention_recall=recall,
+        sparse_steps=sparse_steps,
+        errors=1,
+    )
+    figures = window_metrics(measured, slo=Slo())
+    assert figures["quality"] == quality
+    assert figures["error_frac"] == 0.5  # one that was answered, one that was not
+    assert figures["output_tokens_per_s"] == 1000 / measured.duration_s
 
 
 def test_infeasible_configurations_are_recorded_and_never_win() -> None:
