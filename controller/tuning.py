@@ -77,7 +77,7 @@ class TuneOptions:
 def run_tune(options: TuneOptions) -> int:
     """Search, verify, store and export; returns the exit code.
 
-    Errors: StartError (75 beside a daemon; 65 or 77 for the database; 70 when the default does
+    Errors: StartError (75 beside a daemon, or with no time for the default; 65 or 77 for the database; 70 when the default does
     not run), InputError for an option.
     """
     requested = _check(options)
@@ -87,6 +87,9 @@ def run_tune(options: TuneOptions) -> int:
         tune = _Tune(options, store=store, console=Console())
         try:
             return tune.run(runner, requested)
+        except OutOfTime:
+            message = "--max-seconds passed before the default was measured: give more"
+            raise StartError(message, code=ExitCode.TEMPORARY) from None
         finally:
             runner.run(tune.bench.close())
             store.close()
@@ -115,6 +118,7 @@ class _Tune:
     """One run, from the probe to the table. ``bench`` is to be closed by the caller."""
 
     def __init__(self, options: TuneOptions, *, store: Store, console: Console) -> None:
+        self._budget = TimeBudget(options.max_s)
         config = replace(options.config, no_profile=True)  # trial 0 is the default, not a winner
         self._options = options
         self._store = store
@@ -123,14 +127,10 @@ class _Tune:
         self._plan = prepare(config, progress=self._say_progress)
         self._prompts = prompt_source(self._plan)
         self.bench = EngineBench(config, self._plan, prompts=self._prompts)
-        self._budget = TimeBudget(options.max_s)
 
     def run(self, runner: asyncio.Runner, requested: Workload) -> int:
         try:
             times = runner.run(self._budget.within(self.bench.probe, on_cut=self.bench.close))
-        except OutOfTime:
-            message = "--max-seconds passed before the default was measured: give more"
-            raise StartError(message, code=ExitCode.TEMPORARY) from None
         except TrialFailed as error:
             message = f"the default configuration does not run: {error}"
             raise StartError(message, code=ExitCode.SOFTWARE) from error

@@ -94,6 +94,7 @@ def run_study(
     share of the time that is left. ``record`` gets every trial as it ends, ``record_window`` every
     window of the verification. ``previous`` are the trials of the same study that an earlier run
     recorded: they count as done.
+    Errors: ``OutOfTime`` before the default was measured, without which there is no outcome.
     """
     study = _Study(measure, plan=plan, record=record, previous=previous)
     try:
@@ -101,8 +102,6 @@ def run_study(
             return study.outcome(f"the default configuration failed: {study.default.reason}")
         study.search(left_frac)
         return study.verify(record_window)
-    except OutOfTime:
-        return study.outcome("the time was up before the default was measured")
     except KeyboardInterrupt:
         return study.outcome("interrupted before the verification", interrupted=True)
 
@@ -124,6 +123,7 @@ class _Study:
         self._number = max((trial.number for trial in previous), default=-1) + 1
         done = (trial for trial in previous if trial.status is not TrialStatus.INTERRUPTED)
         self._trials = [trial for trial in done if trial.arm != VERIFY]
+        self._was_cut = False
         self._slo = plan.slo
         self._rule = offline_rule(objective=plan.objective, slo=plan.slo)
 
@@ -154,10 +154,10 @@ class _Study:
             for turn in range(self._plan.num_trials):
                 for arm, backend in arms.items():
                     if left_frac() <= 1.0 - SEARCH_TIME_FRAC:
-                        return
+                        raise OutOfTime
                     self._try_next(arm, backend, turn=turn)
         except OutOfTime:
-            return  # the trial did not end; the verification says that there was no time
+            self._was_cut = True
 
     def verify(self, record: Callable[[AcceptanceWindow], None]) -> StudyOutcome:
         """The best few and the default again, in other arrival orders; then the one whose worst
@@ -166,7 +166,8 @@ class _Study:
             return self.outcome("no configuration met its targets; the default stays")
         candidates = self._candidates()
         if not candidates:
-            return self.outcome("nothing scored above the default; the default stays")
+            cut = " in the time that the search had" if self._was_cut else ""
+            return self.outcome(f"nothing scored above the default{cut}; the default stays")
         verification = Verification(
             self._measure,
             objective=self._plan.objective,

@@ -65,8 +65,9 @@ def tune(
         typer.Option(
             metavar="SECONDS",
             min=1,
-            help="Time for everything; two fifths of it for the search. What has not ended by "
-            "then is cut off, and a test that was cut off verifies nothing. Default: no end.",
+            help="Time for all of it but ending the engine, two fifths of it for the search. What "
+            "is measured then is cut off, and a test that was cut off verifies nothing. Default: "
+            "no end.",
         ),
     ] = None,
     export: Annotated[

@@ -145,6 +145,14 @@ def test_a_decision_keeps_its_windows_however_it_ends(
 
 
 @pytest.mark.slow
+def test_no_time_for_the_default_is_said(tmp_path: Path) -> None:
+    process = tune(tmp_path / "state", "--max-seconds", "1")
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 75, output
+    assert "--max-seconds passed before the default was measured" in output
+
+
+@pytest.mark.slow
 def test_ctrl_c_keeps_the_trials_and_resume_goes_on(tmp_path: Path) -> None:
     state_dir = tmp_path / "state"
     process = tune(state_dir, "--trials", "8")  # more than end before the signal arrives

@@ -377,9 +377,11 @@ def test_a_search_that_runs_out_of_time_leaves_a_decision_too() -> None:
     outcome, recorded = study(SyntheticEngine(stop_after=11, stop_with=OutOfTime))
     assert recorded[-1].status is TrialStatus.INTERRUPTED
     assert reason_of(outcome) is DecisionReason.NOT_ENOUGH
-    first = study(SyntheticEngine(stop_after=1, stop_with=OutOfTime))[0]
-    assert (first.comparison, first.winner) == (None, None)
-    assert "time was up" in first.reason
+    with pytest.raises(OutOfTime):
+        study(SyntheticEngine(stop_after=1, stop_with=OutOfTime))
+    cut = study(SyntheticEngine(stop_after=2, stop_with=OutOfTime))[0]
+    assert (cut.comparison, cut.winner) == (None, None)
+    assert "in the time that the search had" in cut.reason
 
 
 def test_the_search_leaves_time_for_the_test() -> None:
