@@ -5,8 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Final
 
-from sparsed.core import Measurement, Objective, Slo, TrialStatus
+from sparsed.core import Guard, Measurement, Objective, Slo, TrialStatus
+
+METRICS: Final = {
+    Objective.THROUGHPUT: "output_tokens_per_s",
+    Objective.GOODPUT: "goodput_requests_per_s",
+}
 
 
 class TrialFailed(Exception):
@@ -15,6 +21,10 @@ class TrialFailed(Exception):
     def __init__(self, message: str, *, status: TrialStatus) -> None:
         super().__init__(message)
         self.status = status
+
+
+class OutOfTime(Exception):
+    """Raised by ``measure`` when the time of the study is used up; nothing was measured."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,9 +41,7 @@ def judge(measurement: Measurement, *, objective: Objective, slo: Slo) -> Verdic
     """Score one measurement and check it against the targets."""
     metrics = describe(measurement, slo=slo)
     status, reason = _check(measurement, metrics=metrics, objective=objective, slo=slo)
-    score = metrics["output_tokens_per_s"]
-    if objective is Objective.GOODPUT:
-        score = metrics["goodput_requests_per_s"]
+    score = metrics[METRICS[objective]]
     feasible = status is TrialStatus.OK
     return Verdict(status=status, score=score if feasible else None, metrics=metrics, reason=reason)
 
@@ -60,6 +68,20 @@ def describe(measurement: Measurement, *, slo: Slo) -> dict[str, float]:
         for name, value in figures.items()
         if value is not None and math.isfinite(value)
     }
+
+
+def window_metrics(measurement: Measurement, *, slo: Slo) -> dict[str, float | None]:
+    """All figures of a window of an acceptance test, those of its guards among them; None where
+    something ought to be known and is not."""
+    sent = measurement.errors + len(measurement.ttft_s)
+    recall = measurement.attention_recall
+    guards: dict[str, float | None] = {
+        Guard.TTFT: None,
+        Guard.TPOT: None,
+        Guard.ERRORS: measurement.errors / sent if sent else None,
+        Guard.QUALITY: 1.0 if recall is None and not measurement.sparse_steps else recall,
+    }
+    return {str(name): value for name, value in (guards | describe(measurement, slo=slo)).items()}
 
 
 def percentile(values: Sequence[float], frac: float) -> float | None:

@@ -12,6 +12,7 @@ import sparsed
 from sparsed.controller.cli import (
     bench,
     daemon,
+    decision,
     eval,
     knobs,
     model,
@@ -52,6 +53,7 @@ app.command("plan")(plan.plan)
 app.add_typer(knobs.app, name="knobs")
 app.add_typer(tuner.app, name="tuner")
 app.add_typer(profile.app, name="profile")
+app.add_typer(decision.app, name="decision")
 app.add_typer(model.app, name="model")
 app.add_typer(bench.app, name="bench")
 
