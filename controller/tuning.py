@@ -34,6 +34,7 @@ from sparsed.core import (
     Objective,
     Profile,
     ProfileStatus,
+    SearchMethod,
     StartError,
     TrialResult,
     Workload,
@@ -61,6 +62,7 @@ class TuneOptions:
     workload: str
     trials: int
     objective: Objective = Objective.THROUGHPUT
+    method: SearchMethod = SearchMethod.CONSTRAINED
     export: Path | None = None
     resume: bool = False
     trial_s: float | None = None
@@ -206,6 +208,7 @@ class _Tune:
             objective=options.objective,
             slo=self._slo,
             num_trials=options.trials,
+            method=options.method,
             seed=options.config.seed,
         )
         previous = self._store.list_trials(study_id=study_id)

@@ -11,8 +11,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from sparsed.core import KnobValue, Objective, TrialResult, TrialStatus
+from sparsed.core import KnobValue, Objective, SearchMethod, TrialResult, TrialStatus
 from sparsed.tuner.offline import (
+    ARMS,
     BAYES,
     DEFAULT,
     NUM_VERIFY_ROUNDS,
@@ -23,7 +24,13 @@ from sparsed.tuner.offline import (
 )
 
 UNITS: Final = {Objective.THROUGHPUT: "tokens/s", Objective.GOODPUT: "requests/s"}
-ARM_NAMES: Final = {DEFAULT: "default", RANDOM: "best of random", BAYES: "best of Bayesian"}
+ARM_NAMES: Final = {
+    DEFAULT: "default",
+    RANDOM: "best of random",
+    BAYES: "best of Bayesian",
+    ARMS[SearchMethod.SKOPT]: "best of stock scikit-optimize",
+    ARMS[SearchMethod.GRID]: "best of grid",
+}
 
 
 class StudyProgress:
@@ -42,7 +49,7 @@ class StudyProgress:
             console=console,
         )
         done = sum(trial.status is not TrialStatus.INTERRUPTED for trial in previous)
-        total = 1 + 2 * plan.num_trials + 2 * NUM_VERIFY_ROUNDS
+        total = 1 + len(plan.arms) * plan.num_trials + 2 * NUM_VERIFY_ROUNDS
         self._task = self._bar.add_task("tuning", total=total, completed=done)
 
     def __enter__(self) -> Self:

@@ -1,4 +1,4 @@
-"""The offline study: default first, two arms at equal budget, then a verified winner or none."""
+"""The offline study: default first, a search and a random one at equal budget, then a verified winner or none."""
 
 from __future__ import annotations
 
@@ -11,17 +11,26 @@ from sparsed.core import (
     KnobValue,
     Measurement,
     Objective,
+    SearchMethod,
     Slo,
     TrialResult,
     TrialStatus,
 )
-from sparsed.tuner.objective import TrialFailed, Verdict, judge
-from sparsed.tuner.policy import BayesSearch, Observation, RandomSearch, SearchBackend
+from sparsed.tuner.constrained import ConstrainedSearch
+from sparsed.tuner.objective import TrialFailed, Verdict, judge, observe
+from sparsed.tuner.policy import GridSearch, Observation, RandomSearch, SearchBackend
 from sparsed.tuner.space import SearchSpace
+from sparsed.tuner.stock import StockSearch
 
 DEFAULT: Final = "default"
 BAYES: Final = "bayes"
 RANDOM: Final = "random"
+ARMS: Final = {
+    SearchMethod.CONSTRAINED: BAYES,
+    SearchMethod.SKOPT: "skopt",
+    SearchMethod.GRID: "grid",
+    SearchMethod.RANDOM: RANDOM,
+}
 VERIFY: Final = "verify"
 NUM_REPEATS: Final = 2  # measurements of a trial
 NUM_VERIFY_ROUNDS: Final = 5
@@ -45,7 +54,13 @@ class StudyPlan:
     slo: Slo
     num_trials: int
     seed: int
+    method: SearchMethod = SearchMethod.CONSTRAINED
     num_repeats: int = NUM_REPEATS
+
+    @property
+    def arms(self) -> tuple[str, ...]:
+        """Names of the arms in the order of their turns; random search is one always."""
+        return tuple(dict.fromkeys((ARMS[self.method], RANDOM)))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -125,18 +140,18 @@ class _Study:
         return self.default.status not in BROKEN
 
     def search(self) -> None:
-        """Both arms in turn, so that a drifting machine treats them alike."""
+        """All arms in turn, so that a drifting machine treats them alike."""
         space, seed = self._plan.space, self._plan.seed
-        arms: dict[str, SearchBackend] = {
-            BAYES: BayesSearch(space=space, seed=seed),
-            RANDOM: RandomSearch(space=space, seed=seed),
-        }
+        backends = {arm: _backend(arm, space=space, seed=seed) for arm in self._plan.arms}
         for turn in range(self._plan.num_trials):
-            for arm, backend in arms.items():
+            for arm, backend in backends.items():
                 if len(self._of_arm(arm)) > turn:
                     continue  # done by an earlier run
-                seen = [self.default, *self._of_arm(arm)]
-                suggestion = backend.suggest([Observation(x.values, x.score) for x in seen])
+                suggestion = backend.suggest(
+                    [self._observe(trial) for trial in (self.default, *self._of_arm(arm))],
+                    incumbent=space.default_values,
+                    num_left=self._plan.num_trials - turn,
+                )
                 if suggestion is not None:
                     self._run(arm, suggestion.values)
 
@@ -184,6 +199,9 @@ class _Study:
         }
         return results[DEFAULT], results[candidate.arm]
 
+    def _observe(self, trial: TrialResult) -> Observation:
+        return observe(trial, objective=self._plan.objective, slo=self._slo)
+
     def _of_arm(self, arm: str) -> list[TrialResult]:
         return [trial for trial in self._trials if trial.arm == arm]
 
@@ -223,6 +241,16 @@ class _Study:
             self._trials.append(trial)
         self._record(trial)
         return trial
+
+
+def _backend(arm: str, *, space: SearchSpace, seed: int) -> SearchBackend:
+    if arm == BAYES:
+        return ConstrainedSearch(space=space, seed=seed)
+    if arm == ARMS[SearchMethod.SKOPT]:
+        return StockSearch(space=space, seed=seed)
+    if arm == ARMS[SearchMethod.GRID]:
+        return GridSearch(space=space, seed=seed)
+    return RandomSearch(space=space, seed=seed)
 
 
 def summarize(

@@ -13,6 +13,7 @@ from sparsed.core import (
     KnobValue,
     Measurement,
     Objective,
+    SearchMethod,
     Slo,
     TrialResult,
     TrialStatus,
@@ -69,13 +70,20 @@ class SyntheticEngine:
         )
 
 
-def plan(*, num_trials: int = 5, slo: Slo | None = None, seed: int = 1) -> StudyPlan:
+def plan(
+    *,
+    num_trials: int = 5,
+    slo: Slo | None = None,
+    seed: int = 1,
+    method: SearchMethod = SearchMethod.CONSTRAINED,
+) -> StudyPlan:
     return StudyPlan(
         space=SPACE,
         objective=Objective.THROUGHPUT,
         slo=slo or Slo(),
         num_trials=num_trials,
         seed=seed,
+        method=method,
     )
 
 
@@ -90,6 +98,24 @@ def study(
         previous=previous,
     )
     return outcome, recorded
+
+
+@pytest.mark.parametrize(
+    ("method", "arms"),
+    [
+        (SearchMethod.CONSTRAINED, ("bayes", "random")),
+        (SearchMethod.SKOPT, ("skopt", "random")),
+        (SearchMethod.GRID, ("grid", "random")),
+        (SearchMethod.RANDOM, ("random",)),
+    ],
+)
+def test_random_search_runs_beside_every_method(
+    method: SearchMethod, arms: tuple[str, ...]
+) -> None:
+    _, recorded = study(SyntheticEngine(), num_trials=2, method=method)
+    assert [trial.arm for trial in recorded if trial.arm != "verify"] == ["default", *arms * 2]
+    values = [tuple(trial.values.items()) for trial in recorded if trial.arm in arms]
+    assert len(set(values)) == len(values)
 
 
 def test_a_study_compares_both_arms_and_verifies_the_winner() -> None:
