@@ -28,7 +28,7 @@ DEVICE_BYTES: Final = 84.9e9
 DRAM_BYTES: Final = 110e9
 
 # The machine. Four replayed rows of h100-residency.json give the fixed time and the overlap to
-# within 2 %: step = fixed + bytes / rate + select + link - overlap * attention.
+# within 5 %: step = fixed + bytes / rate + select + link - overlap * attention.
 HBM_RATE: Final = 3.009e12
 LINK_RATE: Final = 46.7e9
 FIXED_S: Final = 2.05e-3
@@ -129,7 +129,7 @@ class Truth:
 def evaluate(settings: Settings, load: Load, curves: Curves) -> Truth:
     """The truth of every point: a machine with all its places taken, in balance."""
     places = num_places(settings, load)
-    step = _step(settings, load, curves)
+    step = decode_step(settings, load, curves)
     rate = _balance(settings, load, places=places, step=step)
     held = _hold(rate, settings, load, step=step)
     ttft_s = QUEUE_P95 * held.queue_s + PREFILL_P95 * held.prefill_s
@@ -174,7 +174,7 @@ def expect(settings: Settings, load: Load) -> Truth:
     missed = np.where(is_hot, 0.0, EXPECTED_MISS_FRAC * residency**-EXPECTED_MISS_POWER)
     link_s = missed * read * KV_TOKEN_BYTES / (LINK_RATE * OPTIMISM)
     attend_s = read * KV_TOKEN_BYTES / (HBM_RATE * OPTIMISM)
-    step = _Step(
+    step = DecodeStep(
         fixed_s=np.full_like(read, WEIGHTS_BYTES / (HBM_RATE * OPTIMISM)),
         request_s=attend_s + link_s,
         link_s=link_s,
@@ -194,7 +194,7 @@ def expect(settings: Settings, load: Load) -> Truth:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Step:
+class DecodeStep:
     """Seconds of a decode step: ``fixed_s`` + b * ``request_s`` with b requests in it."""
 
     fixed_s: Floats
@@ -203,7 +203,7 @@ class _Step:
     is_dense: npt.NDArray[np.bool_]
 
 
-def _step(settings: Settings, load: Load, curves: Curves) -> _Step:
+def decode_step(settings: Settings, load: Load, curves: Curves) -> DecodeStep:
     """The faster of attention in place and of a selection, where all is hot."""
     tokens = load.mean_tokens
     read = np.minimum(settings.token_budget, tokens)
@@ -219,7 +219,7 @@ def _step(settings: Settings, load: Load, curves: Curves) -> _Step:
     dense_s = np.full_like(sparse_s, tokens * KV_TOKEN_BYTES / HBM_RATE)
     weights_s = WEIGHTS_BYTES / HBM_RATE
     is_dense = is_hot & (dense_s < sparse_s)
-    return _Step(
+    return DecodeStep(
         fixed_s=weights_s + np.where(is_dense, DENSE_FIXED_S, FIXED_S + SELECT_S),
         request_s=np.where(is_dense, dense_s, sparse_s),
         link_s=np.where(is_dense, 0.0, link_s),
@@ -240,7 +240,7 @@ class _Held:
     decoding: Floats  # requests in a decode step
 
 
-def _balance(settings: Settings, load: Load, *, places: Floats, step: _Step) -> Floats:
+def _balance(settings: Settings, load: Load, *, places: Floats, step: DecodeStep) -> Floats:
     """Requests/s at which all places are taken, by bisection."""
     low = np.full_like(places, 1e-6)
     high = np.full_like(places, 1e3)
@@ -252,7 +252,7 @@ def _balance(settings: Settings, load: Load, *, places: Floats, step: _Step) -> 
     return low
 
 
-def _hold(rate: Floats, settings: Settings, load: Load, *, step: _Step) -> _Held:
+def _hold(rate: Floats, settings: Settings, load: Load, *, step: DecodeStep) -> _Held:
     """Chunks take their share of the time; decode steps fill the rest. Infinite beyond it."""
     chunks = np.ceil(load.input_tokens / settings.prefill_chunk)
     chunk_tokens = load.input_tokens / chunks

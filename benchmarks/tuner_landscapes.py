@@ -33,7 +33,18 @@ from sparsed.tuner.stock import StockSearch
 
 NUM_TRIALS: Final = 40
 NUM_SEEDS: Final = 10
-METHODS: Final = ("constrained", "no roofline", "fills first", "skopt", "random", "grid")
+
+Job = tuple[str, str, int, int]  # load, method, seed, number of trials
+METHODS: Final = (
+    "constrained",
+    "kappa 2.5",
+    "no roofline",
+    "as tune",
+    "fills first",
+    "skopt",
+    "random",
+    "grid",
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,7 +72,9 @@ def make_backend(method: str, *, simulator: Simulator, seed: int) -> SearchBacke
     )
     backends: Mapping[str, SearchBackend] = {
         "constrained": constrained,
+        "kappa 2.5": replace(constrained, kappa=2.5),
         "no roofline": replace(constrained, prior=expect_nothing),
+        "as tune": ConstrainedSearch(space=space, seed=seed),
         "fills first": replace(constrained, num_initial=8, kappa=1.3),
         "skopt": StockSearch(space=space, seed=seed),
         "random": RandomSearch(space=space, seed=seed),
@@ -76,16 +89,16 @@ def simulator_of(name: str) -> Simulator:
     return Simulator(next(load for load in LOADS if load.name == name))
 
 
-def run_search(job: tuple[str, str, int]) -> Run:
-    """One search of 40 trials, the default's first."""
-    name, method, seed = job
+def run_search(job: Job) -> Run:
+    """One search, with the default's trial first."""
+    name, method, seed, num_trials = job
     simulator = simulator_of(name)
     backend = make_backend(method, simulator=simulator, seed=seed)
     generator = random.Random(f"{name}:{seed}")
     incumbent = simulator.space.default_values
     observations = [simulator.measure(incumbent, generator=generator)]
     started = time.perf_counter()
-    for num_left in range(NUM_TRIALS - 1, 0, -1):
+    for num_left in range(num_trials - 1, 0, -1):
         found = backend.suggest(observations, incumbent=incumbent, num_left=num_left)
         if found is None:
             break
@@ -150,13 +163,19 @@ def summarize(runs: Sequence[Run]) -> list[dict[str, object]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--trials", type=int, default=NUM_TRIALS)
     parser.add_argument("--seeds", type=int, default=NUM_SEEDS)
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--processes", type=int, default=1)
     options = parser.parse_args()
     seeds = range(options.first_seed, options.first_seed + options.seeds)
-    jobs = [(load.name, m, seed) for m in options.methods for load in LOADS for seed in seeds]
+    jobs = [
+        (load.name, method, seed, options.trials)
+        for method in options.methods
+        for load in LOADS
+        for seed in seeds
+    ]
     runs: list[Run] = []
     with Pool(options.processes) as pool:
         for run in pool.imap(run_search, jobs):
@@ -171,7 +190,7 @@ def main() -> None:
         if theirs in options.methods and ours not in ("skopt", "random")
     ]
     result = environment() | {
-        "num_trials": NUM_TRIALS,
+        "num_trials": options.trials,
         "loads": [
             asdict(one.load)
             | {

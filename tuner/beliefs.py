@@ -19,7 +19,6 @@ from sparsed.tuner.surrogate import Prediction, Surrogate
 SPAN_LOG: Final = 1.5  # an objective that much below the best one is as bad as any
 LEAST_LOG: Final = -2.0  # of a figure over its limit; lower is as good as any
 MOST_LOG: Final = 1.0  # higher is as bad as any
-DOUBT: Final = 0.015  # least deviation that a guarded limit is held against
 # Knobs whose effect may be a breach that a mean and its deviation must exclude beforehand. Bytes
 # in HBM have a known model for that, and a busy link breaks no promise to a client.
 GUARDED: Final = (Constraint.TTFT, Constraint.TPOT, Constraint.QUALITY)
@@ -62,7 +61,7 @@ class Belief:
     def worst_excess(self, kappa: float) -> float:
         """The guarded limit nearest to being broken: how far, in the logarithm."""
         guarded = (self.slacks[name] for name in GUARDED if name in self.slacks)
-        return max((s.mean + kappa * max(s.deviation, DOUBT) for s in guarded), default=-math.inf)
+        return max((s.mean + kappa * s.spread for s in guarded), default=-math.inf)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -133,7 +132,7 @@ class Beliefs:
 def log_expected_improvement(prediction: Prediction, *, best: float) -> float:
     """Log of the expected improvement over ``best``, finite however far below it lies.
 
-    Source: Jones, Schonlau and Welch 1998, eq. 15; the tail by the first terms of Mills' ratio.
+    Source: Jones, Schonlau and Welch 1998, eq. 15; the tail by the first term of Mills' ratio.
     """
     deviation = max(prediction.deviation, 1e-6)
     z = (prediction.mean - best) / deviation
@@ -163,7 +162,7 @@ def _belief(
 
 
 def _raised(prediction: Prediction, by: float) -> Prediction:
-    return Prediction(prediction.mean + by, prediction.deviation)
+    return prediction._replace(mean=prediction.mean + by)
 
 
 def _fit(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,10 +26,16 @@ START_NOISE: Final = 0.0025
 
 
 class Prediction(NamedTuple):
-    """Of the figure itself, without the noise of a measurement."""
+    """``deviation`` is that of the figure itself, ``noise`` that of a measurement of it."""
 
     mean: float
     deviation: float
+    noise: float = 0.0
+
+    @property
+    def spread(self) -> float:
+        """Standard deviation of what a measurement will show."""
+        return math.hypot(self.deviation, self.noise)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +82,8 @@ class Surrogate:
             warnings.simplefilter("ignore")  # variances rounded to below zero, at known points
             mean, deviation = self.model.predict(self._rows(points), return_std=True)
         pairs = zip(mean, deviation, strict=True)
-        return [Prediction(self.centre + float(m), float(d)) for m, d in pairs]
+        noise = math.sqrt(float(self.model.noise_))
+        return [Prediction(self.centre + float(m), float(d), noise) for m, d in pairs]
 
     def _rows(self, points: Sequence[Point]) -> Any:
         return self.space.transform([[point[axis] for axis in self.axes] for point in points])

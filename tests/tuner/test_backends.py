@@ -339,6 +339,16 @@ def test_expected_improvement_is_the_integral(z: float) -> None:
     assert found == pytest.approx(math.log(integral), abs=1e-2)
 
 
+def test_tails_continue_what_is_exact() -> None:
+    """To the size of the first term left out, 3 / z**2."""
+
+    def improvement(z: float) -> float:
+        return log_expected_improvement(Prediction(z, 1.0), best=0.0)
+
+    assert improvement(-6.0 + 1e-9) == pytest.approx(improvement(-6.0 - 1e-9), abs=0.1)
+    assert log_normal(-6.0 + 1e-9) == pytest.approx(log_normal(-6.0 - 1e-9), abs=0.05)
+
+
 @given(st.floats(-1.0, 1e6))
 def test_log_ratios_are_bounded_and_keep_the_sign(slack: float) -> None:
     ratio = log_ratio(slack)
