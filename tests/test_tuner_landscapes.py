@@ -100,6 +100,7 @@ def test_steps_take_as_long_as_those_that_were_measured(row: dict[str, Any]) -> 
     assert step_ms == pytest.approx(row["step_ms"], rel=0.06)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [load.name for load in LOADS])
 def test_defaults_are_feasible_and_there_is_something_to_find(name: str) -> None:
     simulator = simulator_of(name)
@@ -108,6 +109,7 @@ def test_defaults_are_feasible_and_there_is_something_to_find(name: str) -> None
     assert 0.0 < simulator.frac_above(0.9) < 0.05
 
 
+@pytest.mark.slow
 def test_known_memory_is_wrong_by_less_than_its_margin() -> None:
     """What it allows never runs out, though it says too little; and it forbids something."""
     for load in LOADS:
@@ -124,6 +126,7 @@ def test_known_memory_is_wrong_by_less_than_its_margin() -> None:
         assert allowed < len(points)
 
 
+@pytest.mark.slow
 def test_windows_are_noisy_and_memory_ends_them() -> None:
     simulator = simulator_of("long outputs")
     generator = random.Random(1)
@@ -139,6 +142,7 @@ def test_windows_are_noisy_and_memory_ends_them() -> None:
     assert float(peak[0]) > DEVICE_BYTES > WEIGHTS_BYTES
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_makes_a_backend(method: str) -> None:
     simulator = simulator_of("short chats")
@@ -149,12 +153,14 @@ def test_every_method_makes_a_backend(method: str) -> None:
     assert found is not None and simulator.space.contains(simulator.space.encode(found.values))
 
 
+@pytest.mark.slow
 def test_a_run_is_the_same_again() -> None:
     first, second = (run_search(("32k documents", "random", 5, 40)) for _ in range(2))
     assert replace(first, seconds=0.0) == replace(second, seconds=0.0)
     assert first.num_trials == 40 and first.num_broken >= first.num_out_of_memory
 
 
+@pytest.mark.slow
 def test_pairs_are_of_one_load_and_seed() -> None:
     def run(method: str, seed: int, share: float) -> Run:
         base = run_search(("short chats", "random", 0, 5))
@@ -178,6 +184,7 @@ def test_what_is_committed_is_what_the_bars_are_held_against() -> None:
             assert test["p"] < 0.05 and test["num_better"] > test["num_worse"]
 
 
+@pytest.mark.slow
 def test_the_script_writes_every_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "out.json"
     options = ["--seeds", "2", "--methods", "random", "grid", "--output", str(file)]

@@ -19,8 +19,8 @@ from sparsed.tuner.surrogate import Prediction, Surrogate
 SPAN_LOG: Final = 1.5  # an objective that much below the best one is as bad as any
 LEAST_LOG: Final = -2.0  # of a figure over its limit; lower is as good as any
 MOST_LOG: Final = 1.0  # higher is as bad as any
-# Knobs whose effect may be a breach that a mean and its deviation must exclude beforehand. Bytes
-# in HBM have a known model for that, and a busy link breaks no promise to a client.
+# Promised to clients, so tried only where a window will surely show them kept. Memory has a known
+# model for that, and a busy link breaks no promise.
 GUARDED: Final = (Constraint.TTFT, Constraint.TPOT, Constraint.QUALITY)
 
 

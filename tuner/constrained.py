@@ -1,8 +1,8 @@
 """Constrained Bayesian search: expected improvement where every limit probably holds.
 
 Built on scikit-optimize's space and Gaussian processes. It starts at the incumbent and moves its
-trust region with what was found. In its masks a point needs room in memory by a known model, and
-its targets some standard deviations of slack.
+trust region with what was found. A point is tried only if it fits memory by a known model, and if
+its targets have some standard deviations of slack.
 """
 
 from __future__ import annotations

@@ -148,6 +148,7 @@ def test_a_space_without_a_choice_has_nothing_to_suggest(make: Make) -> None:
     assert backend.recommend(seen, incumbent={}).values == {}
 
 
+@pytest.mark.slow
 @every_backend
 def test_suggestions_are_plain_valid_and_reproducible(make: Make) -> None:
     def walk(seed: int) -> list[Mapping[str, KnobValue]]:
@@ -197,6 +198,7 @@ def test_it_starts_at_the_incumbent() -> None:
     assert found is not None and found.values == HOME
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_initial", [0, 4])
 def test_nothing_leaves_the_known_memory(num_initial: int) -> None:
     """The limit bites: without it such a search runs into it."""
@@ -219,6 +221,7 @@ def test_steps_stay_in_the_trust_region_of_the_best_point() -> None:
         assert abs(a - b) <= max(1, math.floor(START_RADIUS * (len(ladder.rungs) - 1)))
 
 
+@pytest.mark.slow
 def test_a_target_needs_its_deviations_of_slack() -> None:
     """What is tried was believed to be safe, by what was known before it."""
     backend = ConstrainedSearch(space=SPACE, seed=4)
