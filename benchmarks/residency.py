@@ -123,7 +123,7 @@ class Bench:
             selector.store_SY.random_(0, RANDOM_BYTES)  # else all pages would be the same
 
     def always_select(self) -> None:
-        """From now on."""
+        """Until the steps are made anew."""
         assert self.runner.steps is not None
         self.runner.steps.rule = None
 

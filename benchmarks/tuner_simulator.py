@@ -28,7 +28,7 @@ from sparsed.tuner.policy import Constraint, Crash, Observation
 from sparsed.tuner.space import Point, SearchSpace, build_space
 
 AUTO_HBM_BUDGET: Final = 4096
-MAX_RECALL_LOSS: Final = 0.05  # below the default's, as in an offline study
+MAX_RECALL_LOSS: Final = 0.05  # below the default's
 MAX_LINK_BUSY: Final = 0.9
 MEMORY_MARGIN_BYTES: Final = 4e9
 MEMORY_ERROR: Final = 0.95  # what the known model says over what is true, beside the weights

@@ -38,6 +38,7 @@ from sparsed.core import (
     SparseMethod,
     VerifyMode,
 )
+from sparsed.engine.admission import mandatory_blocks
 from sparsed.engine.kvcache.geometry import num_frames
 from sparsed.engine.models.catalog import ResolvedModel, resolve_model
 from sparsed.engine.models.config import ModelConfig, load_config
@@ -205,9 +206,12 @@ def num_fitting(plan: StartPlan, num_tokens: int) -> int:
         return 0
     frames = num_frames(num_tokens)
     lane_blocks = (memory.num_blocks - 1) // plan.model.shape.num_lanes  # one is nobody's
-    mandatory = min(frames, lane_blocks)
-    if knobs.sparse_method != SparseMethod.DENSE:
-        mandatory = min(mandatory, num_frames(knobs.token_budget) + 1)
+    mandatory = mandatory_blocks(
+        num_tokens,
+        method=SparseMethod(knobs.sparse_method),
+        token_budget=knobs.token_budget,
+        lane_blocks=lane_blocks,
+    )
     return min(memory.num_frames // frames, lane_blocks // mandatory, knobs.max_num_seqs)
 
 

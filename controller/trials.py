@@ -12,7 +12,7 @@ from sparsed.controller.config import DaemonConfig
 from sparsed.controller.prompts import PromptSource
 from sparsed.controller.startup import StartPlan, prepare
 from sparsed.controller.supervisor import Supervisor
-from sparsed.controller.workload import ServiceTimes, to_messages
+from sparsed.controller.workload import ServiceTimes, reordered, to_messages
 from sparsed.core import (
     KNOB_SPECS,
     AddRequest,
@@ -88,13 +88,19 @@ class EngineBench:
             await self.close()
 
     async def measure(
-        self, values: Mapping[str, KnobValue], *, workload: Workload, deadline_s: float
+        self,
+        values: Mapping[str, KnobValue],
+        *,
+        workload: Workload,
+        deadline_s: float,
+        order: int = 0,
     ) -> Measurement:
-        """Serve ``workload`` once with the default knobs changed by ``values``."""
+        """Serve ``workload`` once with the default knobs changed by ``values``. ``order``: which
+        arrival order, with prompts of its own; 0 is that of ``workload``."""
         await self._bring_up(values)
         try:
             async with asyncio.timeout(deadline_s):
-                return await self._serve(workload)
+                return await self._serve(workload, order=order)
         except TimeoutError:
             await self.close()
             raise TrialFailed(
@@ -175,11 +181,13 @@ class EngineBench:
 
     # one window
 
-    async def _serve(self, workload: Workload) -> Measurement:
+    async def _serve(self, workload: Workload, *, order: int) -> Measurement:
         self._num_windows += 1
+        seed = self._config.seed
+        workload = reordered(workload, order=order, seed=seed)
         messages = to_messages(
             workload,
-            prompts=self._prompts.make(workload, seed=self._config.seed),
+            prompts=self._prompts.make(workload, seed=seed + order),
             prefix=f"window-{self._num_windows}",
         )
         before = self._stats

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -16,6 +17,8 @@ from sparsed.controller.config import DaemonConfig
 from sparsed.controller.prompts import prompt_source
 from sparsed.controller.startup import StartPlan, prepare
 from sparsed.controller.state_dir import StateLock
+from sparsed.controller.study_log import StudyLog
+from sparsed.controller.time_budget import TimeBudget
 from sparsed.controller.trials import EngineBench
 from sparsed.controller.tuning_report import StudyProgress, print_outcome
 from sparsed.controller.workload import (
@@ -27,6 +30,7 @@ from sparsed.controller.workload import (
 )
 from sparsed.core import (
     BLOCK_TOKENS,
+    AcceptanceWindow,
     ExitCode,
     InputError,
     KnobValue,
@@ -40,12 +44,13 @@ from sparsed.core import (
     Workload,
 )
 from sparsed.db import open_store
-from sparsed.db.store import Store, StoreError
+from sparsed.db.store import Store
 from sparsed.engine.planner import workspace_bytes
 from sparsed.tuner.export import FORMAT_BY_SUFFIX, DeviceMemory, render_profile
-from sparsed.tuner.objective import TrialFailed
+from sparsed.tuner.objective import OutOfTime, TrialFailed
 from sparsed.tuner.offline import NUM_REPEATS, StudyOutcome, StudyPlan, run_study
 from sparsed.tuner.space import build_space
+from sparsed.tuner.verification import Measure
 
 EXIT_INTERRUPTED: Final = 130  # as a shell reports Ctrl-C
 DEFAULT_TRIAL_S: Final = {"cpu": 6.0, "cuda": 30.0}
@@ -56,7 +61,8 @@ MIN_DEADLINE_S: Final = 60.0
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TuneOptions:
     """``trials``: of each arm. ``trial_s``: seconds of one trial, None by the device.
-    Knobs given in ``config`` are fixed. ``min_recall`` None: a little below the default's."""
+    Knobs given in ``config`` are fixed. ``min_recall`` None: a little below the default's.
+    ``max_s``: seconds that everything together may take; None: as many as it needs."""
 
     config: DaemonConfig
     workload: str
@@ -67,12 +73,13 @@ class TuneOptions:
     resume: bool = False
     trial_s: float | None = None
     min_recall: float | None = None
+    max_s: float | None = None
 
 
 def run_tune(options: TuneOptions) -> int:
     """Search, verify, store and export; returns the exit code.
 
-    Errors: StartError (75 beside a daemon; 65 or 77 for the database; 70 when the default does
+    Errors: StartError (75 beside a daemon, or with no time for the default; 65 or 77 for the database; 70 when the default does
     not run), InputError for an option.
     """
     requested = _check(options)
@@ -82,6 +89,9 @@ def run_tune(options: TuneOptions) -> int:
         tune = _Tune(options, store=store, console=Console())
         try:
             return tune.run(runner, requested)
+        except OutOfTime:
+            message = "--max-seconds passed before the default was measured: give more"
+            raise StartError(message, code=ExitCode.TEMPORARY) from None
         finally:
             runner.run(tune.bench.close())
             store.close()
@@ -110,6 +120,7 @@ class _Tune:
     """One run, from the probe to the table. ``bench`` is to be closed by the caller."""
 
     def __init__(self, options: TuneOptions, *, store: Store, console: Console) -> None:
+        self._budget = TimeBudget(options.max_s)
         config = replace(options.config, no_profile=True)  # trial 0 is the default, not a winner
         self._options = options
         self._store = store
@@ -118,11 +129,10 @@ class _Tune:
         self._plan = prepare(config, progress=self._say_progress)
         self._prompts = prompt_source(self._plan)
         self.bench = EngineBench(config, self._plan, prompts=self._prompts)
-        self._record_due_at = time.time()
 
     def run(self, runner: asyncio.Runner, requested: Workload) -> int:
         try:
-            times = runner.run(self.bench.probe())
+            times = runner.run(self._budget.within(self.bench.probe, on_cut=self.bench.close))
         except TrialFailed as error:
             message = f"the default configuration does not run: {error}"
             raise StartError(message, code=ExitCode.SOFTWARE) from error
@@ -132,13 +142,21 @@ class _Tune:
             MIN_DEADLINE_S, DEADLINE_FACTOR * expected_s(workload.requests, times=times)
         )
 
-        def measure(values: Mapping[str, KnobValue]) -> Measurement:
-            window = self.bench.measure(values, workload=workload, deadline_s=deadline_s)
-            return runner.run(window)
+        log = StudyLog(self._store, key=self._plan.key, study_id=study_id, say=self._console.print)
 
-        outcome = self._search(measure, study_id=study_id, workload=workload)
+        def measure(values: Mapping[str, KnobValue], order: int) -> Measurement:
+            log.begin_window()
+            serve = partial(
+                self.bench.measure, values, workload=workload, deadline_s=deadline_s, order=order
+            )
+            return runner.run(self._budget.within(serve, on_cut=self.bench.close))
+
+        previous = self._store.list_trials(study_id=study_id)
+        outcome = self._search(measure, previous=previous, workload=workload, log=log)
         profile = self._profile(outcome, workload=workload)
         print_outcome(self._console, outcome, objective=self._options.objective)
+        if outcome.comparison is not None:
+            log.record_decision(outcome.comparison)
         self._export(profile)
         if outcome.interrupted:
             return EXIT_INTERRUPTED
@@ -192,10 +210,11 @@ class _Tune:
 
     def _search(
         self,
-        measure: Callable[[Mapping[str, KnobValue]], Measurement],
+        measure: Measure,
         *,
-        study_id: int,
+        previous: Sequence[TrialResult],
         workload: Workload,
+        log: StudyLog,
     ) -> StudyOutcome:
         options, knobs = self._options, self._plan.spec.knobs
         plan = StudyPlan(
@@ -211,24 +230,24 @@ class _Tune:
             method=options.method,
             seed=options.config.seed,
         )
-        previous = self._store.list_trials(study_id=study_id)
-        self._record_due_at = time.time()
         with StudyProgress(self._console, plan=plan, previous=previous) as progress:
 
             def record(trial: TrialResult) -> None:
-                self._record(study_id, trial)
+                log.record_trial(trial)
                 progress.show(trial)
 
-            return run_study(measure, plan=plan, record=record, previous=previous)
+            def record_window(window: AcceptanceWindow) -> None:
+                log.record_window(window)
+                progress.show_window(window)
 
-    def _record(self, study_id: int, trial: TrialResult) -> None:
-        now = time.time()
-        timed = replace(trial, started_at=self._record_due_at, ended_at=now)
-        self._record_due_at = now
-        try:
-            self._store.record_trial(study_id, timed)
-        except StoreError as error:
-            self._console.print(f"trial {trial.number} could not be stored: {error}")
+            return run_study(
+                measure,
+                plan=plan,
+                record=record,
+                record_window=record_window,
+                left_frac=lambda: self._budget.left_frac,
+                previous=previous,
+            )
 
     def _profile(self, outcome: StudyOutcome, *, workload: Workload) -> Profile | None:
         """The verified winner, stored; else the default as a draft, which is not. None without

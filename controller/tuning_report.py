@@ -11,17 +11,25 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from sparsed.core import KnobValue, Objective, SearchMethod, TrialResult, TrialStatus
+from sparsed.core import (
+    AcceptanceWindow,
+    KnobValue,
+    Objective,
+    SearchMethod,
+    TrialResult,
+    TrialStatus,
+    WindowStage,
+)
+from sparsed.tuner.acceptance import worth
 from sparsed.tuner.offline import (
     ARMS,
     BAYES,
     DEFAULT,
-    NUM_VERIFY_ROUNDS,
     RANDOM,
-    VERIFY,
     StudyOutcome,
     StudyPlan,
 )
+from sparsed.tuner.verification import NUM_CANDIDATES, num_windows, offline_rule
 
 UNITS: Final = {Objective.THROUGHPUT: "tokens/s", Objective.GOODPUT: "requests/s"}
 ARM_NAMES: Final = {
@@ -34,12 +42,14 @@ ARM_NAMES: Final = {
 
 
 class StudyProgress:
-    """A context manager; ``show`` gets every trial as it ends."""
+    """A context manager; ``show`` gets every trial as it ends, ``show_window`` every window of
+    the verification."""
 
     def __init__(
         self, console: Console, *, plan: StudyPlan, previous: Sequence[TrialResult]
     ) -> None:
         self._objective = plan.objective
+        self._rule = offline_rule(objective=plan.objective, slo=plan.slo)
         self._best = 0.0
         self._bar = Progress(
             TextColumn("{task.description}"),
@@ -49,7 +59,8 @@ class StudyProgress:
             console=console,
         )
         done = sum(trial.status is not TrialStatus.INTERRUPTED for trial in previous)
-        total = 1 + len(plan.arms) * plan.num_trials + 2 * NUM_VERIFY_ROUNDS
+        total = 1 + len(plan.arms) * plan.num_trials
+        total += num_windows(num_candidates=NUM_CANDIDATES, rule=self._rule)
         self._task = self._bar.add_task("tuning", total=total, completed=done)
 
     def __enter__(self) -> Self:
@@ -66,7 +77,7 @@ class StudyProgress:
 
     def show(self, trial: TrialResult) -> None:
         unit = UNITS[self._objective]
-        if trial.score is not None and trial.arm != VERIFY:
+        if trial.score is not None:
             self._best = max(self._best, trial.score)
         result = f"{trial.score:.4g} {unit}" if trial.score is not None else trial.status.value
         result += _recall_in_words(trial)
@@ -75,6 +86,15 @@ class StudyProgress:
         line = f"{trial.number:>4} {trial.arm:<8}{result}{note}  {knobs}"
         self._bar.console.print(line, soft_wrap=True, highlight=False)
         self._bar.update(self._task, advance=1, description=f"best {self._best:.4g} {unit}")
+
+    def show_window(self, window: AcceptanceWindow) -> None:
+        score = worth(window, metric=self._rule.metric)
+        result = f"{score:.4g} {UNITS[self._objective]}" if score else window.status.value
+        what = "round" if window.stage is WindowStage.RANK else "pair"
+        line = f"{window.stage.value:>9} {what} {window.round + 1:>2}  {result}  "
+        line += values_in_words(window.values)
+        self._bar.console.print(line, soft_wrap=True, highlight=False)
+        self._bar.update(self._task, advance=1, description=f"verifying, {what} {window.round + 1}")
 
 
 def print_outcome(console: Console, outcome: StudyOutcome, *, objective: Objective) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -128,6 +129,18 @@ def expected_s(requests: tuple[WorkloadRequest, ...], *, times: ServiceTimes) ->
     outputs = sorted(item.output_tokens for item in requests)
     together = outputs[-1] + 0.5 * sum(outputs[:-1])
     return prompt_s + together * times.output_token_s
+
+
+def reordered(workload: Workload, *, order: int, seed: int) -> Workload:
+    """The same requests in another order, at the same times of arrival. Order 0 is as given; the
+    others are drawn, each the same whenever it is asked for."""
+    if order == 0:
+        return workload
+    shuffled = list(workload.requests)
+    random.Random(f"{seed} {order}").shuffle(shuffled)
+    arrivals = (request.arrival_s for request in workload.requests)
+    requests = (replace(item, arrival_s=at) for item, at in zip(shuffled, arrivals, strict=True))
+    return replace(workload, requests=tuple(requests))
 
 
 def recall_stride(workload: Workload) -> int:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from sqlalchemy import Select, select, update
-from sqlalchemy.orm import Session
+from sqlalchemy import ColumnElement, Select, select, update
+from sqlalchemy.orm import Session, aliased
 
-from sparsed.core import Profile, ProfileKey, Workload
+from sparsed.core import AcceptanceDecision, AcceptanceWindow, Profile, ProfileKey, Workload
 from sparsed.db import rows
 from sparsed.db.models import (
+    AcceptanceRow,
+    AcceptanceWindowRow,
     ConfigRow,
     DecisionRow,
     HardwareRow,
@@ -25,7 +27,9 @@ from sparsed.db.models import (
 
 SharedRow = TypeVar("SharedRow", HardwareRow, SoftwareRow, ModelRow, WorkloadRow, ConfigRow)
 Query = TypeVar("Query", bound="Select[*tuple[Any, ...]]")
-KeyedRow = type[ProfileRow] | type[StudyRow] | type[RollupRow] | type[DecisionRow]
+KeyedRow = (
+    type[ProfileRow] | type[StudyRow] | type[RollupRow] | type[DecisionRow] | type[AcceptanceRow]
+)
 
 if TYPE_CHECKING:
     ProfileSelect = Select[ProfileRow, HardwareRow, ModelRow, ConfigRow, SoftwareRow]
@@ -93,6 +97,42 @@ def profiles(session: Session, query: ProfileSelect) -> tuple[Profile, ...]:
 
 def profile(session: Session, profile_id: int) -> Profile:
     (found,) = profiles(session, select_profiles(None).where(ProfileRow.id == profile_id))
+    return found
+
+
+def acceptances(
+    session: Session, *conditions: ColumnElement[bool]
+) -> tuple[AcceptanceDecision, ...]:
+    """Decisions with their windows, newest first."""
+    before, after = aliased(ConfigRow), aliased(ConfigRow)
+    query = of_key(
+        select(AcceptanceRow, HardwareRow, ModelRow, before, after), None, row=AcceptanceRow
+    )
+    query = query.join(before, before.id == AcceptanceRow.config_from_id)
+    query = query.join(after, after.id == AcceptanceRow.config_to_id)
+    query = query.where(*conditions).order_by(AcceptanceRow.id.desc())
+    found = session.execute(query).all()
+    windows = _windows(session, [row.id for row, *_ in found])
+    return tuple(
+        rows.acceptance_of(
+            row,
+            key=ProfileKey(hardware=hardware.fingerprint, model=model.name, dtype=model.dtype),
+            config_from=config_from.values,
+            config_to=config_to.values,
+            windows=windows.get(row.id, []),
+        )
+        for row, hardware, model, config_from, config_to in found
+    )
+
+
+def _windows(session: Session, ids: Sequence[int]) -> dict[int, list[AcceptanceWindow]]:
+    """Windows of each decision, in the order of time."""
+    query = select(AcceptanceWindowRow, ConfigRow)
+    query = query.join(ConfigRow, ConfigRow.id == AcceptanceWindowRow.config_id)
+    query = query.where(AcceptanceWindowRow.acceptance_id.in_(ids))
+    found: dict[int, list[AcceptanceWindow]] = {}
+    for row, config in session.execute(query.order_by(AcceptanceWindowRow.number)):
+        found.setdefault(row.acceptance_id, []).append(rows.window_of(row, values=config.values))
     return found
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from threading import Lock
 
 from sparsed.core import (
+    AcceptanceDecision,
     Decision,
     InputError,
     LinkCalibration,
@@ -22,7 +23,7 @@ from sparsed.core import (
 )
 from sparsed.db import rows
 from sparsed.db.rollup import MAX_DECISIONS, RETENTION_S, Rollup, RollupBuilder
-from sparsed.db.store import StoreError, Study
+from sparsed.db.store import StoreError, Study, unknown_decision
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,6 +46,7 @@ class InMemoryProfileStore:
         self._builders = tuple(RollupBuilder(period_s) for period_s in RETENTION_S)
         self._rollups: list[tuple[ProfileKey, Rollup]] = []
         self._decisions: list[tuple[ProfileKey, Decision]] = []
+        self._acceptances: list[AcceptanceDecision] = []
         self._calibrations: dict[LinkKey, LinkCalibration] = {}
 
     def close(self) -> None:
@@ -140,6 +142,31 @@ class InMemoryProfileStore:
                 for trial in study.trials
                 if study_id in (None, number) and key in (None, study.key)
             )
+
+    # decisions
+
+    def save_acceptance(self, decision: AcceptanceDecision) -> AcceptanceDecision:
+        plain = rows.plain_decision(decision)
+        with self._lock:
+            numbers = [window.number for window in plain.windows]
+            if len(set(numbers)) < len(numbers):
+                raise StoreError("two windows of a decision have the same number")
+            if plain.study_id is not None and not 1 <= plain.study_id <= len(self._studies):
+                raise StoreError(f"no study {plain.study_id}")
+            saved = replace(plain, decision_id=len(self._acceptances) + 1)
+            self._acceptances.append(saved)
+            return saved
+
+    def find_acceptance(self, decision_id: int) -> AcceptanceDecision:
+        with self._lock:
+            for decision in self._acceptances:
+                if decision.decision_id == decision_id:
+                    return decision
+        raise unknown_decision(decision_id)
+
+    def list_acceptances(self) -> tuple[AcceptanceDecision, ...]:
+        with self._lock:
+            return tuple(reversed(self._acceptances))
 
     # telemetry
 

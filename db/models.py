@@ -157,7 +157,54 @@ class RollupRow(Base):
     p95: Mapped[float]
 
 
+class AcceptanceRow(Base):
+    """Verdicts are in logarithms of ratios, as in the vocabulary."""
+
+    __tablename__ = "acceptance"
+    __table_args__ = (Index(None, "hardware_id", "model_id"),)
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    hardware_id: Mapped[int] = mapped_column(ForeignKey("hardware.id"))
+    model_id: Mapped[int] = mapped_column(ForeignKey("model.id"))
+    study_id: Mapped[int | None] = mapped_column(ForeignKey("study.id"))
+    config_from_id: Mapped[int] = mapped_column(ForeignKey("config.id"))
+    config_to_id: Mapped[int] = mapped_column(ForeignKey("config.id"))
+    rule: Mapped[dict[str, Any]] = mapped_column(JSON)  # AcceptanceRule by field
+    state: Mapped[str]
+    reason: Mapped[str]
+    n_pairs: Mapped[int]
+    hl: Mapped[float | None]
+    ci_lo: Mapped[float | None]
+    ci_hi: Mapped[float | None]
+    p: Mapped[float | None]
+    cv: Mapped[float | None]
+    loss_bounds: Mapped[dict[str, Any]] = mapped_column(JSON)  # by guard
+    initiated_by: Mapped[str]
+    decided_at: Mapped[float]
+
+
+class AcceptanceWindowRow(Base):
+    """The evidence of a decision: raw figures."""
+
+    __tablename__ = "acceptance_window"
+    __table_args__ = (UniqueConstraint("acceptance_id", "number"),)
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    acceptance_id: Mapped[int] = mapped_column(ForeignKey("acceptance.id"))
+    config_id: Mapped[int] = mapped_column(ForeignKey("config.id"))
+    number: Mapped[int]
+    stage: Mapped[str]
+    round: Mapped[int]
+    arrival_order: Mapped[int]
+    status: Mapped[str]
+    metrics: Mapped[dict[str, Any]] = mapped_column(JSON)  # by name; null: no such figure
+    started_at: Mapped[float]
+    ended_at: Mapped[float]
+
+
 class DecisionRow(Base):
+    """Advice of the live tuner."""
+
     __tablename__ = "decision"
     __table_args__ = (Index(None, "made_at"),)
 

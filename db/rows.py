@@ -6,14 +6,21 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from numbers import Integral, Real
 from typing import Any
 
 from sparsed.core import (
+    AcceptanceDecision,
+    AcceptanceRule,
+    AcceptanceVerdict,
+    AcceptanceWindow,
     CopyPath,
     Decision,
+    DecisionReason,
+    DecisionState,
     Direction,
+    Guard,
     KnobValue,
     LinkCalibration,
     LinkEntry,
@@ -26,10 +33,13 @@ from sparsed.core import (
     Slo,
     TrialResult,
     TrialStatus,
+    WindowStage,
     Workload,
     WorkloadRequest,
 )
 from sparsed.db.models import (
+    AcceptanceRow,
+    AcceptanceWindowRow,
     DecisionRow,
     LinkCalibrationRow,
     ProfileRow,
@@ -68,6 +78,14 @@ def plain_mapping(values: Mapping[str, object]) -> dict[str, KnobValue]:
 
 def optional_number(value: object) -> float | None:
     return None if value is None else plain_number(value)
+
+
+def finite_numbers(values: Mapping[str, float | None]) -> dict[str, float | None]:
+    """Figures by name; None for what is not a finite number."""
+    return {
+        name: None if value is None or not math.isfinite(value) else float(value)
+        for name, value in sorted(values.items())
+    }
 
 
 def sha256(value: object) -> str:
@@ -148,6 +166,113 @@ def decision_of(row: DecisionRow, *, values: Mapping[str, Any]) -> Decision:
         reason=row.reason,
         predicted_score=row.predicted_score,
         current_score=row.current_score,
+    )
+
+
+def plain_decision(decision: AcceptanceDecision) -> AcceptanceDecision:
+    """With nothing but what the database gives back."""
+    windows = (
+        replace(
+            window,
+            values=plain_mapping(window.values),
+            metrics=finite_numbers(window.metrics),
+        )
+        for window in decision.windows
+    )
+    return replace(
+        decision,
+        config_from=plain_mapping(decision.config_from),
+        config_to=plain_mapping(decision.config_to),
+        windows=tuple(windows),
+    )
+
+
+def verdict_values(verdict: AcceptanceVerdict) -> dict[str, Any]:
+    """Columns of an ``AcceptanceRow``."""
+    statistics = {name: getattr(verdict, name) for name in ("hl", "ci_lo", "ci_hi", "p", "cv")}
+    return {
+        "state": verdict.state.value,
+        "reason": verdict.reason.value,
+        "n_pairs": int(verdict.num_pairs),
+        **{name: optional_number(value) for name, value in statistics.items()},
+        "loss_bounds": {name: plain_number(x) for name, x in verdict.loss_bounds.items()},
+    }
+
+
+def rule_values(rule: AcceptanceRule) -> dict[str, Any]:
+    return {
+        **asdict(rule),
+        "guards": [guard.value for guard in rule.guards],
+        "targets": {guard.value: plain_number(x) for guard, x in rule.targets.items()},
+    }
+
+
+def _rule_of(values: Mapping[str, Any]) -> AcceptanceRule:
+    guards = tuple(map(Guard, values["guards"]))
+    targets = {Guard(name): target for name, target in values["targets"].items()}
+    return AcceptanceRule(**{**values, "guards": guards, "targets": targets})
+
+
+def acceptance_of(
+    row: AcceptanceRow,
+    *,
+    key: ProfileKey,
+    config_from: Mapping[str, Any],
+    config_to: Mapping[str, Any],
+    windows: Sequence[AcceptanceWindow],
+) -> AcceptanceDecision:
+    return AcceptanceDecision(
+        key=key,
+        config_from=config_from,
+        config_to=config_to,
+        rule=_rule_of(row.rule),
+        verdict=AcceptanceVerdict(
+            state=DecisionState(row.state),
+            reason=DecisionReason(row.reason),
+            num_pairs=row.n_pairs,
+            hl=row.hl,
+            ci_lo=row.ci_lo,
+            ci_hi=row.ci_hi,
+            p=row.p,
+            cv=row.cv,
+            loss_bounds=row.loss_bounds,
+        ),
+        windows=tuple(windows),
+        initiated_by=row.initiated_by,
+        decided_at=row.decided_at,
+        study_id=row.study_id,
+        decision_id=row.id,
+    )
+
+
+def window_of(row: AcceptanceWindowRow, *, values: Mapping[str, Any]) -> AcceptanceWindow:
+    return AcceptanceWindow(
+        number=row.number,
+        stage=WindowStage(row.stage),
+        round=row.round,
+        order=row.arrival_order,
+        values=values,
+        status=TrialStatus(row.status),
+        metrics=row.metrics,
+        started_at=row.started_at,
+        ended_at=row.ended_at,
+    )
+
+
+def window_row(
+    window: AcceptanceWindow, *, acceptance_id: int, config_id: int
+) -> AcceptanceWindowRow:
+    return AcceptanceWindowRow(
+        acceptance_id=acceptance_id,
+        config_id=config_id,
+        number=int(window.number),
+        stage=window.stage.value,
+        round=int(window.round),
+        arrival_order=int(window.order),
+        status=window.status.value,
+        metrics=dict(window.metrics),
+        started_at=plain_number(window.started_at),
+        ended_at=plain_number(window.ended_at),
     )
 
 

@@ -10,6 +10,7 @@ from typing import Final
 from sqlalchemy import Engine, delete, select
 
 from sparsed.core import (
+    AcceptanceDecision,
     Decision,
     InputError,
     LinkCalibration,
@@ -25,6 +26,7 @@ from sparsed.core import (
 )
 from sparsed.db import lookup, rows
 from sparsed.db.models import (
+    AcceptanceRow,
     ConfigRow,
     DecisionRow,
     LinkCalibrationRow,
@@ -37,7 +39,7 @@ from sparsed.db.models import (
 )
 from sparsed.db.rollup import MAX_DECISIONS, RETENTION_S, Rollup, RollupBuilder
 from sparsed.db.session import reading, writing
-from sparsed.db.store import Study
+from sparsed.db.store import Study, unknown_decision
 
 
 class SqlProfileStore:
@@ -182,6 +184,47 @@ class SqlProfileStore:
                 rows.trial_of(trial, values=config.values, metrics=metrics.get(trial.id, {}))
                 for trial, config in found
             )
+
+    # decisions
+
+    def save_acceptance(self, decision: AcceptanceDecision) -> AcceptanceDecision:
+        plain = rows.plain_decision(decision)
+        with writing(self._engine) as session:
+            hardware, model = lookup.key_ids(session, plain.key)
+            row = AcceptanceRow(
+                hardware_id=hardware,
+                model_id=model,
+                study_id=plain.study_id,
+                config_from_id=lookup.config_id(session, plain.config_from),
+                config_to_id=lookup.config_id(session, plain.config_to),
+                rule=rows.rule_values(plain.rule),
+                initiated_by=plain.initiated_by,
+                decided_at=rows.plain_number(plain.decided_at),
+                **rows.verdict_values(plain.verdict),
+            )
+            session.add(row)
+            session.flush()
+            session.add_all(
+                rows.window_row(
+                    window,
+                    acceptance_id=row.id,
+                    config_id=lookup.config_id(session, window.values),
+                )
+                for window in plain.windows
+            )
+            session.flush()
+            return lookup.acceptances(session, AcceptanceRow.id == row.id)[0]
+
+    def find_acceptance(self, decision_id: int) -> AcceptanceDecision:
+        with reading(self._engine) as session:
+            found = lookup.acceptances(session, AcceptanceRow.id == decision_id)
+        if not found:
+            raise unknown_decision(decision_id)
+        return found[0]
+
+    def list_acceptances(self) -> tuple[AcceptanceDecision, ...]:
+        with reading(self._engine) as session:
+            return lookup.acceptances(session)
 
     # telemetry
 

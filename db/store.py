@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from sparsed.core import (
+    AcceptanceDecision,
     Decision,
+    InputError,
     LinkCalibration,
     LinkKey,
     Objective,
@@ -23,6 +25,10 @@ from sparsed.db.rollup import Rollup
 
 class StoreError(Exception):
     """The storage refused or lost an operation (disk full, locked, damaged); nothing changed."""
+
+
+def unknown_decision(decision_id: int) -> InputError:
+    return InputError(f"no decision {decision_id}; see: sparsed decision list", field="decision_id")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,6 +96,22 @@ class StudyStore(Protocol):
         ...
 
 
+class DecisionStore(Protocol):
+    """Tested changes with their windows, kept for good. Threads and errors as in
+    ``ProfileStore``."""
+
+    def save_acceptance(self, decision: AcceptanceDecision) -> AcceptanceDecision:
+        """Add it with all its windows, or nothing; returns it with its id. Figures that are not
+        finite numbers come back as None."""
+        ...
+
+    def find_acceptance(self, decision_id: int) -> AcceptanceDecision: ...
+
+    def list_acceptances(self) -> tuple[AcceptanceDecision, ...]:
+        """Newest first, over all keys."""
+        ...
+
+
 class TelemetryStore(Protocol):
     """What the daemon saw and advised. Threads and errors as in ``ProfileStore``.
 
@@ -122,7 +144,7 @@ class LinkStore(Protocol):
     def find_calibration(self, key: LinkKey) -> LinkCalibration | None: ...
 
 
-class Store(ProfileStore, StudyStore, TelemetryStore, LinkStore, Protocol):
+class Store(ProfileStore, StudyStore, DecisionStore, TelemetryStore, LinkStore, Protocol):
     """Everything; the opener owns it and closes it once."""
 
     def close(self) -> None: ...

@@ -14,8 +14,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
-from sparsed.core import MAX_PASSING, WaitReason
-from sparsed.engine.hit_curve import MissCurve
+from sparsed.core import MAX_PASSING, SparseMethod, WaitReason
+from sparsed.engine.hit_curve import Learned, MissCurve
+from sparsed.engine.kvcache.geometry import Geometry, num_frames
 
 MAX_PASSED_S: Final = 2.0  # a request that has waited so long is passed by nobody
 
@@ -42,6 +43,51 @@ class Room:
     free_frames: int
     free_rows: int
     slack_pages: float | None = None
+
+
+def mandatory_blocks(
+    num_tokens: int, *, method: SparseMethod, token_budget: int, lane_blocks: int
+) -> int:
+    """Blocks of a lane that a request cannot go without: its selection and the partial page, or
+    everything where attention is dense; all ``lane_blocks`` there are if it asks for more."""
+    wanted = num_frames(num_tokens)
+    if method is not SparseMethod.DENSE:
+        wanted = min(wanted, num_frames(token_budget) + 1)
+    return max(1, min(wanted, lane_blocks))
+
+
+def expected_claim(
+    num_tokens: int,
+    *,
+    method: SparseMethod,
+    token_budget: int,
+    geometry: Geometry,
+    lane_blocks: int,
+    learned: Learned,
+) -> Claim:
+    """What a request of ``num_tokens`` (prompt and output) would take that is like the others."""
+    mandatory = mandatory_blocks(
+        num_tokens, method=method, token_budget=token_budget, lane_blocks=lane_blocks
+    )
+    per_block = geometry.page_rows_per_frame
+    pages, hot_pages = mandatory * per_block, lane_blocks * per_block
+    total = float(num_frames(num_tokens) * per_block)
+    selected = total
+    if method is not SparseMethod.DENSE:
+        selected = min(total, selected_pages(token_budget, geometry))
+    return Claim(
+        mandatory_pages=pages,
+        working_set_pages=max(
+            pages, learned.working_set(selected=selected, total=min(total, hot_pages))
+        ),
+        frames=num_frames(num_tokens),
+        curve=learned.curve(slots=pages, selected=selected, total=total),
+    )
+
+
+def selected_pages(token_budget: int, geometry: Geometry) -> float:
+    """Full pages that a step selects for one request, of all its lanes."""
+    return float((token_budget // geometry.page_size - 1) * geometry.num_lanes)
 
 
 Gate = Callable[[Sequence[Claim], Claim, Room], WaitReason | None]

@@ -14,6 +14,7 @@ from sparsed.core import EngineSpec, Knobs, LinkCalibration, LinkProbe, SparseMe
 from sparsed.engine.attention import Attention
 from sparsed.engine.calibrate import ensure_calibration
 from sparsed.engine.fetch_times import FetchTimes
+from sparsed.engine.in_place_costs import OverheadMeter
 from sparsed.engine.kvcache.cache import KVCache
 from sparsed.engine.kvcache.dram import DramPool
 from sparsed.engine.kvcache.geometry import Geometry
@@ -126,6 +127,7 @@ def make_steps(
     fetch_times: FetchTimes,
     last_token_R: Tensor,
     trace: SelectionTrace | None,
+    meter: OverheadMeter | None,
 ) -> StepDecoder:
     """Queued steps of a cache whose ways of copying are known, nothing of them recorded yet."""
     knobs, page_size, scale = spec.knobs, kv.geometry.page_size, decoder.config.head_dim**-0.5
@@ -153,6 +155,7 @@ def make_steps(
         scale=scale,
         recorder=None if spec.enforce_eager else CudaRecorder(),
         target=target,
+        meter=meter,
     )
 
 

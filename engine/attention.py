@@ -92,6 +92,8 @@ class Attention:
         if plan.tail_slots_LBH is not None:
             part = slice(plan.num_chunk_tokens, None)
             self._decode(plan, layer, q[part], k[part], v[part], out=o[part])
+        if plan.chunks:
+            self._prefill.foresee(plan.chunks[0], layer + 1)
         return o
 
     def finish(self, decodes: Sequence[DecodeRow], *, step: int) -> None:
@@ -146,6 +148,9 @@ class Attention:
             selected = num_selected * page_size + position % page_size + 1
             num_layers, dense_layers = cache.geometry.num_layers, self._dense_layers
             read = (dense_layers * dense + (num_layers - dense_layers) * selected) // num_layers
+        elif row.steps_in_row:
+            cache.tables.forget_window(index)
+        row.steps_in_row = row.steps_in_row + 1 if sparse else 0
         row.reads_before = row.reads
         row.reads = Reads(
             decode_steps=row.reads.decode_steps + 1,

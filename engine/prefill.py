@@ -17,6 +17,7 @@ from torch import Tensor
 
 from sparsed.core import BLOCK_TOKENS
 from sparsed.engine.batch import PromptChunk
+from sparsed.engine.cold_context import ColdContext
 from sparsed.engine.dense import DenseAttention
 from sparsed.engine.kvcache.cache import KVCache
 from sparsed.engine.kvcache.geometry import Geometry, num_frames
@@ -63,6 +64,7 @@ class PrefillAttention:
     def __init__(self, cache: KVCache, *, staging_NX: Tensor, scale: float) -> None:
         self._cache = cache
         self._staging_NX = staging_NX
+        self._cold = ColdContext(cache, staging_NX=staging_NX)
         self._attend = DenseAttention(scale=scale)
 
     def warm_up(self, chunk_tokens: int, *, max_tokens: int, group: int) -> None:
@@ -72,7 +74,12 @@ class PrefillAttention:
         heads, dim = geometry.num_kv_heads, geometry.head_dim
         piece = len(self._staging_NX) // heads * geometry.page_size
         starts = range(chunk_tokens, max_tokens, chunk_tokens)
-        pieces = {start % piece or piece for start in starts} | {min(piece, s) for s in starts}
+        pieces = {
+            num_keys
+            for most in (piece, self._cold.piece_tokens)
+            for start in starts
+            for num_keys in (start % most or most, min(most, start))
+        }
         qkv = pages_NX.new_empty((chunk_tokens, heads * (group + 2), dim)).normal_()
         q, k, v = qkv[:, : heads * group], qkv[:, -2 * heads : -heads], qkv[:, -heads:]
         q_HGnD, o_HGnD = (_by_head(x, heads) for x in (q, torch.empty_like(q).contiguous()))
@@ -132,6 +139,12 @@ class PrefillAttention:
         self._store(plan, layer, k, v)
         return o
 
+    def foresee(self, plan: ChunkPlan, layer: int) -> None:
+        """``layer`` of this chunk is the next thing that needs the staging area."""
+        if plan.start and not plan.row.complete and layer < self._cache.geometry.num_layers:
+            num_full = plan.start // self._cache.geometry.page_size
+            self._cold.foresee(plan.row.index, layer, num_pages=num_full)
+
     def _context(self, plan: ChunkPlan, layer: int) -> Iterator[Tensor]:
         """K and V of the tokens before the chunk, (H, M, 2, D), in pieces of the staging; each is
         valid until the next one is asked for."""
@@ -156,19 +169,12 @@ class PrefillAttention:
 
     def _cold_context(self, plan: ChunkPlan, layer: int) -> Iterator[Tensor]:
         """Full pages from the DRAM tier, and the open page from the hot one."""
-        cache, geometry = self._cache, self._cache.geometry
-        heads, shape = geometry.num_kv_heads, (geometry.num_kv_heads, -1, 2, geometry.head_dim)
-        piece, num_full = len(self._staging_NX) // heads, plan.start // geometry.page_size
-        for first in range(0, num_full, piece):
-            last = min(first + piece, num_full)
-            rows_HP = cache.tables.page_rows(plan.row.index, first, last)[layer].flatten()
-            pages = self._staging_NX[: len(rows_HP)]
-            target = torch.arange(len(rows_HP), device=rows_HP.device)
-            cache.transfer.load(pages, cache.pool.pages_RX, dst_rows=target, src_rows=rows_HP)
-            yield pages.view(shape)
-        num_open = plan.start % geometry.page_size
+        page_size = self._cache.geometry.page_size
+        num_full, num_open = divmod(plan.start, page_size)
+        yield from self._cold.pieces(plan.row.index, layer, num_pages=num_full)
         if num_open:
-            yield cache.arena.pages_NTCD[plan.first_slots_LH[layer], :num_open]
+            pages_NTCD = self._cache.arena.pages_NTCD
+            yield pages_NTCD[plan.first_slots_LH[layer], :num_open]
 
     def _store(self, plan: ChunkPlan, layer: int, k: Tensor, v: Tensor) -> None:
         """Write tokens whose page has a slot to the hot tier, and full pages to the DRAM tier."""

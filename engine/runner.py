@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sparsed.core import EngineFacts, EngineSpec, EngineStats, Knobs
+from sparsed.core import EngineFacts, EngineSpec, EngineStats, Knobs, SparseMethod
 from sparsed.engine.assembly import (
     Progress,
     device_name,
@@ -28,10 +28,12 @@ from sparsed.engine.assembly import (
 from sparsed.engine.batch import DecodeRow, PromptChunk, StepPlan
 from sparsed.engine.draws import draw_step
 from sparsed.engine.fetch_times import UNTIMED, FetchTimes, TimedStep
-from sparsed.engine.in_place_costs import measure_rule
+from sparsed.engine.in_place_costs import REPEATS, WARM_UPS, OverheadMeter, make_meter
 from sparsed.engine.kvcache.cache import KVCache
 from sparsed.engine.kvcache.rebalance import Rebalancer
 from sparsed.engine.kvcache.upload import upload
+from sparsed.engine.measure.ceilings import copy_bytes_per_s_within
+from sparsed.engine.measure.clock import Clock
 from sparsed.engine.recall import RecallSampler
 from sparsed.engine.recorder import Drawn
 from sparsed.engine.sparse.replay import SelectionTrace, load_trace
@@ -88,11 +90,14 @@ class Runner:
         )
         self._spec = spec
         link, calibration = measure_link(spec, self.kv, on_progress=on_progress)
+        self._copy_bytes_per_s: float | None = None
+        if self.runs_ahead:  # now, while the arena holds nothing
+            clock = Clock(self._device)
+            self._copy_bytes_per_s = copy_bytes_per_s_within(self.kv.arena.pages_NX, clock)
         self.steps = self._make_steps() if self.runs_ahead else None
         if self.steps is not None:
             self.steps.record_all(partial(on_progress, "capturing decode graphs"))
             warm_up(self, spec.knobs, on_progress=on_progress)
-            self._measure_rule()
         self.facts = EngineFacts(
             pid=os.getpid(),
             device_name=device_name(self._device),
@@ -229,23 +234,25 @@ class Runner:
             self.steps.tiered.count_on(before)
         self.steps.record_all(lambda _frac: None)
 
-    def _measure_rule(self) -> None:
-        """Learn when requests that might select attend in place; a recording must be followed."""
-        may_choose = self._trace is None and not self._spec.always_select
-        if self.steps is not None and may_choose and self._device.type == "cuda":
-            knobs, geometry = self._spec.knobs, self.kv.geometry
-            self.steps.rule = measure_rule(
-                self.steps,
-                geometry,
-                method=knobs.sparse_method,
-                max_pages=geometry.max_pages(knobs.max_model_len),
-                device=self._device,
-            )
-
     def stats(self) -> EngineStats:
         """Counters and gauges of the tiers; the caller adds those of requests and steps."""
         self.recall.collect()
         return self._tier_stats.read(self.steps.tiered if self.steps else None)
+
+    def _make_meter(self) -> OverheadMeter | None:
+        """What learns when requests that might select attend in place, anew for other steps; a
+        recording must be followed."""
+        may_choose = self._trace is None and not self._spec.always_select
+        if self._copy_bytes_per_s is None or not may_choose:
+            return None
+        knobs, geometry = self._spec.knobs, self.kv.geometry
+        return make_meter(
+            geometry,
+            Clock(self._device, warm_ups=WARM_UPS, repeats=REPEATS),
+            method=SparseMethod(knobs.sparse_method),
+            max_pages=geometry.max_pages(knobs.max_model_len),
+            bytes_per_s=self._copy_bytes_per_s,
+        )
 
     def _make_steps(self) -> StepDecoder:
         return make_steps(
@@ -255,6 +262,7 @@ class Runner:
             fetch_times=self.fetch_times,
             last_token_R=self._last_token_R,
             trace=self._trace,
+            meter=self._make_meter(),
         )
 
     def _inputs(self, plan: StepPlan) -> EagerInput:

@@ -21,7 +21,7 @@ from sparsed.core import BLOCK_TOKENS
 from sparsed.engine.batch import DecodeRow
 from sparsed.engine.decode_batch import is_sparse
 from sparsed.engine.fetch_times import UNTIMED, FetchTimes, StepTimes, TimedStep
-from sparsed.engine.in_place import InPlaceRule
+from sparsed.engine.in_place_costs import OverheadMeter, is_of_hot_pages
 from sparsed.engine.kvcache.cache import KVCache
 from sparsed.engine.models.decoder import Decoder
 from sparsed.engine.recorder import Drawn, Recorded, Recorder
@@ -58,7 +58,8 @@ class StepDecoder:
     over rows that select. ``graphs`` are those of its steps, made by ``recorder`` (None: there are
     none) for ``target``, whose counts end with that of ``tiered``.
 
-    ``rule``: who attends in place though it might select; None: nobody.
+    ``rule``: who attends in place though it might select; None: nobody. ``meter`` teaches it what
+    each graph costs, as that is recorded.
 
     ``last_token_R`` (one entry a row, the spare one included) holds the last token drawn for each
     row; a step reads and writes it on the device. What ``run`` returns is valid until it is called
@@ -78,6 +79,7 @@ class StepDecoder:
         scale: float,
         recorder: Recorder | None,
         target: GraphTarget,
+        meter: OverheadMeter | None,
     ) -> None:
         device = last_token_R.device
         self._device = device
@@ -99,17 +101,17 @@ class StepDecoder:
         self._timed: dict[GraphKey, TimedStep] = {}  # of the last recording or run
         self._fetch_times = fetch_times
         self._last: GraphKey | None = None
-        self._sizes = tuple(graph_sizes(max_rows))
         self._last_graph: Recorded | None = None
         self._recorder = recorder
         self.graphs = StepGraphs(
             target,
-            sizes=self._sizes,
+            sizes=graph_sizes(max_rows),
             record=self._record if recorder else None,
             settle=recorder.settle if recorder else None,
         )
         self.tiered = tiered
-        self.rule: InPlaceRule | None = None
+        self._meter = meter
+        self.rule = meter.rule if meter else None
         self.trail = self._make_trail(max_rows if tiered else 0)
 
     def row_of(self, decode: DecodeRow) -> StepRow | None:
@@ -131,8 +133,9 @@ class StepDecoder:
         selecting = [row for row in rows if row.num_selected]
         if self.rule is None or not selecting or not all(row.is_hot for row in selecting):
             return rows
+        key, _ = self._find(rows)
         in_place = self.rule.choose(
-            len(rows),
+            key,
             num_selecting=len(selecting),
             tokens=sum(row.decode.position + 1 for row in selecting),
             selected=sum(row.num_selected for row in selecting) * self._cache.geometry.page_size,
@@ -144,14 +147,7 @@ class StepDecoder:
     @torch.inference_mode()
     def run(self, rows: Sequence[StepRow], *, step: int) -> Drawn:
         """One token for each of ``rows``. ``trail`` is that of this step until the next."""
-        in_place, selects, fetches = step_kind(rows)
-        key, graph = self.graphs.find(
-            len(rows),
-            count=max(row.num_selected for row in rows) if selects else 0,
-            in_place=in_place,
-            fetches=fetches,
-            times=fetches and self._fetch_times.is_turn(step),
-        )
+        key, graph = self._find(rows, may_time=self._fetch_times.is_turn(step))
         self._inputs.fill(rows, size=key.size, step=step)
         self._last, self._last_graph = key, graph
         if graph is None:
@@ -180,21 +176,6 @@ class StepDecoder:
             self.graphs.advance(idle=True)
 
     @property
-    def sizes(self) -> tuple[int, ...]:
-        """Batch sizes of graphs, rising."""
-        return self._sizes
-
-    def rehearse(self, size: int, *, num_full: int) -> Recorded | None:
-        """The graph of a step of nobody, of ``size`` requests that look at ``num_full`` pages each
-        and select one; 0: all of them in place. None: there is no such graph."""
-        page_size, selects = self._cache.geometry.page_size, num_full > 0
-        key, graph = self.graphs.find(size, count=int(selects), in_place=not selects, fetches=False)
-        decode = DecodeRow(row=self._cache.tables.spare_row, token=0, position=num_full * page_size)
-        row = StepRow(decode, 0, num_full=num_full, num_selected=1)
-        self._inputs.fill([row] * size if selects else [], size=key.size, step=0)
-        return graph
-
-    @property
     def last(self) -> GraphKey:
         """What the last step was. Only for measurements."""
         assert self._last is not None
@@ -220,11 +201,38 @@ class StepDecoder:
         arena_items = self._lane_blocks * BLOCK_TOKENS // MIN_SPLIT_TOKENS
         return min(size * self._row_items, arena_items + size)
 
+    def _find(
+        self, rows: Sequence[StepRow], *, may_time: bool = False
+    ) -> tuple[GraphKey, Recorded | None]:
+        """What a step of these rows is, and its graph."""
+        in_place, selects, fetches = step_kind(rows)
+        return self.graphs.find(
+            len(rows),
+            count=max(row.num_selected for row in rows) if selects else 0,
+            in_place=in_place,
+            fetches=fetches,
+            times=fetches and may_time,
+        )
+
     def _record(self, key: GraphKey) -> Recorded:
         """The graph of a step, after one of padding alone."""
         assert self._recorder is not None
         self._inputs.fill([], size=key.size, step=0)
-        return self._recorder.record(partial(self._run, key))
+        graph = self._recorder.record(partial(self._run, key))
+        if self._meter is not None and is_of_hot_pages(key):
+            _, in_place = self.graphs.find(key.size, count=0, in_place=True, fetches=False)
+            assert in_place is not None, "it is recorded before those that select"
+            rehearse = partial(self._rehearse, key.size)
+            self._meter.measure(key, graph, in_place=in_place, rehearse=rehearse)
+        return graph
+
+    def _rehearse(self, size: int, num_full: int) -> None:
+        """Fill in a step of nobody, of ``size`` requests that look at ``num_full`` pages each and
+        select one, where there is one."""
+        page_size, spare_row = self._cache.geometry.page_size, self._cache.tables.spare_row
+        decode = DecodeRow(row=spare_row, token=0, position=num_full * page_size)
+        row = StepRow(decode, 0, num_full=num_full, num_selected=min(1, num_full))
+        self._inputs.fill([row] * size, size=size, step=0)
 
     def _run(self, key: GraphKey) -> Drawn:
         if not key.times:

@@ -1,8 +1,8 @@
 """Which recorded graphs a decode step may run, and which are recorded next, between two steps.
 
-Recording a graph takes 50 to 300 ms of a GPU's time, and there are tens of them, so nothing waits
-for all: what is there goes on serving, and a change is in force once its last graph is there. Free
-of torch.
+Recording a graph takes 50 to 300 ms of a GPU's time, and where it is timed as long as 18 steps, and
+there are tens of them, so nothing waits for all: what is there goes on serving, and a change is in
+force once its last graph is there. Free of torch.
 """
 
 from __future__ import annotations

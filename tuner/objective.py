@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from sparsed.core import Measurement, Objective, Slo, TrialResult, TrialStatus
+from sparsed.core import Guard, Measurement, Objective, Slo, TrialResult, TrialStatus
 from sparsed.tuner.policy import Constraint, Crash, Observation
 
-SCORE_NAMES: Final = {
+METRICS: Final = {
     Objective.THROUGHPUT: "output_tokens_per_s",
     Objective.GOODPUT: "goodput_requests_per_s",
 }
@@ -33,6 +33,10 @@ class TrialFailed(Exception):
         self.status = status
 
 
+class OutOfTime(Exception):
+    """Raised by ``measure`` when the time of the study is used up; nothing was measured."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Verdict:
     """``score``: higher is better, in the objective's unit; None when the run may not win."""
@@ -47,7 +51,7 @@ def judge(measurement: Measurement, *, objective: Objective, slo: Slo) -> Verdic
     """Score one measurement and check it against the targets."""
     metrics = describe(measurement, slo=slo)
     status, reason = _check(measurement, metrics=metrics, objective=objective, slo=slo)
-    score = metrics[SCORE_NAMES[objective]]
+    score = metrics[METRICS[objective]]
     feasible = status is TrialStatus.OK
     return Verdict(status=status, score=score if feasible else None, metrics=metrics, reason=reason)
 
@@ -76,11 +80,25 @@ def describe(measurement: Measurement, *, slo: Slo) -> dict[str, float]:
     }
 
 
+def window_metrics(measurement: Measurement, *, slo: Slo) -> dict[str, float | None]:
+    """All figures of a window of an acceptance test, those of its guards among them; None where
+    something ought to be known and is not."""
+    sent = measurement.errors + len(measurement.ttft_s)
+    recall = measurement.attention_recall
+    guards: dict[str, float | None] = {
+        Guard.TTFT: None,
+        Guard.TPOT: None,
+        Guard.ERRORS: measurement.errors / sent if sent else None,
+        Guard.QUALITY: 1.0 if recall is None and not measurement.sparse_steps else recall,
+    }
+    return {str(name): value for name, value in (guards | describe(measurement, slo=slo)).items()}
+
+
 def observe(trial: TrialResult, *, objective: Objective, slo: Slo) -> Observation:
     """What a search may learn of a trial, also of one that missed its targets."""
     if crash := _crash(trial):
         return Observation(values=trial.values, objective=None, crash=crash)
-    score = max(trial.metrics.get(SCORE_NAMES[objective], 0.0), LEAST_SCORE)
+    score = max(trial.metrics.get(METRICS[objective], 0.0), LEAST_SCORE)
     return Observation(
         values=trial.values,
         objective=math.log(score),

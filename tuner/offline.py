@@ -1,4 +1,4 @@
-"""The offline study: default first, a search and a random one at equal budget, then a verified winner or none."""
+"""The offline study: default first, a search beside a random one, then a tested winner or none."""
 
 from __future__ import annotations
 
@@ -8,19 +8,30 @@ from statistics import median
 from typing import Final
 
 from sparsed.core import (
+    AcceptanceWindow,
+    DecisionState,
     KnobValue,
-    Measurement,
     Objective,
     SearchMethod,
     Slo,
     TrialResult,
     TrialStatus,
+    WindowStage,
 )
+from sparsed.tuner.acceptance import BROKEN, worth
 from sparsed.tuner.constrained import ConstrainedSearch
-from sparsed.tuner.objective import TrialFailed, Verdict, judge, observe
+from sparsed.tuner.explain import explain
+from sparsed.tuner.objective import OutOfTime, TrialFailed, Verdict, judge, observe
 from sparsed.tuner.policy import GridSearch, Observation, RandomSearch, SearchBackend
 from sparsed.tuner.space import SearchSpace
 from sparsed.tuner.stock import StockSearch
+from sparsed.tuner.verification import (
+    NUM_CANDIDATES,
+    Comparison,
+    Measure,
+    Verification,
+    offline_rule,
+)
 
 DEFAULT: Final = "default"
 BAYES: Final = "bayes"
@@ -31,18 +42,10 @@ ARMS: Final = {
     SearchMethod.GRID: "grid",
     SearchMethod.RANDOM: RANDOM,
 }
-VERIFY: Final = "verify"
+VERIFY: Final = "verify"  # studies of earlier versions kept such trials
 NUM_REPEATS: Final = 2  # measurements of a trial
-NUM_VERIFY_ROUNDS: Final = 5
-MAX_RECALL_LOSS: Final = 0.05  # below the default's recall, where no floor was given
-BROKEN: Final = (
-    TrialStatus.OUT_OF_MEMORY,
-    TrialStatus.INVALID_CONFIG,
-    TrialStatus.TIMEOUT,
-    TrialStatus.ENGINE_ERROR,
-)
-
-Measure = Callable[[Mapping[str, KnobValue]], Measurement]
+SEARCH_ORDER: Final = 0
+SEARCH_TIME_FRAC: Final = 0.4  # of the time there is: a search without a test proves nothing
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,20 +69,28 @@ class StudyPlan:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StudyOutcome:
     """``winner`` None: the default stays; ``reason`` says why in every case. ``best`` holds the
-    best feasible trial of each arm. Scores are those of the verification rounds."""
+    best feasible trial of each arm. ``comparison`` None: there was nothing to decide. Scores are
+    those of the test, of windows that kept their targets."""
 
     default: TrialResult | None
     best: Mapping[str, TrialResult]
     winner: TrialResult | None
     reason: str
     interrupted: bool = False
-    default_scores: tuple[float, ...] = ()
-    winner_scores: tuple[float, ...] = ()
+    comparison: Comparison | None = None
 
     @property
     def default_ran(self) -> bool:
         """Whether there is anything to compare with."""
         return self.default is not None and self.default.status not in BROKEN
+
+    @property
+    def default_scores(self) -> tuple[float, ...]:
+        return _scores(self.comparison, of_candidate=False)
+
+    @property
+    def winner_scores(self) -> tuple[float, ...]:
+        return _scores(self.comparison, of_candidate=True)
 
 
 def run_study(
@@ -87,22 +98,27 @@ def run_study(
     *,
     plan: StudyPlan,
     record: Callable[[TrialResult], None],
+    record_window: Callable[[AcceptanceWindow], None],
+    left_frac: Callable[[], float] = lambda: 1.0,
     previous: Sequence[TrialResult] = (),
 ) -> StudyOutcome:
     """Run ``plan`` to its end, or to Ctrl-C, which keeps what was measured.
 
-    ``measure`` runs one window under the given knob values and raises ``TrialFailed`` if it
-    cannot. ``record`` gets every trial as it ends. ``previous`` are the trials of the same study
-    that an earlier run recorded: they count as done.
+    ``measure`` runs one window of an arrival order under the given knob values; it raises
+    ``TrialFailed`` if it cannot, and ``OutOfTime`` when no time is left. ``left_frac`` is the
+    share of the time that is left. ``record`` gets every trial as it ends, ``record_window`` every
+    window of the verification. ``previous`` are the trials of the same study that an earlier run
+    recorded: they count as done.
+    Errors: ``OutOfTime`` before the default was measured, without which there is no outcome.
     """
     study = _Study(measure, plan=plan, record=record, previous=previous)
     try:
         if not study.measure_default():
             return study.outcome(f"the default configuration failed: {study.default.reason}")
-        study.search()
-        return study.verify()
+        study.search(left_frac)
+        return study.verify(record_window)
     except KeyboardInterrupt:
-        return study.outcome("interrupted before the verification ended", interrupted=True)
+        return study.outcome("interrupted before the verification", interrupted=True)
 
 
 class _Study:
@@ -122,7 +138,9 @@ class _Study:
         self._number = max((trial.number for trial in previous), default=-1) + 1
         done = (trial for trial in previous if trial.status is not TrialStatus.INTERRUPTED)
         self._trials = [trial for trial in done if trial.arm != VERIFY]
+        self._was_cut = False
         self._slo = plan.slo
+        self._rule = offline_rule(objective=plan.objective, slo=plan.slo)
 
     @property
     def default(self) -> TrialResult:
@@ -136,46 +154,49 @@ class _Study:
             # A default that reads everything has no sample and loses nothing. One that was never
             # sampled sets the same floor: too high rather than too low.
             recall = self.default.metrics.get("attention_recall", 1.0)
-            self._slo = replace(self._slo, min_recall=recall - MAX_RECALL_LOSS)
+            floor = recall / (1.0 + self._rule.max_loss_frac)
+            self._slo = replace(self._slo, min_recall=floor)
         return self.default.status not in BROKEN
 
-    def search(self) -> None:
-        """All arms in turn, so that a drifting machine treats them alike."""
+    def search(self, left_frac: Callable[[], float]) -> None:
+        """All arms in turn, so that a drifting machine treats them alike, while there is time."""
         space, seed = self._plan.space, self._plan.seed
         backends = {arm: _backend(arm, space=space, seed=seed) for arm in self._plan.arms}
-        for turn in range(self._plan.num_trials):
-            for arm, backend in backends.items():
-                if len(self._of_arm(arm)) > turn:
-                    continue  # done by an earlier run
-                suggestion = backend.suggest(
-                    [self._observe(trial) for trial in (self.default, *self._of_arm(arm))],
-                    incumbent=space.default_values,
-                    num_left=self._plan.num_trials - turn,
-                )
-                if suggestion is not None:
-                    self._run(arm, suggestion.values)
+        try:
+            for turn in range(self._plan.num_trials):
+                for arm, backend in backends.items():
+                    if left_frac() <= 1.0 - SEARCH_TIME_FRAC:
+                        raise OutOfTime
+                    self._try_next(arm, backend, turn=turn)
+        except OutOfTime:
+            self._was_cut = True
 
-    def verify(self) -> StudyOutcome:
-        """Default and candidate again, in alternating order; the worst of one must beat the
-        median of the other."""
-        candidate = max(
-            (trial for trial in self._trials if trial.score is not None),
-            key=lambda trial: trial.score or 0.0,
-            default=None,
-        )
-        if candidate is None:
+    def verify(self, record: Callable[[AcceptanceWindow], None]) -> StudyOutcome:
+        """The best few and the default again, in other arrival orders; then the one whose worst
+        run is the best against the default, in pairs."""
+        if not any(trial.score is not None for trial in self._trials):
             return self.outcome("no configuration met its targets; the default stays")
-        if candidate.arm == DEFAULT:
-            return self.outcome("nothing scored above the default; the default stays")
-        rounds = [self._verify_round(candidate, turn) for turn in range(NUM_VERIFY_ROUNDS)]
-        defaults = tuple(trial.score for trial, _ in rounds if trial.score is not None)
-        winners = tuple(trial.score for _, trial in rounds if trial.score is not None)
-        fault = _fault(defaults=defaults, winners=winners)
+        candidates = self._candidates()
+        if not candidates:
+            cut = " in the time that the search had" if self._was_cut else ""
+            return self.outcome(f"nothing scored above the default{cut}; the default stays")
+        verification = Verification(
+            self._measure,
+            objective=self._plan.objective,
+            slo=self._slo,
+            rule=self._rule,
+            record=record,
+        )
+        found = verification.run(self.default.values, [trial.values for trial in candidates])
+        is_accepted = found.verdict.state is DecisionState.ACCEPTED
+        words = explain(found.verdict, rule=self._rule)
         return replace(
-            self.outcome(fault or "verified: its worst run beat the median of the default"),
-            winner=None if fault else candidate,
-            default_scores=defaults,
-            winner_scores=winners,
+            self.outcome(words if is_accepted else f"{words}; the default stays"),
+            winner=next(trial for trial in candidates if trial.values == found.config_to)
+            if is_accepted
+            else None,
+            interrupted=found.interrupted,
+            comparison=found,
         )
 
     def outcome(self, reason: str, *, interrupted: bool = False) -> StudyOutcome:
@@ -191,13 +212,26 @@ class _Study:
             interrupted=interrupted,
         )
 
-    def _verify_round(self, candidate: TrialResult, turn: int) -> tuple[TrialResult, TrialResult]:
-        order = [self.default, candidate] if turn % 2 == 0 else [candidate, self.default]
-        results = {
-            trial.arm: self._run(VERIFY, trial.values, num_repeats=1, note=f"of {trial.arm}")
-            for trial in order
-        }
-        return results[DEFAULT], results[candidate.arm]
+    def _candidates(self) -> list[TrialResult]:
+        """The best few that scored above the default, each configuration once, the best first."""
+        bar = self.default.score or 0.0
+        above = [trial for trial in self._trials if (trial.score or 0.0) > bar]
+        chosen: list[TrialResult] = []
+        for trial in sorted(above, key=lambda trial: trial.score or 0.0, reverse=True):
+            if trial.values not in [self.default.values, *(other.values for other in chosen)]:
+                chosen.append(trial)
+        return chosen[:NUM_CANDIDATES]
+
+    def _try_next(self, arm: str, backend: SearchBackend, *, turn: int) -> None:
+        if len(self._of_arm(arm)) > turn:
+            return  # done by an earlier run
+        suggestion = backend.suggest(
+            [self._observe(trial) for trial in (self.default, *self._of_arm(arm))],
+            incumbent=self._plan.space.default_values,
+            num_left=self._plan.num_trials - turn,
+        )
+        if suggestion is not None:
+            self._run(arm, suggestion.values)
 
     def _observe(self, trial: TrialResult) -> Observation:
         return observe(trial, objective=self._plan.objective, slo=self._slo)
@@ -205,42 +239,32 @@ class _Study:
     def _of_arm(self, arm: str) -> list[TrialResult]:
         return [trial for trial in self._trials if trial.arm == arm]
 
-    def _run(
-        self,
-        arm: str,
-        values: Mapping[str, KnobValue],
-        *,
-        num_repeats: int | None = None,
-        note: str = "",
-    ) -> TrialResult:
-        """One trial, recorded however it ends; Ctrl-C is recorded and raised again."""
+    def _run(self, arm: str, values: Mapping[str, KnobValue]) -> None:
+        """One trial, recorded however it ends; what stopped it is recorded and raised again."""
         verdicts: list[Verdict] = []
         try:
-            for _ in range(num_repeats or self._plan.num_repeats):
+            for _ in range(self._plan.num_repeats):
                 verdicts.append(self._judge_once(values))
                 if verdicts[-1].score is None:
                     break
-        except KeyboardInterrupt:
-            self._keep(arm, values, [_failed(TrialStatus.INTERRUPTED, "stopped by the user")], note)
+        except (KeyboardInterrupt, OutOfTime) as error:
+            by = "by the end of its time" if isinstance(error, OutOfTime) else "by the user"
+            self._keep(arm, values, [_failed(TrialStatus.INTERRUPTED, f"stopped {by}")])
             raise
-        return self._keep(arm, values, verdicts, note)
+        self._keep(arm, values, verdicts)
 
     def _judge_once(self, values: Mapping[str, KnobValue]) -> Verdict:
         try:
-            measurement = self._measure(values)
+            measurement = self._measure(values, SEARCH_ORDER)
         except TrialFailed as error:
             return _failed(error.status, str(error))
         return judge(measurement, objective=self._plan.objective, slo=self._slo)
 
-    def _keep(
-        self, arm: str, values: Mapping[str, KnobValue], verdicts: Sequence[Verdict], note: str
-    ) -> TrialResult:
-        trial = summarize(verdicts, number=self._number, arm=arm, values=values, note=note)
+    def _keep(self, arm: str, values: Mapping[str, KnobValue], verdicts: Sequence[Verdict]) -> None:
+        trial = summarize(verdicts, number=self._number, arm=arm, values=values)
         self._number += 1
-        if arm != VERIFY:
-            self._trials.append(trial)
+        self._trials.append(trial)
         self._record(trial)
-        return trial
 
 
 def _backend(arm: str, *, space: SearchSpace, seed: int) -> SearchBackend:
@@ -254,12 +278,7 @@ def _backend(arm: str, *, space: SearchSpace, seed: int) -> SearchBackend:
 
 
 def summarize(
-    verdicts: Sequence[Verdict],
-    *,
-    number: int,
-    arm: str,
-    values: Mapping[str, KnobValue],
-    note: str,
+    verdicts: Sequence[Verdict], *, number: int, arm: str, values: Mapping[str, KnobValue]
 ) -> TrialResult:
     """One row of repeated measurements: medians, and the spread of the scores. The last verdict
     decides: a repeat that fails ends the trial."""
@@ -280,22 +299,21 @@ def summarize(
         score=score,
         spread_frac=(max(scores) - min(scores)) / score if score and len(scores) > 1 else None,
         metrics=metrics,
-        reason=last.reason or note,
+        reason=last.reason,
     )
+
+
+def _scores(comparison: Comparison | None, *, of_candidate: bool) -> tuple[float, ...]:
+    if comparison is None:
+        return ()
+    values = comparison.config_to if of_candidate else comparison.config_from
+    found = (
+        worth(window, metric=comparison.rule.metric)
+        for window in comparison.windows
+        if window.stage is WindowStage.TEST and window.values == values
+    )
+    return tuple(score for score in found if score)
 
 
 def _failed(status: TrialStatus, reason: str) -> Verdict:
     return Verdict(status=status, score=None, metrics={}, reason=reason)
-
-
-def _fault(*, defaults: Sequence[float], winners: Sequence[float]) -> str | None:
-    """Why the candidate is not verified; None if it is."""
-    if len(winners) < NUM_VERIFY_ROUNDS:
-        broken = NUM_VERIFY_ROUNDS - len(winners)
-        return f"not verified: the best one broke its targets in {broken} runs; the default stays"
-    if defaults and min(winners) <= median(defaults):
-        return (
-            f"not verified: its worst run ({min(winners):.4g}) does not beat the median of the "
-            f"default ({median(defaults):.4g}); the default stays"
-        )
-    return None

@@ -122,7 +122,8 @@ SERVING_FLAGS = (
     _option(
         "always_select",
         "",
-        "On a GPU: select pages even where attending to all is faster; no text depends on the load",
+        "On a GPU: select pages even where attending to all is faster; without it texts may depend "
+        "on the load, also after a crash",
         is_switch=True,
     ),
     _option(

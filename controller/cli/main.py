@@ -9,14 +9,26 @@ from typing import Annotated
 import typer
 
 import sparsed
-from sparsed.controller.cli import bench, daemon, eval, knobs, model, profile, start, tune, tuner
+from sparsed.controller.cli import (
+    bench,
+    daemon,
+    decision,
+    eval,
+    knobs,
+    model,
+    plan,
+    profile,
+    start,
+    tune,
+    tuner,
+)
 from sparsed.controller.cli.output import complain
 from sparsed.controller.cli.session import ERROR
 from sparsed.core import ExitCode, InputError, StartError
 from sparsed.db.store import StoreError
 
 # They work alone and exit with sysexits numbers.
-LOCAL_VERBS = ("start", "tune", "model", "bench", "eval")
+LOCAL_VERBS = ("start", "tune", "model", "bench", "eval", "plan")
 _TYPER_USAGE_ERROR = 2
 
 app = typer.Typer(
@@ -24,7 +36,7 @@ app = typer.Typer(
     help="Serve a long-context LLM with sparse attention over two KV tiers.",
     epilog=(
         "Exit codes of the verbs that ask a daemon: 0 ok, 1 error, 2 usage, 3 not running, "
-        "4 degraded, 5 restart pending. start, tune, model, bench and eval: 64 usage, 65 data, "
+        "4 degraded, 5 restart pending. start, tune, model, bench, eval and plan: 64 usage, 65 data, "
         "69 unavailable, 70 bug, 75 temporary, 77 permission, 78 configuration."
     ),
     no_args_is_help=True,
@@ -37,9 +49,11 @@ app.command("drain")(daemon.drain)
 app.command("stop")(daemon.stop)
 app.command("tune")(tune.tune)
 app.command("eval")(eval.evaluate)
+app.command("plan")(plan.plan)
 app.add_typer(knobs.app, name="knobs")
 app.add_typer(tuner.app, name="tuner")
 app.add_typer(profile.app, name="profile")
+app.add_typer(decision.app, name="decision")
 app.add_typer(model.app, name="model")
 app.add_typer(bench.app, name="bench")
 

@@ -6,6 +6,7 @@ Shape legend: L lanes, N blocks of the lane that has the most, n some of them.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -60,8 +61,8 @@ class BlockOwners:
     def give_mandatory(self, row: Row) -> None:
         """Blocks a row without any cannot go without."""
         self.forget()
-        mandatory = self._shares.mandatory_of(row)
-        self._reclaim(mandatory * self._geometry.num_lanes)
+        mandatory, num_rows = self._shares.mandatory_of(row), len(self._shares.hot_rows)
+        self._reclaim(mandatory, partial(self._shares.floor, num_rows=num_rows))
         self.resize(row, mandatory)
 
     def forget(self) -> None:
@@ -69,24 +70,40 @@ class BlockOwners:
         self._shares.forget()
         self._due.clear()
 
-    def _reclaim(self, wanted: int) -> None:
-        """Shrink the largest rows to their shares until ``wanted`` blocks are free."""
-        rows = self._shares.hot_rows
-        for row in sorted(rows, key=lambda row: -row.num_blocks):
-            if len(self._arena.blocks) >= wanted:
+    def _reclaim(self, wanted: int, floor: Callable[[Row], int]) -> None:
+        """Take blocks above their ``floor`` from rows, the largest excess first, until ``wanted``
+        are free or there are no more."""
+        excess = {row.index: row.num_blocks - floor(row) for row in self._shares.hot_rows}
+        for row in sorted(self._shares.hot_rows, key=lambda row: -excess[row.index]):
+            short = wanted - self._room
+            if short <= 0 or excess[row.index] <= 0:
                 return
-            floor = self._shares.floor(row, num_rows=len(rows))
-            if row.num_blocks > floor:
-                self.resize(row, floor)
+            self.resize(row, row.num_blocks - min(short, excess[row.index]))
+
+    @property
+    def _room(self) -> int:
+        """Free blocks."""
+        return len(self._arena.blocks) // self._geometry.num_lanes
 
     def grow(self, row: Row, wanted_blocks: int) -> None:
-        """Take blocks up to ``wanted_blocks`` per lane, as far as quota and arena allow."""
-        room = len(self._arena.blocks) // self._geometry.num_lanes
-        target = min(
-            wanted_blocks, self._shares.quota(row), row.num_blocks + room, self._shares.most(row)
-        )
-        if target > row.num_blocks:
-            self.resize(row, target)
+        """Take blocks up to ``wanted_blocks``: as far as ``row`` has a right to them from rows that
+        hold more than they have, beyond that as far as blocks are free above the watermark."""
+        wanted = min(wanted_blocks, self._shares.quota(row))
+        if wanted <= row.num_blocks:
+            return
+        self._reclaim(min(wanted, self._shares.rights(row)) - row.num_blocks, self._shares.rights)
+        self.resize(row, min(wanted, row.num_blocks + self._room))
+
+    def make_whole(self, row: Row) -> bool:
+        """Give every lane of an incomplete row blocks for all of its pages; whether there were
+        enough. Nobody gives up a block that holds pages for it."""
+        assert not row.complete
+        whole = self._shares.whole(row)
+        self._reclaim(whole - row.blocks.least, self._shares.whole)
+        if whole > row.num_blocks + self._room:
+            return False
+        self._divide(row, np.full_like(row.blocks.counts_L, whole))
+        return True
 
     def resize(self, row: Row, num_blocks: int) -> None:
         """Bring ``row`` to so many blocks per lane; unequal lanes lose and gain alike."""
@@ -96,10 +113,14 @@ class BlockOwners:
         self._divide(row, level(counts_L, total, least=least, most=self._shares.most(row)))
 
     def _divide(self, row: Row, counts_L: npt.NDArray[np.int64]) -> None:
-        """Give each lane so many blocks. Lanes lose their last ones: where a row is complete,
-        pages of the last block placed may be yet to begin, and they leave with it."""
+        """Give each lane so many blocks. Lanes lose their last ones; a row that is complete no
+        longer loses its oldest pages."""
         blocks, kept_L = row.blocks, np.minimum(row.blocks.counts_L, counts_L)
         first = int(kept_L.min())
+        num_placed = row.num_placed // self._geometry.pages_per_block
+        if row.complete and num_placed > first:
+            blocks.put_newest_first(first, num_placed=num_placed)
+            row.complete, first = False, 0
         leaving_Ln = blocks.drop(kept_L)
         self._arena.blocks.give(leaving_Ln[leaving_Ln >= 0])
         blocks.add(self._arena.blocks.take(int((counts_L - kept_L).sum())), counts_L - kept_L)
@@ -112,30 +133,24 @@ class BlockOwners:
         if leaving_Ln.size:
             leaving = upload(leaving_Ln, device=self._device)
             self._tables.release(self._arena, row.index, leaving, max_blocks=blocks.most)
-        if row.num_placed > blocks.least * self._geometry.pages_per_block:
-            row.complete = False
 
     def rebudget(self, curve_of: Callable[[Row], MissCurve]) -> None:
         """Say how many blocks each row is worth by its misses; ``settle`` has them move."""
         self._shares.divide(curve_of)
         rows = [row for row in self._shares.hot_rows if row.share is not None]
-        self._due = sorted(rows, key=lambda row: row.num_blocks - self._shares.quota(row))
+        self._due = sorted(rows, key=lambda row: self._shares.rights(row) - row.num_blocks)
 
     def settle(self) -> None:
-        """Resize the next row that is due, those first that lose blocks to the others; one at a
-        time, so that no step takes long."""
+        """Let the next row that is due have what it has a right to; one at a time, so that no step
+        takes long."""
         while self._due:
             row = self._due.pop()
-            if row.share is not None and self._resize_to(row, self._shares.quota(row)):
+            if row.share is not None and self._claim(row):
                 return
 
-    def _resize_to(self, row: Row, quota: int) -> bool:
+    def _claim(self, row: Row) -> bool:
         """Whether the row has changed. A complete row grows with its tokens."""
-        before = row.num_blocks
-        if row.is_spilled or not is_worth_it(before, quota):
-            return False
-        if quota < before:
-            self.resize(row, quota)
-        elif not row.complete:
-            self.grow(row, quota)
+        before, rights = row.num_blocks, self._shares.rights(row)
+        if not (row.is_spilled or row.complete) and is_worth_it(before, rights):
+            self.grow(row, rights)
         return row.num_blocks != before

@@ -19,6 +19,7 @@ from sparsed.engine.kvcache.geometry import Geometry, num_frames
 from sparsed.engine.kvcache.hbm import LOCKED_STEP, HotArena
 from sparsed.engine.kvcache.lane_blocks import LaneBlocks
 from sparsed.engine.kvcache.quotas import Demand
+from sparsed.engine.kvcache.regrowth import Regrowth
 from sparsed.engine.kvcache.row import Row
 from sparsed.engine.kvcache.shares import Shares
 from sparsed.engine.kvcache.spill import SpillPaths
@@ -59,6 +60,14 @@ class KVCache:
         self._free_rows = list(range(knobs.max_num_seqs - 1, -1, -1))
         self._blocks = BlockOwners(geometry, arena=arena, tables=tables, shares=self.shares)
         self._paths = SpillPaths(arena, pool, tables, transfer)
+        self._regrowth = Regrowth(
+            geometry,
+            arena=arena,
+            tables=tables,
+            shares=self.shares,
+            blocks=self._blocks,
+            paths=self._paths,
+        )
         self.claims = Claims(
             self.rows,
             geometry=geometry,
@@ -123,6 +132,7 @@ class KVCache:
     def free(self, index: int) -> None:
         """Give everything of the row back."""
         row = self.rows.pop(index)
+        self._regrowth.forget(row)
         self.transfer.wait_for_saves()  # or a late one lands in the next owner's frames
         self._blocks.resize(row, 0)
         self.pool.frames.give(row.frames)
@@ -137,9 +147,11 @@ class KVCache:
         assert not row.is_spilled, "spilled twice"
         if num_tokens % page_size:
             self._paths.save(index, num_tokens // page_size)
+        self._regrowth.forget(row)
         self._blocks.resize(row, 0)
         self.tables.clear_slots(index, upload(row.frames, device=self._device))
         row.is_spilled, row.complete, row.num_placed = True, False, 0
+        row.steps_in_row = 0
         self._blocks.forget()
 
     def can_restore(self, index: int) -> bool:
@@ -175,10 +187,10 @@ class KVCache:
         row.own_budget = row.token_budget = token_budget
         row.method = SparseMethod.DENSE if is_dense else row.admitted_as
         if not row.is_spilled:
-            self._blocks.grow(row, self.shares.quota(row))
+            self._blocks.grow(row, self.shares.whole(row))
 
     def apply(self, knobs: Knobs) -> None:
-        """Take new budgets; rows above a lowered ``hbm_budget`` shrink now."""
+        """Take new budgets; rows above an ``hbm_budget`` that is a number shrink now."""
         self.shares.knobs = knobs
         for row in self.rows.values():
             row.token_budget = row.own_budget or knobs.token_budget
@@ -214,6 +226,7 @@ class KVCache:
         """Give slots to the pages of positions start .. end - 1, as far as the quota reaches.
         A page that stays partial always gets one, and is locked."""
         row, page_size = self.rows[index], self.geometry.page_size
+        row.num_tokens = end
         first_page, last_page = -(-start // page_size), -(-end // page_size)  # begun here
         open_page = start // page_size if start % page_size else None
         if row.complete:
@@ -231,10 +244,11 @@ class KVCache:
         """Before a decode step: give the row the block that ``position`` begins, if there is one
         to be had."""
         row = self.rows[index]
+        row.num_tokens = position + 1
         if row.complete:
             self._place_in_order(row, position // self.geometry.page_size + 1)
         elif position % BLOCK_TOKENS == 0:  # also what others have given back meanwhile
-            self._blocks.grow(row, self.shares.quota(row))
+            self._blocks.grow(row, self.shares.whole(row))
 
     def open_token(self, index: int, position: int) -> None:
         """Give a locked slot to the page of ``position`` if the token is its first; where a step
@@ -275,16 +289,18 @@ class KVCache:
 
     def rebalance(self, index: int, demand: Demand) -> None:
         """Move blocks from lanes that gain little of them to lanes that gain more, in a row that
-        is not complete; nothing happens if it was spilled meanwhile, or is whole again."""
+        is not complete; nothing happens if it was spilled meanwhile, or is (on its way to be)
+        whole again."""
         row = self.rows[index]
-        if not (row.is_spilled or row.complete):
+        if not (row.is_spilled or row.complete or self._regrowth.is_at(row)):
             self._blocks.rebalance(row, demand)
 
     def observe(self) -> None:
-        """Between any two steps: take what the device has counted of each row, and resize one that
-        is due."""
+        """Between any two steps: take what the device has counted of each row, resize one that is
+        due, and bring one back whole where there is room for all."""
         self.claims.observe()
         self._blocks.settle()
+        self._regrowth.step(self.rows)
 
     def rebudget(self) -> None:
         """Give every row the blocks that its misses are worth, in the steps to come."""

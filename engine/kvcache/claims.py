@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from typing import Final
 
 from sparsed.core import SparseMethod
-from sparsed.engine.admission import Claim, Room
+from sparsed.engine.admission import Claim, Room, expected_claim, selected_pages
 from sparsed.engine.hit_curve import Learned, MissCurve, measured_curve
-from sparsed.engine.kvcache.geometry import Geometry, num_frames
+from sparsed.engine.kvcache.geometry import Geometry
 from sparsed.engine.kvcache.pages import FreeList
 from sparsed.engine.kvcache.row import Row
 from sparsed.engine.kvcache.row_meter import RowMeter
@@ -51,10 +51,11 @@ class Claims:
 
     @property
     def miss_s(self) -> float:
-        """What the misses of a step take on the link, of all requests that run; 0 where its rate is
-        not known."""
+        """What the misses of a step take on the link, of all requests whose newest step selected; 0
+        where its rate is not known."""
         rate = self._load_bytes_per_s
-        pages = sum(row.use.misses_per_step for row in self._shares.hot_rows)
+        selecting = (row for row in self._shares.hot_rows if row.steps_in_row)
+        pages = sum(row.use.misses_per_step for row in selecting)
         return pages * self._geometry.page_bytes / rate if rate else 0.0
 
     def room(self, pace: Pace) -> Room:
@@ -90,21 +91,13 @@ class Claims:
         self, num_tokens: int, *, method: SparseMethod, token_budget: int | None
     ) -> Claim:
         """What a request would take that has no row yet: as others have."""
-        token_budget = token_budget or self._shares.knobs.token_budget
-        mandatory = self._shares.mandatory(num_tokens, method=method, token_budget=token_budget)
-        pages = mandatory * self._pages_per_lane_block
-        total = float(num_frames(num_tokens) * self._pages_per_lane_block)
-        selected = total
-        if method is not SparseMethod.DENSE:
-            selected = min(total, self._selected(token_budget))
-        return Claim(
-            mandatory_pages=pages,
-            working_set_pages=max(
-                pages,
-                self.learned.working_set(selected=selected, total=min(total, self._hot_pages)),
-            ),
-            frames=num_frames(num_tokens),
-            curve=self.learned.curve(slots=pages, selected=selected, total=total),
+        return expected_claim(
+            num_tokens,
+            method=method,
+            token_budget=token_budget or self._shares.knobs.token_budget,
+            geometry=self._geometry,
+            lane_blocks=self._shares.lane_blocks,
+            learned=self.learned,
         )
 
     def curve(self, row: Row) -> MissCurve:
@@ -116,8 +109,8 @@ class Claims:
                 slots=slots, misses=max(total - slots, 0.0), exponent=1.0, selected=total,
                 total=total, reads_all=True,
             )  # fmt: skip
-        selected = min(total, self._selected(row.token_budget))
-        if not row.use.is_known or row.complete:
+        selected = min(total, selected_pages(row.token_budget, self._geometry))
+        if not row.is_known or row.complete:
             return self.learned.curve(slots=slots, selected=selected, total=total)
         steps = float(row.use.num_steps + row.use.base_steps)
         return measured_curve(
@@ -133,22 +126,18 @@ class Claims:
         """Of a prompt in progress what it must have, which the caller adds."""
         if row.method is SparseMethod.DENSE or not row.reads.decode_steps:
             return 0.0
-        if row.use.is_known:
+        if row.is_known:
             return float(row.use.window_pages + self._geometry.num_lanes)  # and the partial pages
         total = float(len(row.frames) * self._pages_per_lane_block)
-        selected = min(total, self._selected(row.token_budget))
+        selected = min(total, selected_pages(row.token_budget, self._geometry))
         return self.learned.working_set(selected=selected, total=min(total, self._hot_pages))
 
     def _learn(self) -> None:
         for row in self._shares.hot_rows:
-            if row.use.is_known and not row.complete and row.method is not SparseMethod.DENSE:
-                selected = self._selected(row.token_budget)
+            if row.is_known and not row.complete and row.method is not SparseMethod.DENSE:
+                selected = selected_pages(row.token_budget, self._geometry)
                 ratio = row.use.window_pages / selected
                 self.learned = self.learned.learn(ratio=ratio, curve=self.curve(row))
-
-    def _selected(self, token_budget: int) -> float:
-        """Full pages that a step selects."""
-        return float((token_budget // self._geometry.page_size - 1) * self._geometry.num_lanes)
 
     def _slots(self, row: Row) -> float:
         """Slots of a row but for those of partial pages."""

@@ -54,6 +54,15 @@ class LaneBlocks:
         self.counts_L = keep_L.copy()
         return dropped_Ln
 
+    def put_newest_first(self, keep: int, *, num_placed: int) -> None:
+        """Of lanes that have equal numbers, and pages in order in their first ``num_placed``
+        blocks, more than ``keep``: move the newest ``keep`` to the beginning, in their order. Not
+        the very last, some of whose pages may be yet to begin: it must leave before any other."""
+        assert 0 <= keep < num_placed <= self.least == self.most
+        newest = range(num_placed - 1 - keep, num_placed - 1)
+        others = (i for i in range(self.most) if i not in newest)
+        self.ids_LN[:, : self.most] = self.ids_LN[:, [*newest, *others]]
+
     def add(self, ids_X: Ints, more_L: Ints) -> None:
         """Append ``more`` blocks to every lane, from ``ids``, lane after lane."""
         counts_L = self.counts_L + more_L

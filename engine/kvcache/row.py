@@ -11,7 +11,8 @@ import numpy.typing as npt
 from sparsed.core import SparseMethod
 from sparsed.engine.kvcache.lane_blocks import LaneBlocks
 
-KNOWN_STEPS: Final = 16  # at least the 12 of a window
+KNOWN_STEPS: Final = 16  # in a row that select: at least the 12 of a window
+STALE_STEPS: Final = 64  # after which a window says nothing of what would be selected now
 
 
 class Reads(NamedTuple):
@@ -28,20 +29,17 @@ class Reads(NamedTuple):
 class Use(NamedTuple):
     """Pages of all lanes of a row, filled by ``RowMeter``: used in the newest 12 steps, missed in a
     step, and hit in one though the step before had not used them. The rates are of ``num_steps``
-    steps and, for what was known before these, of ``base_steps`` more at the ``base`` rates."""
+    steps that select and, for what was known before these, of ``base_steps`` more at the ``base``
+    rates. ``window_at``: decode steps of the row when its window was last a full one."""
 
     window_pages: int = 0
+    window_at: int | None = None
     num_steps: int = 0
     misses_per_step: float = 0.0
     returns_per_step: float = 0.0
     base_misses: float = 0.0
     base_returns: float = 0.0
     base_steps: int = 0
-
-    @property
-    def is_known(self) -> bool:
-        """Whether there were steps enough to tell."""
-        return self.num_steps + self.base_steps >= KNOWN_STEPS
 
 
 @dataclass(slots=True)
@@ -54,6 +52,8 @@ class Row:
     ``token_budget`` follows the knob. ``admitted_as`` is the method it was admitted with; the
     quality breaker may have made it dense since. ``is_spilled``: it owns frames and no blocks, and
     takes part in no step. ``share``: blocks per lane it was given, None: an even share.
+    ``steps_in_row``: newest steps that all selected; what others attend to is in no window, so the
+    tables forget the row's where they begin.
     """
 
     index: int
@@ -67,16 +67,30 @@ class Row:
     complete: bool = True
     is_spilled: bool = False
     share: int | None = None
+    num_tokens: int = 0  # that it has, those of the step to come included
     num_placed: int = 0  # pages placed in order while complete: whole blocks
     reads: Reads = field(default_factory=Reads)
     reads_before: Reads = field(default_factory=Reads)  # without the newest step
     recalls: list[float] = field(default_factory=list)
     use: Use = field(default_factory=Use)
     steps_measured: int = 0  # of those that select, when their demand was last read
+    steps_in_row: int = 0
 
     def selected_pages(self, page_size: int) -> int:
         """Full pages a sparse step selects; the partial page comes on top."""
         return self.token_budget // page_size - 1
+
+    @property
+    def has_window(self) -> bool:
+        """Whether the newest steps have filled a window."""
+        return self.steps_in_row >= KNOWN_STEPS
+
+    @property
+    def is_known(self) -> bool:
+        """Whether ``use`` tells what the row uses and misses where it selects: there were steps
+        enough, and not too long ago."""
+        window_at = self.use.window_at
+        return window_at is not None and self.reads.decode_steps - window_at <= STALE_STEPS
 
     @property
     def num_blocks(self) -> int:

@@ -18,10 +18,18 @@ EVERY_STEPS: Final = 4
 BASE_STEPS: Final = 32  # so many steps count what was known of a row before
 
 
+class _Seen(NamedTuple):
+    """A row when its counts were copied. ``num_steps`` that select, since demand was cleared;
+    ``window_at``: its decode steps, None where they do not fill a window."""
+
+    row: Row
+    num_steps: int
+    window_at: int | None
+
+
 class _Pending(NamedTuple):
     sums_R3: PendingNumbers
-    rows: tuple[Row, ...]
-    num_steps: tuple[int, ...]  # of each row that select, since demand was cleared
+    seen: tuple[_Seen, ...]
 
 
 class RowMeter:
@@ -42,35 +50,41 @@ class RowMeter:
         self._turn += 1
 
     def _begin(self, rows: Mapping[int, Row]) -> _Pending | None:
-        seen = tuple(row for row in rows.values() if row.reads.sparse_steps)
+        seen = tuple(_seen(row) for row in rows.values() if row.reads.sparse_steps)
         if not seen:
             return None
         tables = self._tables
         window_R = tables.window_RLH.sum((1, 2))
         demand_R2 = tables.demand_RLH2.sum((1, 2))
         sums_R3 = torch.cat((window_R[:, None], demand_R2), dim=1)
-        num_steps = tuple(row.reads.sparse_steps - row.steps_measured for row in seen)
-        return _Pending(PendingNumbers(sums_R3), seen, num_steps)
+        return _Pending(PendingNumbers(sums_R3), seen)
 
     def _take(self, pending: _Pending, rows: Mapping[int, Row]) -> None:
         sums_R3 = pending.sums_R3.read()
-        for row, num_steps in zip(pending.rows, pending.num_steps, strict=True):
+        for seen in pending.seen:
+            row = seen.row
             if rows.get(row.index) is row and not row.is_spilled:
-                row.use = _updated(row, *sums_R3[row.index], num_steps=num_steps)
+                row.use = _updated(seen, *sums_R3[row.index])
 
 
-def _updated(row: Row, window: int, misses: int, returns: int, *, num_steps: int) -> Use:
-    """The counts of ``num_steps`` steps, and what was known of the row before they began."""
-    use = row.use
+def _seen(row: Row) -> _Seen:
+    window_at = row.reads.decode_steps if row.has_window else None
+    return _Seen(row, row.reads.sparse_steps - row.steps_measured, window_at)
+
+
+def _updated(seen: _Seen, window: int, misses: int, returns: int) -> Use:
+    """These counts, and what was known of the row before their steps began."""
+    use, num_steps = seen.row.use, seen.num_steps
     if num_steps < use.num_steps:  # demand was cleared since
         use = use._replace(
             base_misses=use.misses_per_step,
             base_returns=use.returns_per_step,
             base_steps=BASE_STEPS,
         )
+    if seen.window_at is not None:
+        use = use._replace(window_pages=window, window_at=seen.window_at)
     steps = max(num_steps + use.base_steps, 1)
     return use._replace(
-        window_pages=window,
         num_steps=num_steps,
         misses_per_step=(misses + use.base_steps * use.base_misses) / steps,
         returns_per_step=(returns + use.base_steps * use.base_returns) / steps,

@@ -5,9 +5,11 @@ All counts are blocks per lane.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 from sparsed.core import Knobs, SparseMethod
+from sparsed.engine.admission import mandatory_blocks
 from sparsed.engine.budgets import Share, by_gain
 from sparsed.engine.hit_curve import MissCurve
 from sparsed.engine.kvcache.geometry import Geometry, num_frames
@@ -48,17 +50,40 @@ class Shares:
     def mandatory(self, num_tokens: int, *, method: SparseMethod, token_budget: int) -> int:
         """Blocks a request cannot go without: its selection and the partial page, or everything
         where attention is dense; all there are if it asks for more."""
-        wanted = num_frames(num_tokens)
-        if method is not SparseMethod.DENSE:
-            wanted = min(wanted, num_frames(token_budget) + 1)
-        return max(1, min(wanted, self.lane_blocks))
+        return mandatory_blocks(
+            num_tokens, method=method, token_budget=token_budget, lane_blocks=self.lane_blocks
+        )
 
     def quota(self, row: Row) -> int:
-        """Blocks ``row`` may hold: the knob, else what it was given, else an even share."""
+        """Blocks ``row`` may hold: what nobody takes from it, and unless the knob says how many,
+        what is free above the watermark."""
+        rights = self.rights(row)
+        if self.knobs.hbm_budget is not None:
+            return rights
+        free = self.lane_blocks - sum(one.num_blocks for one in self.hot_rows)
+        return max(rights, min(row.num_blocks + max(0, free - self.watermark), self.most(row)))
+
+    def rights(self, row: Row) -> int:
+        """Blocks that ``row`` keeps or gets though others want them: the knob, else what it was
+        given, else an even share. Those above are not pinned: good until somebody takes them."""
         budget = self.knobs.hbm_budget
         even = self.lane_blocks // max(1, len(self.hot_rows))
-        quota = num_frames(budget) if budget is not None else row.share or even
-        return max(min(quota, self.most(row)), self.mandatory_of(row))
+        rights = num_frames(budget) if budget is not None else row.share or even
+        return max(min(rights, self.most(row)), self.mandatory_of(row))
+
+    def whole(self, row: Row) -> int:
+        """Blocks that hold every page ``row`` has so far, or as many of them as a lane can use."""
+        return max(1, min(num_frames(row.num_tokens), self.most(row)))
+
+    @property
+    def watermark(self) -> int:
+        """Blocks that stay free while requests are kept whole."""
+        return math.ceil(self.knobs.residency_watermark * self.lane_blocks)
+
+    def spare(self) -> int:
+        """Blocks that would be free if every request were there whole, spilled ones as well."""
+        wanted = (max(self.whole(row), self.mandatory_of(row)) for row in self._rows.values())
+        return self.lane_blocks - sum(wanted)
 
     def most(self, row: Row) -> int:
         """Blocks that a lane of ``row`` can use: all of the request, or where it selects as many
@@ -97,7 +122,7 @@ class Shares:
         geometry, least = self._geometry, self.mandatory_of(row)
         return Share(
             least=least,
-            most=max(least, self.most(row)),
+            most=max(least, self.whole(row)),
             curve=curve,
             slots_per_block=geometry.num_lanes * geometry.pages_per_block,
         )

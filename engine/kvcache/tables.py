@@ -15,6 +15,7 @@ from torch import Tensor
 from sparsed.engine.kvcache.geometry import Geometry, num_frames
 from sparsed.engine.kvcache.hbm import FREE_STEP, LOCKED_STEP, HotArena, slots_of_blocks
 from sparsed.engine.kvcache.totals import DeviceCounters
+from sparsed.engine.kvcache.upload import upload
 from sparsed.kernels.tables import PageTables as DeviceTables
 
 
@@ -30,8 +31,8 @@ class PageTables:
     ``lane_blocks_RLHN`` (R + 1, L, H, F): arena blocks a lane owns, in order, -1 after the last of
     its ``num_blocks_RLH``. Slot s of a lane is ``lane_blocks[s // P] * P + s % P``.
     ``window_RLH`` (R + 1, L, H): pages of a lane that its newest steps used, as
-    ``kernels.resolve.Resolved`` has it; 0 while nothing was selected. ``demand_RLH2`` as there, over
-    all steps of a row since it was last read.
+    ``kernels.resolve.Resolved`` has it; 0 where the newest step selected nothing. ``demand_RLH2``
+    as there, over all steps of a row since it was last read.
     ``displaced``: pages that lost their slot to a shrinking row or to a page that had to be open;
     selections count theirs themselves, and a request that ends evicts nothing.
     """
@@ -90,6 +91,10 @@ class PageTables:
         """No page of ``row``, whose frames these are, has a slot any longer; they have been
         released."""
         self.page_slot_MLHP.index_fill_(0, frames_F, -1)
+        self.forget_window(row)
+
+    def forget_window(self, row: int) -> None:
+        """What the steps of ``row`` used until now is in its window no longer."""
         self.window_RLH[row].fill_(0)
 
     def set_blocks(self, row: int, first_block: int, blocks_Ln: Tensor, counts_L: Tensor) -> None:
@@ -187,6 +192,37 @@ class PageTables:
         self.displaced.values_C += (evicted_LH1 >= 0).sum()
         arena.slot_page_N.index_fill_(0, victim_LH1.flatten(), page)
         arena.slot_step_N.index_fill_(0, victim_LH1.flatten(), LOCKED_STEP)
+
+    def vacate(
+        self,
+        arena: HotArena,
+        row: int,
+        first_block: int,
+        last_block: int,
+        *,
+        partial_page: int | None,
+    ) -> None:
+        """Empty the slots of blocks first_block .. last_block - 1 of every lane of ``row``, and
+        those that the pages of these blocks, and the partial page, have elsewhere."""
+        per_block, lane_LH1 = self._geometry.pages_per_block, self._lane_LH[..., None]
+        blocks_LHn = self.lane_blocks_RLHN[row, :, :, first_block:last_block]
+        slots_LHS = slots_of_blocks(blocks_LHn, pages_per_block=per_block).long()
+        pages_LHS = arena.slot_page_N[slots_LHS].long()
+        begun_LHS = (pages_LHS >= 0) & (arena.slot_step_N[slots_LHS] != FREE_STEP)
+        first_page, last_page = first_block * per_block, last_block * per_block
+        leave_LHS = (pages_LHS < first_page) | (pages_LHS >= last_page)
+        if partial_page is not None:
+            leave_LHS &= pages_LHS != partial_page
+        self.displaced.values_C += (begun_LHS & leave_LHS).sum()
+        self._forget(row, lane_LH1, pages_LHS)
+        pages = [*range(first_page, last_page), *([] if partial_page is None else [partial_page])]
+        pages_P = upload(pages, device=slots_LHS.device)
+        elsewhere_LHP = self.page_slot_X[self._page_rows(row, lane_LH1, pages_P)].long()
+        self._forget(row, lane_LH1, pages_P.expand(elsewhere_LHP.shape))
+        # Where a page has none, the first slot of the block that is nobody's.
+        emptied = torch.cat((slots_LHS, elsewhere_LHP.clamp(min=0)), dim=-1).flatten()
+        arena.slot_page_N.index_fill_(0, emptied, -1)
+        arena.slot_step_N.index_fill_(0, emptied, FREE_STEP)
 
     def _forget(self, rows: Tensor | int, lanes: Tensor, pages: Tensor) -> None:
         """These pages have no slot any longer; negative: nothing to forget."""

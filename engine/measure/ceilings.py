@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Final
 
 import torch
+from torch import Tensor
 
 from sparsed.engine.measure.clock import Clock
 
 COPY_BYTES: Final = 1 << 30
 CPU_COPY_BYTES: Final = 128 << 20
+HALF_BYTES: Final = 256 << 20  # of a buffer: five times the cache of an H100
 MATMUL_SIZE: Final = 8192
 CPU_MATMUL_SIZE: Final = 1024
 
@@ -20,6 +22,14 @@ def copy_bytes_per_s(clock: Clock) -> float:
     rate = _copy_bytes_per_s(clock)
     give_back_memory(clock.device)
     return rate
+
+
+def copy_bytes_per_s_within(buffer_NX: Tensor, clock: Clock) -> float:
+    """As ``copy_bytes_per_s``, between two parts of a buffer (N, X) of two rows or more, whose
+    contents are lost: takes no memory. Where the buffer fits the device's cache it is the rate of
+    that."""
+    count = max(1, min(len(buffer_NX) // 2, HALF_BYTES // buffer_NX[0].nbytes))
+    return _rate_of_copy(buffer_NX[:count], target=buffer_NX[count : 2 * count], clock=clock)
 
 
 def matmul_flop_per_s(clock: Clock, *, dtype: torch.dtype) -> float:
@@ -38,5 +48,8 @@ def give_back_memory(device: torch.device) -> None:
 def _copy_bytes_per_s(clock: Clock) -> float:
     num_bytes = CPU_COPY_BYTES if clock.device.type == "cpu" else COPY_BYTES
     source = torch.randint(0, 100, (num_bytes // 4,), dtype=torch.int32, device=clock.device)
-    target = torch.empty_like(source)
+    return _rate_of_copy(source, target=torch.empty_like(source), clock=clock)
+
+
+def _rate_of_copy(source: Tensor, *, target: Tensor, clock: Clock) -> float:
     return 2 * source.nbytes / clock.median_s(lambda: target.copy_(source))

@@ -22,10 +22,19 @@ Work = Callable[[], object]
 
 
 class Clock:
-    """Times work on the current stream of one device; with a busy device its times are wrong."""
+    """Times work on the current stream of one device; with a busy device its times are wrong. On a
+    CUDA device each median is of ``repeats`` runs, after ``warm_ups``."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        *,
+        warm_ups: int = NUM_WARM_UPS,
+        repeats: int = NUM_REPEATS,
+    ) -> None:
         self.device = device
+        self._warm_ups = warm_ups
+        self._repeats = repeats
 
     def synchronize(self) -> None:
         if self.device.type == "cuda":
@@ -36,9 +45,9 @@ class Clock:
         its first operation to its last, which the host has queued before. ``before`` is done ahead
         of every run, and not timed."""
         is_cuda = self.device.type == "cuda"
-        once_s, repeats = (_on_device_s, NUM_REPEATS) if is_cuda else (_on_host_s, CPU_REPEATS)
+        once_s, repeats = (_on_device_s, self._repeats) if is_cuda else (_on_host_s, CPU_REPEATS)
         before = before or _nothing
-        for _ in range(NUM_WARM_UPS if is_cuda else 1):
+        for _ in range(self._warm_ups if is_cuda else 1):
             before()
             work()
         self.synchronize()

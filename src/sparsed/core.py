@@ -186,6 +186,17 @@ KNOB_SPECS: tuple[KnobSpec, ...] = (
         help="prompt tokens computed in one step, all requests together",
     ),
     KnobSpec(
+        name="residency_watermark",
+        unit="of the hot tier",
+        klass=KnobClass.HOT,
+        default=0.1,
+        minimum=0.0,
+        maximum=0.5,
+        integer=False,
+        help="share of the hot tier that stays free while requests are kept there whole; below it "
+        "they keep what they have a right to",
+    ),
+    KnobSpec(
         name="copy_programs",
         unit="programs",
         klass=KnobClass.HOT,
@@ -286,6 +297,7 @@ class Knobs:
     kv_dram_gib: float
     max_model_len: int
     copy_programs: int | None = None
+    residency_watermark: float = 0.1
 
     def __post_init__(self) -> None:
         for spec in KNOB_SPECS:
@@ -426,6 +438,20 @@ class LinkProbe:
 
     h2d_bytes_per_s: float
     d2h_bytes_per_s: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GpuRates:
+    """What a GPU carries, as far as a prediction needs it. ``copy_bytes_per_s``: read and written
+    by a copy in its memory; ``link_bytes_per_s``: pages loaded by a kernel; ``is_measured``: else
+    scaled from data sheets."""
+
+    name: str
+    hbm_bytes: int
+    copy_bytes_per_s: float
+    link_bytes_per_s: float
+    matmul_flop_per_s: float  # large products in bfloat16
+    is_measured: bool
 
 
 class Direction(StrEnum):
@@ -1088,7 +1114,7 @@ class TrialResult:
     when the trial is infeasible; ``spread_frac`` is (max - min) / median over its repeats."""
 
     number: int
-    arm: str  # "default", "bayes", "skopt", "grid", "random", "verify"
+    arm: str  # "default", "bayes", "skopt", "grid", "random"; earlier versions had "verify"
     values: Mapping[str, KnobValue]
     status: TrialStatus
     score: float | None
@@ -1097,6 +1123,114 @@ class TrialResult:
     reason: str = ""
     started_at: float = 0.0
     ended_at: float = 0.0
+
+
+class DecisionState(StrEnum):
+    """What became of a change that was put to the test. ``held``: nothing was decided, so what
+    ran before goes on."""
+
+    ACCEPTED = "accepted"
+    REJECTED = "rejected"
+    HELD = "held"
+
+
+class DecisionReason(StrEnum):
+    """Why; those from ``missing_data`` on hold, those between it and ``accepted`` reject."""
+
+    ACCEPTED = "accepted"
+    OUTRANKED = "outranked"  # its worst re-measurement is not above the incumbent's
+    CANDIDATE_FAILED = "candidate_failed"  # it broke down in a window
+    NO_GAIN = "no_gain"  # the gain is not significant
+    SMALL_EFFECT = "small_effect"  # significant, and too small to change anything for
+    TTFT_WORSE = "ttft_worse"  # not shown to be no worse; so the next three
+    TPOT_WORSE = "tpot_worse"
+    ERRORS_WORSE = "errors_worse"
+    QUALITY_WORSE = "quality_worse"
+    MISSING_DATA = "missing_data"  # a window is absent, doubled, or lacks a figure
+    NOT_ENOUGH = "not_enough"  # stopped before the last window
+    NOISY = "noisy"
+
+
+class Guard(StrEnum):
+    """Figures of a window that a change must not make worse."""
+
+    TTFT = "ttft_p95_s"
+    TPOT = "tpot_p95_s"
+    ERRORS = "error_frac"  # of all requests
+    QUALITY = "quality"  # attention recall; 1 where every step read every token
+
+
+class WindowStage(StrEnum):
+    RANK = "rank"  # candidates against each other
+    TEST = "test"  # the best of them against the incumbent, in pairs
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AcceptanceRule:
+    """When a change is accepted. All that a decision depends on beside its windows.
+
+    ``metric``: name of the figure that is to grow. ``num_rounds``: measurements of each
+    candidate before the test; 0: there is one candidate. ``num_pairs`` is fixed beforehand,
+    fewer decide nothing. ``targets``: of guards; what is below its target counts as the target, so
+    only what is over it is lost. ``max_loss_frac``: by which a guard must be shown to be no worse;
+    ``max_error_frac``: the same for the share of requests that are answered. ``max_cv_frac``:
+    noise of one window over which nothing is decided. InputError if no result could pass.
+    """
+
+    metric: str = "goodput_requests_per_s"
+    guards: tuple[Guard, ...] = tuple(Guard)
+    targets: Mapping[Guard, float] = field(default_factory=dict)
+    num_rounds: int = 0
+    num_pairs: int = 32
+    alpha: float = 0.025  # one-sided, of the gain
+    guard_alpha: float = 0.05  # one-sided, of each guard
+    min_effect_frac: float = 0.01
+    max_loss_frac: float = 0.03
+    max_error_frac: float = 0.005
+    max_cv_frac: float = 0.08
+
+    def __post_init__(self) -> None:
+        for name in ("alpha", "guard_alpha"):
+            if not 0.5**self.num_pairs < getattr(self, name) < 0.5:
+                raise InputError(
+                    f"{name}={getattr(self, name)} cannot be reached with {self.num_pairs} pairs: "
+                    "give more pairs, or an alpha between 0.5 ** num_pairs and 0.5",
+                    field=name,
+                )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AcceptanceWindow:
+    """One measurement that a decision rests on. ``metrics`` are raw; None: there is no such
+    figure, or it is not a finite number."""
+
+    number: int  # in the order of time, within its decision
+    stage: WindowStage
+    round: int  # of the ranking; in a test, the pair
+    order: int  # which arrival order was served; windows of a pair have the same one
+    values: Mapping[str, KnobValue]
+    status: TrialStatus
+    metrics: Mapping[str, float | None]
+    started_at: float = 0.0
+    ended_at: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AcceptanceVerdict:
+    """``hl``, ``ci_lo``, ``ci_hi``: logarithm of the ratio of candidate to incumbent, its
+    Hodges-Lehmann estimate and confidence limits at level 1 - 2 alpha. ``cv``: noise of one
+    window. All None before the last pair. ``loss_bounds``: for each guard, the upper limit of the
+    logarithm of its loss, at level 1 - guard_alpha."""
+
+    state: DecisionState
+    reason: DecisionReason
+    num_pairs: int
+    hl: float | None = None
+    ci_lo: float | None = None
+    ci_hi: float | None = None
+    p: float | None = None
+    cv: float | None = None
+    loss_bounds: Mapping[str, float] = field(default_factory=dict)
 
 
 class ProfileStatus(StrEnum):
@@ -1138,6 +1272,23 @@ class Profile:
         default = sorted(self.default_scores)[len(self.default_scores) // 2]
         winner = sorted(self.winner_scores)[len(self.winner_scores) // 2]
         return winner / default - 1.0 if default > 0 else None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AcceptanceDecision:
+    """Whether ``config_to`` may take the place of ``config_from``, with all its evidence: rule and
+    windows give the verdict again."""
+
+    key: ProfileKey
+    config_from: Mapping[str, KnobValue]
+    config_to: Mapping[str, KnobValue]
+    rule: AcceptanceRule
+    verdict: AcceptanceVerdict
+    windows: tuple[AcceptanceWindow, ...]
+    initiated_by: str
+    decided_at: float
+    study_id: int | None = None
+    decision_id: int | None = None  # set by the store
 
 
 class TunerMode(StrEnum):

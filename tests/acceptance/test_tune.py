@@ -12,10 +12,27 @@ from pathlib import Path
 
 import pytest
 
-from sparsed.core import Profile, TrialStatus
+from sparsed.controller.config import DaemonConfig, load_config
+from sparsed.controller.startup import prepare
+from sparsed.controller.tuning import TuneOptions, run_tune
+from sparsed.core import (
+    AcceptanceDecision,
+    Objective,
+    Profile,
+    TrialResult,
+    TrialStatus,
+    WindowStage,
+    Workload,
+    WorkloadRequest,
+)
 from sparsed.db import open_store
+from sparsed.tuner.acceptance import agree, decide
 from sparsed.tuner.export import parse_profile
 
+REQUESTS = tuple(
+    WorkloadRequest(arrival_s=0.0, input_tokens=num_input, output_tokens=12)
+    for num_input in (32, 64, 96)
+)
 QUIET = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
 
 
@@ -23,6 +40,7 @@ def tune(state_dir: Path, *more: str) -> subprocess.Popen[str]:
     """One trial an arm of about a second; the page size is fixed, so one engine serves all."""
     command = (sys.executable, "-m", "sparsed", "tune", "--model", "dummy:tiny", "--device", "cpu")
     options = ("--workload", "chat", "--trials", "1", "--trial-seconds", "1", "--page-size", "32")
+    options += ("--max-seconds", "120")  # of which a slow machine may need all
     return subprocess.Popen(
         (*command, *options, "--state-dir", str(state_dir), *more),
         stdout=subprocess.PIPE,
@@ -41,7 +59,10 @@ def test_a_study_is_stored_trial_by_trial_and_its_result_exported(tmp_path: Path
     store = open_store(tmp_path / "state" / "sparsed.db")
     trials = store.list_trials()
     profiles = store.list_profiles()
+    decisions = store.list_acceptances()
     store.close()
+    assert bool(decisions) == ("sparsed decision show 1" in " ".join(output.split()))
+    assert all(item.study_id == 1 and is_reproduced(item) for item in decisions)
     assert [trial.arm for trial in trials[:3]] == ["default", "bayes", "random"]
     assert trials[0].status is TrialStatus.OK
     assert trials[0].metrics["output_tokens_per_s"] == trials[0].score
@@ -59,6 +80,76 @@ def test_a_study_is_stored_trial_by_trial_and_its_result_exported(tmp_path: Path
     budget = trials[0].values.get("token_budget")
     if budget is not None:  # on a slow machine no prompt may reach it: then it is not tried at all
         assert ("hardly tried" in words) is (int(longest[1]) <= int(budget))
+
+
+def is_reproduced(decision: AcceptanceDecision) -> bool:
+    changed = {"config_from": decision.config_from, "config_to": decision.config_to}
+    return agree(decision.verdict, decide(decision.windows, rule=decision.rule, **changed))
+
+
+def searched(config: DaemonConfig) -> None:
+    """Leave a study behind whose search is over: it found one candidate."""
+    config.state_dir.root.mkdir()
+    store = open_store(config.state_dir.database)
+    study = store.start_study(
+        prepare(config, progress=lambda phase, frac: None).key,
+        workload=Workload(name="chat", requests=REQUESTS),
+        objective=Objective.THROUGHPUT,
+        slo=config.slo,
+        seed=config.seed,
+        versions={},
+        started_at=0.0,
+    )
+    for number, (arm, num_seqs) in enumerate((("default", 2), ("bayes", 1), ("random", 2))):
+        store.record_trial(
+            study,
+            TrialResult(
+                number=number,
+                arm=arm,
+                values={"max_num_active_seqs": num_seqs},
+                status=TrialStatus.OK,
+                score=20.0 if arm == "bayes" else 10.0,
+                spread_frac=None,
+                metrics={},
+            ),
+        )
+    store.close()
+
+
+@pytest.mark.slow
+def test_a_decision_keeps_its_windows_however_it_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in QUIET.items():
+        monkeypatch.setenv(name, value)
+    given = {"model": "dummy:tiny", "device": "cpu", "max_num_seqs": 2}
+    config = load_config(flags=given | {"state_dir": tmp_path / "state"}, environment={})
+    searched(config)
+    options = TuneOptions(config=config, workload="chat", trials=1, resume=True, max_s=60.0)
+    assert run_tune(options) == 0
+    store = open_store(config.state_dir.database)
+    (decision,) = store.list_acceptances()
+    assert len(store.list_trials()) == 3
+    store.close()
+    assert is_reproduced(decision)
+    assert decision.config_from == {"max_num_active_seqs": 2}
+    assert decision.config_to == {"max_num_active_seqs": 1}
+    ranked = [item for item in decision.windows if item.stage is WindowStage.RANK]
+    served = [(item.order, item.values["max_num_active_seqs"]) for item in ranked]
+    whole = [(1, 2), (1, 1), (2, 1), (2, 2), (3, 2), (3, 1), (4, 1), (4, 2), (5, 2), (5, 1)]
+    assert served == whole[: len(served)] and served
+    for item in decision.windows:
+        assert item.ended_at > item.started_at > 0
+        assert item.status is TrialStatus.OK
+        assert all(item.metrics[guard] is not None for guard in decision.rule.guards)
+
+
+@pytest.mark.slow
+def test_no_time_for_the_default_is_said(tmp_path: Path) -> None:
+    process = tune(tmp_path / "state", "--max-seconds", "1")
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 75, output
+    assert "--max-seconds passed before the default was measured" in output
 
 
 @pytest.mark.slow

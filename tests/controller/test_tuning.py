@@ -14,6 +14,11 @@ from sparsed.controller.state_dir import StateLock
 from sparsed.controller.tuning import TuneOptions, run_tune
 from sparsed.controller.tuning_report import StudyProgress, print_outcome
 from sparsed.core import (
+    AcceptanceRule,
+    AcceptanceVerdict,
+    AcceptanceWindow,
+    DecisionReason,
+    DecisionState,
     ExitCode,
     InputError,
     Knobs,
@@ -22,9 +27,11 @@ from sparsed.core import (
     StartError,
     TrialResult,
     TrialStatus,
+    WindowStage,
 )
 from sparsed.tuner.offline import StudyOutcome, StudyPlan
 from sparsed.tuner.space import build_space
+from sparsed.tuner.verification import Comparison
 
 KNOBS = Knobs(
     token_budget=2048,
@@ -62,6 +69,18 @@ def trial(
         spread_frac=0.015 if score else None,
         metrics=metrics or {},
         reason=reason,
+    )
+
+
+def window(stage: WindowStage, status: TrialStatus, tokens_per_s: float) -> AcceptanceWindow:
+    return AcceptanceWindow(
+        number=0,
+        stage=stage,
+        round=0,
+        order=1,
+        values={"token_budget": 512},
+        status=status,
+        metrics={"output_tokens_per_s": tokens_per_s},
     )
 
 
@@ -105,15 +124,19 @@ def test_the_bar_says_the_best_and_every_trial() -> None:
     with StudyProgress(Console(file=text, width=200), plan=plan, previous=()) as progress:
         progress.show(trial(0, "default", 10.0, metrics={"attention_recall": 0.0}))
         progress.show(trial(1, "bayes", None, "the hot tier is full"))
-        progress.show(trial(2, "verify", 99.0, "of bayes", {"sparse_steps": 0.0}))
+        progress.show(trial(2, "random", 9.0, "so", {"sparse_steps": 0.0}))
         progress.show(trial(3, "random", None, "so", {"sparse_steps": 7.0}))
+        progress.show_window(window(WindowStage.RANK, TrialStatus.OK, 99.0))
+        progress.show_window(window(WindowStage.TEST, TrialStatus.SLO_BROKEN, 98.0))
     lines = [line.rstrip() for line in text.getvalue().splitlines()]
     knobs = "token_budget=1024, hbm_budget=auto"
     assert f"   0 default 10 tokens/s, recall 0.000  {knobs}" in lines
     assert f"   1 bayes   out_of_memory (the hot tier is full)  {knobs}" in lines
-    assert f"   2 verify  99 tokens/s, nothing sparse (of bayes)  {knobs}" in lines
+    assert f"   2 random  9 tokens/s, nothing sparse (so)  {knobs}" in lines
     assert f"   3 random  out_of_memory, recall not sampled (so)  {knobs}" in lines
-    assert "best 10 tokens/s" in lines[-1] and "4/13" in lines[-1]
+    assert "     rank round  1  99 tokens/s  token_budget=512" in lines
+    assert "     test pair  1  slo_broken  token_budget=512" in lines
+    assert "verifying, pair 1" in lines[-1] and "6/87" in lines[-1]
 
 
 def test_the_table_has_every_arm_and_the_verification() -> None:
@@ -126,9 +149,18 @@ def test_the_table_has_every_arm_and_the_verification() -> None:
             "random": trial(2, "random", 11.0),
         },
         winner=trial(1, "bayes", 12.0),
-        reason="verified: so it is",
-        default_scores=(10.0, 9.0, 11.0),
-        winner_scores=(12.0, 11.5, 13.0),
+        reason="accepted: so it is",
+        comparison=Comparison(
+            config_from={"token_budget": 2048},
+            config_to={"token_budget": 512},
+            rule=AcceptanceRule(metric="output_tokens_per_s"),
+            verdict=AcceptanceVerdict(
+                state=DecisionState.ACCEPTED, reason=DecisionReason.ACCEPTED, num_pairs=32
+            ),
+            windows=tuple(
+                window(WindowStage.TEST, TrialStatus.OK, score) for score in (12.0, 11.5, 13.0)
+            ),
+        ),
     )
     print_outcome(Console(file=text, width=160), outcome, objective=Objective.GOODPUT)
     printed = text.getvalue()
@@ -139,7 +171,7 @@ def test_the_table_has_every_arm_and_the_verification() -> None:
         "1.5%",
         "3 runs, worst 11.5",
         "12.5%",
-        "verified: so it is",
+        "accepted: so it is",
     ):
         assert words in printed
 

@@ -17,6 +17,7 @@ from sparsed.controller.workload import (
     load_workload,
     parse_trace,
     recall_stride,
+    reordered,
     to_messages,
 )
 from sparsed.core import InputError, Workload, WorkloadRequest
@@ -51,6 +52,35 @@ def test_a_bad_line_is_named(tmp_path: Path, line: str) -> None:
     file.write_text(f"{row()}\n{line}\n{row()}\n")
     with pytest.raises(InputError, match="line 2 of the workload"):
         load_workload(str(file))
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 99), st.integers(1, 9)), min_size=1, max_size=12),
+    st.integers(0, 40),
+    st.integers(0, 3),
+)
+def test_another_order_serves_the_same_requests_at_the_same_times(
+    sizes: list[tuple[int, int]], order: int, seed: int
+) -> None:
+    workload = Workload(
+        name="any",
+        requests=tuple(
+            WorkloadRequest(arrival_s=float(at), input_tokens=size[0], output_tokens=size[1])
+            for at, size in enumerate(sizes)
+        ),
+    )
+    other = reordered(workload, order=order, seed=seed)
+    assert other == reordered(workload, order=order, seed=seed)
+    assert [item.arrival_s for item in other.requests] == [float(at) for at in range(len(sizes))]
+    served = [(item.input_tokens, item.output_tokens) for item in other.requests]
+    assert sorted(served) == sorted(sizes)
+    assert order or served == sizes
+
+
+def test_orders_and_seeds_differ() -> None:
+    workload = load_workload("mixed")
+    drawn = [reordered(workload, order=order, seed=seed) for order in (1, 2) for seed in (0, 1)]
+    assert len({item.requests for item in (workload, *drawn)}) == 5
 
 
 def test_hash_ids_name_the_blocks_of_a_prompt_until_it_is_scaled() -> None:

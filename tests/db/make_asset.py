@@ -9,9 +9,16 @@ import sqlite3
 from pathlib import Path
 
 from sparsed.core import (
+    AcceptanceDecision,
+    AcceptanceRule,
+    AcceptanceVerdict,
+    AcceptanceWindow,
     CopyPath,
     Decision,
+    DecisionReason,
+    DecisionState,
     Direction,
+    Guard,
     LinkCalibration,
     LinkEntry,
     LinkKey,
@@ -23,6 +30,7 @@ from sparsed.core import (
     Slo,
     TrialResult,
     TrialStatus,
+    WindowStage,
     Workload,
     WorkloadRequest,
 )
@@ -46,6 +54,31 @@ CALIBRATION = LinkCalibration(
         ),
     ),
     measured_at=1.0,
+)
+
+ACCEPTANCE = AcceptanceDecision(
+    key=KEY,
+    config_from={"token_budget": 2048},
+    config_to={"token_budget": 1024},
+    rule=AcceptanceRule(targets={Guard.TPOT: 0.05}),
+    verdict=AcceptanceVerdict(
+        state=DecisionState.HELD, reason=DecisionReason.NOT_ENOUGH, num_pairs=0
+    ),
+    windows=(
+        AcceptanceWindow(
+            number=0,
+            stage=WindowStage.TEST,
+            round=0,
+            order=1,
+            values={"token_budget": 2048},
+            status=TrialStatus.OK,
+            metrics={"goodput_requests_per_s": 2.0, "quality": None},
+            started_at=1.0,
+            ended_at=2.0,
+        ),
+    ),
+    initiated_by="asset",
+    decided_at=3.0,
 )
 
 
@@ -99,6 +132,7 @@ def fill(path: Path) -> None:
     )
     store.record_decision(KEY, decision)
     store.save_calibration(CALIBRATION)
+    store.save_acceptance(ACCEPTANCE)
     store.close()
 
 

@@ -10,7 +10,7 @@ import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 
-from sparsed.core import ExitCode, LinkKey, ProfileKey, StartError
+from sparsed.core import ExitCode, Guard, LinkKey, ProfileKey, StartError
 from sparsed.db import open_store
 from sparsed.db.models import Base
 from sparsed.db.session import PRAGMAS, open_engine
@@ -43,6 +43,9 @@ def test_every_released_schema_upgrades_and_reads(dump: Path, tmp_path: Path) ->
         assert [entry.programs for entry in calibration.entries] == [16]
     else:
         assert calibration is None
+    acceptances = store.list_acceptances()
+    assert [item.initiated_by for item in acceptances] == ["asset"] * (dump.stem >= "0003")
+    assert all(item.rule.targets == {Guard.TPOT: 0.05} for item in acceptances)
     store.close()
 
 

@@ -11,9 +11,16 @@ import numpy
 import pytest
 
 from sparsed.core import (
+    AcceptanceDecision,
+    AcceptanceRule,
+    AcceptanceVerdict,
+    AcceptanceWindow,
     CopyPath,
     Decision,
+    DecisionReason,
+    DecisionState,
     Direction,
+    Guard,
     InputError,
     LinkCalibration,
     LinkEntry,
@@ -27,6 +34,7 @@ from sparsed.core import (
     Snapshot,
     TrialResult,
     TrialStatus,
+    WindowStage,
     Workload,
     WorkloadRequest,
 )
@@ -265,6 +273,90 @@ def test_decisions_are_kept_newest_first_and_bounded(reopen: Callable[[], Store]
     kept = reopen().list_decisions(KEY)
     assert (len(kept), kept[0].made_at, kept[-1]) == (MAX_DECISIONS, 999.0, decision)
     assert reopen().list_decisions(OTHER_KEY) == ()
+
+
+# decisions
+
+
+def make_window(number: int, **changes: object) -> AcceptanceWindow:
+    window = AcceptanceWindow(
+        number=number,
+        stage=WindowStage.TEST,
+        round=number // 2,
+        order=6 + number // 2,
+        values={"token_budget": 1024 << number % 2, "hbm_budget": None},
+        status=TrialStatus.OK,
+        metrics={"goodput_requests_per_s": 1.0 / 3.0, "quality": None},
+        started_at=1.0,
+        ended_at=2.0,
+    )
+    return replace(window, **changes)  # type: ignore[arg-type]  # fields by name
+
+
+def make_acceptance(**changes: object) -> AcceptanceDecision:
+    decision = AcceptanceDecision(
+        key=KEY,
+        config_from={"token_budget": 1024, "hbm_budget": None},
+        config_to={"token_budget": 2048, "hbm_budget": None},
+        rule=AcceptanceRule(
+            guards=(Guard.TPOT, Guard.ERRORS), targets={Guard.TPOT: 0.05}, num_pairs=16
+        ),
+        verdict=AcceptanceVerdict(
+            state=DecisionState.REJECTED,
+            reason=DecisionReason.TPOT_WORSE,
+            num_pairs=16,
+            hl=0.1 / 3.0,
+            ci_lo=-0.1,
+            ci_hi=0.2,
+            p=1e-9,
+            cv=0.03,
+            loss_bounds={"tpot_p95_s": 0.1, "error_frac": 0.0},
+        ),
+        windows=(
+            make_window(0, stage=WindowStage.RANK),
+            make_window(1),
+            make_window(2, status=TrialStatus.TIMEOUT, metrics={}),
+        ),
+        initiated_by="tune",
+        decided_at=3.5,
+    )
+    return replace(decision, **changes)  # type: ignore[arg-type]  # fields by name
+
+
+def test_decisions_come_back_with_every_window(reopen: Callable[[], Store]) -> None:
+    study = start_study(reopen())
+    first = reopen().save_acceptance(make_acceptance(study_id=study))
+    bare = AcceptanceVerdict(
+        state=DecisionState.HELD, reason=DecisionReason.NOT_ENOUGH, num_pairs=0
+    )
+    second = reopen().save_acceptance(
+        make_acceptance(key=OTHER_KEY, verdict=bare, rule=AcceptanceRule(), windows=())
+    )
+    assert (first.decision_id, second.decision_id) == (1, 2)
+    assert replace(first, decision_id=None) == make_acceptance(study_id=study)
+    assert second.verdict == bare and second.rule == AcceptanceRule()
+    assert reopen().find_acceptance(1) == first
+    assert reopen().list_acceptances() == (second, first)
+
+
+def test_figures_that_are_no_numbers_come_back_as_none(reopen: Callable[[], Store]) -> None:
+    strange = {"a": float("nan"), "b": float("inf"), "c": numpy.float64(0.5), "d": None}
+    window = make_window(0, metrics=strange, values={"token_budget": numpy.int64(512)})
+    reopen().save_acceptance(make_acceptance(windows=(window,)))
+    (found,) = reopen().find_acceptance(1).windows
+    assert found.metrics == {"a": None, "b": None, "c": 0.5, "d": None}
+    assert found.values == {"token_budget": 512}
+    assert [type(found.metrics["c"]), type(found.values["token_budget"])] == [float, int]
+
+
+def test_a_decision_is_stored_whole_or_not_at_all(reopen: Callable[[], Store]) -> None:
+    with pytest.raises(StoreError):
+        reopen().save_acceptance(make_acceptance(windows=(make_window(0), make_window(0))))
+    with pytest.raises(StoreError):
+        reopen().save_acceptance(make_acceptance(study_id=7))
+    assert reopen().list_acceptances() == ()
+    with pytest.raises(InputError, match="no decision 1; see: sparsed decision list"):
+        reopen().find_acceptance(1)
 
 
 # links

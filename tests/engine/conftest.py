@@ -13,6 +13,7 @@ import torch
 from sparsed.core import GIB, EngineSpec, MachineFacts, ModelShape, Service, SparseMethod
 from sparsed.engine.batch import PromptChunk, StepPlan
 from sparsed.engine.engine import Engine
+from sparsed.engine.in_place_costs import OverheadMeter
 from sparsed.engine.kvcache.cache import KVCache
 from sparsed.engine.kvcache.dram import DramPool
 from sparsed.engine.kvcache.geometry import Geometry
@@ -22,6 +23,7 @@ from sparsed.engine.kvcache.transfer import Transfer
 from sparsed.engine.models.config import load_config
 from sparsed.engine.models.dummy import DUMMY_PREFIX, dummy_config
 from sparsed.engine.planner import plan_memory, resolve_knobs
+from sparsed.engine.recorder import Recorder
 from sparsed.engine.runner import Runner
 from sparsed.engine.sparse.basis import Basis
 from sparsed.engine.sparse.selectors import make_selector
@@ -204,9 +206,16 @@ def make_engine(make_spec: MakeSpec) -> MakeEngine:
 
 @pytest.fixture(scope="session")
 def make_steps() -> MakeSteps:
-    """``make_steps(runner, looks_ahead=False)`` -> queued steps of its cache, without graphs."""
+    """``make_steps(runner, looks_ahead=False, meter=None, recorder=None)`` -> queued steps of its
+    cache; without a recorder there are no graphs."""
 
-    def make(runner: Runner, *, looks_ahead: bool = False) -> StepDecoder:
+    def make(
+        runner: Runner,
+        *,
+        looks_ahead: bool = False,
+        meter: OverheadMeter | None = None,
+        recorder: Recorder | None = None,
+    ) -> StepDecoder:
         kv, config = runner.kv, runner.decoder.config
         scale = config.head_dim**-0.5
         assert kv.selector is not None
@@ -229,8 +238,9 @@ def make_steps() -> MakeSteps:
             max_rows=8,
             max_tokens=4096,
             scale=scale,
-            recorder=None,
+            recorder=recorder,
             target=GraphTarget((64,), kv.transfer.ways.load),
+            meter=meter,
         )
 
     return make

@@ -9,23 +9,33 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparsed.core import EngineSpec, SparseMethod
+from sparsed.core import CopyPath, EngineSpec, SparseMethod
 from sparsed.engine.batch import DecodeRow, StepPlan
 from sparsed.engine.in_place import MARGIN, InPlaceRule, Overhead
+from sparsed.engine.kvcache.link_policy import CopyChoice
 from sparsed.engine.runner import Runner
 from sparsed.engine.step_decoder import StepDecoder
+from sparsed.engine.step_graphs import GraphKey
 
 MakeSteps = Callable[..., StepDecoder]
 Prefill = Callable[..., int]
 PAGE = 8
 
 
+LOAD = CopyChoice(CopyPath.KERNEL, 8, 512)
+ALONE = GraphKey(1, 64, in_place=False, fetches=False, times=False, load=None)
+MIXED = ALONE._replace(in_place=True, fetches=True, load=LOAD)
+
+
+def flat(overhead_s: float) -> Overhead:
+    return Overhead(few_pages=1, few_s=overhead_s, many_pages=2, many_s=overhead_s)
+
+
 def make_rule(overhead_s: float) -> InPlaceRule:
     """A token takes a microsecond, a summary nothing."""
-    flat = Overhead(few_pages=1, few_s=overhead_s, many_pages=2, many_s=overhead_s)
-    return InPlaceRule(
-        {1: flat, 8: flat}, token_bytes=1, summary_bytes=0.0, page_size=PAGE, bytes_per_s=1e6
-    )
+    rule = InPlaceRule(token_bytes=1, summary_bytes=0.0, page_size=PAGE, bytes_per_s=1e6)
+    rule.learn(ALONE, flat(overhead_s))
+    return rule
 
 
 @given(
@@ -38,15 +48,54 @@ def test_what_is_chosen_is_at_most_a_margin_dearer(
     rule = make_rule(overhead_s)
     for rows, tokens in steps:
         selected = min(tokens, 2000)
-        in_place = rule.choose(rows, num_selecting=rows, tokens=tokens, selected=selected)
+        in_place = rule.choose(ALONE, num_selecting=rows, tokens=tokens, selected=selected)
         costs = {True: tokens * 1e-6, False: overhead_s + selected * 1e-6}
         assert costs[in_place] <= costs[not in_place] / (1 - MARGIN) + 1e-12
 
 
 def test_nothing_flips_at_the_boundary() -> None:
     rule = make_rule(0.01)
-    chosen = {rule.choose(1, num_selecting=1, tokens=t, selected=2000) for t in (11990, 12010) * 5}
+    chosen = {
+        rule.choose(ALONE, num_selecting=1, tokens=tokens, selected=2000)
+        for tokens in (11990, 12010) * 5
+    }
     assert len(chosen) == 1
+
+
+@given(overhead_s=st.floats(0, 1), other_s=st.floats(0, 1), tokens=st.integers(0, 10**6))
+def test_a_step_is_judged_by_its_own_graph(overhead_s: float, other_s: float, tokens: int) -> None:
+    """What another one takes, or what this one took once, changes nothing."""
+    one, other = make_rule(overhead_s), make_rule(other_s)
+    one.learn(MIXED, flat(other_s))
+    other.learn(ALONE, flat(overhead_s))
+    chosen = [
+        rule.choose(ALONE, num_selecting=1, tokens=tokens, selected=min(tokens, 2000))
+        for rule in (one, other)
+    ]
+    assert chosen[0] == chosen[1]
+
+
+def test_a_graph_unlike_all_that_were_timed_selects() -> None:
+    rule = make_rule(1e3)
+    assert not rule.choose(MIXED, num_selecting=1, tokens=9000, selected=2000)
+    assert rule.choose(ALONE, num_selecting=1, tokens=9000, selected=2000), "as before"
+
+
+@pytest.mark.parametrize("near_s", [0.0, 1e3])
+def test_a_graph_to_come_is_judged_by_the_nearest(near_s: float) -> None:
+    """Of its kind: of as many requests, then of as wide a selection."""
+    rule, far_s = make_rule(1e3 - near_s), 1e3 - near_s
+    for key, overhead_s in (
+        (ALONE._replace(size=4, pages=31), far_s),
+        (ALONE._replace(size=4), near_s),
+        (ALONE._replace(size=8, pages=255), far_s),
+        (MIXED._replace(size=4, pages=255), far_s),
+    ):
+        rule.learn(key, flat(overhead_s))
+    wide = ALONE._replace(size=4, pages=255)
+    assert rule.choose(wide, num_selecting=4, tokens=9000, selected=2000) == bool(near_s)
+    rule.learn(wide, flat(far_s))
+    assert rule.choose(wide, num_selecting=4, tokens=9000, selected=2000) == bool(far_s)
 
 
 @given(few=st.floats(0, 1), rise=st.floats(0, 1), pages=st.floats(0, 9999))

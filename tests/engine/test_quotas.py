@@ -242,18 +242,18 @@ def test_rows_that_lost_their_balance_shrink_and_grow(make_cache: MakeCache) -> 
     cache.open_chunk(first, 0, 1020, step=0)
     second = cache.add(1020, method=SparseMethod.QUEST, token_budget=None)
     row = cache.rows[first]
-    assert row.blocks.counts_L.tolist() == [4] * 4 and not row.complete
+    assert row.blocks.counts_L.tolist() == [5] * 4 and not row.complete
     for pages_L in ([400, 0, 0, 0], [400, 0, 0, 0]):
         cache.rebalance(first, Demand(np.array(pages_L), np.array(pages_L), ROUND_STEPS))
-    assert row.blocks.counts_L.tolist() == [7, 3, 3, 3]
+    assert row.blocks.counts_L.tolist() == [8, 4, 4, 4]
     cache.make_room(first, 896)
-    assert row.blocks.counts_L.tolist() == [7, 3, 3, 3], "no more than its share"
+    assert row.blocks.counts_L.tolist() == [8, 4, 4, 4], "nothing is free"
     cache.free(second)
     cache.make_room(first, 900)
-    assert row.blocks.counts_L.tolist() == [7, 3, 3, 3], "at the start of a block alone"
+    assert row.blocks.counts_L.tolist() == [8, 4, 4, 4], "at the start of a block alone"
     cache.make_room(first, 896)
     assert row.blocks.counts_L.tolist() == [8] * 4, "all that it has a use for"
     third = cache.add(1020, method=SparseMethod.QUEST, token_budget=None)
-    assert row.blocks.counts_L.tolist() == [4] * 4
+    assert row.blocks.counts_L.tolist() == [5] * 4
     cache.free(third)
     cache.check_integrity()

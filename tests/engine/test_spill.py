@@ -94,7 +94,8 @@ def undisturbed(runner: Runner, name: int, num_prompt: int, method: SparseMethod
 
 
 class SpillMachine(RuleBasedStateMachine):
-    """Requests come, run beside each other, are spilled and restored at any point, and go."""
+    """Requests come, run beside each other, are spilled and restored at any point, come back whole
+    a block a step where there is room, and go."""
 
     def __init__(self, make_runner: MakeRunner) -> None:
         super().__init__()
@@ -111,6 +112,7 @@ class SpillMachine(RuleBasedStateMachine):
         }
         self.alone = self.make_runner("dummy:tiny", lane_blocks=40, **values)
         self.runner = self.make_runner("dummy:tiny", lane_blocks=lane_blocks, **values)
+        self.runner.kv._regrowth._slice_blocks = 1
         self.requests: dict[int, Request] = {}
         self.names: dict[int, int] = {}
 
@@ -136,6 +138,7 @@ class SpillMachine(RuleBasedStateMachine):
                 if not (rows[row].is_spilled or request.is_done)
             }
             if active:
+                self.runner.kv.observe()
                 run_step(self.runner, active, chunk)
 
     @precondition(lambda self: self.requests)

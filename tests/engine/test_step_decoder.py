@@ -283,8 +283,9 @@ class AheadRunner(Runner):
 
 
 def recording_runner(spec: EngineSpec, monkeypatch: pytest.MonkeyPatch) -> AheadRunner:
+    """Its steps always select: what is faster in place depends on the clock."""
     monkeypatch.setattr(assembly, "CudaRecorder", CpuRecorder)
-    return AheadRunner(spec, on_progress=lambda *_: None)
+    return AheadRunner(replace(spec, always_select=True), on_progress=lambda *_: None)
 
 
 def recorder_of(runner: Runner) -> CpuRecorder:

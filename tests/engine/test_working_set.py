@@ -66,6 +66,33 @@ def test_the_working_set_is_what_the_newest_steps_selected(
     assert runner.stats().working_set_pages == 0
 
 
+def test_a_row_that_attends_in_place_has_no_working_set(
+    make_runner: MakeRunner, make_steps: MakeSteps, prefill: Prefill
+) -> None:
+    """Like any other that reads everything; what it used while it selected is not told for ever.
+    The row beside it goes on."""
+    runner = make_runner(page_size=8, token_budget=256, lane_blocks=40)
+    rows = prefilled(runner, prefill)
+    runner.steps = make_steps(runner)
+    windows = runner.kv.tables.window_RLH
+
+    def run(turn: int) -> None:
+        decodes = [
+            DecodeRow(row=row, token=7 * turn, position=length + turn)
+            for row, length in zip(rows, LENGTHS, strict=True)
+        ]
+        runner.run(StepPlan(chunks=(), decodes=tuple(decodes)))
+
+    for turn in range(3):
+        run(turn)
+    assert (windows[rows] >= 31).all()
+    runner.kv.rows[rows[0]].method = SparseMethod.DENSE  # as the quality breaker does
+    run(3)
+    assert (windows[rows[0]] == 0).all() and (windows[rows[1]] >= 31).all()
+    assert runner.stats().working_set_pages == windows[rows[1]].sum()
+    assert [runner.kv.rows[row].steps_in_row for row in rows] == [0, 4]
+
+
 @pytest.mark.parametrize("method", [SparseMethod.MEAN_KEY, SparseMethod.QUEST, SparseMethod.DENSE])
 def test_metadata_is_the_summaries_of_frames_in_use(
     make_runner: MakeRunner, method: SparseMethod, prefill: Prefill

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from statistics import median
 
 import pytest
 
 from sparsed.core import (
+    AcceptanceWindow,
+    DecisionReason,
+    Guard,
     Knobs,
     KnobValue,
     Measurement,
@@ -17,10 +21,12 @@ from sparsed.core import (
     Slo,
     TrialResult,
     TrialStatus,
+    WindowStage,
 )
-from sparsed.tuner.objective import TrialFailed
+from sparsed.tuner.objective import OutOfTime, TrialFailed, window_metrics
 from sparsed.tuner.offline import StudyOutcome, StudyPlan, run_study
 from sparsed.tuner.space import build_space
+from sparsed.tuner.verification import offline_rule
 
 DEFAULT = Knobs(
     token_budget=2048,
@@ -41,16 +47,26 @@ SPACE = build_space(DEFAULT, auto_hbm_budget=4096)
 class SyntheticEngine:
     """Faster with more sequences and smaller budgets; out of memory past a product of both."""
 
-    def __init__(self, *, noise_frac: float = 0.0, stop_after: int | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        noise_frac: float = 0.0,
+        stop_after: int | None = None,
+        stop_with: type[BaseException] = KeyboardInterrupt,
+        noise_seed: int = 0,
+    ) -> None:
         self.calls: list[Mapping[str, KnobValue]] = []
+        self.orders: list[int] = []
         self.noise_frac = noise_frac
         self.stop_after = stop_after
-        self._generator = random.Random(0)
+        self.stop_with = stop_with
+        self._generator = random.Random(noise_seed)
 
-    def __call__(self, values: Mapping[str, KnobValue]) -> Measurement:
+    def __call__(self, values: Mapping[str, KnobValue], order: int) -> Measurement:
         if len(self.calls) == self.stop_after:
-            raise KeyboardInterrupt
+            raise self.stop_with
         self.calls.append(values)
+        self.orders.append(order)
         knobs = DEFAULT.with_values(values)
         if knobs.max_num_active_seqs * (knobs.hbm_budget or 4096) > 40_000:
             raise TrialFailed("the hot tier is full", status=TrialStatus.OUT_OF_MEMORY)
@@ -88,16 +104,27 @@ def plan(
 
 
 def study(
-    engine: SyntheticEngine, previous: Sequence[TrialResult] = (), **changes: object
+    engine: SyntheticEngine,
+    previous: Sequence[TrialResult] = (),
+    left_frac: Callable[[], float] | None = None,
+    **changes: object,
 ) -> tuple[StudyOutcome, list[TrialResult]]:
     recorded: list[TrialResult] = []
+    windows: list[AcceptanceWindow] = []
     outcome = run_study(
         engine,
         plan=plan(**changes),  # type: ignore[arg-type]  # fields by name
         record=recorded.append,
+        record_window=windows.append,
+        left_frac=left_frac or (lambda: 1.0),
         previous=previous,
     )
+    assert tuple(windows) == (outcome.comparison.windows if outcome.comparison else ())
     return outcome, recorded
+
+
+def reason_of(outcome: StudyOutcome) -> DecisionReason | None:
+    return outcome.comparison.verdict.reason if outcome.comparison else None
 
 
 @pytest.mark.parametrize(
@@ -113,25 +140,108 @@ def test_random_search_runs_beside_every_method(
     method: SearchMethod, arms: tuple[str, ...]
 ) -> None:
     _, recorded = study(SyntheticEngine(), num_trials=2, method=method)
-    assert [trial.arm for trial in recorded if trial.arm != "verify"] == ["default", *arms * 2]
+    assert [trial.arm for trial in recorded] == ["default", *arms * 2]
     values = [tuple(trial.values.items()) for trial in recorded if trial.arm in arms]
     assert len(set(values)) == len(values)
 
 
 def test_a_study_compares_both_arms_and_verifies_the_winner() -> None:
     outcome, recorded = study(SyntheticEngine(noise_frac=0.01))
-    assert [trial.number for trial in recorded] == [*range(21)]
+    assert [trial.number for trial in recorded] == [*range(11)]
     arms = [trial.arm for trial in recorded]
-    assert arms == ["default", *["bayes", "random"] * 5, *["verify"] * 10]
+    assert arms == ["default", *["bayes", "random"] * 5]
     assert recorded[0].values == SPACE.default_values
-    assert all(trial.spread_frac is not None for trial in recorded[:11] if trial.score)
+    assert all(trial.spread_frac is not None for trial in recorded if trial.score)
     assert outcome.winner is not None
-    assert outcome.winner.score == max(trial.score or 0 for trial in outcome.best.values())
-    assert len(outcome.default_scores) == len(outcome.winner_scores) == 5
-    assert min(outcome.winner_scores) > sorted(outcome.default_scores)[2]
-    order = [trial.reason for trial in recorded[11:]]
-    winner = f"of {outcome.winner.arm}"
-    assert order == ["of default", winner, winner, "of default"] * 2 + ["of default", winner]
+    assert reason_of(outcome) is DecisionReason.ACCEPTED
+    assert len(outcome.default_scores) == len(outcome.winner_scores) == 32
+    assert median(outcome.winner_scores) > median(outcome.default_scores)
+    assert outcome.reason.startswith("accepted: +")
+
+
+def test_the_best_three_and_the_default_are_ranked_in_other_arrival_orders() -> None:
+    engine = SyntheticEngine(noise_frac=0.01)
+    outcome, recorded = study(engine, num_trials=8)
+    assert outcome.comparison is not None
+    windows = outcome.comparison.windows
+    ranked = [window for window in windows if window.stage is WindowStage.RANK]
+    assert [window.order for window in ranked] == [order for order in range(1, 6) for _ in range(4)]
+    scores = {str(trial.values): trial.score for trial in recorded if trial.score}
+    best = sorted(scores, key=lambda values: scores[values], reverse=True)[:3]
+    assert {str(window.values) for window in ranked} == {*best, str(SPACE.default_values)}
+    assert len(scores) > 4
+    assert engine.orders[: engine.orders.count(0)] == [0] * engine.orders.count(0)
+
+
+def test_the_test_pairs_windows_of_the_same_order_and_discards_after_changes() -> None:
+    engine = SyntheticEngine(noise_frac=0.01)
+    outcome, _ = study(engine)
+    assert outcome.comparison is not None
+    tested = [item for item in outcome.comparison.windows if item.stage is WindowStage.TEST]
+    assert [item.order for item in tested] == [order for order in range(6, 38) for _ in "AB"]
+    sides = [item.values == SPACE.default_values for item in tested]
+    assert sides == [True, False, False, True] * 16
+    assert len(engine.calls) - len(outcome.comparison.windows) == engine.orders.count(0) + 33
+
+
+def test_a_lucky_candidate_loses_to_one_whose_worst_is_better() -> None:
+    """The search saw only the good side of sixteen sequences."""
+
+    class Moody(SyntheticEngine):
+        def __call__(self, values: Mapping[str, KnobValue], order: int) -> Measurement:
+            measured = super().__call__(values, order)
+            is_stalled = values["max_num_active_seqs"] == 16 and order % 3 == 1
+            return replace(measured, duration_s=measured.duration_s * (4 if is_stalled else 1))
+
+    engine = Moody()
+    previous = []
+    for number, (arm, num_seqs) in enumerate((("default", 2), ("bayes", 16), ("random", 8))):
+        values = SPACE.default_values | {"max_num_active_seqs": num_seqs, "hbm_budget": 2048}
+        score = 1000.0 / engine(values, 0).duration_s
+        previous.append(
+            TrialResult(
+                number=number,
+                arm=arm,
+                values=values,
+                status=TrialStatus.OK,
+                score=score,
+                spread_frac=0.0,
+                metrics={"attention_recall": 0.95},
+            )
+        )
+    assert previous[1].score == max(trial.score or 0.0 for trial in previous)
+    outcome, recorded = study(engine, previous, num_trials=1)
+    assert recorded == []
+    assert outcome.winner == previous[2]
+
+
+def test_the_rule_guards_what_was_given() -> None:
+    rule = offline_rule(objective=Objective.THROUGHPUT, slo=Slo())
+    assert (rule.guards, rule.targets) == ((Guard.ERRORS, Guard.QUALITY), {})
+    assert (rule.metric, rule.num_pairs, rule.num_rounds) == ("output_tokens_per_s", 32, 5)
+    slo = Slo(ttft_s=1.0, tpot_s=0.05, min_recall=0.9)
+    rule = offline_rule(objective=Objective.GOODPUT, slo=slo)
+    assert rule.guards == (Guard.TTFT, Guard.TPOT, Guard.ERRORS)
+    assert rule.targets == {Guard.TTFT: 1.0, Guard.TPOT: 0.05}
+    assert rule.metric == "goodput_requests_per_s"
+
+
+@pytest.mark.parametrize(
+    ("recall", "sparse_steps", "quality"), [(0.9, 5, 0.9), (None, 0, 1.0), (None, 5, None)]
+)
+def test_quality_is_known_where_it_was_sampled_or_nothing_was_sparse(
+    recall: float | None, sparse_steps: int, quality: float | None
+) -> None:
+    measured = replace(
+        SyntheticEngine()(SPACE.default_values, 0),
+        attention_recall=recall,
+        sparse_steps=sparse_steps,
+        errors=1,
+    )
+    figures = window_metrics(measured, slo=Slo())
+    assert figures["quality"] == quality
+    assert figures["error_frac"] == 0.5  # one that was answered, one that was not
+    assert figures["output_tokens_per_s"] == 1000 / measured.duration_s
 
 
 def test_infeasible_configurations_are_recorded_and_never_win() -> None:
@@ -148,7 +258,7 @@ def test_infeasible_configurations_are_recorded_and_never_win() -> None:
 
 def test_without_a_floor_the_default_sets_one() -> None:
     _, recorded = study(SyntheticEngine(), num_trials=8)
-    floor = recorded[0].metrics["attention_recall"] - 0.05
+    floor = recorded[0].metrics["attention_recall"] / 1.03
     for trial in recorded:
         recall = trial.metrics.get("attention_recall", 1.0)
         assert (recall < floor) == (trial.status is TrialStatus.RECALL_BROKEN)
@@ -157,8 +267,8 @@ def test_without_a_floor_the_default_sets_one() -> None:
 
 def test_a_dense_default_sets_a_floor_too() -> None:
     class DenseByDefault(SyntheticEngine):
-        def __call__(self, values: Mapping[str, KnobValue]) -> Measurement:
-            measured = super().__call__(values)
+        def __call__(self, values: Mapping[str, KnobValue], order: int) -> Measurement:
+            measured = super().__call__(values, order)
             if DEFAULT.with_values(values).token_budget >= DEFAULT.token_budget:
                 return replace(measured, attention_recall=None, sparse_steps=0)
             return replace(measured, attention_recall=0.5)
@@ -171,8 +281,8 @@ def test_a_dense_default_sets_a_floor_too() -> None:
 @pytest.mark.parametrize("slo", [Slo(), Slo(min_recall=0.5)])
 def test_an_unsampled_candidate_never_wins(slo: Slo) -> None:
     class Unsampled(SyntheticEngine):
-        def __call__(self, values: Mapping[str, KnobValue]) -> Measurement:
-            measured = super().__call__(values)
+        def __call__(self, values: Mapping[str, KnobValue], order: int) -> Measurement:
+            measured = super().__call__(values, order)
             is_default = values == SPACE.default_values
             return measured if is_default else replace(measured, attention_recall=None)
 
@@ -184,17 +294,33 @@ def test_an_unsampled_candidate_never_wins(slo: Slo) -> None:
 
 def test_noise_alone_is_not_verified() -> None:
     class Flat(SyntheticEngine):
-        def __call__(self, values: Mapping[str, KnobValue]) -> Measurement:
-            return super().__call__(SPACE.default_values)
+        def __call__(self, values: Mapping[str, KnobValue], order: int) -> Measurement:
+            return super().__call__(SPACE.default_values, order)
 
-    outcome, _ = study(Flat(noise_frac=0.2))
+    engines = [Flat(noise_frac=0.05, noise_seed=seed) for seed in range(8)]
+    reasons = [reason_of(study(engine, num_trials=2)[0]) for engine in engines]
+    assert DecisionReason.ACCEPTED not in reasons
+    assert {DecisionReason.OUTRANKED, DecisionReason.NO_GAIN} <= set(reasons)
+
+
+def test_too_much_noise_decides_nothing() -> None:
+    class Erratic(SyntheticEngine):
+        """Twice as fast as the default, within a factor of three."""
+
+        def __call__(self, values: Mapping[str, KnobValue], order: int) -> Measurement:
+            measured = super().__call__(SPACE.default_values, order)
+            gain = 1.0 if values == SPACE.default_values else 6.0
+            return replace(measured, duration_s=measured.duration_s / gain)
+
+    outcome, _ = study(Erratic(noise_frac=0.5))
     assert outcome.winner is None
-    assert "does not beat" in outcome.reason or "nothing scored above" in outcome.reason
+    assert reason_of(outcome) is DecisionReason.NOISY
+    assert outcome.reason.endswith("; the default stays")
 
 
 def test_a_default_that_cannot_run_ends_the_study() -> None:
     class Broken(SyntheticEngine):
-        def __call__(self, values: Mapping[str, KnobValue]) -> Measurement:
+        def __call__(self, values: Mapping[str, KnobValue], order: int) -> Measurement:
             raise TrialFailed("no memory", status=TrialStatus.OUT_OF_MEMORY)
 
     outcome, recorded = study(Broken())
@@ -209,25 +335,38 @@ def test_a_default_outside_its_targets_can_be_replaced() -> None:
     assert outcome.default_scores == ()
 
 
-def test_a_winner_that_breaks_in_verification_is_dropped() -> None:
+@pytest.mark.parametrize(
+    ("good_calls", "reason"),
+    [(24, DecisionReason.OUTRANKED), (60, DecisionReason.CANDIDATE_FAILED)],
+)
+def test_a_winner_that_breaks_in_verification_is_dropped(
+    good_calls: int, reason: DecisionReason
+) -> None:
     class Fragile(SyntheticEngine):
-        def __call__(self, values: Mapping[str, KnobValue]) -> Measurement:
-            if len(self.calls) > 24 and values != SPACE.default_values:
+        def __call__(self, values: Mapping[str, KnobValue], order: int) -> Measurement:
+            measured = super().__call__(values, order)
+            if len(self.calls) > good_calls and values != SPACE.default_values:
                 raise TrialFailed("died", status=TrialStatus.ENGINE_ERROR)
-            return super().__call__(values)
+            return measured
 
-    outcome, recorded = study(Fragile())
+    engine = Fragile()
+    outcome, _ = study(engine)
     assert outcome.winner is None
-    assert "broke its targets" in outcome.reason
-    assert recorded[-1].status is TrialStatus.ENGINE_ERROR
+    assert reason_of(outcome) is reason
+    assert outcome.comparison is not None
+    assert outcome.comparison.windows[-1].status in (TrialStatus.ENGINE_ERROR, TrialStatus.OK)
+    assert len(engine.calls) <= good_calls + 20  # not the whole test in vain
 
 
-@pytest.mark.parametrize("stop_after", [0, 1, 7, 15])
+@pytest.mark.parametrize("stop_after", [0, 1, 7, 15, 40, 80])
 def test_ctrl_c_keeps_what_was_measured_and_resume_ends_the_same(stop_after: int) -> None:
     whole, all_trials = study(SyntheticEngine())
     outcome, first = study(SyntheticEngine(stop_after=stop_after))
     assert outcome.interrupted and outcome.winner is None
-    assert first[-1].status is TrialStatus.INTERRUPTED
+    if outcome.comparison is None:
+        assert first[-1].status is TrialStatus.INTERRUPTED
+    else:
+        assert reason_of(outcome) is DecisionReason.NOT_ENOUGH and outcome.comparison.windows
     resumed, second = study(SyntheticEngine(), first)
     assert resumed.winner is not None and whole.winner is not None
     assert resumed.winner.values == whole.winner.values
@@ -243,8 +382,40 @@ def test_ctrl_c_keeps_what_was_measured_and_resume_ends_the_same(stop_after: int
     def key(trial: TrialResult) -> tuple[str, object]:
         return trial.arm, sorted((k, str(v)) for k, v in trial.values.items())
 
-    tuned = [key(trial) for trial in finished if trial.arm != "verify"]
-    assert tuned == [key(trial) for trial in all_trials if trial.arm != "verify"]
+    assert [key(trial) for trial in finished] == [key(trial) for trial in all_trials]
+
+
+@pytest.mark.parametrize(("stop_after", "num_pairs"), [(30, 0), (70, 12), (200, 32)])
+def test_a_test_that_runs_out_of_time_decides_nothing(stop_after: int, num_pairs: int) -> None:
+    engine = SyntheticEngine(stop_after=stop_after, stop_with=OutOfTime)
+    outcome, recorded = study(engine)
+    assert not outcome.interrupted
+    assert outcome.comparison is not None
+    assert len(recorded) == 11
+    if len(engine.calls) < stop_after:
+        assert outcome.winner is not None  # it ended before
+        return
+    assert (reason_of(outcome), outcome.winner) == (DecisionReason.NOT_ENOUGH, None)
+    assert outcome.comparison.verdict.num_pairs == num_pairs
+
+
+def test_a_search_that_runs_out_of_time_leaves_a_decision_too() -> None:
+    outcome, recorded = study(SyntheticEngine(stop_after=11, stop_with=OutOfTime))
+    assert recorded[-1].status is TrialStatus.INTERRUPTED
+    assert reason_of(outcome) is DecisionReason.NOT_ENOUGH
+    with pytest.raises(OutOfTime):
+        study(SyntheticEngine(stop_after=1, stop_with=OutOfTime))
+    cut = study(SyntheticEngine(stop_after=2, stop_with=OutOfTime))[0]
+    assert (cut.comparison, cut.winner) == (None, None)
+    assert "in the time that the search had" in cut.reason
+
+
+def test_the_search_leaves_time_for_the_test() -> None:
+    engine = SyntheticEngine()
+    outcome, recorded = study(engine, left_frac=lambda: 1.0 - len(engine.calls) / 25)
+    assert len(recorded) < 11
+    assert 10 <= engine.orders.count(0) <= 11  # two fifths of 25, and the end of a trial
+    assert outcome.winner is not None
 
 
 def test_the_seed_decides_the_study() -> None:

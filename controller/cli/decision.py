@@ -1,0 +1,166 @@
+"""``sparsed decision list|show``: what was put to the test, from the database itself."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from sparsed.controller.cli.output import (
+    Output,
+    OutputOption,
+    complain,
+    print_json,
+    print_table,
+)
+from sparsed.controller.cli.session import ERROR, StateDirOption, find_state_dir
+from sparsed.tuner.acceptance import agree, decide
+from sparsed.tuner.explain import explain
+
+if TYPE_CHECKING:
+    from sparsed.core import AcceptanceDecision, AcceptanceVerdict, KnobValue
+    from sparsed.db.store import Store
+
+app = typer.Typer(
+    help="Decisions on tuned configurations, with their evidence. Needs no daemon. The live "
+    "tuner's advice is no decision: see tuner status.",
+    no_args_is_help=True,
+)
+
+
+@app.command("list")
+def list_(state_dir: StateDirOption = None, output: OutputOption = Output.TEXT) -> None:
+    """Show all decisions, newest first; as json with their windows."""
+    with _store(state_dir) as store:
+        decisions = () if store is None else store.list_acceptances()
+    if output is Output.JSON:
+        print_json(list(decisions))
+        return
+    if not decisions:
+        print("no decisions")
+        return
+    print_table(
+        ("id", "decided", "state", "reason", "gain", "p", "pairs", "model", "change"),
+        (
+            (
+                decision.decision_id,
+                _date(decision.decided_at),
+                decision.verdict.state.value,
+                decision.verdict.reason.value,
+                _percent(decision.verdict.hl),
+                _number(decision.verdict.p),
+                decision.verdict.num_pairs,
+                decision.key.model,
+                _change(decision),
+            )
+            for decision in decisions
+        ),
+    )
+
+
+@app.command()
+def show(
+    decision_id: Annotated[int, typer.Argument(metavar="ID", help="As in: decision list.")],
+    state_dir: StateDirOption = None,
+    output: OutputOption = Output.TEXT,
+) -> None:
+    """Show one decision, and decide again from its stored windows.
+
+    Exit status 1 if the stored verdict is not what its windows give.
+    """
+    with _store(state_dir) as store:
+        if store is None:
+            complain(f"no decision {decision_id}; there is no database yet")
+            raise typer.Exit(ERROR)
+        decision = store.find_acceptance(decision_id)
+    again = decide(
+        decision.windows,
+        rule=decision.rule,
+        config_from=decision.config_from,
+        config_to=decision.config_to,
+    )
+    agrees = agree(decision.verdict, again)
+    if output is Output.JSON:
+        print_json({"decision": decision, "recomputed": again, "agrees": agrees})
+    else:
+        print_table(("decision", ""), _lines(decision, again=again, agrees=agrees))
+    if not agrees:
+        complain(f"the windows of decision {decision_id} do not give its stored verdict")
+        raise typer.Exit(ERROR)
+
+
+@contextmanager
+def _store(state_dir: Path | None) -> Iterator[Store | None]:
+    """None where nothing was ever stored: asking creates no database."""
+    from sparsed.db import open_store
+
+    place = find_state_dir(state_dir)
+    if not place.database.exists():
+        yield None
+        return
+    store = open_store(place.database)
+    try:
+        yield store
+    finally:
+        store.close()
+
+
+def _lines(
+    decision: AcceptanceDecision, *, again: AcceptanceVerdict, agrees: bool
+) -> Iterator[tuple[str, object]]:
+    rule = decision.rule
+    yield "id", decision.decision_id
+    yield "stored", explain(decision.verdict, rule=rule)
+    same = "the same, from the stored windows"
+    yield "decided again", same if agrees else explain(again, rule=rule) + " - NOT as stored"
+    yield "decided", f"{_date(decision.decided_at)}, by {decision.initiated_by}"
+    yield "hardware", decision.key.hardware
+    yield "model", f"{decision.key.model}, {decision.key.dtype}"
+    yield "from", _in_words(decision.config_from)
+    yield "change", _change(decision)
+    yield from _verdict_lines(decision.verdict)
+    yield "windows", f"{len(decision.windows)} of {rule.metric}"
+    yield (
+        "rule",
+        (
+            f"{rule.num_pairs} pairs, p < {rule.alpha:g}, gain over {rule.min_effect_frac:.1%}, noise "
+            f"up to {rule.max_cv_frac:.1%}"
+        ),
+    )
+
+
+def _verdict_lines(verdict: AcceptanceVerdict) -> Iterator[tuple[str, object]]:
+    yield "pairs", verdict.num_pairs
+    limits = f"{_percent(verdict.ci_lo)} to {_percent(verdict.ci_hi)}"
+    yield "gain", "-" if verdict.hl is None else f"{_percent(verdict.hl)} ({limits})"
+    yield "p", _number(verdict.p)
+    yield "noise of a window", "-" if verdict.cv is None else f"{verdict.cv:.1%}"
+    for name, bound in verdict.loss_bounds.items():
+        yield f"{name} loss", f"at most {_percent(bound)}"
+
+
+def _change(decision: AcceptanceDecision) -> str:
+    before, after = decision.config_from, decision.config_to
+    return _in_words({name: after[name] for name in after if after[name] != before.get(name, "")})
+
+
+def _in_words(values: Mapping[str, KnobValue]) -> str:
+    pairs = values.items()
+    return ", ".join(f"{name}={'auto' if value is None else value}" for name, value in pairs)
+
+
+def _percent(log_ratio: float | None) -> str:
+    return "-" if log_ratio is None else f"{math.expm1(log_ratio):+.1%}"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}"
+
+
+def _date(at: float) -> str:
+    return datetime.fromtimestamp(at, tz=UTC).strftime("%Y-%m-%d %H:%M UTC")

@@ -1,0 +1,1 @@
+"""What a model would do on a GPU, without one: `sparsed plan`."""
