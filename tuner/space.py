@@ -49,6 +49,11 @@ class SearchSpace:
         return tuple(ladder.name for ladder in self.ladders)
 
     @property
+    def is_open(self) -> bool:
+        """Whether there is anything to choose."""
+        return any(len(ladder.rungs) > 1 for ladder in self.ladders)
+
+    @property
     def default_values(self) -> dict[str, KnobValue]:
         return {name: getattr(self.default, name) for name in self.names}
 

@@ -1043,6 +1043,15 @@ class Objective(StrEnum):
     GOODPUT = "goodput"  # requests per second that met the TTFT and TPOT targets
 
 
+class SearchMethod(StrEnum):
+    """How an offline study searches; random runs beside every other one, at equal budget."""
+
+    CONSTRAINED = "constrained"  # Bayesian, with a model of every target
+    SKOPT = "skopt"  # scikit-optimize as it comes
+    GRID = "grid"
+    RANDOM = "random"
+
+
 class TrialStatus(StrEnum):
     OK = "ok"
     OUT_OF_MEMORY = "out_of_memory"
@@ -1105,7 +1114,7 @@ class TrialResult:
     when the trial is infeasible; ``spread_frac`` is (max - min) / median over its repeats."""
 
     number: int
-    arm: str  # "default", "bayes", "random"; "verify" in studies of earlier versions
+    arm: str  # "default", "bayes", "skopt", "grid", "random"; earlier versions had "verify"
     values: Mapping[str, KnobValue]
     status: TrialStatus
     score: float | None
