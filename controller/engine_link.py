@@ -63,6 +63,7 @@ class EngineLink:
             self._limits(plan, max_queued=max_queued),
             send=self.supervisor.send,
             observe=senses.observe_request,
+            refuse=senses.observe_refusal,
             clock=time.monotonic,
             draw_seed=partial(random.Random(plan.spec.seed).getrandbits, 63),
         )

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
-from sparsed.core import EngineStats, HostGauges, Slo, Snapshot
+from sparsed.core import EngineStats, HostGauges, RefusalCount, RefusalReason, Slo, Snapshot
 from sparsed.profiler.collectors.gauges import open_gauges
 from sparsed.profiler.export import Exporter, Telemetry
 from sparsed.profiler.window import Window
@@ -29,11 +31,15 @@ class Senses:
         self._exporter = Exporter(read, slo=slo)
         self._host = HostGauges()
         self._has_report = False
+        self._refused: Counter[RefusalReason] = Counter()
 
     @property
     def totals(self) -> EngineStats:
-        """Counters over every engine of this daemon."""
-        return self._window.totals
+        """Counters over every engine of this daemon, and what it has refused itself."""
+        totals = self._window.totals
+        counts = Counter({one.reason: one.count for one in totals.refusals}) + self._refused
+        refusals = tuple(RefusalCount(reason=why, count=count) for why, count in counts.items())
+        return replace(totals, refusals=refusals)
 
     @property
     def stats(self) -> EngineStats | None:
@@ -62,6 +68,10 @@ class Senses:
     def observe_request(self, *, ttft_s: float, tpot_s: float | None) -> None:
         self._window.observe_request(ttft_s=ttft_s, tpot_s=tpot_s)
         self._exporter.observe_request(ttft_s=ttft_s, tpot_s=tpot_s)
+
+    def observe_refusal(self, reason: RefusalReason) -> None:
+        """A request that no engine will see."""
+        self._refused[reason] += 1
 
     def metrics(self) -> bytes:
         """Prometheus text of now."""

@@ -710,12 +710,14 @@ class WaitReason(StrEnum):
 
 
 class RefusalReason(StrEnum):
-    """Why the engine ends a request without a token."""
+    """Why a request ends without a token: refused by the daemon, or by its engine."""
 
     INVALID = "invalid"  # a field is wrong
     TOO_LONG = "too-long"  # for max_model_len
     DRAM_TIER = "dram-tier"  # not even alone
     HOT_TIER = "hot-tier"  # not even alone
+    QUEUE_FULL = "queue-full"  # as many wait as may; never seen by an engine
+    DRAINING = "draining"  # the daemon ends; never seen by an engine
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
