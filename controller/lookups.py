@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from sparsed.controller.recovery import TunedValues, tuned_values
 from sparsed.controller.state_dir import StateDir
 from sparsed.core import LinkCalibration, LinkKey, Profile, ProfileKey
 from sparsed.db import open_store
 from sparsed.db.store import Store
 
 FindVerified = Callable[[ProfileKey], Profile | None]
+FindTuned = Callable[[ProfileKey], TunedValues]
 FindCalibration = Callable[[LinkKey], LinkCalibration | None]
 
 
@@ -26,6 +28,14 @@ def calibrations_of(state_dir: StateDir) -> FindCalibration:
     def find(key: LinkKey) -> LinkCalibration | None:
         with _database(state_dir) as store:
             return store.find_calibration(key) if store else None
+
+    return find
+
+
+def tuned_of(state_dir: StateDir) -> FindTuned:
+    def find(key: ProfileKey) -> TunedValues:
+        with _database(state_dir) as store:
+            return tuned_values(store, key) if store else TunedValues()
 
     return find
 

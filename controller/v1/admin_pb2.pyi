@@ -33,6 +33,7 @@ class KnobSource(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     KNOB_SOURCE_ENVIRONMENT: _ClassVar[KnobSource]
     KNOB_SOURCE_FLAG: _ClassVar[KnobSource]
     KNOB_SOURCE_LIVE: _ClassVar[KnobSource]
+    KNOB_SOURCE_TUNER: _ClassVar[KnobSource]
 
 class WaitReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -155,6 +156,7 @@ KNOB_SOURCE_FILE: KnobSource
 KNOB_SOURCE_ENVIRONMENT: KnobSource
 KNOB_SOURCE_FLAG: KnobSource
 KNOB_SOURCE_LIVE: KnobSource
+KNOB_SOURCE_TUNER: KnobSource
 WAIT_REASON_UNSPECIFIED: WaitReason
 WAIT_REASON_ACTIVE_LIMIT: WaitReason
 WAIT_REASON_HOT_TIER: WaitReason
