@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from sparsed.controller.recovery import TunedValues, tuned_values
 from sparsed.controller.state_dir import StateDir
-from sparsed.core import LinkCalibration, LinkKey, Profile, ProfileKey
+from sparsed.core import ExitCode, LinkCalibration, LinkKey, Profile, ProfileKey, StartError
 from sparsed.db import open_store
+from sparsed.db.memory import InMemoryProfileStore
 from sparsed.db.store import Store
+
+logger = logging.getLogger(__name__)
 
 FindVerified = Callable[[ProfileKey], Profile | None]
 FindTuned = Callable[[ProfileKey], TunedValues]
@@ -51,3 +55,17 @@ def _database(state_dir: StateDir) -> Iterator[Store | None]:
         yield store
     finally:
         store.close()
+
+
+def open_or_remember(state_dir: StateDir) -> tuple[Store, str | None]:
+    """The database, or a store in memory and the reason: a bad disk must not keep us down.
+
+    Errors: StartError for a database that is damaged or newer than this version.
+    """
+    try:
+        return open_store(state_dir.database), None
+    except StartError as error:
+        if error.code is ExitCode.DATA:
+            raise
+        logger.warning("%s; profiles and measurements are kept in memory only", error)
+        return InMemoryProfileStore(), str(error)

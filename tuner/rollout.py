@@ -241,7 +241,9 @@ def _close_window(state: Rollout, *, at: float, rule: RolloutRule, slo: Slo) -> 
     if slot_of(candidate, rule).is_candidate is before.is_candidate:
         return replace(state, candidate=candidate), ()
     candidate = replace(candidate, turn_s=None, breaches=0)
-    change = Apply(values=wanted(candidate, rule))
+    change = Apply(
+        values=wanted(candidate, rule), needs_marker=slot_of(candidate, rule).is_candidate
+    )
     return replace(state, candidate=candidate), (change,)
 
 

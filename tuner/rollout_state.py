@@ -185,9 +185,10 @@ class Mark:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Apply:
-    """Have these hot knobs in force."""
+    """Have these hot knobs in force. ``needs_marker``: only if the marker is on the disk."""
 
     values: Values
+    needs_marker: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
