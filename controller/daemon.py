@@ -93,7 +93,7 @@ class Daemon:
             store,
             plan,
             slo=config.slo,
-            apply=self._apply_tuned,
+            apply=lambda values: self._engine.have(values),
             read_failures=lambda: self._engine.ledger.num_failed,
             kill_file=config.state_dir.tuner_kill_file,
         )
@@ -307,12 +307,6 @@ class Daemon:
 
     def _on_engine_lost(self, reason: str) -> None:
         if (values := self._tuner.on_engine_lost(reason)) is not None:
-            self._engine.fall_back(values)
-
-    async def _apply_tuned(self, values: Mapping[str, KnobValue]) -> None:
-        if self._engine.up:
-            await self._engine.apply(self._engine.board.wanted.with_values(values))
-        else:
             self._engine.fall_back(values)
 
     def _telemetry(self) -> Telemetry:

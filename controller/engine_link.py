@@ -97,6 +97,13 @@ class EngineLink:
         if (error := answer.result().error) is not None:
             raise InputError(error)
 
+    async def have(self, values: Mapping[str, KnobValue]) -> None:
+        """Like ``apply`` for some hot knobs; where there is no engine, the next one has them."""
+        if self.up:
+            await self.apply(self.board.wanted.with_values(values))
+        else:
+            self.fall_back(values)
+
     def fall_back(self, values: Mapping[str, KnobValue]) -> None:
         """The next engine begins with these hot knobs; only while there is none."""
         knobs = self.board.knobs.with_values(values)

@@ -25,6 +25,10 @@ from sparsed.db.store import Store
 from sparsed.tuner.gate import TUNER
 from sparsed.tuner.rollout_state import Values
 
+SAFE_MODE = (
+    "safe mode: three crashes under values of the live tuner; conservative values, tuner off, "
+    "until: sparsed tuner revive, then a restart"
+)
 GIVEN = (KnobSource.FILE, KnobSource.ENVIRONMENT, KnobSource.FLAG)
 
 
@@ -134,10 +138,7 @@ class LiveTuner:
         """Why the daemon is degraded."""
         if self._rollout.controls.safe_since is None:
             return ()
-        return (
-            "safe mode: it crashed three times under values of the live tuner; conservative "
-            "values, tuner off, until: sparsed tuner revive",
-        )
+        return (SAFE_MODE,)
 
     def _on_decision(self, decision: Decision) -> None:
         if decision.values and self._advice.state().mode is TunerMode.AUTO:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Final
 
 from sparsed.core import KnobValue, ProfileKey
-from sparsed.db.store import RolloutStore
+from sparsed.db.store import RolloutStore, StoreError
 
 MAX_CRASHES: Final = 3  # in a row
 CRASHES_WINDOW_S: Final = 600.0  # of serving, all of them together
@@ -37,9 +37,16 @@ def recover(store: RolloutStore, *, at: float) -> None:
     """Settle what a death left: a marked candidate has failed; too many crashes under values of
     the live tuner, within ten minutes of serving, mean safe mode. Once, before anything starts.
 
-    May itself be killed at any moment: what is left then is settled by the next start. Errors:
-    StoreError.
+    May itself be killed, or find the store failing: what is left then is settled by the next
+    start. The values of this one do not depend on it.
     """
+    try:
+        _settle(store, at=at)
+    except StoreError as error:
+        logger.warning("what the live tuner left cannot be settled: %s", error)
+
+
+def _settle(store: RolloutStore, *, at: float) -> None:
     for record in store.fail_marked(at):
         logger.warning("the daemon died while it tested %s: reverted", dict(record.config_to))
     crashes = store.list_runs()[:MAX_CRASHES]
