@@ -182,4 +182,5 @@ def _show(state: TunerState, output: Output) -> None:
 
 
 def _change(values: Mapping[str, KnobValue]) -> str:
-    return " ".join(f"{name}={'auto' if item is None else item}" for name, item in values.items())
+    shown = sorted(values.items())
+    return " ".join(f"{name}={'auto' if item is None else item}" for name, item in shown)

@@ -187,7 +187,7 @@ def test_bad_assignments(
 
 
 def test_the_tuner_is_switched(sparsed: Sparsed, daemon: Any) -> None:
-    for verb in ("advise", "observe", "off"):
+    for verb in ("advise", "observe", "auto", "off"):
         assert sparsed("tuner", verb) == 0
         assert daemon.control.now.tuner_mode is TunerMode(verb)
 

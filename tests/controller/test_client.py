@@ -33,6 +33,10 @@ class Direct:
     def set_knobs(self, values: dict[str, KnobValue], **options: Any) -> Any:
         return asyncio.run(self._control.set_knobs(check_knob_values(values), **options))
 
+    def steer_tuner(self, verb: TunerVerb, **options: Any) -> Any:
+        steer = self._control.steer_tuner(verb, **({"knob": "", "validate_only": False} | options))
+        return asyncio.run(steer)
+
     def drain(self, *, timeout_s: float | None) -> int:
         return asyncio.run(self._control.drain(timeout_s=timeout_s))
 
