@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -231,7 +232,7 @@ def test_a_candidate_that_is_no_better_goes_and_stays_away() -> None:
     ],
 )
 def test_a_tripwire_reverts_in_its_own_tick(
-    figures: dict[str, object], num_ticks: int, reason: RolloutReason
+    figures: dict[str, Any], num_ticks: int, reason: RolloutReason
 ) -> None:
     world = canary()
     world.until_candidate_runs()
