@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,9 +22,11 @@ from sparsed.core import (
     Snapshot,
     TunerMode,
 )
-from sparsed.db.store import Store
+from sparsed.db.store import Store, StoreError
 from sparsed.tuner.gate import TUNER
 from sparsed.tuner.rollout_state import Values
+
+logger = logging.getLogger(__name__)
 
 SAFE_MODE = (
     "safe mode: three crashes under values of the live tuner; conservative values, tuner off, "
@@ -65,7 +68,10 @@ class LiveTuner:
     async def serve(self) -> None:
         """While the engine serves; until cancelled."""
         if self._starts_tuned and self._rollout.controls.safe_since is None:
-            await self._rollout.begin_run()
+            try:
+                await self._rollout.begin_run()
+            except StoreError as error:
+                logger.warning("crashes of this run will not count: %s", error)
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._rollout.work())
             tasks.create_task(self._rollout.watch())

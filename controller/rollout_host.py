@@ -178,7 +178,8 @@ class RolloutHost:
     # ---- life ------------------------------------------------------------------------------
 
     async def begin_run(self) -> None:
-        """Values of the live tuner are in force: if the process dies now, that counts."""
+        """Values of the live tuner are in force: if the process dies now, that counts. StoreError
+        if that could not be kept."""
         if self._run_id is None:
             self._run_id = await asyncio.to_thread(self._store.begin_run, self._clock())
 
@@ -188,6 +189,9 @@ class RolloutHost:
             batch = await self._batches.get()
             try:
                 await self._do(batch)
+            except asyncio.CancelledError:
+                self._owed.append(batch)  # to be written by ``close``; twice does no harm
+                raise
             finally:
                 self._batches.task_done()
 

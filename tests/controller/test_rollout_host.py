@@ -210,6 +210,25 @@ def test_an_ordered_end_leaves_no_marker(tmp_path: Path) -> None:
     assert [run.ended for run in store.list_runs()] == [True]
 
 
+def test_an_end_cut_off_by_the_shutdown_is_still_written(tmp_path: Path) -> None:
+    store = InMemoryProfileStore()
+
+    async def scenario(daemon: Any) -> None:
+        await under_test(daemon)
+        begun = asyncio.Event()
+
+        async def never(values: Any) -> None:
+            begun.set()
+            await asyncio.Event().wait()
+
+        daemon.host._apply = never
+        daemon.host.trip(RolloutReason.ENGINE_DIED)
+        await begun.wait()
+
+    play(tmp_path, scenario, store)
+    assert store.fail_marked(0.0) == ()
+
+
 def test_a_start_goes_on_with_pins_good_and_mode_advise(tmp_path: Path) -> None:
     store = InMemoryProfileStore()
 
