@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
@@ -134,6 +135,29 @@ def test_without_a_marker_on_the_disk_nothing_is_applied(tmp_path: Path) -> None
         assert story.FIRST not in daemon.applied
 
     play(tmp_path, scenario, store)
+
+
+def test_a_candidate_whose_marker_fails_late_is_never_applied(tmp_path: Path) -> None:
+    """The store hangs while the windows go on, so that the candidate's turn comes first."""
+    disk = threading.Event()
+
+    class SlowStore(InMemoryProfileStore):
+        def mark_rollout(self, *args: Any, **kwargs: Any) -> None:
+            disk.wait(timeout=30)
+            raise StoreError("disk full")
+
+    async def scenario(daemon: Any) -> None:
+        daemon.host.propose(story.FIRST, initiated_by="auto")
+        while daemon.host._state.candidate.turn < 2:
+            daemon.at += 1.0
+            snapshot = story.replace(story.SNAPSHOT, ended_at=daemon.at, knobs=daemon.knobs)
+            daemon.host.on_snapshot(snapshot)
+        disk.set()
+        await daemon.settled()
+        assert reasons(daemon)[0] is RolloutReason.STORE_FAILED
+        assert story.FIRST not in daemon.applied
+
+    play(tmp_path, scenario, SlowStore())
 
 
 def test_an_end_that_cannot_be_stored_is_tried_until_it_is(tmp_path: Path) -> None:

@@ -321,6 +321,18 @@ def test_the_gate_says_what_it_waits_for() -> None:
     assert world.phase is Phase.WAITING and "error budget" in held(world)
 
 
+def test_one_test_after_the_other_never_takes_more_than_its_share() -> None:
+    world = World()
+    world.serve(EARNED_S)
+    for number in range(200):
+        world.state = replace(world.state, failed=(), cool_at=0.0)
+        world.propose({"max_num_active_seqs": 3 if number % 2 else 6})
+        world.serve(20)
+        share = world.explored_s / world.busy_s
+        assert share <= RULE.max_explored_frac
+    assert share > 0.5 * RULE.max_explored_frac, "it did explore"
+
+
 @pytest.mark.parametrize(
     ("controls", "reason"),
     [
@@ -385,6 +397,12 @@ class AnyOrder(RuleBasedStateMachine):
     @rule()
     def earn(self) -> None:
         self.world.serve(EARNED_S)
+
+    @rule(active=st.sampled_from([3, 6]))
+    def test_and_forget(self, active: int) -> None:
+        self.world.state = replace(self.world.state, failed=(), cool_at=0.0)
+        self.world.propose({"max_num_active_seqs": active})
+        self.world.serve(100)
 
     @rule(active=st.sampled_from([2, 3, 5, 6, 8]), by=st.sampled_from(["auto", "operator"]))
     def propose(self, active: int, by: str) -> None:
