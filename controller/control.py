@@ -15,6 +15,7 @@ from sparsed.core import (
     KnobSpec,
     KnobValue,
     MemoryPlan,
+    RolloutRecord,
     Snapshot,
     TunerMode,
 )
@@ -31,7 +32,8 @@ class DaemonState(StrEnum):
 
 
 class KnobSource(StrEnum):
-    """Where a value came from. LIVE: set while serving, now or for this start."""
+    """Where a value came from. LIVE: set while serving, now or for this start. TUNER: the last
+    known good of the live tuner, or what safe mode takes."""
 
     DEFAULT = "default"
     MACHINE = "machine"
@@ -40,6 +42,7 @@ class KnobSource(StrEnum):
     ENVIRONMENT = "environment"
     FLAG = "flag"
     LIVE = "live"
+    TUNER = "tuner"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,14 +80,37 @@ class DaemonStatus:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TunerState:
+    """``hold``: why no candidate is tested now, empty while one is. ``pins``: knobs that are left
+    alone, by operators and by the start's flags. ``explored_frac``: of the busy time so far."""
+
     mode: TunerMode
     num_observations: int
     decisions: tuple[Decision, ...] = field(default_factory=tuple)  # newest first
+    rollouts: tuple[RolloutRecord, ...] = ()  # newest first
+    pins: tuple[str, ...] = ()
+    frozen: bool = False
+    killed: bool = False
+    safe_mode: bool = False
+    hold: str = ""
+    explored_frac: float = 0.0
+
+
+class TunerVerb(StrEnum):
+    """What operators may tell the live tuner beside its mode."""
+
+    KILL = "kill"  # undo what is not proved, and end tuning, also after restarts
+    REVIVE = "revive"  # lift that, and safe mode
+    FREEZE = "freeze"
+    UNFREEZE = "unfreeze"
+    APPROVE = "approve"
+    REJECT = "reject"
+    PIN = "pin"
+    UNPIN = "unpin"
 
 
 class Control(Protocol):
-    """Implemented by the daemon. Called on the event loop; only ``drain`` and ``set_knobs``
-    wait. InputError: a bad value, nothing has changed."""
+    """Implemented by the daemon. Called on the event loop; only ``drain``, ``set_knobs``
+    and ``steer_tuner`` wait. InputError: a bad value, nothing has changed."""
 
     @property
     def profiles(self) -> ProfileStore: ...
@@ -110,4 +136,11 @@ class Control(Protocol):
 
     def tuner(self, mode: TunerMode | None = None) -> TunerState:
         """The live tuner's state, after switching to ``mode`` if one is given."""
+        ...
+
+    async def steer_tuner(
+        self, verb: TunerVerb, *, knob: str, validate_only: bool, reason: str
+    ) -> TunerState:
+        """Tell the live tuner something; ``knob`` is for pins. Returns once it is kept on the
+        disk. InputError for what cannot be done now, StoreError if it could not be kept."""
         ...

@@ -11,14 +11,13 @@ from sparsed.core import KNOBS_BY_NAME, Decision, Knobs, KnobValue, TrialResult,
 from sparsed.tuner.guard import guard
 from sparsed.tuner.messages import LiveContext
 from sparsed.tuner.policy import neighbours
-from sparsed.tuner.space import Point, SearchSpace, build_space
+from sparsed.tuner.space import Point, SearchSpace, build_space, live_space
 from sparsed.tuner.surrogate import Surrogate
 
 MIN_BUSY_FRAC: Final = 0.5  # of the windows
 PENALTY_LOG: Final = 0.5
 MIN_TRIALS: Final = 4
 MIN_GAIN_FRAC: Final = 0.03  # below this the incumbent stays
-RESTART_KNOBS: Final = frozenset({"page_size"})
 MAX_HBM_BUDGET: Final = int(KNOBS_BY_NAME["hbm_budget"].maximum or 0)
 
 Change = tuple[Mapping[str, KnobValue], str]  # values and reason; no values: hold
@@ -103,13 +102,6 @@ def penalized(scores: Sequence[float | None]) -> list[float]:
     known = [math.log(score) for score in scores if score is not None]
     penalty = min(known) - PENALTY_LOG
     return [penalty if score is None else math.log(score) for score in scores]
-
-
-def live_space(current: Knobs) -> SearchSpace:
-    """Hot knobs only; a hot budget on auto is left to its closed form."""
-    auto = {"hbm_budget"} if current.hbm_budget is None else set()
-    hbm_budget = current.hbm_budget or current.token_budget
-    return build_space(current, auto_hbm_budget=hbm_budget, fixed=RESTART_KNOBS | auto)
 
 
 def _lift(point: Point, space: SearchSpace, whole: SearchSpace) -> Point:

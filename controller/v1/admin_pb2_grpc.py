@@ -5,7 +5,7 @@ import warnings
 
 from sparsed.controller.v1 import admin_pb2 as sparsed_dot_controller_dot_v1_dot_admin__pb2
 
-GRPC_GENERATED_VERSION = '1.75.1'
+GRPC_GENERATED_VERSION = '1.80.1'
 GRPC_VERSION = grpc.__version__
 _version_not_supported = False
 
@@ -18,7 +18,7 @@ except ImportError:
 if _version_not_supported:
     raise RuntimeError(
         f'The grpc package installed is at version {GRPC_VERSION},'
-        + f' but the generated code in sparsed/controller/v1/admin_pb2_grpc.py depends on'
+        + ' but the generated code in sparsed/controller/v1/admin_pb2_grpc.py depends on'
         + f' grpcio>={GRPC_GENERATED_VERSION}.'
         + f' Please upgrade your grpc module to grpcio>={GRPC_GENERATED_VERSION}'
         + f' or downgrade your generated code using grpcio-tools<={GRPC_VERSION}.'
@@ -406,19 +406,22 @@ class TuningServiceServicer(object):
     """Missing associated documentation comment in .proto file."""
 
     def Start(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Lifts the kill switch and safe mode.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Stop(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """The kill switch: undoes what is not proved, and ends tuning, also after restarts.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Pause(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Freezes: no candidate is tested until Resume.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -460,7 +463,8 @@ class TuningServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Approve(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """The newest advice becomes a candidate, which is tested like those of mode auto.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -950,7 +954,8 @@ class KnobServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Set(self, request, context):
-        """Hot knobs change at the next step boundary, the others wait as `pending` for a restart.
+        """Answers when hot knobs are in force, and at once for the others, which wait as `pending` for a
+        restart. The engine serves with the old ones while it gets ready; the newest change counts.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -19,6 +19,7 @@ from sparsed.controller.control import (
     KnobSource,
     KnobState,
     TunerState,
+    TunerVerb,
 )
 from sparsed.controller.lookups import FindVerified
 from sparsed.controller.servicer import AdminServers, serve
@@ -40,6 +41,9 @@ from sparsed.core import (
     Profile,
     ProfileKey,
     ProfileStatus,
+    RolloutReason,
+    RolloutRecord,
+    RolloutState,
     Snapshot,
     TunerMode,
 )
@@ -138,6 +142,16 @@ PROFILE = Profile(
 )
 
 
+ROLLOUT = RolloutRecord(
+    state=RolloutState.REVERTED,
+    reason=RolloutReason.SLO_BREACH,
+    config_from={"hbm_budget": None, "token_budget": 2048},
+    config_to={"hbm_budget": 4096, "token_budget": 1536},
+    initiated_by="auto",
+    at=1.7e9,
+)
+
+
 class ScriptedControl:
     """A daemon without engine: knobs and modes are kept, drains wait for ``may_drain``."""
 
@@ -153,6 +167,8 @@ class ScriptedControl:
         self.stops = 0
         self.step_s = 0.01
         self.is_engine_away = False
+        self.pins: set[str] = set()
+        self.verbs: list[TunerVerb] = []
 
     def status(self) -> DaemonStatus:
         return self.now
@@ -201,7 +217,29 @@ class ScriptedControl:
             predicted_score=12.0,
             current_score=None,
         )
-        return TunerState(mode=self.now.tuner_mode, num_observations=7, decisions=(advice,))
+        return TunerState(
+            mode=self.now.tuner_mode,
+            num_observations=7,
+            decisions=(advice,),
+            rollouts=(ROLLOUT,),
+            pins=tuple(sorted(self.pins)),
+            killed=self.verbs[-1:] == [TunerVerb.KILL],
+            hold="too little traffic",
+            explored_frac=0.025,
+        )
+
+    async def steer_tuner(
+        self, verb: TunerVerb, *, knob: str, validate_only: bool, reason: str
+    ) -> TunerState:
+        if knob and knob not in KNOBS_BY_NAME:
+            raise InputError(f"unknown knob {knob!r}; see: sparsed knobs list", field="knob")
+        if not validate_only:
+            self.verbs.append(verb)
+            if verb is TunerVerb.PIN:
+                self.pins.add(knob)
+            elif verb is TunerVerb.UNPIN:
+                self.pins.discard(knob)
+        return self.tuner()
 
 
 @dataclass(frozen=True, slots=True)

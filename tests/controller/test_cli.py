@@ -187,7 +187,7 @@ def test_bad_assignments(
 
 
 def test_the_tuner_is_switched(sparsed: Sparsed, daemon: Any) -> None:
-    for verb in ("advise", "observe", "off"):
+    for verb in ("advise", "observe", "auto", "off"):
         assert sparsed("tuner", verb) == 0
         assert daemon.control.now.tuner_mode is TunerMode(verb)
 
@@ -361,3 +361,25 @@ def test_light_verbs_load_nothing_heavy(arguments: list[str]) -> None:
 def _made(directory: Path) -> Path:
     directory.mkdir()
     return directory
+
+
+def test_the_tuner_is_steered(
+    sparsed: Sparsed, daemon: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for words in (("freeze",), ("unfreeze",), ("approve",), ("reject",), ("revive",)):
+        assert sparsed("tuner", *words) == 0
+    assert sparsed("tuner", "pin", "token_budget", "--reason", "mine") == 0
+    capsys.readouterr()
+    assert sparsed("tuner", "kill") == 0
+    text = capsys.readouterr().out
+    for part in (
+        "stopped: killed",
+        "left alone: token_budget",
+        "candidate: too little traffic; 2.5% of the busy time",
+        "reverted: hbm_budget=4096 token_budget=1536: slo_breach, by auto",
+        "advice: token_budget=1024",
+    ):
+        assert part in text
+    assert sparsed("tuner", "unpin", "token_budget") == 0
+    verbs = [verb.value for verb in daemon.control.verbs]
+    assert verbs == ["freeze", "unfreeze", "approve", "reject", "revive", "pin", "kill", "unpin"]
