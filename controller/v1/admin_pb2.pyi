@@ -53,6 +53,8 @@ class RefusalReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     REFUSAL_REASON_TOO_LONG: _ClassVar[RefusalReason]
     REFUSAL_REASON_DRAM_TIER: _ClassVar[RefusalReason]
     REFUSAL_REASON_HOT_TIER: _ClassVar[RefusalReason]
+    REFUSAL_REASON_QUEUE_FULL: _ClassVar[RefusalReason]
+    REFUSAL_REASON_DRAINING: _ClassVar[RefusalReason]
 
 class TunerMode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -170,6 +172,8 @@ REFUSAL_REASON_INVALID: RefusalReason
 REFUSAL_REASON_TOO_LONG: RefusalReason
 REFUSAL_REASON_DRAM_TIER: RefusalReason
 REFUSAL_REASON_HOT_TIER: RefusalReason
+REFUSAL_REASON_QUEUE_FULL: RefusalReason
+REFUSAL_REASON_DRAINING: RefusalReason
 TUNER_MODE_UNSPECIFIED: TunerMode
 TUNER_MODE_OFF: TunerMode
 TUNER_MODE_OBSERVE: TunerMode
