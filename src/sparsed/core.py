@@ -187,13 +187,13 @@ KNOB_SPECS: tuple[KnobSpec, ...] = (
     ),
     KnobSpec(
         name="residency_watermark",
-        unit="of the hot tier",
+        unit="share",
         klass=KnobClass.HOT,
         default=0.1,
         minimum=0.0,
         maximum=0.5,
         integer=False,
-        help="share of the hot tier that stays free while requests are kept there whole; below it "
+        help="part of the hot tier that stays free while requests are kept there whole; below it "
         "they keep what they have a right to",
     ),
     KnobSpec(
