@@ -121,8 +121,11 @@ class Daemon:
             stack.push_async_callback(self._engine.stop)
             await self._open_admin(stack)
             http = await self._open_http(stack, bound)
+            # However it ends, HTTP is still there to tell the clients.
+            stack.callback(self._engine.ledger.cut_off_all, SHUTTING_DOWN)
             await self._until_stopped(http, stack)
-            await self._drain_before_end()
+            if self._engine.facts is not None:
+                await self._drain_or_hurry()
 
     async def _until_stopped(self, http: asyncio.Task[None], stack: AsyncExitStack) -> None:
         """Wait for a stop; a part that ends by itself takes the daemon with it, loudly."""
@@ -155,11 +158,6 @@ class Daemon:
         device = self._plan.spec.device
         gpu_index = None if device == "cpu" else int(device.partition(":")[2])
         await self._senses.watch_host(self._pids, gpu_index=gpu_index)
-
-    async def _drain_before_end(self) -> None:
-        if self._engine.facts is not None:
-            await self._drain_or_hurry()
-        self._engine.ledger.cut_off_all(SHUTTING_DOWN)  # while HTTP can still tell their clients
 
     async def _drain_or_hurry(self) -> None:
         drain = asyncio.create_task(self.drain(timeout_s=self._config.drain_timeout_s))
