@@ -18,6 +18,7 @@ from sparsed.core import (
     AddRequest,
     ApplyKnobs,
     EngineStats,
+    FailureCause,
     FinishReason,
     InputError,
     KnobClass,
@@ -38,6 +39,14 @@ from sparsed.tuner.objective import TrialFailed
 PROBE_INPUT_TOKENS: Final = 512
 PROBE_OUTPUT_TOKENS: Final = 16
 START_DEADLINE_S: Final = 300.0
+STATUSES: Final = {
+    FailureCause.DEVICE_MEMORY: TrialStatus.OUT_OF_MEMORY,
+    FailureCause.HOST_MEMORY: TrialStatus.HOST_OUT_OF_MEMORY,
+    FailureCause.DEVICE: TrialStatus.DEVICE_ERROR,
+    FailureCause.CONFIG: TrialStatus.INVALID_CONFIG,
+    FailureCause.HANG: TrialStatus.TIMEOUT,
+    FailureCause.OTHER: TrialStatus.ENGINE_ERROR,
+}
 STOP_TIMEOUT_S: Final = 5.0
 RESTART_KNOBS: Final = tuple(spec.name for spec in KNOB_SPECS if spec.klass is KnobClass.RESTART)
 
@@ -154,9 +163,14 @@ class EngineBench:
             self._calibration = facts.calibration or self._calibration
         except InputError as error:
             raise TrialFailed(str(error), status=TrialStatus.INVALID_CONFIG) from error
-        except (StartError, TimeoutError) as error:
+        except StartError as error:
             await self.close()
-            raise TrialFailed(str(error) or "slow start", status=_status(str(error))) from error
+            raise TrialFailed(str(error), status=STATUSES[error.cause]) from error
+        except TimeoutError:
+            await self.close()
+            raise TrialFailed(
+                f"it was not loaded after {START_DEADLINE_S:.0f} s", status=TrialStatus.TIMEOUT
+            ) from None
 
     async def _apply(self, knobs: Knobs) -> bool:
         assert self._supervisor is not None
@@ -175,8 +189,10 @@ class EngineBench:
     async def _next(self) -> FromEngine:
         message = await self._inbox.get()
         if isinstance(message, str):
+            assert self._supervisor is not None
+            status = STATUSES[self._supervisor.cause]
             await self.close()
-            raise TrialFailed(f"the engine was lost: {message}", status=_status(message))
+            raise TrialFailed(f"the engine was lost: {message}", status=status)
         return message
 
     # one window
@@ -258,8 +274,9 @@ class _Window:
             timing.first_s = timing.first_s or now_s
             timing.last_s, timing.num_tokens = now_s, timing.num_tokens + 1
         if output.finish_reason is FinishReason.ERROR:
-            reason = output.error or "a request failed"
-            raise TrialFailed(reason, status=_status(reason))
+            # Requests of a workload are sound: these knobs have no room for one.
+            reason = output.error or "a request was refused"
+            raise TrialFailed(reason, status=TrialStatus.INVALID_CONFIG)
         if output.finish_reason is not None:
             self.done.add(output.request_id)
             self.sparse_steps += output.sparse.sparse_steps if output.sparse else 0
@@ -284,9 +301,3 @@ class _Window:
 
 def _needs_restart(running: Knobs, wanted: Knobs) -> bool:
     return any(getattr(running, name) != getattr(wanted, name) for name in RESTART_KNOBS)
-
-
-def _status(reason: str) -> TrialStatus:
-    """The kernel ends a process that takes too much memory by SIGKILL; torch says it in words."""
-    memory = "memory" in reason or "SIGKILL" in reason
-    return TrialStatus.OUT_OF_MEMORY if memory else TrialStatus.ENGINE_ERROR

@@ -18,6 +18,8 @@ LEAST_LOSS: Final = 1e-3  # of attention: a floor nearer to 1 cannot be told fro
 LEAST_SCORE: Final = 1e-9  # of a run that gave nothing: its logarithm must be finite
 CRASHES: Final = {
     TrialStatus.OUT_OF_MEMORY: Crash.OOM_DEVICE,
+    TrialStatus.HOST_OUT_OF_MEMORY: Crash.OOM_HOST_PINNED,
+    TrialStatus.DEVICE_ERROR: Crash.CUDA_ERROR,
     TrialStatus.INVALID_CONFIG: Crash.INVALID_CONFIG,
     TrialStatus.TIMEOUT: Crash.TIMEOUT,
     TrialStatus.ENGINE_ERROR: Crash.ENGINE_BUG,
@@ -96,7 +98,7 @@ def window_metrics(measurement: Measurement, *, slo: Slo) -> dict[str, float | N
 
 def observe(trial: TrialResult, *, objective: Objective, slo: Slo) -> Observation:
     """What a search may learn of a trial, also of one that missed its targets."""
-    if crash := _crash(trial):
+    if crash := CRASHES.get(trial.status):
         return Observation(values=trial.values, objective=None, crash=crash)
     score = max(trial.metrics.get(METRICS[objective], 0.0), LEAST_SCORE)
     return Observation(
@@ -130,19 +132,6 @@ def percentile(values: Sequence[float], frac: float) -> float | None:
     if not values:
         return None
     return sorted(values)[max(0, math.ceil(frac * len(values)) - 1)]
-
-
-def _crash(trial: TrialResult) -> Crash | None:
-    """By the status; what it does not tell apart, by the words of the driver."""
-    crash = CRASHES.get(trial.status)
-    reason = trial.reason.lower()
-    if crash is Crash.OOM_DEVICE and ("pinned" in reason or "host" in reason):
-        return Crash.OOM_HOST_PINNED
-    if crash is not Crash.ENGINE_BUG:
-        return crash
-    if "xid" in reason:
-        return Crash.XID
-    return Crash.CUDA_ERROR if "cuda error" in reason else crash
 
 
 def _num_good(measurement: Measurement, *, slo: Slo) -> int:

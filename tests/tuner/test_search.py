@@ -205,11 +205,10 @@ def finished(
 @pytest.mark.parametrize(
     ("status", "reason", "crash"),
     [
-        (TrialStatus.OUT_OF_MEMORY, "CUDA out of memory", Crash.OOM_DEVICE),
-        (TrialStatus.OUT_OF_MEMORY, "cannot register pinned memory", Crash.OOM_HOST_PINNED),
-        (TrialStatus.ENGINE_ERROR, "CUDA error: misaligned address", Crash.CUDA_ERROR),
-        (TrialStatus.ENGINE_ERROR, "NVRM: Xid 79", Crash.XID),
-        (TrialStatus.ENGINE_ERROR, "KeyError: 3", Crash.ENGINE_BUG),
+        (TrialStatus.OUT_OF_MEMORY, "", Crash.OOM_DEVICE),
+        (TrialStatus.HOST_OUT_OF_MEMORY, "", Crash.OOM_HOST_PINNED),
+        (TrialStatus.DEVICE_ERROR, "an illegal memory access", Crash.CUDA_ERROR),
+        (TrialStatus.ENGINE_ERROR, "pinned memory, CUDA error, Xid 79", Crash.ENGINE_BUG),
         (TrialStatus.TIMEOUT, "", Crash.TIMEOUT),
         (TrialStatus.INVALID_CONFIG, "", Crash.INVALID_CONFIG),
         (TrialStatus.INTERRUPTED, "", Crash.INTERRUPTED),
