@@ -15,6 +15,8 @@ METRICS: Final = {
     Objective.GOODPUT: "goodput_requests_per_s",
 }
 LEAST_LOSS: Final = 1e-3  # of attention: a floor nearer to 1 cannot be told from 1
+MAX_HBM_FRAC: Final = 1.0  # of the device, all its users together
+MAX_LINK_BUSY_FRAC: Final = 0.9
 LEAST_SCORE: Final = 1e-9  # of a run that gave nothing: its logarithm must be finite
 CRASHES: Final = {
     TrialStatus.OUT_OF_MEMORY: Crash.OOM_DEVICE,
@@ -73,6 +75,8 @@ def describe(measurement: Measurement, *, slo: Slo) -> dict[str, float]:
         "hot_hit_frac": measurement.hot_hit_frac,
         "h2d_bytes": float(measurement.h2d_bytes),
         "hot_peak_bytes": float(measurement.hot_peak_bytes),
+        "hbm_peak_frac": measurement.hbm_peak_frac,
+        "link_busy_frac": measurement.link_busy_frac,
         "errors": float(measurement.errors),
     }
     return {
@@ -112,8 +116,15 @@ def slacks(
     metrics: Mapping[str, float], *, objective: Objective, slo: Slo
 ) -> dict[Constraint, float]:
     """Figure over target minus one, of every target that the objective holds a run against;
-    quality is the attention lost over what may be lost."""
+    quality is the attention lost over what may be lost. Device memory and the link where a GPU
+    told of them."""
     found: dict[Constraint, float] = {}
+    for constraint, name, limit in (
+        (Constraint.HBM, "hbm_peak_frac", MAX_HBM_FRAC),
+        (Constraint.LINK, "link_busy_frac", MAX_LINK_BUSY_FRAC),
+    ):
+        if name in metrics:
+            found[constraint] = metrics[name] / limit - 1.0
     if objective is not Objective.GOODPUT:
         for constraint, name, target in (
             (Constraint.TTFT, "ttft_p95_s", slo.ttft_s),

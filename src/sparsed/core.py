@@ -1111,7 +1111,10 @@ class Workload:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Measurement:
-    """What one run of a workload under one configuration gave. Lists are per request."""
+    """What one run of a workload under one configuration gave. Lists are per request.
+    ``hbm_peak_frac``: of the device's memory, everybody's use, as often as the driver was asked;
+    ``link_busy_frac``: bytes loaded over what the link carries at its calibrated rate. None: there
+    is no GPU, or it does not say."""
 
     duration_s: float
     output_tokens: int
@@ -1123,6 +1126,8 @@ class Measurement:
     h2d_bytes: int
     hot_peak_bytes: int
     errors: int = 0
+    hbm_peak_frac: float | None = None
+    link_busy_frac: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
