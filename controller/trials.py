@@ -17,6 +17,8 @@ from sparsed.core import (
     KNOB_SPECS,
     AddRequest,
     ApplyKnobs,
+    Direction,
+    EngineFacts,
     EngineStats,
     FailureCause,
     FinishReason,
@@ -34,6 +36,7 @@ from sparsed.core import (
     WorkloadRequest,
 )
 from sparsed.engine.wire import FromEngine
+from sparsed.profiler.device_memory import open_device_memory
 from sparsed.tuner.objective import TrialFailed
 
 PROBE_INPUT_TOKENS: Final = 512
@@ -69,7 +72,8 @@ class EngineBench:
         self._num_windows = 0
         self._num_changes = 0  # of knobs, of running engines
         self._recall_stride = plan.spec.recall_stride
-        self._calibration = plan.spec.calibration
+        self.calibration = plan.spec.calibration  # of the link, as far as it is known by now
+        self._link_bytes_per_s: float | None = None  # of the running engine
         self.versions: Mapping[str, str] = {}
 
     async def probe(self) -> ServiceTimes:
@@ -151,7 +155,7 @@ class EngineBench:
                 replace(
                     spec,
                     recall_stride=self._recall_stride,
-                    calibration=self._calibration or spec.calibration,
+                    calibration=self.calibration or spec.calibration,
                 ),
                 run_dir=config.state_dir.run_dir,
                 on_message=self._receive,
@@ -160,7 +164,8 @@ class EngineBench:
             async with asyncio.timeout(START_DEADLINE_S):
                 facts = await self._supervisor.start()
             self.versions = facts.versions
-            self._calibration = facts.calibration or self._calibration
+            self.calibration = facts.calibration or self.calibration
+            self._link_bytes_per_s = link_rate(facts)
         except InputError as error:
             raise TrialFailed(str(error), status=TrialStatus.INVALID_CONFIG) from error
         except StartError as error:
@@ -210,18 +215,27 @@ class EngineBench:
         window = _Window(started_s=time.monotonic())
         sender = asyncio.create_task(self._send(messages, workload=workload, window=window))
         try:
-            while len(window.done) < len(messages):
-                message = await self._next()
-                if isinstance(message, TokenBatch):
-                    window.take(message)
-                elif isinstance(message, EngineStats):
-                    window.hot_peak_bytes = max(window.hot_peak_bytes, message.hot_used_bytes)
+            with open_device_memory(self._gpu_index) as read_frac:
+                while len(window.done) < len(messages):
+                    message = await self._next()
+                    if isinstance(message, TokenBatch):
+                        window.take(message)
+                    elif isinstance(message, EngineStats):
+                        window.look(message, hbm_frac=read_frac())
+                window.look(self._stats, hbm_frac=read_frac())
         finally:
             sender.cancel()
         window.ended_s = time.monotonic()
         while self._stats.generated_tokens < before.generated_tokens + window.num_tokens:
             await self._next()  # the counters that hold the last step
-        return window.measurement(before=before, after=self._stats)
+        return window.measurement(
+            before=before, after=self._stats, link_bytes_per_s=self._link_bytes_per_s
+        )
+
+    @property
+    def _gpu_index(self) -> int | None:
+        kind, _, index = self._plan.spec.device.partition(":")
+        return int(index) if kind == "cuda" else None
 
     async def _send(
         self, messages: tuple[AddRequest, ...], *, workload: Workload, window: _Window
@@ -255,6 +269,7 @@ class _Window:
     started_s: float
     ended_s: float = 0.0
     hot_peak_bytes: int = 0
+    hbm_peak_frac: float | None = None
     sparse_steps: int = 0
     timings: dict[str, _Timing] = field(default_factory=dict)
     done: set[str] = field(default_factory=set)
@@ -262,6 +277,12 @@ class _Window:
     @property
     def num_tokens(self) -> int:
         return sum(timing.num_tokens for timing in self.timings.values())
+
+    def look(self, stats: EngineStats, *, hbm_frac: float | None) -> None:
+        """``hbm_frac`` of the device's memory is in use; None: not known."""
+        self.hot_peak_bytes = max(self.hot_peak_bytes, stats.hot_used_bytes)
+        if hbm_frac is not None:
+            self.hbm_peak_frac = max(self.hbm_peak_frac or 0.0, hbm_frac)
 
     def take(self, batch: TokenBatch) -> None:
         now_s = time.monotonic()
@@ -281,22 +302,35 @@ class _Window:
             self.done.add(output.request_id)
             self.sparse_steps += output.sparse.sparse_steps if output.sparse else 0
 
-    def measurement(self, *, before: EngineStats, after: EngineStats) -> Measurement:
+    def measurement(
+        self, *, before: EngineStats, after: EngineStats, link_bytes_per_s: float | None
+    ) -> Measurement:
         timings = self.timings.values()
         samples = after.recall_samples - before.recall_samples
         hits, misses = after.hot_hits - before.hot_hits, after.hot_misses - before.hot_misses
         recall = (after.recall_sum - before.recall_sum) / samples if samples else None
+        duration_s, h2d_bytes = self.ended_s - self.started_s, after.h2d_bytes - before.h2d_bytes
         return Measurement(
-            duration_s=self.ended_s - self.started_s,
+            duration_s=duration_s,
             output_tokens=self.num_tokens,
             ttft_s=tuple(timing.first_s - timing.sent_s for timing in timings),
             tpot_s=tuple(timing.tpot_s for timing in timings),
             sparse_steps=self.sparse_steps,
             attention_recall=recall,
             hot_hit_frac=hits / (hits + misses) if hits + misses else None,
-            h2d_bytes=after.h2d_bytes - before.h2d_bytes,
+            h2d_bytes=h2d_bytes,
             hot_peak_bytes=max(self.hot_peak_bytes, after.hot_used_bytes),
+            hbm_peak_frac=self.hbm_peak_frac,
+            link_busy_frac=h2d_bytes / (duration_s * link_bytes_per_s)
+            if link_bytes_per_s
+            else None,
         )
+
+
+def link_rate(facts: EngineFacts) -> float | None:
+    """Bytes per second of pages as this engine loads them; None on a CPU, which has no link."""
+    loads = (entry.bytes_per_s for entry in facts.copies if entry.direction is Direction.H2D)
+    return next(loads, None)
 
 
 def _needs_restart(running: Knobs, wanted: Knobs) -> bool:
