@@ -224,6 +224,7 @@ class _Study:
         observed = [self._observe(trial) for trial in self._trials]
         return pick_candidates(
             self._trials,
+            space=self._plan.space,
             default=self.default.values,
             recommended=backend.recommend(observed, incumbent=incumbent).values,
             keeps_limits=lambda trial: self._observe(trial).is_feasible,

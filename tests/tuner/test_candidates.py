@@ -5,10 +5,27 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparsed.core import TrialResult, TrialStatus
+from sparsed.core import Knobs, TrialResult, TrialStatus
 from sparsed.tuner.candidates import pick_candidates
+from sparsed.tuner.space import build_space
 
 DEFAULT = {"token_budget": 2048}
+SPACE = build_space(
+    Knobs(
+        token_budget=2048,
+        hbm_budget=None,
+        max_num_active_seqs=16,
+        prefill_chunk=2048,
+        page_size=32,
+        sparse_method="mean-key",
+        dense_layers=0,
+        max_num_seqs=16,
+        kv_hbm_gib=1.0,
+        kv_dram_gib=1.0,
+        max_model_len=8192,
+    ),
+    auto_hbm_budget=5000,
+)
 
 
 def trial(number: int, budget: int, score: float | None) -> TrialResult:
@@ -28,8 +45,9 @@ def picked(*pairs: tuple[int, float | None], recommended: int, busy: int = 0) ->
     trials = [trial(number, *pair) for number, pair in enumerate(pairs)]
     found = pick_candidates(
         trials,
+        space=SPACE,
         default=DEFAULT,
-        recommended={"token_budget": recommended},
+        recommended=SPACE.default_values | {"token_budget": recommended},
         keeps_limits=lambda one: one.values["token_budget"] != busy,
         most=3,
     )
