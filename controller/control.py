@@ -9,14 +9,17 @@ from typing import Protocol
 
 from sparsed.core import (
     Decision,
+    DecisionState,
     EngineFacts,
     EngineStats,
     Knobs,
     KnobSpec,
     KnobValue,
     MemoryPlan,
+    Remedy,
     Snapshot,
     TunerMode,
+    Verdict,
 )
 from sparsed.db.store import ProfileStore
 
@@ -82,9 +85,32 @@ class TunerState:
     decisions: tuple[Decision, ...] = field(default_factory=tuple)  # newest first
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TriedChange:
+    """A change of knobs that was put to the test; ``words``: what became of it, and by which
+    figure."""
+
+    decision_id: int | None
+    decided_at: float  # seconds since the epoch
+    state: DecisionState
+    values: Mapping[str, KnobValue]  # those that differed
+    words: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Explanation:
+    """What binds now, what would help, and what was advised and tried before for this machine
+    and model, the newest first."""
+
+    verdict: Verdict
+    remedies: tuple[Remedy, ...]
+    advised: tuple[Decision, ...]
+    tried: tuple[TriedChange, ...]
+
+
 class Control(Protocol):
-    """Implemented by the daemon. Called on the event loop; only ``drain`` and ``set_knobs``
-    wait. InputError: a bad value, nothing has changed."""
+    """Implemented by the daemon. Called on the event loop; only ``drain``, ``set_knobs`` and
+    ``explain`` wait. InputError: a bad value, nothing has changed."""
 
     @property
     def profiles(self) -> ProfileStore: ...
@@ -98,6 +124,10 @@ class Control(Protocol):
     ) -> tuple[KnobState, ...]:
         """Hot knobs change once the engine is ready for them, which is waited for; others become
         ``pending``. InputError, too, for a hot value that a newer change has overtaken."""
+        ...
+
+    async def explain(self) -> Explanation:
+        """Errors: StoreError when what was tried cannot be read."""
         ...
 
     async def drain(self, *, timeout_s: float | None) -> int:

@@ -16,7 +16,7 @@ import msgspec
 from sparsed import __version__
 from sparsed.controller import servicer
 from sparsed.controller.config import DaemonConfig, write_pending
-from sparsed.controller.control import DaemonState, DaemonStatus, KnobState, TunerState
+from sparsed.controller.control import DaemonState, DaemonStatus, Explanation, KnobState, TunerState
 from sparsed.controller.engine_link import EngineLink
 from sparsed.controller.http.app import create_app
 from sparsed.controller.http.context import HttpContext
@@ -29,6 +29,7 @@ from sparsed.controller.startup import StartPlan, check_next_start, load_tokeniz
 from sparsed.controller.state_dir import StateLock
 from sparsed.controller.telemetry import Senses
 from sparsed.controller.tuner_host import TunerHost
+from sparsed.controller.why import explain
 from sparsed.core import ExitCode, InputError, KnobValue, Snapshot, StartError, TunerMode
 from sparsed.db import open_store
 from sparsed.db.memory import InMemoryProfileStore
@@ -87,7 +88,8 @@ class Daemon:
         self._hard_stop = asyncio.Event()
         self._writer = TelemetryWriter(store)
         self._tuner = TunerHost(store, plan.key, slo=config.slo)
-        self._senses = Senses(self._telemetry, slo=config.slo)
+        gpu_plan = None if plan.spec.device == "cpu" else plan.spec.plan
+        self._senses = Senses(self._telemetry, slo=config.slo, gpu_plan=gpu_plan)
         self._engine = EngineLink(
             plan,
             run_dir=config.state_dir.run_dir,
@@ -224,6 +226,11 @@ class Daemon:
         board.check_in_force(values)
         return board.states()
 
+    async def explain(self) -> Explanation:
+        knobs, facts = self._engine.board.knobs, self._engine.facts
+        windows = self._senses.windows if self._engine.up else ()
+        return await explain(self._store, self._plan, windows, knobs=knobs, facts=facts)
+
     async def drain(self, *, timeout_s: float | None) -> int:
         logger.info("draining %d requests", self._engine.ledger.num_unfinished)
         return await self._engine.ledger.drain(timeout_s=timeout_s)
@@ -266,7 +273,7 @@ class Daemon:
             reasons.append(f"the store lost {lost} writes; is the disk full?")
         if broken := self._senses.totals.verify_mismatches:
             reasons.append(f"{broken} KV pages differed after a copy; see the log")
-        return tuple(reasons)
+        return (*reasons, *self._senses.faults) if self._engine.up else tuple(reasons)
 
     def _keep_pending(self, pending: Mapping[str, KnobValue]) -> None:
         file, board = self._config.state_dir.pending_file, self._engine.board

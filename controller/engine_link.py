@@ -127,6 +127,7 @@ class EngineLink:
 
     def _on_ready(self, facts: EngineFacts) -> None:
         self.facts, self.up = facts, True
+        self._senses.on_engine_ready(weights_bytes=facts.weights_bytes)
         self.ledger.on_engine_ready()
 
     def _on_lost(self, reason: str) -> None:

@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
-from statistics import fmean
 from typing import Self
 
 from sparsed.core import Bound, Ceilings, Evidence, HostGauges, Snapshot, WaitReason
@@ -130,7 +129,9 @@ def _parts(
 
 
 def _waits_for(windows: Sequence[Snapshot]) -> WaitReason | None:
-    most = [max(one.waiting, key=lambda item: item.count).reason for one in windows if one.waiting]
+    """A turn is left out: it is a wait for whatever the oldest request waits for."""
+    own = [[item for item in one.waiting if item.reason is not WaitReason.TURN] for one in windows]
+    most = [max(items, key=lambda item: item.count).reason for items in own if items]
     if not most:
         return None
     reason, count = Counter(most).most_common(1)[0]
@@ -145,7 +146,7 @@ def _mean_gauge(
 
 def _mean(values: Iterable[float | None]) -> float | None:
     known = [float(value) for value in values if value is not None and isfinite(value)]
-    return fmean(known) if known else None
+    return _ratio(sum(known), len(known))
 
 
 def _ratio(value: float | None, whole: float | None) -> float | None:

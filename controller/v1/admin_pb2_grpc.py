@@ -454,7 +454,8 @@ class TuningServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Explain(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """What binds now, what would help, and what was tried.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -950,7 +951,8 @@ class KnobServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Set(self, request, context):
-        """Hot knobs change at the next step boundary, the others wait as `pending` for a restart.
+        """Answers when hot knobs are in force, and at once for the others, which wait as `pending` for a
+        restart. The engine serves with the old ones while it gets ready; the newest change counts.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -1135,6 +1135,15 @@ class KnobGuide:
     moves: tuple[KnobMove, ...] = ()
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Remedy:
+    """What would help. ``knob`` None: no knob does; ``up`` None: see ``why``."""
+
+    knob: str | None
+    up: bool | None
+    why: str
+
+
 _FEWER_PAGES = "fewer pages are selected, missed and fetched; check attention recall"
 
 KNOB_GUIDES: Mapping[str, KnobGuide] = {
@@ -1185,11 +1194,6 @@ KNOB_GUIDES: Mapping[str, KnobGuide] = {
                 up=False,
                 why="fewer requests share hot tier and link: fewer misses",
             ),
-            KnobMove(
-                bound=Bound.HBM, up=True, why="one reading of the weights serves more requests"
-            ),
-            KnobMove(bound=Bound.LATENCY, up=True, why="one chain of kernels serves more requests"),
-            KnobMove(bound=Bound.HOST, up=True, why="one round of the host serves more requests"),
         ),
     ),
     "prefill_chunk": KnobGuide(
@@ -1298,8 +1302,8 @@ KNOB_GUIDES: Mapping[str, KnobGuide] = {
         ),
     ),
     "max_model_len": KnobGuide(
-        rises="longest request that is taken",
-        falls="nothing by itself: frames are taken by the length of a request",
+        rises="longest request that is taken, frames held for requests without max_tokens",
+        falls="requests that fit at once where clients send no max_tokens",
         bounded_by="the positions of the model; frames of the DRAM tier",
     ),
 }
