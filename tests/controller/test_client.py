@@ -33,6 +33,9 @@ class Direct:
     def set_knobs(self, values: dict[str, KnobValue], **options: Any) -> Any:
         return asyncio.run(self._control.set_knobs(check_knob_values(values), **options))
 
+    def explain(self) -> Any:
+        return asyncio.run(self._control.explain())
+
     def drain(self, *, timeout_s: float | None) -> int:
         return asyncio.run(self._control.drain(timeout_s=timeout_s))
 
@@ -53,6 +56,7 @@ def test_reads_give_the_daemons_values(caller: Any, control: Any) -> None:
     assert caller.snapshot() == control.now.snapshot
     assert caller.list_knobs() == control.list_knobs()
     assert caller.tuner() == control.tuner()
+    assert caller.explain() == control.explanation
     assert caller.list_profiles() == control.profiles.list_profiles()
 
 
