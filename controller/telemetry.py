@@ -14,10 +14,10 @@ from sparsed.core import EngineStats, HbmUse, HostGauges, MemoryPlan, Slo, Snaps
 from sparsed.profiler.collectors.gauges import open_gauges
 from sparsed.profiler.export import Exporter, Telemetry
 from sparsed.profiler.occupancy import occupancy
-from sparsed.profiler.window import STALE_S, Window
+from sparsed.profiler.window import STALE_INTERVALS, STALE_S, Window
 
 GAUGES_PERIOD_S = 1.0
-NUM_WINDOWS = 8  # kept for a verdict, which says which of them are too old
+NUM_WINDOWS = STALE_INTERVALS  # kept for a verdict, which says which of them are too old
 
 logger = logging.getLogger(__name__)
 

@@ -40,7 +40,7 @@ CORES_SHARE: Final = 0.7
 CAPACITY_WORDS: Final = {
     WaitReason.HOT_TIER: "working sets do not fit the hot tier",
     WaitReason.DRAM_TIER: "whole requests do not fit the DRAM tier",
-    WaitReason.ACTIVE_LIMIT: "max_num_active_seqs requests run",
+    WaitReason.ACTIVE_LIMIT: "as many run as max_num_active_seqs allows",
     WaitReason.SPILLED: "requests gave up their hot pages and wait to come back",
 }
 
@@ -73,7 +73,11 @@ def judge(windows: Sequence[Snapshot], ceilings: Ceilings, *, now: float) -> Ver
 
 
 def _old(count: int) -> tuple[str, ...]:
-    return (f"{count} windows that are over {STALE_S:g} s old",) if count else ()
+    return (f"{_num(count, 'window')} over {STALE_S:g} s old",) if count else ()
+
+
+def _num(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def _idle(seen: Figures) -> Verdict | None:
@@ -116,7 +120,8 @@ def _capacity(seen: Figures) -> Verdict | None:
     }
     share = shares.get(limit)
     used = "" if share is None else f"; {share:.0%} of it is in use"
-    reason = f"{seen.newest.num_waiting} requests wait: {CAPACITY_WORDS[limit]}{used}"
+    waiting = _num(seen.newest.num_waiting, "request")
+    reason = f"{waiting} waiting: {CAPACITY_WORDS[limit]}{used}"
     return Verdict(bound=Bound.CAPACITY, reason=reason, share=share, limit=limit)
 
 

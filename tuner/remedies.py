@@ -27,7 +27,7 @@ BEYOND: Final[Mapping[Bound, str]] = {
     Bound.COMPUTE: "a faster device, or shorter prompts",
     Bound.LATENCY: "more requests at once: a step of few takes about as long",
     Bound.HOST: "cores that no other process uses",
-    Bound.CAPACITY: "more memory in the tier that is full, or fewer requests",
+    Bound.CAPACITY: "more memory where a tier is full, a second engine, or fewer requests at once",
     Bound.IDLE: "nothing: more requests can be sent",
     Bound.UNKNOWN: "traffic, and a few seconds of it: then ask again",
 }

@@ -105,7 +105,7 @@ def _explanation(state: KnobState, guide: KnobGuide) -> Iterator[tuple[str, obje
     spec = state.spec
     fixed = spec.default is not None
     yield "what it is", spec.help
-    yield "now", f"{_value(state.value)} {spec.unit}".rstrip()
+    yield "now", "auto" if state.value is None else f"{state.value} {spec.unit}".rstrip()
     yield "comes from", SOURCE_WORDS[state.source.value]
     if state.pending is not None:
         yield "after a restart", state.pending

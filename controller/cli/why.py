@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from sparsed.controller.cli.output import (
@@ -17,7 +17,7 @@ from sparsed.controller.cli.session import StateDirOption, connect
 
 if TYPE_CHECKING:
     from sparsed.controller.control import Explanation
-    from sparsed.core import Evidence, Remedy, Verdict
+    from sparsed.core import Evidence, KnobValue, Remedy, Verdict
 
 
 def why(state_dir: StateDirOption = None, output: OutputOption = Output.TEXT) -> None:
@@ -70,6 +70,11 @@ def _history(found: Explanation) -> Iterator[str]:
     if not found.tried:
         yield "tried: nothing was put to the test here yet; see: sparsed tune"
     for change in found.tried:
-        yield f"tried {utc(change.decided_at)}: {values_in_words(change.values)}: {change.words}"
+        yield f"tried {utc(change.decided_at)}: {_sorted(change.values)}: {change.words}"
     for advice in found.advised:
-        yield f"advised: {values_in_words(advice.values) or 'hold'}: {advice.reason}"
+        yield f"advised: {_sorted(advice.values) or 'hold'}: {advice.reason}"
+
+
+def _sorted(values: Mapping[str, KnobValue]) -> str:
+    """In words, by name: on the wire they have no order."""
+    return values_in_words(dict(sorted(values.items())))

@@ -1272,7 +1272,7 @@ KNOB_GUIDES: Mapping[str, KnobGuide] = {
                 bound=Bound.CAPACITY,
                 limit=WaitReason.ACTIVE_LIMIT,
                 up=True,
-                why="max_num_active_seqs may follow it up",
+                why="room for a larger max_num_active_seqs",
             ),
         ),
     ),

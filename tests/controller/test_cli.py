@@ -174,7 +174,7 @@ def test_why_in_words(sparsed: Sparsed, capsys: pytest.CaptureFixture[str]) -> N
         "kv_dram_gib raise more whole requests have frames",
         "token_budget lower working sets shrink",
         "beyond knobs more memory",
-        "tried 2023-11-14 22:13 UTC: token_budget=1024, hbm_budget=auto: rejected: no gain",
+        "tried 2023-11-14 22:13 UTC: hbm_budget=auto, token_budget=1024: rejected: no gain",
         "advised: hold: no better point is known",
     ):
         assert words in shown

@@ -191,12 +191,12 @@ def test_the_numbers_stand_beside_the_verdict() -> None:
 def test_stale_windows_are_dropped_and_told() -> None:
     old = replace(BUSY, ended_at=NOW - STALE_S - 0.1, h2d_bytes=int(LINK))
     assert judge([old, BUSY], GPU, now=NOW) == replace(
-        verdict(BUSY), left_out=("1 windows that are over 3 s old",)
+        verdict(BUSY), left_out=("1 window over 3 s old",)
     )
     silent = judge([old, old], GPU, now=NOW)
     assert (silent.bound, silent.evidence) == (Bound.UNKNOWN, ())
     assert "silent" in silent.reason
-    assert silent.left_out == ("2 windows that are over 3 s old",)
+    assert silent.left_out == ("2 windows over 3 s old",)
 
 
 def test_without_any_window_there_is_no_verdict() -> None:
