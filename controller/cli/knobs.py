@@ -120,10 +120,6 @@ def _explanation(state: KnobState, guide: KnobGuide) -> Iterator[tuple[str, obje
         yield f"{'raise' if move.up else 'lower'} it if {move.bound.value}{waits}", move.why
 
 
-def _value(value: KnobValue) -> object:
-    return "auto" if value is None else value
-
-
 def _assignment(text: str) -> tuple[str, KnobValue]:
     name, equals, value = text.partition("=")
     if not equals or not name.strip():
@@ -147,7 +143,7 @@ def _show(states: Iterable[KnobState], output: Output) -> None:
         (
             (
                 state.spec.name,
-                _value(state.value),
+                "auto" if state.value is None else state.value,
                 state.spec.unit,
                 state.source.value,
                 state.spec.klass.value,
