@@ -22,6 +22,7 @@ from sparsed.core import (
     EngineReady,
     EngineSpec,
     ExitCode,
+    Knobs,
     KnobsApplied,
     StartError,
 )
@@ -91,6 +92,10 @@ class Supervisor:
         if self._engine is not None:
             self._engine.send(message)
 
+    def restart_with(self, knobs: Knobs) -> None:
+        """The next process begins with ``knobs``, whatever the last one had."""
+        self._spec = replace(self._spec, knobs=knobs)
+
     def forgive(self, num_deaths: int) -> None:
         """Forget the latest ``num_deaths``, whose cause is known and gone; also from ``on_lost``,
         whose death is the latest one."""
@@ -141,7 +146,7 @@ class Supervisor:
         if isinstance(message, EngineFailed):
             self._failure = message
         elif isinstance(message, KnobsApplied) and message.error is None:
-            self._spec = replace(self._spec, knobs=message.knobs)  # for the next process
+            self.restart_with(message.knobs)
         elif isinstance(message, EngineReady):
             self._on_ready(message.facts)
         self._on_message(message)

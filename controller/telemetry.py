@@ -5,12 +5,23 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
-from sparsed.core import EngineStats, HbmUse, HostGauges, MemoryPlan, Slo, Snapshot
+from sparsed import __version__
+from sparsed.core import (
+    EngineSpec,
+    EngineStats,
+    HbmUse,
+    HostGauges,
+    MemoryPlan,
+    RefusalCount,
+    RefusalReason,
+    Slo,
+    Snapshot,
+)
 from sparsed.profiler.collectors.gauges import open_gauges
 from sparsed.profiler.export import Exporter, Telemetry
 from sparsed.profiler.occupancy import occupancy
@@ -20,6 +31,17 @@ GAUGES_PERIOD_S = 1.0
 NUM_WINDOWS = STALE_INTERVALS  # kept for a verdict, which says which of them are too old
 
 logger = logging.getLogger(__name__)
+
+
+def info_labels(spec: EngineSpec, *, name: str) -> dict[str, str]:
+    """Labels of ``sparsed_info``; ``name``: of the model, as it is served."""
+    return {
+        "version": __version__,
+        "model": name,
+        "device": spec.device,
+        "dtype": spec.dtype,
+        "selections": "replayed" if spec.selection_trace else "own",
+    }
 
 
 class Senses:
@@ -42,11 +64,15 @@ class Senses:
         self._gpu_plan = gpu_plan
         self._weights_bytes = gpu_plan.weights_bytes if gpu_plan else 0
         self._windows: deque[Snapshot] = deque(maxlen=NUM_WINDOWS)
+        self._refused: Counter[RefusalReason] = Counter()
 
     @property
     def totals(self) -> EngineStats:
-        """Counters over every engine of this daemon."""
-        return self._window.totals
+        """Counters over every engine of this daemon, and what it has refused itself."""
+        totals = self._window.totals
+        counts = Counter({one.reason: one.count for one in totals.refusals}) + self._refused
+        refusals = tuple(RefusalCount(reason=why, count=count) for why, count in counts.items())
+        return replace(totals, refusals=refusals)
 
     @property
     def stats(self) -> EngineStats | None:
@@ -102,6 +128,10 @@ class Senses:
     def observe_request(self, *, ttft_s: float, tpot_s: float | None) -> None:
         self._window.observe_request(ttft_s=ttft_s, tpot_s=tpot_s)
         self._exporter.observe_request(ttft_s=ttft_s, tpot_s=tpot_s)
+
+    def observe_refusal(self, reason: RefusalReason) -> None:
+        """A request that no engine will see."""
+        self._refused[reason] += 1
 
     def metrics(self) -> bytes:
         """Prometheus text of now."""

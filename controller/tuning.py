@@ -38,6 +38,7 @@ from sparsed.core import (
     Objective,
     Profile,
     ProfileStatus,
+    SearchMethod,
     StartError,
     TrialResult,
     Workload,
@@ -67,6 +68,7 @@ class TuneOptions:
     workload: str
     trials: int
     objective: Objective = Objective.THROUGHPUT
+    method: SearchMethod = SearchMethod.CONSTRAINED
     export: Path | None = None
     resume: bool = False
     trial_s: float | None = None
@@ -225,6 +227,7 @@ class _Tune:
             objective=options.objective,
             slo=self._slo,
             num_trials=options.trials,
+            method=options.method,
             seed=options.config.seed,
         )
         with StudyProgress(self._console, plan=plan, previous=previous) as progress:

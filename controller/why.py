@@ -15,7 +15,6 @@ from sparsed.core import (
     DTYPE_BYTES,
     AcceptanceDecision,
     Ceilings,
-    Decision,
     Direction,
     EngineFacts,
     GpuRates,
@@ -23,7 +22,10 @@ from sparsed.core import (
     Knobs,
     KnobValue,
     MachineFacts,
+    ProfileKey,
+    RolloutState,
     Snapshot,
+    Verdict,
 )
 from sparsed.db.store import Store
 from sparsed.engine.kvcache.geometry import Geometry
@@ -33,7 +35,8 @@ from sparsed.tuner.explain import explain as in_words
 from sparsed.tuner.remedies import remedies
 from sparsed.tuner.roofline import ENGINE_COSTS, StepLoad, prompt_flop, step_time
 
-NUM_SHOWN: Final = 5  # of what was advised, and of what was tried
+NUM_SHOWN: Final = 5  # of what was advised, of what was tried, and of what was rolled out
+ENDS: Final = (RolloutState.SUCCESS, RolloutState.REVERTED, RolloutState.EXPIRED)
 
 
 async def explain(
@@ -48,13 +51,7 @@ async def explain(
     when what was tried cannot be read."""
     now = time.time()
     verdict = judge(windows, ceilings(plan, fresh(windows, now=now), facts=facts), now=now)
-    advised, tried = await asyncio.to_thread(_tried, store, plan)
-    return Explanation(
-        verdict=verdict,
-        remedies=remedies(verdict, knobs),
-        advised=advised,
-        tried=tried,
-    )
+    return await asyncio.to_thread(_with_history, store, plan.key, verdict, knobs=knobs)
 
 
 def ceilings(
@@ -121,10 +118,16 @@ def _geometry(plan: StartPlan) -> Geometry:
     return Geometry.of(plan.model.shape, dtype=spec.dtype, page_size=spec.knobs.page_size)
 
 
-def _tried(store: Store, plan: StartPlan) -> tuple[tuple[Decision, ...], tuple[TriedChange, ...]]:
-    tested = [one for one in store.list_acceptances() if one.key == plan.key]
-    changes = tuple(_change(one) for one in tested[:NUM_SHOWN])
-    return store.list_decisions(plan.key)[:NUM_SHOWN], changes
+def _with_history(store: Store, key: ProfileKey, verdict: Verdict, *, knobs: Knobs) -> Explanation:
+    tested = [one for one in store.list_acceptances() if one.key == key]
+    ended = [one for one in store.list_rollouts(key) if one.state in ENDS]
+    return Explanation(
+        verdict=verdict,
+        remedies=remedies(verdict, knobs),
+        advised=store.list_decisions(key)[:NUM_SHOWN],
+        tried=tuple(_change(one) for one in tested[:NUM_SHOWN]),
+        rollouts=tuple(ended[:NUM_SHOWN]),
+    )
 
 
 def _change(decision: AcceptanceDecision) -> TriedChange:

@@ -16,8 +16,10 @@ from sparsed.db.models import (
     ConfigRow,
     DecisionRow,
     HardwareRow,
+    LastKnownGoodRow,
     ModelRow,
     ProfileRow,
+    RolloutRow,
     RollupRow,
     SoftwareRow,
     StudyRow,
@@ -28,7 +30,13 @@ from sparsed.db.models import (
 SharedRow = TypeVar("SharedRow", HardwareRow, SoftwareRow, ModelRow, WorkloadRow, ConfigRow)
 Query = TypeVar("Query", bound="Select[*tuple[Any, ...]]")
 KeyedRow = (
-    type[ProfileRow] | type[StudyRow] | type[RollupRow] | type[DecisionRow] | type[AcceptanceRow]
+    type[ProfileRow]
+    | type[StudyRow]
+    | type[RollupRow]
+    | type[DecisionRow]
+    | type[AcceptanceRow]
+    | type[RolloutRow]
+    | type[LastKnownGoodRow]
 )
 
 if TYPE_CHECKING:

@@ -7,11 +7,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from sparsed.core import Guard, Measurement, Objective, Slo, TrialStatus
+from sparsed.core import Guard, Measurement, Objective, Slo, TrialResult, TrialStatus
+from sparsed.tuner.policy import Constraint, Crash, Observation
 
 METRICS: Final = {
     Objective.THROUGHPUT: "output_tokens_per_s",
     Objective.GOODPUT: "goodput_requests_per_s",
+}
+LEAST_LOSS: Final = 1e-3  # of attention: a floor nearer to 1 cannot be told from 1
+LEAST_SCORE: Final = 1e-9  # of a run that gave nothing: its logarithm must be finite
+CRASHES: Final = {
+    TrialStatus.OUT_OF_MEMORY: Crash.OOM_DEVICE,
+    TrialStatus.INVALID_CONFIG: Crash.INVALID_CONFIG,
+    TrialStatus.TIMEOUT: Crash.TIMEOUT,
+    TrialStatus.ENGINE_ERROR: Crash.ENGINE_BUG,
+    TrialStatus.INTERRUPTED: Crash.INTERRUPTED,
 }
 
 
@@ -84,11 +94,55 @@ def window_metrics(measurement: Measurement, *, slo: Slo) -> dict[str, float | N
     return {str(name): value for name, value in (guards | describe(measurement, slo=slo)).items()}
 
 
+def observe(trial: TrialResult, *, objective: Objective, slo: Slo) -> Observation:
+    """What a search may learn of a trial, also of one that missed its targets."""
+    if crash := _crash(trial):
+        return Observation(values=trial.values, objective=None, crash=crash)
+    score = max(trial.metrics.get(METRICS[objective], 0.0), LEAST_SCORE)
+    return Observation(
+        values=trial.values,
+        objective=math.log(score),
+        slacks=slacks(trial.metrics, objective=objective, slo=slo),
+    )
+
+
+def slacks(
+    metrics: Mapping[str, float], *, objective: Objective, slo: Slo
+) -> dict[Constraint, float]:
+    """Figure over target minus one, of every target that the objective holds a run against;
+    quality is the attention lost over what may be lost."""
+    found: dict[Constraint, float] = {}
+    if objective is not Objective.GOODPUT:
+        for constraint, name, target in (
+            (Constraint.TTFT, "ttft_p95_s", slo.ttft_s),
+            (Constraint.TPOT, "tpot_p95_s", slo.tpot_s),
+        ):
+            if target is not None and name in metrics:
+                found[constraint] = metrics[name] / target - 1.0
+    if slo.min_recall is not None and metrics.get("sparse_steps", 0.0) > 0:
+        lost = 1.0 - metrics.get("attention_recall", 0.0)  # unknown is no better than none
+        found[Constraint.QUALITY] = lost / max(1.0 - slo.min_recall, LEAST_LOSS) - 1.0
+    return found
+
+
 def percentile(values: Sequence[float], frac: float) -> float | None:
     """Nearest-rank percentile; None of nothing."""
     if not values:
         return None
     return sorted(values)[max(0, math.ceil(frac * len(values)) - 1)]
+
+
+def _crash(trial: TrialResult) -> Crash | None:
+    """By the status; what it does not tell apart, by the words of the driver."""
+    crash = CRASHES.get(trial.status)
+    reason = trial.reason.lower()
+    if crash is Crash.OOM_DEVICE and ("pinned" in reason or "host" in reason):
+        return Crash.OOM_HOST_PINNED
+    if crash is not Crash.ENGINE_BUG:
+        return crash
+    if "xid" in reason:
+        return Crash.XID
+    return Crash.CUDA_ERROR if "cuda error" in reason else crash
 
 
 def _num_good(measurement: Measurement, *, slo: Slo) -> int:

@@ -1,4 +1,4 @@
-"""The offline study: default first, two arms at equal budget, then a tested winner or none."""
+"""The offline study: default first, a search beside a random one, then a tested winner or none."""
 
 from __future__ import annotations
 
@@ -12,16 +12,19 @@ from sparsed.core import (
     DecisionState,
     KnobValue,
     Objective,
+    SearchMethod,
     Slo,
     TrialResult,
     TrialStatus,
     WindowStage,
 )
 from sparsed.tuner.acceptance import BROKEN, worth
+from sparsed.tuner.constrained import ConstrainedSearch
 from sparsed.tuner.explain import explain
-from sparsed.tuner.objective import OutOfTime, TrialFailed, Verdict, judge
-from sparsed.tuner.policy import BayesSearch, Observation, RandomSearch, SearchBackend
+from sparsed.tuner.objective import OutOfTime, TrialFailed, Verdict, judge, observe
+from sparsed.tuner.policy import GridSearch, Observation, RandomSearch, SearchBackend
 from sparsed.tuner.space import SearchSpace
+from sparsed.tuner.stock import StockSearch
 from sparsed.tuner.verification import (
     NUM_CANDIDATES,
     Comparison,
@@ -33,6 +36,12 @@ from sparsed.tuner.verification import (
 DEFAULT: Final = "default"
 BAYES: Final = "bayes"
 RANDOM: Final = "random"
+ARMS: Final = {
+    SearchMethod.CONSTRAINED: BAYES,
+    SearchMethod.SKOPT: "skopt",
+    SearchMethod.GRID: "grid",
+    SearchMethod.RANDOM: RANDOM,
+}
 VERIFY: Final = "verify"  # studies of earlier versions kept such trials
 NUM_REPEATS: Final = 2  # measurements of a trial
 SEARCH_ORDER: Final = 0
@@ -48,7 +57,13 @@ class StudyPlan:
     slo: Slo
     num_trials: int
     seed: int
+    method: SearchMethod = SearchMethod.CONSTRAINED
     num_repeats: int = NUM_REPEATS
+
+    @property
+    def arms(self) -> tuple[str, ...]:
+        """Names of the arms in the order of their turns; random search is one always."""
+        return tuple(dict.fromkeys((ARMS[self.method], RANDOM)))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -144,15 +159,12 @@ class _Study:
         return self.default.status not in BROKEN
 
     def search(self, left_frac: Callable[[], float]) -> None:
-        """Both arms in turn, so that a drifting machine treats them alike, while there is time."""
+        """All arms in turn, so that a drifting machine treats them alike, while there is time."""
         space, seed = self._plan.space, self._plan.seed
-        arms: dict[str, SearchBackend] = {
-            BAYES: BayesSearch(space=space, seed=seed),
-            RANDOM: RandomSearch(space=space, seed=seed),
-        }
+        backends = {arm: _backend(arm, space=space, seed=seed) for arm in self._plan.arms}
         try:
             for turn in range(self._plan.num_trials):
-                for arm, backend in arms.items():
+                for arm, backend in backends.items():
                     if left_frac() <= 1.0 - SEARCH_TIME_FRAC:
                         raise OutOfTime
                     self._try_next(arm, backend, turn=turn)
@@ -213,10 +225,16 @@ class _Study:
     def _try_next(self, arm: str, backend: SearchBackend, *, turn: int) -> None:
         if len(self._of_arm(arm)) > turn:
             return  # done by an earlier run
-        seen = [self.default, *self._of_arm(arm)]
-        suggestion = backend.suggest([Observation(x.values, x.score) for x in seen])
+        suggestion = backend.suggest(
+            [self._observe(trial) for trial in (self.default, *self._of_arm(arm))],
+            incumbent=self._plan.space.default_values,
+            num_left=self._plan.num_trials - turn,
+        )
         if suggestion is not None:
             self._run(arm, suggestion.values)
+
+    def _observe(self, trial: TrialResult) -> Observation:
+        return observe(trial, objective=self._plan.objective, slo=self._slo)
 
     def _of_arm(self, arm: str) -> list[TrialResult]:
         return [trial for trial in self._trials if trial.arm == arm]
@@ -247,6 +265,16 @@ class _Study:
         self._number += 1
         self._trials.append(trial)
         self._record(trial)
+
+
+def _backend(arm: str, *, space: SearchSpace, seed: int) -> SearchBackend:
+    if arm == BAYES:
+        return ConstrainedSearch(space=space, seed=seed)
+    if arm == ARMS[SearchMethod.SKOPT]:
+        return StockSearch(space=space, seed=seed)
+    if arm == ARMS[SearchMethod.GRID]:
+        return GridSearch(space=space, seed=seed)
+    return RandomSearch(space=space, seed=seed)
 
 
 def summarize(

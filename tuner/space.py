@@ -13,6 +13,8 @@ from sparsed.core import KNOBS_BY_NAME, InputError, Knobs, KnobValue, Workload
 
 MIN_PREFILL_CHUNK: Final = 128  # smaller chunks cost a step each and are never worth a trial
 
+RESTART_KNOBS: Final = frozenset({"page_size"})
+
 Point = tuple[int, ...]  # one rung number per ladder
 
 
@@ -47,6 +49,11 @@ class SearchSpace:
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(ladder.name for ladder in self.ladders)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether there is anything to choose."""
+        return any(len(ladder.rungs) > 1 for ladder in self.ladders)
 
     @property
     def default_values(self) -> dict[str, KnobValue]:
@@ -110,6 +117,13 @@ def build_space(
         ladders = [_within_reach(ladder, default=default, workload=workload) for ladder in ladders]
     free = (ladder for ladder in ladders if ladder.name not in fixed and len(ladder.rungs) > 1)
     return SearchSpace(default=default, ladders=tuple(free))
+
+
+def live_space(current: Knobs) -> SearchSpace:
+    """Hot knobs only; a hot budget on auto is left to its closed form."""
+    auto = {"hbm_budget"} if current.hbm_budget is None else set()
+    hbm_budget = current.hbm_budget or current.token_budget
+    return build_space(current, auto_hbm_budget=hbm_budget, fixed=RESTART_KNOBS | auto)
 
 
 def _within_reach(ladder: Ladder, *, default: Knobs, workload: Workload) -> Ladder:

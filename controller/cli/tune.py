@@ -11,7 +11,7 @@ import typer
 from sparsed.controller.cli.flags import KNOB_FLAGS, MODEL_FLAGS, takes
 from sparsed.controller.cli.start import ConfigOption, one_model
 from sparsed.controller.config import load_config
-from sparsed.core import Objective
+from sparsed.core import Objective, SearchMethod
 
 
 @takes(*MODEL_FLAGS, *KNOB_FLAGS)
@@ -32,9 +32,16 @@ def tune(
         typer.Option(
             metavar="N",
             min=1,
-            help="Trials of the Bayesian search, and as many of a random one beside it.",
+            help="Trials of the search, and as many of a random one beside it.",
         ),
     ] = 10,
+    method: Annotated[
+        SearchMethod,
+        typer.Option(
+            help="constrained: Bayesian, with a model of every target; skopt: stock "
+            "scikit-optimize; grid; random: alone."
+        ),
+    ] = SearchMethod.CONSTRAINED,
     objective: Annotated[
         Objective,
         typer.Option(
@@ -96,6 +103,7 @@ def tune(
         workload=workload,
         trials=trials,
         objective=objective,
+        method=method,
         trial_s=trial_seconds,
         min_recall=min_recall,
         max_s=max_seconds,

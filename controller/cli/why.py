@@ -67,10 +67,13 @@ def _direction(remedy: Remedy) -> str:
 
 
 def _history(found: Explanation) -> Iterator[str]:
-    if not found.tried:
+    if not found.tried and not found.rollouts:
         yield "tried: nothing was put to the test here yet; see: sparsed tune"
     for change in found.tried:
         yield f"tried {utc(change.decided_at)}: {_sorted(change.values)}: {change.words}"
+    for record in found.rollouts:
+        became = f"{record.state.value}, {record.reason.value}"
+        yield f"live {utc(record.at)}: {_sorted(record.config_to)}: {became}"
     for advice in found.advised:
         yield f"advised: {_sorted(advice.values) or 'hold'}: {advice.reason}"
 

@@ -33,6 +33,7 @@ class KnobSource(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     KNOB_SOURCE_ENVIRONMENT: _ClassVar[KnobSource]
     KNOB_SOURCE_FLAG: _ClassVar[KnobSource]
     KNOB_SOURCE_LIVE: _ClassVar[KnobSource]
+    KNOB_SOURCE_TUNER: _ClassVar[KnobSource]
 
 class Bound(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -71,6 +72,8 @@ class RefusalReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     REFUSAL_REASON_TOO_LONG: _ClassVar[RefusalReason]
     REFUSAL_REASON_DRAM_TIER: _ClassVar[RefusalReason]
     REFUSAL_REASON_HOT_TIER: _ClassVar[RefusalReason]
+    REFUSAL_REASON_QUEUE_FULL: _ClassVar[RefusalReason]
+    REFUSAL_REASON_DRAINING: _ClassVar[RefusalReason]
 
 class TunerMode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -78,6 +81,7 @@ class TunerMode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     TUNER_MODE_OFF: _ClassVar[TunerMode]
     TUNER_MODE_OBSERVE: _ClassVar[TunerMode]
     TUNER_MODE_ADVISE: _ClassVar[TunerMode]
+    TUNER_MODE_AUTO: _ClassVar[TunerMode]
 
 class ProfileStatus(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -115,6 +119,46 @@ class CopyPath(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     COPY_PATH_BATCHED: _ClassVar[CopyPath]
     COPY_PATH_STAGED: _ClassVar[CopyPath]
     COPY_PATH_MEMCPY: _ClassVar[CopyPath]
+
+class RolloutState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    ROLLOUT_STATE_UNSPECIFIED: _ClassVar[RolloutState]
+    ROLLOUT_STATE_ACTIVE: _ClassVar[RolloutState]
+    ROLLOUT_STATE_VERIFYING: _ClassVar[RolloutState]
+    ROLLOUT_STATE_SUCCESS: _ClassVar[RolloutState]
+    ROLLOUT_STATE_REVERTED: _ClassVar[RolloutState]
+    ROLLOUT_STATE_EXPIRED: _ClassVar[RolloutState]
+
+class RolloutReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    ROLLOUT_REASON_UNSPECIFIED: _ClassVar[RolloutReason]
+    ROLLOUT_REASON_PROPOSED: _ClassVar[RolloutReason]
+    ROLLOUT_REASON_CANARY: _ClassVar[RolloutReason]
+    ROLLOUT_REASON_COMMITTED: _ClassVar[RolloutReason]
+    ROLLOUT_REASON_PROBATION_PASSED: _ClassVar[RolloutReason]
+    ROLLOUT_REASON_CRASHED: _ClassVar[RolloutReason]
+    ROLLOUT_REASON_ENGINE_DIED: _ClassVar[RolloutReason]
+    ROLLOUT_REASON_OUT_OF_MEMORY: _ClassVar[RolloutReason]
+    ROLLOUT_REASON_SLO_BREACH: _ClassVar[RolloutReason]
+    ROLLOUT_REASON_ERRORS: _ClassVar[RolloutReason]
+    ROLLOUT_REASON_QUEUE_GROWTH: _ClassVar[RolloutReason]
+    ROLLOUT_REASON_HBM_OVER_LIMIT: _ClassVar[RolloutReason]
+    ROLLOUT_REASON_NOT_BETTER: _ClassVar[RolloutReason]
+    ROLLOUT_REASON_REGRESSED: _ClassVar[RolloutReason]
+    ROLLOUT_REASON_APPLY_FAILED: _ClassVar[RolloutReason]
+    ROLLOUT_REASON_UNDECIDED: _ClassVar[RolloutReason]
+    ROLLOUT_REASON_NO_TRAFFIC: _ClassVar[RolloutReason]
+    ROLLOUT_REASON_STALE_DATA: _ClassVar[RolloutReason]
+    ROLLOUT_REASON_BUDGET_SPENT: _ClassVar[RolloutReason]
+    ROLLOUT_REASON_OVERTAKEN: _ClassVar[RolloutReason]
+    ROLLOUT_REASON_REJECTED: _ClassVar[RolloutReason]
+    ROLLOUT_REASON_PINNED: _ClassVar[RolloutReason]
+    ROLLOUT_REASON_FROZEN: _ClassVar[RolloutReason]
+    ROLLOUT_REASON_KILLED: _ClassVar[RolloutReason]
+    ROLLOUT_REASON_SWITCHED_OFF: _ClassVar[RolloutReason]
+    ROLLOUT_REASON_STORE_FAILED: _ClassVar[RolloutReason]
+    ROLLOUT_REASON_SHUT_DOWN: _ClassVar[RolloutReason]
+    ROLLOUT_REASON_WAITED_TOO_LONG: _ClassVar[RolloutReason]
 DAEMON_STATE_UNSPECIFIED: DaemonState
 DAEMON_STATE_LOADING: DaemonState
 DAEMON_STATE_SERVING: DaemonState
@@ -133,6 +177,7 @@ KNOB_SOURCE_FILE: KnobSource
 KNOB_SOURCE_ENVIRONMENT: KnobSource
 KNOB_SOURCE_FLAG: KnobSource
 KNOB_SOURCE_LIVE: KnobSource
+KNOB_SOURCE_TUNER: KnobSource
 BOUND_UNSPECIFIED: Bound
 BOUND_HBM: Bound
 BOUND_LINK: Bound
@@ -159,10 +204,13 @@ REFUSAL_REASON_INVALID: RefusalReason
 REFUSAL_REASON_TOO_LONG: RefusalReason
 REFUSAL_REASON_DRAM_TIER: RefusalReason
 REFUSAL_REASON_HOT_TIER: RefusalReason
+REFUSAL_REASON_QUEUE_FULL: RefusalReason
+REFUSAL_REASON_DRAINING: RefusalReason
 TUNER_MODE_UNSPECIFIED: TunerMode
 TUNER_MODE_OFF: TunerMode
 TUNER_MODE_OBSERVE: TunerMode
 TUNER_MODE_ADVISE: TunerMode
+TUNER_MODE_AUTO: TunerMode
 PROFILE_STATUS_UNSPECIFIED: ProfileStatus
 PROFILE_STATUS_DRAFT: ProfileStatus
 PROFILE_STATUS_VERIFIED: ProfileStatus
@@ -185,6 +233,40 @@ COPY_PATH_COPY_ENGINE: CopyPath
 COPY_PATH_BATCHED: CopyPath
 COPY_PATH_STAGED: CopyPath
 COPY_PATH_MEMCPY: CopyPath
+ROLLOUT_STATE_UNSPECIFIED: RolloutState
+ROLLOUT_STATE_ACTIVE: RolloutState
+ROLLOUT_STATE_VERIFYING: RolloutState
+ROLLOUT_STATE_SUCCESS: RolloutState
+ROLLOUT_STATE_REVERTED: RolloutState
+ROLLOUT_STATE_EXPIRED: RolloutState
+ROLLOUT_REASON_UNSPECIFIED: RolloutReason
+ROLLOUT_REASON_PROPOSED: RolloutReason
+ROLLOUT_REASON_CANARY: RolloutReason
+ROLLOUT_REASON_COMMITTED: RolloutReason
+ROLLOUT_REASON_PROBATION_PASSED: RolloutReason
+ROLLOUT_REASON_CRASHED: RolloutReason
+ROLLOUT_REASON_ENGINE_DIED: RolloutReason
+ROLLOUT_REASON_OUT_OF_MEMORY: RolloutReason
+ROLLOUT_REASON_SLO_BREACH: RolloutReason
+ROLLOUT_REASON_ERRORS: RolloutReason
+ROLLOUT_REASON_QUEUE_GROWTH: RolloutReason
+ROLLOUT_REASON_HBM_OVER_LIMIT: RolloutReason
+ROLLOUT_REASON_NOT_BETTER: RolloutReason
+ROLLOUT_REASON_REGRESSED: RolloutReason
+ROLLOUT_REASON_APPLY_FAILED: RolloutReason
+ROLLOUT_REASON_UNDECIDED: RolloutReason
+ROLLOUT_REASON_NO_TRAFFIC: RolloutReason
+ROLLOUT_REASON_STALE_DATA: RolloutReason
+ROLLOUT_REASON_BUDGET_SPENT: RolloutReason
+ROLLOUT_REASON_OVERTAKEN: RolloutReason
+ROLLOUT_REASON_REJECTED: RolloutReason
+ROLLOUT_REASON_PINNED: RolloutReason
+ROLLOUT_REASON_FROZEN: RolloutReason
+ROLLOUT_REASON_KILLED: RolloutReason
+ROLLOUT_REASON_SWITCHED_OFF: RolloutReason
+ROLLOUT_REASON_STORE_FAILED: RolloutReason
+ROLLOUT_REASON_SHUT_DOWN: RolloutReason
+ROLLOUT_REASON_WAITED_TOO_LONG: RolloutReason
 
 class MutationOptions(_message.Message):
     __slots__ = ("validate_only", "reason", "request_id", "expected_revision")
@@ -700,14 +782,58 @@ class Decision(_message.Message):
     def __init__(self, made_at: _Optional[float] = ..., values: _Optional[_Mapping[str, KnobValue]] = ..., reason: _Optional[str] = ..., predicted_score: _Optional[float] = ..., current_score: _Optional[float] = ...) -> None: ...
 
 class TunerState(_message.Message):
-    __slots__ = ("mode", "num_observations", "decisions")
+    __slots__ = ("mode", "num_observations", "decisions", "rollouts", "pins", "frozen", "killed", "safe_mode", "hold", "explored_frac")
     MODE_FIELD_NUMBER: _ClassVar[int]
     NUM_OBSERVATIONS_FIELD_NUMBER: _ClassVar[int]
     DECISIONS_FIELD_NUMBER: _ClassVar[int]
+    ROLLOUTS_FIELD_NUMBER: _ClassVar[int]
+    PINS_FIELD_NUMBER: _ClassVar[int]
+    FROZEN_FIELD_NUMBER: _ClassVar[int]
+    KILLED_FIELD_NUMBER: _ClassVar[int]
+    SAFE_MODE_FIELD_NUMBER: _ClassVar[int]
+    HOLD_FIELD_NUMBER: _ClassVar[int]
+    EXPLORED_FRAC_FIELD_NUMBER: _ClassVar[int]
     mode: TunerMode
     num_observations: int
     decisions: _containers.RepeatedCompositeFieldContainer[Decision]
-    def __init__(self, mode: _Optional[_Union[TunerMode, str]] = ..., num_observations: _Optional[int] = ..., decisions: _Optional[_Iterable[_Union[Decision, _Mapping]]] = ...) -> None: ...
+    rollouts: _containers.RepeatedCompositeFieldContainer[RolloutRecord]
+    pins: _containers.RepeatedScalarFieldContainer[str]
+    frozen: bool
+    killed: bool
+    safe_mode: bool
+    hold: str
+    explored_frac: float
+    def __init__(self, mode: _Optional[_Union[TunerMode, str]] = ..., num_observations: _Optional[int] = ..., decisions: _Optional[_Iterable[_Union[Decision, _Mapping]]] = ..., rollouts: _Optional[_Iterable[_Union[RolloutRecord, _Mapping]]] = ..., pins: _Optional[_Iterable[str]] = ..., frozen: bool = ..., killed: bool = ..., safe_mode: bool = ..., hold: _Optional[str] = ..., explored_frac: _Optional[float] = ...) -> None: ...
+
+class RolloutRecord(_message.Message):
+    __slots__ = ("state", "reason", "config_from", "config_to", "initiated_by", "at")
+    class ConfigFromEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: KnobValue
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[_Union[KnobValue, _Mapping]] = ...) -> None: ...
+    class ConfigToEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: KnobValue
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[_Union[KnobValue, _Mapping]] = ...) -> None: ...
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    CONFIG_FROM_FIELD_NUMBER: _ClassVar[int]
+    CONFIG_TO_FIELD_NUMBER: _ClassVar[int]
+    INITIATED_BY_FIELD_NUMBER: _ClassVar[int]
+    AT_FIELD_NUMBER: _ClassVar[int]
+    state: RolloutState
+    reason: RolloutReason
+    config_from: _containers.MessageMap[str, KnobValue]
+    config_to: _containers.MessageMap[str, KnobValue]
+    initiated_by: str
+    at: float
+    def __init__(self, state: _Optional[_Union[RolloutState, str]] = ..., reason: _Optional[_Union[RolloutReason, str]] = ..., config_from: _Optional[_Mapping[str, KnobValue]] = ..., config_to: _Optional[_Mapping[str, KnobValue]] = ..., initiated_by: _Optional[str] = ..., at: _Optional[float] = ...) -> None: ...
 
 class Evidence(_message.Message):
     __slots__ = ("name", "value", "unit")
@@ -771,16 +897,18 @@ class TriedChange(_message.Message):
     def __init__(self, decision_id: _Optional[int] = ..., decided_at: _Optional[float] = ..., state: _Optional[_Union[DecisionState, str]] = ..., values: _Optional[_Mapping[str, KnobValue]] = ..., words: _Optional[str] = ...) -> None: ...
 
 class Explanation(_message.Message):
-    __slots__ = ("verdict", "remedies", "advised", "tried")
+    __slots__ = ("verdict", "remedies", "advised", "tried", "rollouts")
     VERDICT_FIELD_NUMBER: _ClassVar[int]
     REMEDIES_FIELD_NUMBER: _ClassVar[int]
     ADVISED_FIELD_NUMBER: _ClassVar[int]
     TRIED_FIELD_NUMBER: _ClassVar[int]
+    ROLLOUTS_FIELD_NUMBER: _ClassVar[int]
     verdict: Verdict
     remedies: _containers.RepeatedCompositeFieldContainer[Remedy]
     advised: _containers.RepeatedCompositeFieldContainer[Decision]
     tried: _containers.RepeatedCompositeFieldContainer[TriedChange]
-    def __init__(self, verdict: _Optional[_Union[Verdict, _Mapping]] = ..., remedies: _Optional[_Iterable[_Union[Remedy, _Mapping]]] = ..., advised: _Optional[_Iterable[_Union[Decision, _Mapping]]] = ..., tried: _Optional[_Iterable[_Union[TriedChange, _Mapping]]] = ...) -> None: ...
+    rollouts: _containers.RepeatedCompositeFieldContainer[RolloutRecord]
+    def __init__(self, verdict: _Optional[_Union[Verdict, _Mapping]] = ..., remedies: _Optional[_Iterable[_Union[Remedy, _Mapping]]] = ..., advised: _Optional[_Iterable[_Union[Decision, _Mapping]]] = ..., tried: _Optional[_Iterable[_Union[TriedChange, _Mapping]]] = ..., rollouts: _Optional[_Iterable[_Union[RolloutRecord, _Mapping]]] = ...) -> None: ...
 
 class ProfileKey(_message.Message):
     __slots__ = ("hardware", "model", "dtype")
@@ -907,8 +1035,10 @@ class StartTuningRequest(_message.Message):
     def __init__(self, options: _Optional[_Union[MutationOptions, _Mapping]] = ...) -> None: ...
 
 class StartTuningResponse(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("state",)
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    state: TunerState
+    def __init__(self, state: _Optional[_Union[TunerState, _Mapping]] = ...) -> None: ...
 
 class StopTuningRequest(_message.Message):
     __slots__ = ("options",)
@@ -917,8 +1047,10 @@ class StopTuningRequest(_message.Message):
     def __init__(self, options: _Optional[_Union[MutationOptions, _Mapping]] = ...) -> None: ...
 
 class StopTuningResponse(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("state",)
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    state: TunerState
+    def __init__(self, state: _Optional[_Union[TunerState, _Mapping]] = ...) -> None: ...
 
 class PauseRequest(_message.Message):
     __slots__ = ("options",)
@@ -927,8 +1059,10 @@ class PauseRequest(_message.Message):
     def __init__(self, options: _Optional[_Union[MutationOptions, _Mapping]] = ...) -> None: ...
 
 class PauseResponse(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("state",)
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    state: TunerState
+    def __init__(self, state: _Optional[_Union[TunerState, _Mapping]] = ...) -> None: ...
 
 class ResumeRequest(_message.Message):
     __slots__ = ("options",)
@@ -937,8 +1071,10 @@ class ResumeRequest(_message.Message):
     def __init__(self, options: _Optional[_Union[MutationOptions, _Mapping]] = ...) -> None: ...
 
 class ResumeResponse(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("state",)
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    state: TunerState
+    def __init__(self, state: _Optional[_Union[TunerState, _Mapping]] = ...) -> None: ...
 
 class SetModeRequest(_message.Message):
     __slots__ = ("options", "mode")
@@ -997,8 +1133,10 @@ class ApproveRequest(_message.Message):
     def __init__(self, options: _Optional[_Union[MutationOptions, _Mapping]] = ...) -> None: ...
 
 class ApproveResponse(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("state",)
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    state: TunerState
+    def __init__(self, state: _Optional[_Union[TunerState, _Mapping]] = ...) -> None: ...
 
 class RejectRequest(_message.Message):
     __slots__ = ("options",)
@@ -1007,28 +1145,38 @@ class RejectRequest(_message.Message):
     def __init__(self, options: _Optional[_Union[MutationOptions, _Mapping]] = ...) -> None: ...
 
 class RejectResponse(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("state",)
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    state: TunerState
+    def __init__(self, state: _Optional[_Union[TunerState, _Mapping]] = ...) -> None: ...
 
 class PinRequest(_message.Message):
-    __slots__ = ("options",)
+    __slots__ = ("options", "knob")
     OPTIONS_FIELD_NUMBER: _ClassVar[int]
+    KNOB_FIELD_NUMBER: _ClassVar[int]
     options: MutationOptions
-    def __init__(self, options: _Optional[_Union[MutationOptions, _Mapping]] = ...) -> None: ...
+    knob: str
+    def __init__(self, options: _Optional[_Union[MutationOptions, _Mapping]] = ..., knob: _Optional[str] = ...) -> None: ...
 
 class PinResponse(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("state",)
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    state: TunerState
+    def __init__(self, state: _Optional[_Union[TunerState, _Mapping]] = ...) -> None: ...
 
 class UnpinRequest(_message.Message):
-    __slots__ = ("options",)
+    __slots__ = ("options", "knob")
     OPTIONS_FIELD_NUMBER: _ClassVar[int]
+    KNOB_FIELD_NUMBER: _ClassVar[int]
     options: MutationOptions
-    def __init__(self, options: _Optional[_Union[MutationOptions, _Mapping]] = ...) -> None: ...
+    knob: str
+    def __init__(self, options: _Optional[_Union[MutationOptions, _Mapping]] = ..., knob: _Optional[str] = ...) -> None: ...
 
 class UnpinResponse(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("state",)
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    state: TunerState
+    def __init__(self, state: _Optional[_Union[TunerState, _Mapping]] = ...) -> None: ...
 
 class ListKnobsRequest(_message.Message):
     __slots__ = ()

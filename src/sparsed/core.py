@@ -187,13 +187,13 @@ KNOB_SPECS: tuple[KnobSpec, ...] = (
     ),
     KnobSpec(
         name="residency_watermark",
-        unit="of the hot tier",
+        unit="share",
         klass=KnobClass.HOT,
         default=0.1,
         minimum=0.0,
         maximum=0.5,
         integer=False,
-        help="share of the hot tier that stays free while requests are kept there whole; below it "
+        help="part of the hot tier that stays free while requests are kept there whole; below it "
         "they keep what they have a right to",
     ),
     KnobSpec(
@@ -710,12 +710,14 @@ class WaitReason(StrEnum):
 
 
 class RefusalReason(StrEnum):
-    """Why the engine ends a request without a token."""
+    """Why a request ends without a token: refused by the daemon, or by its engine."""
 
     INVALID = "invalid"  # a field is wrong
     TOO_LONG = "too-long"  # for max_model_len
     DRAM_TIER = "dram-tier"  # not even alone
     HOT_TIER = "hot-tier"  # not even alone
+    QUEUE_FULL = "queue-full"  # as many wait as may; never seen by an engine
+    DRAINING = "draining"  # the daemon ends; never seen by an engine
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -1319,6 +1321,15 @@ class Objective(StrEnum):
     GOODPUT = "goodput"  # requests per second that met the TTFT and TPOT targets
 
 
+class SearchMethod(StrEnum):
+    """How an offline study searches; random runs beside every other one, at equal budget."""
+
+    CONSTRAINED = "constrained"  # Bayesian, with a model of every target
+    SKOPT = "skopt"  # scikit-optimize as it comes
+    GRID = "grid"
+    RANDOM = "random"
+
+
 class TrialStatus(StrEnum):
     OK = "ok"
     OUT_OF_MEMORY = "out_of_memory"
@@ -1381,7 +1392,7 @@ class TrialResult:
     when the trial is infeasible; ``spread_frac`` is (max - min) / median over its repeats."""
 
     number: int
-    arm: str  # "default", "bayes", "random"; "verify" in studies of earlier versions
+    arm: str  # "default", "bayes", "skopt", "grid", "random"; earlier versions had "verify"
     values: Mapping[str, KnobValue]
     status: TrialStatus
     score: float | None
@@ -1559,14 +1570,101 @@ class AcceptanceDecision:
 
 
 class TunerMode(StrEnum):
+    """``auto`` alone changes knobs by itself, one tested candidate at a time."""
+
     OFF = "off"
     OBSERVE = "observe"
     ADVISE = "advise"
+    AUTO = "auto"
+
+
+class RolloutState(StrEnum):
+    """Of one candidate of the live tuner. ``expired``: it ended without a verdict on it."""
+
+    ACTIVE = "active"  # proposed, not applied yet
+    VERIFYING = "verifying"  # in its paired windows, then on probation
+    SUCCESS = "success"
+    REVERTED = "reverted"
+    EXPIRED = "expired"
+
+
+class RolloutReason(StrEnum):
+    PROPOSED = "proposed"
+    CANARY = "canary"
+    COMMITTED = "committed"  # it passed the paired test: the last known good from now on
+    PROBATION_PASSED = "probation_passed"
+    # faults of the candidate: its region is quarantined, the cool-down doubles
+    CRASHED = "crashed"  # the daemon died while it was tested
+    ENGINE_DIED = "engine_died"
+    OUT_OF_MEMORY = "out_of_memory"
+    SLO_BREACH = "slo_breach"
+    ERRORS = "errors"
+    QUEUE_GROWTH = "queue_growth"
+    HBM_OVER_LIMIT = "hbm_over_limit"
+    NOT_BETTER = "not_better"  # rejected by the paired test
+    REGRESSED = "regressed"  # on probation
+    APPLY_FAILED = "apply_failed"
+    # ends that are no fault of it
+    UNDECIDED = "undecided"  # held by the paired test
+    NO_TRAFFIC = "no_traffic"
+    STALE_DATA = "stale_data"
+    BUDGET_SPENT = "budget_spent"  # of exploring, or of breached targets
+    OVERTAKEN = "overtaken"  # an operator set knobs meanwhile
+    REJECTED = "rejected"  # by an operator
+    PINNED = "pinned"
+    FROZEN = "frozen"
+    KILLED = "killed"
+    SWITCHED_OFF = "switched_off"  # the mode does not allow it any more
+    STORE_FAILED = "store_failed"
+    SHUT_DOWN = "shut_down"
+    WAITED_TOO_LONG = "waited_too_long"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RolloutRecord:
+    """One step of the life of one candidate. ``config_from`` and ``config_to`` hold the knobs that
+    it changes; times are seconds since the epoch."""
+
+    state: RolloutState
+    reason: RolloutReason
+    config_from: Mapping[str, KnobValue]
+    config_to: Mapping[str, KnobValue]
+    initiated_by: str
+    at: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LastKnownGood:
+    """Hot knobs that the live tuner has proved better than what a start takes without it."""
+
+    values: Mapping[str, KnobValue]
+    moved_at: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TunerControls:
+    """What operators laid down for the live tuner, kept over restarts. ``pins``: knobs that it
+    leaves alone. ``safe_since``: when safe mode began, None if it has not."""
+
+    pins: tuple[str, ...] = ()
+    frozen: bool = False
+    safe_since: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TunerRun:
+    """A time of serving with values of the live tuner. ``alive_at``: when it was last seen;
+    ``ended`` False in a store that is opened anew: it crashed."""
+
+    run_id: int
+    started_at: float
+    alive_at: float
+    ended: bool
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Decision:
-    """Advice of the live tuner: never applied by itself."""
+    """Advice of the live tuner. In mode ``auto`` it becomes a candidate, which is tested."""
 
     made_at: float
     values: Mapping[str, KnobValue]

@@ -21,6 +21,7 @@ from sparsed.controller.control import (
     KnobState,
     TriedChange,
     TunerState,
+    TunerVerb,
 )
 from sparsed.controller.lookups import FindVerified
 from sparsed.controller.servicer import AdminServers, serve
@@ -46,6 +47,9 @@ from sparsed.core import (
     ProfileKey,
     ProfileStatus,
     Remedy,
+    RolloutReason,
+    RolloutRecord,
+    RolloutState,
     Snapshot,
     TunerMode,
     Verdict,
@@ -171,6 +175,16 @@ EXPLANATION = Explanation(
             words="rejected: no gain",
         ),
     ),
+    rollouts=(
+        RolloutRecord(
+            state=RolloutState.REVERTED,
+            reason=RolloutReason.SLO_BREACH,
+            config_from={"prefill_chunk": 2048},
+            config_to={"prefill_chunk": 4096},
+            initiated_by="tuner",
+            at=1.7e9,
+        ),
+    ),
 )
 PROFILE = Profile(
     key=ProfileKey(hardware="cpu:x:2:24GiB", model="dummy:tiny", dtype="float32"),
@@ -182,6 +196,16 @@ PROFILE = Profile(
     winner_scores=(13.0, 14.0, 15.0),
     versions={"sparsed": "0.1.0"},
     created_at=1.7e9,
+)
+
+
+ROLLOUT = RolloutRecord(
+    state=RolloutState.REVERTED,
+    reason=RolloutReason.SLO_BREACH,
+    config_from={"hbm_budget": None, "token_budget": 2048},
+    config_to={"hbm_budget": 4096, "token_budget": 1536},
+    initiated_by="auto",
+    at=1.7e9,
 )
 
 
@@ -201,6 +225,8 @@ class ScriptedControl:
         self.step_s = 0.01
         self.is_engine_away = False
         self.explanation = EXPLANATION
+        self.pins: set[str] = set()
+        self.verbs: list[TunerVerb] = []
 
     def status(self) -> DaemonStatus:
         return self.now
@@ -252,7 +278,29 @@ class ScriptedControl:
             predicted_score=12.0,
             current_score=None,
         )
-        return TunerState(mode=self.now.tuner_mode, num_observations=7, decisions=(advice,))
+        return TunerState(
+            mode=self.now.tuner_mode,
+            num_observations=7,
+            decisions=(advice,),
+            rollouts=(ROLLOUT,),
+            pins=tuple(sorted(self.pins)),
+            killed=self.verbs[-1:] == [TunerVerb.KILL],
+            hold="too little traffic",
+            explored_frac=0.025,
+        )
+
+    async def steer_tuner(
+        self, verb: TunerVerb, *, knob: str, validate_only: bool, reason: str
+    ) -> TunerState:
+        if knob and knob not in KNOBS_BY_NAME:
+            raise InputError(f"unknown knob {knob!r}; see: sparsed knobs list", field="knob")
+        if not validate_only:
+            self.verbs.append(verb)
+            if verb is TunerVerb.PIN:
+                self.pins.add(knob)
+            elif verb is TunerVerb.UNPIN:
+                self.pins.discard(knob)
+        return self.tuner()
 
 
 @dataclass(frozen=True, slots=True)

@@ -175,6 +175,7 @@ def test_why_in_words(sparsed: Sparsed, capsys: pytest.CaptureFixture[str]) -> N
         "token_budget lower working sets shrink",
         "beyond knobs more memory",
         "tried 2023-11-14 22:13 UTC: hbm_budget=auto, token_budget=1024: rejected: no gain",
+        "live 2023-11-14 22:13 UTC: prefill_chunk=4096: reverted, slo_breach",
         "advised: hold: no better point is known",
     ):
         assert words in shown
@@ -183,7 +184,9 @@ def test_why_in_words(sparsed: Sparsed, capsys: pytest.CaptureFixture[str]) -> N
 def test_why_as_json_and_without_a_history(
     sparsed: Sparsed, daemon: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    daemon.control.explanation = replace(daemon.control.explanation, tried=(), advised=())
+    daemon.control.explanation = replace(
+        daemon.control.explanation, tried=(), advised=(), rollouts=()
+    )
     assert sparsed("why", "-o", "json") == 0
     answer = json.loads(capsys.readouterr().out)
     assert answer["verdict"]["bound"] == "capacity-bound"
@@ -292,7 +295,7 @@ def test_bad_assignments(
 
 
 def test_the_tuner_is_switched(sparsed: Sparsed, daemon: Any) -> None:
-    for verb in ("advise", "observe", "off"):
+    for verb in ("advise", "observe", "auto", "off"):
         assert sparsed("tuner", verb) == 0
         assert daemon.control.now.tuner_mode is TunerMode(verb)
 
@@ -466,3 +469,25 @@ def test_light_verbs_load_nothing_heavy(arguments: list[str]) -> None:
 def _made(directory: Path) -> Path:
     directory.mkdir()
     return directory
+
+
+def test_the_tuner_is_steered(
+    sparsed: Sparsed, daemon: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for words in (("freeze",), ("unfreeze",), ("approve",), ("reject",), ("revive",)):
+        assert sparsed("tuner", *words) == 0
+    assert sparsed("tuner", "pin", "token_budget", "--reason", "mine") == 0
+    capsys.readouterr()
+    assert sparsed("tuner", "kill") == 0
+    text = capsys.readouterr().out
+    for part in (
+        "stopped: killed",
+        "left alone: token_budget",
+        "candidate: too little traffic; 2.5% of the busy time",
+        "reverted: hbm_budget=4096 token_budget=1536: slo_breach, by auto",
+        "advice: token_budget=1024",
+    ):
+        assert part in text
+    assert sparsed("tuner", "unpin", "token_budget") == 0
+    verbs = [verb.value for verb in daemon.control.verbs]
+    assert verbs == ["freeze", "unfreeze", "approve", "reject", "revive", "pin", "kill", "unpin"]

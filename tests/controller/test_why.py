@@ -27,6 +27,9 @@ from sparsed.core import (
     LinkProbe,
     MachineFacts,
     MemoryPlan,
+    RolloutReason,
+    RolloutRecord,
+    RolloutState,
     Slo,
     Snapshot,
 )
@@ -185,12 +188,24 @@ def test_an_explanation_holds_what_was_tried_for_this_machine_and_model(plan: St
         made_at=1.0, values={}, reason="hold", predicted_score=None, current_score=None
     )
     store.record_decision(plan.key, advice)
+    begun = RolloutRecord(
+        state=RolloutState.VERIFYING,
+        reason=RolloutReason.CANARY,
+        config_from={"token_budget": 2048},
+        config_to={"token_budget": 1024},
+        initiated_by="tuner",
+        at=2.0,
+    )
+    ended = replace(begun, state=RolloutState.REVERTED, reason=RolloutReason.ERRORS, at=3.0)
+    for record in (begun, ended):
+        store.note_rollout(plan.key, record)
     window = replace(WINDOW, ended_at=time.time())
     found = asyncio.run(explain(store, plan, [window], knobs=plan.spec.knobs, facts=FACTS))
     assert [one.decided_at for one in found.tried] == [6.0, 5.0, 4.0, 3.0, 2.0]
     assert {tuple(one.values.items()) for one in found.tried} == {(("token_budget", 1024),)}
     assert found.tried[0].words.startswith("held: ")
     assert found.advised == (advice,)
+    assert found.rollouts == (ended,)
     assert found.verdict.num_windows == 1
     assert found.remedies[-1].knob is None
 

@@ -17,6 +17,7 @@ from sparsed.core import (
     KnobValue,
     Measurement,
     Objective,
+    SearchMethod,
     Slo,
     TrialResult,
     TrialStatus,
@@ -85,13 +86,20 @@ class SyntheticEngine:
         )
 
 
-def plan(*, num_trials: int = 5, slo: Slo | None = None, seed: int = 1) -> StudyPlan:
+def plan(
+    *,
+    num_trials: int = 5,
+    slo: Slo | None = None,
+    seed: int = 1,
+    method: SearchMethod = SearchMethod.CONSTRAINED,
+) -> StudyPlan:
     return StudyPlan(
         space=SPACE,
         objective=Objective.THROUGHPUT,
         slo=slo or Slo(),
         num_trials=num_trials,
         seed=seed,
+        method=method,
     )
 
 
@@ -117,6 +125,24 @@ def study(
 
 def reason_of(outcome: StudyOutcome) -> DecisionReason | None:
     return outcome.comparison.verdict.reason if outcome.comparison else None
+
+
+@pytest.mark.parametrize(
+    ("method", "arms"),
+    [
+        (SearchMethod.CONSTRAINED, ("bayes", "random")),
+        (SearchMethod.SKOPT, ("skopt", "random")),
+        (SearchMethod.GRID, ("grid", "random")),
+        (SearchMethod.RANDOM, ("random",)),
+    ],
+)
+def test_random_search_runs_beside_every_method(
+    method: SearchMethod, arms: tuple[str, ...]
+) -> None:
+    _, recorded = study(SyntheticEngine(), num_trials=2, method=method)
+    assert [trial.arm for trial in recorded] == ["default", *arms * 2]
+    values = [tuple(trial.values.items()) for trial in recorded if trial.arm in arms]
+    assert len(set(values)) == len(values)
 
 
 def test_a_study_compares_both_arms_and_verifies_the_winner() -> None:
