@@ -22,7 +22,7 @@ from typing import Final
 
 from landscape import LOADS
 from report import environment
-from scipy.stats import wilcoxon  # type: ignore[import-untyped]  # ships no types
+from scipy.stats import wilcoxon
 from tuner_simulator import Simulator
 
 from sparsed.core import KnobValue

@@ -9,15 +9,18 @@ from typing import Protocol
 
 from sparsed.core import (
     Decision,
+    DecisionState,
     EngineFacts,
     EngineStats,
     Knobs,
     KnobSpec,
     KnobValue,
     MemoryPlan,
+    Remedy,
     RolloutRecord,
     Snapshot,
     TunerMode,
+    Verdict,
 )
 from sparsed.db.store import ProfileStore
 
@@ -108,9 +111,33 @@ class TunerVerb(StrEnum):
     UNPIN = "unpin"
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TriedChange:
+    """A change of knobs that was put to the test; ``words``: what became of it, and by which
+    figure."""
+
+    decision_id: int | None
+    decided_at: float  # seconds since the epoch
+    state: DecisionState
+    values: Mapping[str, KnobValue]  # those that differed
+    words: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Explanation:
+    """What binds now, what would help, and what was advised and tried before for this machine
+    and model, the newest first. ``rollouts``: how candidates of the live tuner ended."""
+
+    verdict: Verdict
+    remedies: tuple[Remedy, ...]
+    advised: tuple[Decision, ...]
+    tried: tuple[TriedChange, ...]
+    rollouts: tuple[RolloutRecord, ...]
+
+
 class Control(Protocol):
-    """Implemented by the daemon. Called on the event loop; only ``drain``, ``set_knobs``
-    and ``steer_tuner`` wait. InputError: a bad value, nothing has changed."""
+    """Implemented by the daemon. Called on the event loop; only ``drain``, ``set_knobs``,
+    ``explain`` and ``steer_tuner`` wait. InputError: a bad value, nothing has changed."""
 
     @property
     def profiles(self) -> ProfileStore: ...
@@ -124,6 +151,10 @@ class Control(Protocol):
     ) -> tuple[KnobState, ...]:
         """Hot knobs change once the engine is ready for them, which is waited for; others become
         ``pending``. InputError, too, for a hot value that a newer change has overtaken."""
+        ...
+
+    async def explain(self) -> Explanation:
+        """Errors: StoreError when what was tried cannot be read."""
         ...
 
     async def drain(self, *, timeout_s: float | None) -> int:

@@ -7,7 +7,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import AsyncExitStack
 from functools import partial
 from typing import Any
@@ -17,7 +17,14 @@ import msgspec
 from sparsed import __version__
 from sparsed.controller import servicer
 from sparsed.controller.config import DaemonConfig, write_pending
-from sparsed.controller.control import DaemonState, DaemonStatus, KnobState, TunerState, TunerVerb
+from sparsed.controller.control import (
+    DaemonState,
+    DaemonStatus,
+    Explanation,
+    KnobState,
+    TunerState,
+    TunerVerb,
+)
 from sparsed.controller.engine_link import EngineLink
 from sparsed.controller.http.app import create_app
 from sparsed.controller.http.context import HttpContext
@@ -31,7 +38,8 @@ from sparsed.controller.recovery import recover, tuned_values
 from sparsed.controller.signals import handle_signals, ignore_stops
 from sparsed.controller.startup import StartPlan, check_next_start, load_tokenizer, prepare
 from sparsed.controller.state_dir import StateLock
-from sparsed.controller.telemetry import Senses
+from sparsed.controller.telemetry import Senses, info_labels
+from sparsed.controller.why import explain
 from sparsed.core import ExitCode, InputError, KnobValue, Snapshot, StartError, TunerMode
 from sparsed.db.store import ProfileStore, Store
 from sparsed.db.writer import TelemetryWriter
@@ -97,7 +105,7 @@ class Daemon:
             read_failures=lambda: self._engine.ledger.num_failed,
             kill_file=config.state_dir.tuner_kill_file,
         )
-        self._senses = Senses(self._telemetry, slo=config.slo)
+        self._senses = Senses(self._telemetry, slo=config.slo, gpu_plan=plan.gpu_plan)
         self._engine = EngineLink(
             plan,
             run_dir=config.state_dir.run_dir,
@@ -157,7 +165,7 @@ class Daemon:
     async def _watch_host(self) -> None:
         device = self._plan.spec.device
         gpu_index = None if device == "cpu" else int(device.partition(":")[2])
-        await self._senses.watch_host(self._pids, gpu_index=gpu_index)
+        await self._senses.watch_host(self._engine.pids, gpu_index=gpu_index)
 
     async def _drain_or_hurry(self) -> None:
         drain = asyncio.create_task(self.drain(timeout_s=self._config.drain_timeout_s))
@@ -235,6 +243,11 @@ class Daemon:
         board.check_in_force(values)
         return board.states()
 
+    async def explain(self) -> Explanation:
+        knobs, facts = self._engine.board.knobs, self._engine.facts
+        windows = self._senses.windows if self._engine.up else ()
+        return await explain(self._store, self._plan, windows, knobs=knobs, facts=facts)
+
     async def drain(self, *, timeout_s: float | None) -> int:
         logger.info("draining %d requests", self._engine.ledger.num_unfinished)
         return await self._engine.ledger.drain(timeout_s=timeout_s)
@@ -283,7 +296,8 @@ class Daemon:
             reasons.append(f"the store lost {lost} writes; is the disk full?")
         if broken := self._senses.totals.verify_mismatches:
             reasons.append(f"{broken} KV pages differed after a copy; see the log")
-        return (*reasons, *self._tuner.reasons())
+        faults = self._senses.faults if self._engine.up else ()
+        return (*reasons, *self._tuner.reasons(), *faults)
 
     def _keep_pending(self, pending: Mapping[str, KnobValue]) -> None:
         file, board = self._config.state_dir.pending_file, self._engine.board
@@ -295,10 +309,6 @@ class Daemon:
             ) from error
         board.keep(pending)
 
-    def _pids(self) -> Iterable[int]:
-        facts = self._engine.facts
-        return (os.getpid(), facts.pid) if facts and self._engine.up else (os.getpid(),)
-
     def _on_snapshot(self, snapshot: Snapshot) -> None:
         self._writer.record_snapshot(self._plan.key, snapshot)
         self._tuner.on_snapshot(snapshot)
@@ -308,7 +318,7 @@ class Daemon:
             self._engine.fall_back(values)
 
     def _telemetry(self) -> Telemetry:
-        spec, facts = self._plan.spec, self._engine.facts
+        facts = self._engine.facts
         return Telemetry(
             totals=self._senses.totals,
             snapshot=self._senses.snapshot,
@@ -316,13 +326,7 @@ class Daemon:
             engine_restarts=self._engine.supervisor.restarts,
             requests_failed=self._engine.ledger.num_failed,
             store_lost_writes=self._writer.lost_writes,
-            labels={
-                "version": __version__,
-                "model": self._model_ids[0],
-                "device": spec.device,
-                "dtype": spec.dtype,
-                "selections": "replayed" if spec.selection_trace else "own",
-            },
+            labels=info_labels(self._plan.spec, name=self._model_ids[0]),
         )
 
     def _http_context(self) -> HttpContext:

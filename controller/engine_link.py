@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 import time
 from collections.abc import Callable, Mapping
@@ -116,6 +117,11 @@ class EngineLink:
         stats = self._senses.stats
         return stats is not None and stats.applying is not None
 
+    def pids(self) -> tuple[int, ...]:
+        """Of this process, and of the engine while it runs."""
+        own = os.getpid()
+        return (own, self.facts.pid) if self.facts and self.up else (own,)
+
     async def stop(self) -> None:
         """End what is unfinished with an error, then the engine."""
         self.ledger.cut_off_all(SHUTTING_DOWN)
@@ -145,6 +151,7 @@ class EngineLink:
 
     def _on_ready(self, facts: EngineFacts) -> None:
         self.facts, self.up = facts, True
+        self._senses.on_engine_ready(weights_bytes=facts.weights_bytes)
         self.ledger.on_engine_ready()
 
     def _on_lost(self, reason: str) -> None:

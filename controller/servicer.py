@@ -70,6 +70,10 @@ class TuningServicer(rpc.TuningServiceServicer):
         state = self._control.tuner(None if request.options.validate_only else mode)
         return pb.SetModeResponse(state=to_message(state, pb.TunerState()))
 
+    async def Explain(self, request: pb.ExplainRequest, context: Any) -> pb.ExplainResponse:
+        explanation = to_message(await self._control.explain(), pb.Explanation())
+        return pb.ExplainResponse(explanation=explanation)
+
     async def Start(self, request: pb.StartTuningRequest, context: Any) -> pb.StartTuningResponse:
         return pb.StartTuningResponse(state=await self._steer(TunerVerb.REVIVE, request))
 

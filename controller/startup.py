@@ -34,6 +34,7 @@ from sparsed.core import (
     InputError,
     KnobValue,
     MachineFacts,
+    MemoryPlan,
     ModelShape,
     ProfileKey,
     Service,
@@ -67,6 +68,11 @@ class StartPlan:
     key: ProfileKey
     profile: str  # which profile was taken and why, or why none
     sources: Mapping[str, KnobSource]  # of every knob
+
+    @property
+    def gpu_plan(self) -> MemoryPlan | None:
+        """What is planned for the memory of a GPU; None on a CPU."""
+        return None if self.spec.device == "cpu" else self.spec.plan
 
 
 def prepare(

@@ -21,6 +21,7 @@ from sparsed.controller.cli import (
     start,
     tune,
     tuner,
+    why,
 )
 from sparsed.controller.cli.output import complain
 from sparsed.controller.cli.session import ERROR
@@ -45,6 +46,7 @@ app = typer.Typer(
 )
 app.command("start")(start.start)
 app.command("status")(daemon.status)
+app.command("why")(why.why)
 app.command("drain")(daemon.drain)
 app.command("stop")(daemon.stop)
 app.command("tune")(tune.tune)

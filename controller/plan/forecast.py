@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from sparsed.core import (
     BLOCK_TOKENS,
     DTYPE_BYTES,
+    Bound,
     GpuRates,
     Knobs,
     KnobValue,
@@ -36,7 +37,6 @@ from sparsed.engine.pace import Pace
 from sparsed.engine.planner import plan_memory, resolve_knobs, workspace_bytes
 from sparsed.tuner.queueing import Job, Service, at_rate, full_batch
 from sparsed.tuner.roofline import (
-    Bound,
     HbmPeak,
     StepLoad,
     StepTime,

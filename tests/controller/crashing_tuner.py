@@ -16,8 +16,9 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
-from sqlalchemy import event
+from sqlalchemy import Engine, event
 
 from sparsed.controller.recovery import recover, tuned_values
 from sparsed.controller.rollout_host import RolloutHost
@@ -31,6 +32,7 @@ from sparsed.core import (
     TunerMode,
 )
 from sparsed.db import open_store
+from sparsed.db.sql import SqlProfileStore
 from sparsed.db.store import Store
 from sparsed.tuner.rollout_state import RolloutRule, Values
 
@@ -119,7 +121,7 @@ class FakeDaemon:
         self.knobs = self.knobs.with_values(values)
         self.applied.append(values)
 
-    async def tick(self, **figures: object) -> None:
+    async def tick(self, **figures: Any) -> None:
         """One second: larger values give more tokens. Returns with everything done."""
         self.at += 1.0
         gain = self.knobs.max_num_active_seqs * self.knobs.prefill_chunk / (4 * 512)
@@ -129,7 +131,7 @@ class FakeDaemon:
             generated_tokens_per_s=50.0 * gain,
             knobs=self.knobs,
         )
-        self.host.on_snapshot(replace(base, **figures))  # type: ignore[arg-type]
+        self.host.on_snapshot(replace(base, **figures))
         await self.settled()
 
     async def settled(self) -> None:
@@ -220,7 +222,7 @@ def die_at(number: int, directory: Path, pipe: int) -> int:
     """Tell the story, and die at write ``number``; returns how many there were, if it was more."""
     store = open_store(directory / "sparsed.db")
     killer = Killer(number, pipe)
-    engine = store._engine  # type: ignore[attr-defined]  # the hook goes below the store
+    engine = _engine_of(store)
 
     def on_statement(_c: object, _cur: object, statement: str, *_rest: object) -> None:
         if statement.split()[0] in ("INSERT", "UPDATE", "DELETE"):
@@ -228,7 +230,7 @@ def die_at(number: int, directory: Path, pipe: int) -> int:
 
     event.listen(engine, "before_cursor_execute", on_statement)
     event.listen(engine, "commit", lambda _connection: killer.write("commit"))
-    told: Store = Told(store, killer)  # type: ignore[assignment]  # by name
+    told = cast(Store, Told(store, killer))  # it has what the store has, by name
     recover(told, at=999.0)
 
     def on_apply(values: Values) -> None:
@@ -275,8 +277,14 @@ def run_one(number: int, template: Path, directory: Path) -> dict[str, object]:
     }
 
 
+def _engine_of(store: Store) -> Engine:
+    """What lies below the store: statements and commits are seen there alone."""
+    assert isinstance(store, SqlProfileStore)
+    return store._engine
+
+
 def _num_markers(store: Store) -> int:
-    with store._engine.connect() as connection:  # type: ignore[attr-defined]
+    with _engine_of(store).connect() as connection:
         return int(connection.exec_driver_sql("SELECT count(*) FROM tuner_marker").scalar_one())
 
 

@@ -33,6 +33,9 @@ class Direct:
     def set_knobs(self, values: dict[str, KnobValue], **options: Any) -> Any:
         return asyncio.run(self._control.set_knobs(check_knob_values(values), **options))
 
+    def explain(self) -> Any:
+        return asyncio.run(self._control.explain())
+
     def steer_tuner(self, verb: TunerVerb, **options: Any) -> Any:
         steer = self._control.steer_tuner(verb, **({"knob": "", "validate_only": False} | options))
         return asyncio.run(steer)
@@ -57,6 +60,7 @@ def test_reads_give_the_daemons_values(caller: Any, control: Any) -> None:
     assert caller.snapshot() == control.now.snapshot
     assert caller.list_knobs() == control.list_knobs()
     assert caller.tuner() == control.tuner()
+    assert caller.explain() == control.explanation
     assert caller.list_profiles() == control.profiles.list_profiles()
 
 

@@ -32,6 +32,7 @@ IMPLEMENTED = {
     "TuningService": {
         "GetState",
         "SetMode",
+        "Explain",
         "Start",
         "Stop",
         "Pause",

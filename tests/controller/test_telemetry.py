@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import pytest
+
 from sparsed.controller.telemetry import Senses
 from sparsed.core import EngineStats, RefusalCount, RefusalReason, Slo
 
 
 def test_refusals_of_the_daemon_stand_beside_those_of_its_engines() -> None:
     """Whatever engine is the present one."""
-    senses = Senses(lambda: None, slo=Slo())  # type: ignore[arg-type,return-value]  # no scrape
+    senses = Senses(lambda: pytest.fail("no scrape"), slo=Slo())
     senses.observe_refusal(RefusalReason.QUEUE_FULL)
     senses.observe_refusal(RefusalReason.TOO_LONG)
     for steps, count in ((9, 2), (4, 1)):  # the second is a new engine

@@ -146,7 +146,7 @@ class World:
         self.proved = self.proved.with_values(values)
         self.once_proved.append(self.proved)
 
-    def tick(self, *, dt_s: float = 1.0, **figures: object) -> tuple[Action, ...]:
+    def tick(self, *, dt_s: float = 1.0, **figures: Any) -> tuple[Action, ...]:
         if self.in_force != self.proved:
             self.explored_s += dt_s
         self.at += dt_s
@@ -159,7 +159,7 @@ class World:
             generated_tokens_per_s=rate,
             knobs=self.in_force,
         )
-        snapshot = replace(base, **figures)  # type: ignore[arg-type]
+        snapshot = replace(base, **figures)
         self.busy_s += dt_s if snapshot.steps else 0.0
         return self.tell(Ticked(at=self.at, snapshot=snapshot, num_failed=self.num_failed))
 
