@@ -57,7 +57,7 @@ class QualityGuard:
         """Knobs have changed: raised budgets are multiples of the new one."""
         for request in requests:
             watched = self._watched.get(request.request_id)
-            if watched is not None and watched.state != Breaker():
+            if watched is not None:  # also who is as at first again: it was given a number
                 self._set(request, watched.state, knobs)
 
     def forget(self, request_id: str) -> None:
