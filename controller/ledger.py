@@ -112,6 +112,10 @@ class Ledger:
 
     # ---- clients ---------------------------------------------------------------------------
 
+    def refuse(self, reason: RefusalReason) -> None:
+        """Count a request that is refused before it is submitted."""
+        self._refuse(reason)
+
     def submit(self, request: AddRequest) -> RequestStream:
         """Take a request; it is sent now, or when the engine is up.
 

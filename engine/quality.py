@@ -27,6 +27,7 @@ class Attention(Protocol):
 class _Watched:
     state: Breaker = field(default_factory=Breaker)
     num_seen: int = 0  # samples that were judged
+    was_changed: bool = False  # since then its budget is a number, which no knob moves
 
 
 class QualityGuard:
@@ -57,7 +58,7 @@ class QualityGuard:
         """Knobs have changed: raised budgets are multiples of the new one."""
         for request in requests:
             watched = self._watched.get(request.request_id)
-            if watched is not None and watched.state != Breaker():
+            if watched is not None and watched.was_changed:
                 self._set(request, watched.state, knobs)
 
     def forget(self, request_id: str) -> None:
@@ -74,6 +75,7 @@ class QualityGuard:
         watched.state = after
         if (after.raises, after.is_dense) == (before.raises, before.is_dense):
             return
+        watched.was_changed = True
         self.num_raises += after.raises > before.raises
         self.num_dense += after.is_dense
         tokens = self._set(request, after, knobs)

@@ -8,7 +8,14 @@ from dataclasses import dataclass, replace
 from sparsed.controller.http.context import HttpContext
 from sparsed.controller.http.errors import ModelNotFoundError
 from sparsed.controller.http.protocol import MAX_SEED, GenerationBody, SparseBody
-from sparsed.core import KNOBS_BY_NAME, InputError, SamplingParams, SparseMode, SparseOptions
+from sparsed.core import (
+    KNOBS_BY_NAME,
+    InputError,
+    RefusalReason,
+    SamplingParams,
+    SparseMode,
+    SparseOptions,
+)
 
 _TOKEN_ID = re.compile(r"[0-9]{1,10}")
 
@@ -103,6 +110,8 @@ def _first(*values: float | None, neutral: float) -> float:
 def _max_tokens(limits: OutputLimits, *, num_prompt_tokens: int, context: HttpContext) -> int:
     """Tokens to generate, at least one: a scored prompt takes one as well, which is not shown."""
     room = context.max_model_len - num_prompt_tokens
+    if max(limits.max_tokens or 0, 1) > room:
+        context.ledger.refuse(RefusalReason.TOO_LONG)
     if room < 1:
         raise InputError(
             f"the prompt has {num_prompt_tokens} tokens, the model takes "

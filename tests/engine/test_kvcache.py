@@ -408,6 +408,27 @@ def test_a_newcomer_that_fits_disturbs_nobody(make_cache: MakeCache) -> None:
     assert cache.rows[first].num_blocks == 5
 
 
+def test_a_token_within_a_block_looks_at_no_other_request(
+    make_cache: MakeCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or the host's time of a step grows with the square of the requests in it."""
+    cache = make_cache(lane_blocks=8, num_frames=20, token_budget=256)
+    index = cache.add(600, method=SparseMethod.CUBOID_MEAN, token_budget=None)
+    cache.open_chunk(index, 0, 510, step=1)
+    asked: list[int] = []
+    quota = cache.shares.quota
+
+    def count(row: Row) -> int:
+        asked.append(row.num_tokens)
+        return quota(row)
+
+    monkeypatch.setattr(cache.shares, "quota", count)
+    for position in range(510, 514):
+        cache.make_room(index, position)
+    assert set(asked) == {513}, "the token that begins a block"
+    assert cache.rows[index].num_blocks == 5
+
+
 def test_an_open_page_moves_when_its_slot_is_taken(make_cache: MakeCache) -> None:
     cache = make_cache(lane_blocks=8, num_frames=20, token_budget=256)
     index = cache.add(1000, method=SparseMethod.CUBOID_MEAN, token_budget=None)

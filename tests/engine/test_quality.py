@@ -7,11 +7,15 @@ from dataclasses import replace
 
 import pytest
 
-from sparsed.core import AddRequest, EngineSpec, SamplingParams, Service
+from sparsed.core import AddRequest, EngineSpec, SamplingParams, Service, SparseMethod
+from sparsed.engine.breaker import GOOD_SAMPLES
 from sparsed.engine.engine import Engine
 from sparsed.engine.kvcache.cache import KVCache
+from sparsed.engine.quality import QualityGuard
+from sparsed.engine.request import RequestState
 from sparsed.engine.runner import Runner
 
+MakeCache = Callable[..., KVCache]
 MakeSpec = Callable[..., EngineSpec]
 
 STRIDE = 8  # steps between two samples
@@ -86,3 +90,26 @@ def test_dense_is_the_end(make_spec: MakeSpec) -> None:
     assert final[-1].error is None and final[-1].sparse is not None
     assert final[-1].sparse.sparse_steps == sparse_steps
     cache.check_integrity()
+
+
+@pytest.mark.parametrize("num_more", [0, 1])
+def test_who_was_raised_and_is_good_again_follows_the_knob(
+    make_cache: MakeCache, num_more: int
+) -> None:
+    """Whether or not there was another good sample since."""
+    cache = make_cache(lane_blocks=8, num_frames=20, token_budget=256)
+    guard = QualityGuard(cache, floor=0.5)
+    prompt = AddRequest(request_id="a", prompt_tokens=(1,), sampling=SamplingParams(max_tokens=900))
+    request = RequestState(request=prompt, seed=0)
+    request.admit(cache.add(901, method=SparseMethod.CUBOID_MEAN, token_budget=None))
+    row = cache.rows[0]
+    row.recalls += [0.4]
+    guard.look([request], knobs=cache._knobs)
+    assert row.token_budget == 512
+    row.recalls += [1.0] * (GOOD_SAMPLES + num_more)
+    guard.look([request], knobs=cache._knobs)
+    assert row.token_budget == 256
+    knobs = replace(cache._knobs, token_budget=384)
+    cache.apply(knobs)
+    guard.apply([request], knobs=knobs)
+    assert row.token_budget == 384

@@ -19,6 +19,7 @@ from sparsed.core import (
     AbortRequest,
     AddRequest,
     FinishReason,
+    RefusalReason,
     SparseDetails,
     TokenBatch,
     TokenLogprob,
@@ -126,6 +127,7 @@ class Edge:
     client: httpx.AsyncClient
     engine: ScriptedEngine
     ledger: Ledger
+    refused_for: list[RefusalReason]
 
     async def post(self, path: str, **body: object) -> Any:
         """The decoded answer; fails unless the status is 200."""
@@ -159,11 +161,12 @@ OpenEdge = Callable[..., Any]
 async def _open_edge(
     engine: ScriptedEngine, *, max_waiting: int = 1000, **changes: Any
 ) -> AsyncIterator[Edge]:
+    refused_for: list[RefusalReason] = []
     ledger = Ledger(
         LedgerLimits(max_tokens=1000, max_waiting=max_waiting, num_active=lambda: 4),
         send=engine.send,
         observe=lambda *, ttft_s, tpot_s: None,
-        refuse=lambda _reason: None,
+        refuse=refused_for.append,
         clock=lambda: 0.0,
         draw_seed=lambda: 7,
     )
@@ -184,7 +187,7 @@ async def _open_edge(
     app = create_app(replace(defaults, **changes))
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-        yield Edge(client=client, engine=engine, ledger=ledger)
+        yield Edge(client=client, engine=engine, ledger=ledger, refused_for=refused_for)
     for task in engine.tasks:
         task.cancel()
     outcomes = await asyncio.gather(*engine.tasks, return_exceptions=True)

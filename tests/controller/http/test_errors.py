@@ -5,6 +5,7 @@ import pytest
 
 from sparsed.controller.control import DaemonState
 from sparsed.controller.http.protocol import CompletionBody
+from sparsed.core import RefusalReason
 
 pytestmark = pytest.mark.anyio
 PATH = "/v1/completions"
@@ -124,6 +125,21 @@ async def test_every_form_of_a_field_is_named(
     async with open_edge() as edge:
         error = await edge.refused(path, 400, **body)
     assert error["message"] == says
+
+
+@pytest.mark.parametrize(
+    ("body", "num_refused"),
+    [
+        ({"prompt": "x" * 1000}, 1),
+        ({"prompt": "x" * 900, "max_tokens": 101}, 1),
+        ({"prompt": ["x", "x" * 1000]}, 1),
+        ({"prompt": "x", "max_tokens": -1}, 0),
+    ],
+)
+async def test_who_is_too_long_is_counted(body: Any, num_refused: int, open_edge: Any) -> None:
+    async with open_edge() as edge:
+        await edge.refused(PATH, 400, **body)
+    assert edge.refused_for == [RefusalReason.TOO_LONG] * num_refused
 
 
 async def test_long_prompt_names_the_limit(open_edge: Any) -> None:
