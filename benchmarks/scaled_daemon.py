@@ -84,7 +84,8 @@ def load(
 ) -> list[Any]:
     """Keep ``clients`` requests under way for ``seconds``; (seconds since the begin, report) of
     each round of ``bench serve``. ``targets``: its flags for goodput."""
-    started_s, rounds = time.monotonic(), []
+    rounds: list[Any] = []
+    started_s = time.monotonic()
     while (at_s := time.monotonic() - started_s) < seconds:
         with tempfile.TemporaryDirectory() as directory:
             command = (
