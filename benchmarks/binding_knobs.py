@@ -17,6 +17,7 @@ import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, Final
@@ -82,7 +83,10 @@ def accepted(decisions: Sequence[Mapping[str, Any]], knob: str) -> Mapping[str, 
 
 def flags_of(scenario: Scenario, options: argparse.Namespace) -> list[str]:
     pairs = {"model": options.model, "device": "cpu"} | dict(scenario.fixed)
-    return [word for name, value in pairs.items() for word in (f"--{name}", value)] + options.flags
+    return [
+        *(word for name, value in pairs.items() for word in (f"--{name}", value)),
+        *options.flags,
+    ]
 
 
 def tune_live(scenario: Scenario, state_dir: Path, options: argparse.Namespace) -> None:
@@ -117,21 +121,23 @@ def by_hand(
 ) -> dict[str, list[float]]:
     """Tokens/s of both values, in turns; a knob of a restart takes a daemon each turn."""
     flags = [*flags_of(scenario, options), "--no-profile", "true"]
-    times = {"time_scale": options.time_scale, "num_pairs": options.pairs}
+    serve = partial(
+        scaled_daemon, state_dir, time_scale=options.time_scale, num_pairs=options.pairs
+    )
     served = argparse.Namespace(
         turns=options.turns, clients=scenario.clients, lengths=scenario.lengths, metric=METRIC
     )
     names = ("before", "after")
     if scenario.is_hot:
         configs = {name: {scenario.knob: value} for name, value in zip(names, pair, strict=True)}
-        with scaled_daemon(state_dir, flags, **times) as daemon:
+        with serve(flags=flags) as daemon:
             return in_turns(daemon, configs, served, targets=[])
     served.turns = 1
     found: dict[str, list[float]] = {name: [] for name in names}
     option = f"--{scenario.knob.replace('_', '-')}"
     for turn in range(options.turns):
         for at in (0, 1) if turn % 2 == 0 else (1, 0):
-            with scaled_daemon(state_dir, [*flags, option, str(pair[at])], **times) as daemon:
+            with serve(flags=[*flags, option, str(pair[at])]) as daemon:
                 found[names[at]] += in_turns(daemon, {"one": {}}, served, targets=[])["one"]
     return found
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 from binding_knobs import accepted, interval, line
@@ -43,7 +44,7 @@ def test_regret_is_of_ratios_of_each_turn() -> None:
 
 
 def test_a_point_that_failed_once_is_never_the_best() -> None:
-    rows = [{"scores": [9.0, None]}, {"scores": [1.0, 3.0]}, {"scores": []}]
+    rows: list[dict[str, Any]] = [{"scores": [9.0, None]}, {"scores": [1.0, 3.0]}, {"scores": []}]
     assert score(rows[0]) is None
     assert best(rows) is rows[1]
     with pytest.raises(ValueError, match="no point"):
