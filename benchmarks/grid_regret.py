@@ -100,7 +100,9 @@ def grid_space(bench: Bench) -> SearchSpace:
     knobs = bench.plan.spec.knobs
     for name, rungs in LADDERS.items():
         cap = knobs.max_num_seqs if name == "max_num_active_seqs" else knobs.max_model_len
-        ladders.append(Ladder(name=name, rungs=tuple(rung for rung in rungs if rung <= cap)))
+        kept = tuple(rung for rung in rungs if rung <= cap)
+        auto = kept[-1] if name == "hbm_budget" else None  # with room for it, all that there is
+        ladders.append(Ladder(name=name, rungs=kept, auto_rung=auto))
     space = SearchSpace(default=knobs, ladders=tuple(ladders))
     assert len(list(space.points())) <= MAX_POINTS, "the grid is to be exhausted"
     return space
