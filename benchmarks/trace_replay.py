@@ -75,16 +75,20 @@ class Daemon:
         return sum(one.memory_full_info().uss for one in (root, *root.children(recursive=True)))
 
 
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+        return port
+
+
 @contextmanager
 def running(flags: list[str]) -> Iterator[Daemon]:
-    with tempfile.TemporaryDirectory() as directory, socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-        free.close()
-        where = ("--port", str(port), "--state-dir", directory)
+    with tempfile.TemporaryDirectory() as directory:
+        where = ("--port", str(free_port()), "--state-dir", directory)
         log = (Path(directory) / "daemon.log").open("wb")
         process = subprocess.Popen((*SPARSED, "start", *where, *flags), stdout=log, stderr=log)
-        daemon = Daemon(process, url=f"http://127.0.0.1:{port}", state_dir=Path(directory))
+        daemon = Daemon(process, url=f"http://127.0.0.1:{where[1]}", state_dir=Path(directory))
         try:
             daemon.wait_until_ready()
             yield daemon

@@ -44,12 +44,13 @@ from sparsed.core import ExitCode, InputError, KnobValue, Snapshot, StartError, 
 from sparsed.db.store import ProfileStore, Store
 from sparsed.db.writer import TelemetryWriter
 from sparsed.profiler.export import Telemetry
+from sparsed.tuner.rollout_state import RolloutRule
 
 logger = logging.getLogger(__name__)
 
 
-async def run(config: DaemonConfig) -> int:
-    """The life of `sparsed start`; returns the exit code of a clean end.
+async def run(config: DaemonConfig, *, rule: RolloutRule | None = None) -> int:
+    """The life of `sparsed start`; returns the exit code of a clean end. ``rule``: of the tuner.
 
     Errors: StartError and InputError, one line for the user each: what keeps it from starting,
     or an engine that cannot be kept alive.
@@ -69,8 +70,8 @@ async def run(config: DaemonConfig) -> int:
                 find_tuned=partial(tuned_values, store),
             )
             log_plan(plan)
-            daemon = Daemon(config, plan, store=store, store_fault=fault, started_s=started_s)
-            await daemon.serve(bound)
+            made = partial(Daemon, config, plan, store=store, started_s=started_s, rule=rule)
+            await made(store_fault=fault).serve(bound)
         finally:
             ignore_stops()
             store.close()
@@ -88,6 +89,7 @@ class Daemon:
         store: Store,
         store_fault: str | None,
         started_s: float,
+        rule: RolloutRule | None = None,
     ) -> None:
         self._config = config
         self._plan = plan
@@ -104,6 +106,7 @@ class Daemon:
             apply=lambda values: self._engine.have(values),
             read_failures=lambda: self._engine.ledger.num_failed,
             kill_file=config.state_dir.tuner_kill_file,
+            rule=rule,
         )
         self._senses = Senses(self._telemetry, slo=config.slo, gpu_plan=plan.gpu_plan)
         self._engine = EngineLink(
@@ -158,8 +161,8 @@ class Daemon:
         facts = await self._engine.supervisor.start()
         await asyncio.to_thread(keep_calibration, self._store, facts.calibration)
         seconds = time.monotonic() - self._started_s
-        name = self._model_ids[0]
-        print(f"sparsed ready: model={name} {self._url} in {seconds:.1f} s", flush=True)
+        ready = f"sparsed ready: model={self._model_ids[0]} {self._url} in {seconds:.1f} s"
+        print(ready, flush=True)
         await self._engine.supervisor.wait()
 
     async def _watch_host(self) -> None:
@@ -181,10 +184,8 @@ class Daemon:
         return task
 
     async def _open_admin(self, stack: AsyncExitStack) -> None:
-        paths = self._config.state_dir
-        servers = await servicer.serve(
-            self, read_socket=paths.read_socket, admin_socket=paths.admin_socket
-        )
+        read, admin = self._config.state_dir.read_socket, self._config.state_dir.admin_socket
+        servers = await servicer.serve(self, read_socket=read, admin_socket=admin)
         stack.push_async_callback(servers.stop)
 
     def _log_status(self) -> None:
@@ -304,9 +305,8 @@ class Daemon:
         try:
             write_pending(file, board.for_next_start(pending))
         except OSError as error:
-            raise InputError(
-                f"cannot write {file}: {error.strerror}; knobs of a restart are not kept"
-            ) from error
+            message = f"cannot write {file}: {error.strerror}; knobs of a restart are not kept"
+            raise InputError(message) from error
         board.keep(pending)
 
     def _on_snapshot(self, snapshot: Snapshot) -> None:

@@ -24,7 +24,7 @@ from sparsed.core import (
 )
 from sparsed.db.store import Store, StoreError
 from sparsed.tuner.gate import TUNER
-from sparsed.tuner.rollout_state import Values
+from sparsed.tuner.rollout_state import RolloutRule, Values
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ GIVEN = (KnobSource.FILE, KnobSource.ENVIRONMENT, KnobSource.FLAG)
 class LiveTuner:
     """Advice and rollout together, as the daemon uses them. Lives on the event loop.
 
-    ``apply`` and ``read_failures`` as in ``RolloutHost``.
+    ``apply``, ``read_failures`` and ``rule`` as in ``RolloutHost``.
     """
 
     def __init__(
@@ -50,6 +50,7 @@ class LiveTuner:
         apply: Callable[[Values], Awaitable[None]],
         read_failures: Callable[[], int],
         kill_file: Path,
+        rule: RolloutRule | None = None,
     ) -> None:
         self._starts_tuned = KnobSource.TUNER in plan.sources.values()
         self._rollout = RolloutHost(
@@ -59,6 +60,7 @@ class LiveTuner:
             apply=apply,
             read_failures=read_failures,
             kill_file=kill_file,
+            rule=rule,
             fixed=frozenset(name for name, source in plan.sources.items() if source in GIVEN),
         )
         mode = TunerMode.OFF if self._rollout.is_killed else TunerMode.ADVISE

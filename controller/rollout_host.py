@@ -40,6 +40,7 @@ from sparsed.tuner.rollout_state import (
     Ticked,
     Tripped,
     Values,
+    live_rule,
 )
 
 PERIOD_S: Final = 1.0
@@ -79,7 +80,7 @@ class RolloutHost:
         self._read_failures: Final = read_failures
         self._kill_file: Final = kill_file
         self._fixed: Final = fixed
-        self._rule: Final = rule or RolloutRule()
+        self._rule: Final = rule or live_rule(slo)
         self._clock: Final = clock
         self._batches: asyncio.Queue[Batch] = asyncio.Queue()
         self._applying: set[asyncio.Task[None]] = set()

@@ -10,10 +10,12 @@ from sparsed.core import (
     AcceptanceRule,
     AcceptanceVerdict,
     AcceptanceWindow,
+    Guard,
     InputError,
     KnobValue,
     RolloutReason,
     RolloutRecord,
+    Slo,
     Snapshot,
     TunerMode,
 )
@@ -56,6 +58,14 @@ class RolloutRule:
         for name in ("window_s", "washout_s", "max_gap_s", "max_explored_frac"):
             if not getattr(self, name) > 0:
                 raise InputError(f"{name} is not above 0; give a number above 0", field=name)
+
+
+def live_rule(slo: Slo) -> RolloutRule:
+    """The rule of a daemon with these targets: latency within its target is no loss, as in the
+    test of ``sparsed tune``; without a target any loss of it counts."""
+    given = {Guard.TTFT: slo.ttft_s, Guard.TPOT: slo.tpot_s}
+    targets = {guard: target for guard, target in given.items() if target is not None}
+    return RolloutRule(acceptance=AcceptanceRule(metric="output_tokens_per_s", targets=targets))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,0 +1,188 @@
+"""The live tuner from a cold start: what it makes of a daemon whose shipped default is bad for the load.
+
+Run from the root, on a machine that does nothing else: ``PYTHONPATH=benchmarks python benchmarks/cold_start.py
+--minutes 90 --time-scale 20 --output FILE.json -- --kv-hbm-gib 0.2``. A study that is cut off before its test
+gives the live tuner trials to learn from (``--study-s 0``: none); then a daemon in mode ``auto`` whose
+durations are divided by ``--time-scale`` serves a steady number of clients. At the end the values it came to,
+the shipped default and each ``--grid`` point are set by hand and served in turns. Says the goodput over time,
+the ratio of the last to the default, the share of exploring, and of the time below 0.9 of the incumbent.
+Knobs given after ``--`` are fixed. A scaled test has shorter windows and so more noise than the shipped one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any, Final, Self
+
+from report import environment
+from scaled_daemon import ask, load, scaled_daemon, study
+from trace_replay import Daemon
+
+from sparsed.controller.cli.session import connect
+
+HOT: Final = (
+    "token_budget", "hbm_budget", "max_num_active_seqs", "prefill_chunk", "residency_watermark",
+)  # fmt: skip
+GAIN_TARGET: Final = 1.3
+BELOW_FRAC: Final = 0.9
+BELOW_TARGET: Final = 0.01
+SMOOTH: Final = 10  # samples, a second each
+
+Sample = tuple[float, Mapping[str, Any]]  # tokens/s, hot knobs in force
+
+
+def below(samples: Sequence[Sample]) -> float:
+    """Share of the samples whose mean over the last ten is under 0.9 of the incumbent: the median
+    of what was measured before under the values that had been in force for most of the time."""
+    num_below, seen = 0, dict[str, list[float]]()
+    rates = [rate for rate, _ in samples]
+    for at, (rate, knobs) in enumerate(samples):
+        incumbent = max(seen.values(), key=len, default=[])
+        recent = rates[max(0, at + 1 - SMOOTH) : at + 1]
+        if len(incumbent) >= SMOOTH:
+            num_below += sum(recent) / len(recent) < BELOW_FRAC * median(incumbent)
+        seen.setdefault(json.dumps(knobs, sort_keys=True), []).append(rate)
+    return num_below / len(samples) if samples else 0.0
+
+
+def rate_of(rounds: Sequence[tuple[float, Mapping[str, Any]]], metric: str) -> float:
+    """Median over rounds; a round without the figure served nothing in time."""
+    return median(summary[metric] or 0.0 for _, summary in rounds)
+
+
+class Watch:
+    """Samples the daemon every second beside the load."""
+
+    def __init__(self, state_dir: Path) -> None:
+        self.samples: list[Sample] = []
+        self._state_dir = state_dir
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        with connect(self._state_dir) as client:
+            while not self._end.wait(1.0):
+                status = client.status()
+                if status.snapshot is not None and status.snapshot.steps:
+                    knobs = {name: getattr(status.knobs, name) for name in HOT}
+                    self.samples.append((status.snapshot.generated_tokens_per_s, knobs))
+
+
+def set_knobs(daemon: Daemon, values: Mapping[str, Any]) -> None:
+    words = (f"{name}={'auto' if value is None else value}" for name, value in values.items())
+    ask(daemon.state_dir, "knobs", "set", *words)
+
+
+def hot_knobs(daemon: Daemon) -> dict[str, Any]:
+    knobs = daemon.status()["knobs"]
+    return {name: knobs[name] for name in HOT}
+
+
+def in_turns(
+    daemon: Daemon, configs: Mapping[str, Mapping[str, Any]], options: Any, *, targets: list[str]
+) -> dict[str, list[float]]:
+    """Goodput of each configuration, one round a turn, the order reversed every other time."""
+    found: dict[str, list[float]] = {name: [] for name in configs}
+    for turn in range(options.turns):
+        for name in list(configs)[:: 1 if turn % 2 == 0 else -1]:
+            set_knobs(daemon, configs[name])
+            rounds = load(
+                daemon, seconds=0.1, clients=options.clients, lengths=options.lengths,
+                targets=targets,
+            )  # fmt: skip
+            found[name].append(rate_of(rounds, options.metric))
+    return found
+
+
+def run(options: Any) -> dict[str, Any]:
+    targets = [
+        "--slo-ttft-ms", str(options.slo_ttft_ms), "--slo-tpot-ms", str(options.slo_tpot_ms),
+    ]  # fmt: skip
+    flags = ["--model", options.model, "--device", "cpu", *targets, *options.flags]
+    with tempfile.TemporaryDirectory() as directory:
+        state_dir = Path(directory)
+        if options.study_s:
+            study(state_dir, flags, num_trials=options.trials, search_s=options.study_s)
+        with scaled_daemon(
+            state_dir, flags, time_scale=options.time_scale, num_pairs=options.pairs
+        ) as daemon:
+            default, started_s = hot_knobs(daemon), time.monotonic()
+            ask(state_dir, "tuner", "auto")
+            with Watch(state_dir) as watch:
+                rounds = load(
+                    daemon, seconds=60 * options.minutes, clients=options.clients,
+                    lengths=options.lengths, targets=targets,
+                )  # fmt: skip
+            seconds, state = time.monotonic() - started_s, ask(state_dir, "tuner", "off")
+            configs = {"default": default, "converged": hot_knobs(daemon)}
+            configs |= {text: default | point(text) for text in options.grid}
+            turns = in_turns(daemon, configs, options, targets=targets)
+    middle = {name: median(values) for name, values in turns.items()}
+    best_point = max(middle.values())
+    return {
+        "seconds": seconds, "configs": configs, "turns": turns,
+        "goodput_over_time": [(at_s, item[options.metric]) for at_s, item in rounds],
+        "gain": middle["converged"] / middle["default"] if middle["default"] else None,
+        "gain_target": GAIN_TARGET,
+        "of_best_point": middle["converged"] / best_point if best_point else None,
+        "explored_frac": state["explored_frac"], "below_frac": below(watch.samples),
+        "below_target": BELOW_TARGET, "hold": state["hold"], "advice": state["decisions"],
+        "rollouts": state["rollouts"],
+    }  # fmt: skip
+
+
+def point(text: str) -> dict[str, int | None]:
+    """``name=value,...`` as knobs; ValueError for what is no hot knob."""
+    pairs = [item.partition("=") for item in text.split(",")]
+    if unknown := [name for name, _, _ in pairs if name not in HOT]:
+        raise ValueError(f"{unknown} are no hot knobs; give any of {HOT}")
+    return {name: None if value == "auto" else int(value) for name, _, value in pairs}
+
+
+def parse_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--minutes", type=float, default=90.0)
+    parser.add_argument("--time-scale", type=float, default=20.0)
+    parser.add_argument("--pairs", type=int, default=32)
+    parser.add_argument("--study-s", type=float, default=300.0)
+    parser.add_argument("--trials", type=int, default=8)
+    parser.add_argument("--clients", type=int, default=8)
+    parser.add_argument("--lengths", type=int, nargs=2, default=(1024, 64), metavar=("IN", "OUT"))
+    parser.add_argument("--slo-ttft-ms", type=float, default=60_000.0)
+    parser.add_argument("--slo-tpot-ms", type=float, default=2_000.0)
+    parser.add_argument("--metric", default="goodput_requests_per_s")
+    parser.add_argument("--turns", type=int, default=6)
+    parser.add_argument("--grid", nargs="*", default=[], metavar="NAME=VALUE,...")
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("flags", nargs="*", help="of sparsed start, after --: --name value")
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse_options()
+    result = environment() | run(options)
+    print(json.dumps(result, indent=1))
+    if options.output:
+        options.output.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

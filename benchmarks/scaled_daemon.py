@@ -1,0 +1,117 @@
+"""A daemon whose live tuner lives faster: every duration of its rule divided, nothing else changed.
+
+``PYTHONPATH=benchmarks python benchmarks/scaled_daemon.py --time-scale 20 --pairs 32 -- --port 8000 ...``
+takes the flags of ``sparsed start`` after ``--``. Windows are never shorter than two reports of the engine,
+and what counts as stale stays three of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Final
+
+from measured_windows import knob_flags
+from trace_replay import SPARSED, Daemon, free_port
+
+from sparsed.controller.config import load_config
+from sparsed.controller.daemon import run
+from sparsed.tuner.rollout_state import RolloutRule, live_rule
+
+SCALED: Final = (
+    "window_s", "washout_s", "probation_s", "expiry_s", "cooldown_s", "max_cooldown_s",
+    "quarantine_s", "slo_horizon_s", "min_busy_s",
+)  # fmt: skip
+MIN_WINDOW_S: Final = 2.0
+STOP_S: Final = 60.0
+
+
+def scaled(rule: RolloutRule, *, time_scale: float, num_pairs: int) -> RolloutRule:
+    """``rule`` with its durations divided by ``time_scale``; ``num_pairs`` of windows a test."""
+    times = {name: getattr(rule, name) / time_scale for name in SCALED}
+    times["window_s"] = max(MIN_WINDOW_S, times["window_s"])
+    acceptance = replace(rule.acceptance, num_pairs=num_pairs)
+    return replace(rule, acceptance=acceptance, **times)
+
+
+@contextmanager
+def scaled_daemon(
+    state_dir: Path, flags: list[str], *, time_scale: float, num_pairs: int
+) -> Iterator[Daemon]:
+    """Running and ready; stopped at the end. Its log is ``daemon.log`` of ``state_dir``."""
+    port = free_port()
+    command = (
+        sys.executable, __file__, "--time-scale", str(time_scale), "--pairs", str(num_pairs), "--",
+        *flags, "--port", str(port), "--state-dir", str(state_dir),
+    )  # fmt: skip
+    with (state_dir / "daemon.log").open("ab") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log)
+        daemon = Daemon(process, url=f"http://127.0.0.1:{port}", state_dir=state_dir)
+        try:
+            daemon.wait_until_ready()
+            yield daemon
+        finally:
+            process.terminate()
+            process.wait(timeout=STOP_S)
+
+
+def ask(state_dir: Path, *words: str) -> Any:
+    """What a verb of ``sparsed`` says as JSON."""
+    command = (*SPARSED, *words, "--state-dir", str(state_dir), "-o", "json")
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def study(state_dir: Path, flags: list[str], *, num_trials: int, search_s: float) -> None:
+    """Trials for the live tuner to learn from, of a study cut off before it verifies anything."""
+    command = (
+        *SPARSED, "tune", *flags, "--trials", str(num_trials), "--trial-seconds", "6",
+        "--max-seconds", str(search_s), "--state-dir", str(state_dir),
+    )  # fmt: skip
+    subprocess.run(command, check=True)
+
+
+def load(
+    daemon: Daemon, *, seconds: float, clients: int, lengths: tuple[int, int], targets: list[str]
+) -> list[Any]:
+    """Keep ``clients`` requests under way for ``seconds``; (seconds since the begin, report) of
+    each round of ``bench serve``. ``targets``: its flags for goodput."""
+    rounds: list[Any] = []
+    started_s = time.monotonic()
+    while (at_s := time.monotonic() - started_s) < seconds:
+        with tempfile.TemporaryDirectory() as directory:
+            command = (
+                *SPARSED, "bench", "serve", "--url", daemon.url, "--num-prompts", str(4 * clients),
+                "--request-rate", "inf", "--max-concurrency", str(clients), "--warmup", "0",
+                "--input-len", str(lengths[0]), "--output-len", str(lengths[1]),
+                "--seed", str(len(rounds)), "--output-dir", directory, *targets,
+            )  # fmt: skip
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+            summary = json.loads((Path(directory) / "result.json").read_text())["summary"]
+        rounds.append((at_s, summary))
+    return rounds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--time-scale", type=float, required=True)
+    parser.add_argument("--pairs", type=int, default=32)
+    parser.add_argument("flags", nargs="*")
+    options = parser.parse_args()
+    config = load_config(flags=knob_flags(options.flags), environment={}, file=None)
+    rule = scaled(live_rule(config.slo), time_scale=options.time_scale, num_pairs=options.pairs)
+    raise SystemExit(asyncio.run(run(config, rule=rule)))
+
+
+if __name__ == "__main__":
+    main()

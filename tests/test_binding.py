@@ -1,0 +1,134 @@
+"""The arithmetic of the benchmarks that hold the tuner against a grid, a default and a cold start."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from binding_knobs import accepted, interval, line
+from cold_start import below, point, rate_of
+from grid_regret import append, best, cores_of, read_rows, regret, score, share
+from hypothesis import given
+from hypothesis import strategies as st
+from measured_windows import knob_flags
+from scaled_daemon import MIN_WINDOW_S, scaled
+
+from sparsed.core import Guard, Slo
+from sparsed.tuner.rollout_state import RolloutRule, live_rule
+
+
+@given(st.lists(st.integers()), st.integers(1, 9))
+def test_shares_are_disjoint_and_whole(items: list[int], num_parts: int) -> None:
+    parts = [share(items, part=part, num_parts=num_parts) for part in range(num_parts)]
+    assert sorted(item for part in parts for item in part) == sorted(items)
+
+
+@given(st.integers(1, 32), st.integers(1, 32))
+def test_workers_never_share_a_core(num_cores: int, num_parts: int) -> None:
+    cores = list(range(num_cores))
+    if num_parts > num_cores:
+        with pytest.raises(ValueError, match="core each"):
+            cores_of(cores, part=0, num_parts=num_parts)
+        return
+    parts = [cores_of(cores, part=part, num_parts=num_parts) for part in range(num_parts)]
+    assert len({core for part in parts for core in part}) == num_parts * len(parts[0])
+
+
+def test_regret_is_of_ratios_of_each_turn() -> None:
+    turns = [{"recommended": 8.0, "best": 10.0}, {"recommended": 100.0, "best": 80.0}]
+    assert regret(turns) == pytest.approx(0.0)
+    assert regret([{"recommended": 9.0, "best": 10.0}]) == pytest.approx(0.1)
+
+
+def test_a_point_that_failed_once_is_never_the_best() -> None:
+    rows: list[dict[str, Any]] = [{"scores": [9.0, None]}, {"scores": [1.0, 3.0]}, {"scores": []}]
+    assert score(rows[0]) is None
+    assert best(rows) is rows[1]
+    with pytest.raises(ValueError, match="no point"):
+        best(rows[:1])
+
+
+def test_rows_that_were_cut_off_are_measured_again(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    append(file, {"kind": "point", "scores": [1.0]})
+    append(file, {"kind": "trial", "scores": [2.0]})
+    with file.open("a") as opened:
+        opened.write(json.dumps({"kind": "point"})[:-3])
+    assert read_rows(file, "point") == [{"kind": "point", "scores": [1.0]}]
+    assert read_rows(tmp_path / "none", "point") == []
+
+
+def test_time_below_the_incumbent() -> None:
+    one, other = {"prefill_chunk": 1}, {"prefill_chunk": 2}
+    steady = [(100.0, one)] * 40
+    assert below(steady) == 0.0
+    assert below([*steady, *[(95.0, other)] * 40]) == 0.0
+    fallen = below([*steady, *[(10.0, other)] * 20])
+    assert 18 / 60 <= fallen <= 20 / 60
+    assert below([]) == 0.0
+
+
+def test_a_round_without_goodput_counts_as_none() -> None:
+    assert rate_of([(0.0, {"x": None}), (1.0, {"x": None}), (2.0, {"x": 5.0})], "x") == 0.0
+
+
+def test_grid_points_are_hot_knobs() -> None:
+    assert point("max_num_active_seqs=4,hbm_budget=auto") == {
+        "max_num_active_seqs": 4,
+        "hbm_budget": None,
+    }
+    with pytest.raises(ValueError, match="hot knobs"):
+        point("page_size=8")
+
+
+@given(st.lists(st.floats(1.0, 1e3), min_size=2, max_size=9), st.floats(0.5, 2.0))
+def test_a_constant_gain_is_found_whatever_the_drift(before: list[float], ratio: float) -> None:
+    gain, low, high = interval(before, [ratio * value for value in before])
+    assert gain == pytest.approx(ratio - 1.0)
+    assert math.isclose(low, high, abs_tol=1e-6)
+
+
+def test_an_interval_holds_its_gain() -> None:
+    gain, low, high = interval([10.0, 10.0, 10.0], [11.0, 12.0, 13.0])
+    assert low < gain < high
+    with pytest.raises(ValueError, match="two pairs"):
+        interval([1.0], [1.0])
+
+
+def test_only_accepted_changes_of_the_knob_count() -> None:
+    def decision(state: str, knob: str) -> dict[str, object]:
+        return {
+            "verdict": {"state": state}, "config_from": {knob: 1}, "config_to": {knob: 2},
+        }  # fmt: skip
+
+    rows = [decision("rejected", "a"), decision("accepted", "b"), decision("accepted", "a")]
+    assert accepted(rows, "a") is rows[2]
+    assert accepted(rows, "c") is None
+    assert "no accepted decision among 3" in line(
+        {"knob": "c", "decision": None, "decisions": rows}
+    )
+
+
+def test_flags_are_pairs() -> None:
+    assert knob_flags(["--kv-hbm-gib", "0.2"]) == {"kv_hbm_gib": "0.2"}
+    for bad in (["--a"], ["a", "b"]):
+        with pytest.raises(ValueError, match="pairs"):
+            knob_flags(bad)
+
+
+@given(st.floats(1.0, 1e4))
+def test_a_scaled_rule_keeps_what_is_no_duration(time_scale: float) -> None:
+    rule = scaled(RolloutRule(), time_scale=time_scale, num_pairs=12)
+    assert rule.window_s == max(MIN_WINDOW_S, 60.0 / time_scale)
+    assert rule.probation_s == pytest.approx(1800.0 / time_scale)
+    assert rule.max_explored_frac == RolloutRule().max_explored_frac
+    assert rule.acceptance.num_pairs == 12
+
+
+def test_latency_within_its_target_is_no_loss_of_a_live_change() -> None:
+    assert live_rule(Slo()).acceptance == RolloutRule().acceptance
+    targets = live_rule(Slo(ttft_s=2.0, tpot_s=0.1)).acceptance.targets
+    assert targets == {Guard.TTFT: 2.0, Guard.TPOT: 0.1}
