@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 
@@ -33,7 +34,7 @@ class Engine:
         self.stats = EngineStats()
 
     def second(
-        self, inputs: Sequence[int] = (), outputs: Sequence[int] = (), **growth: float
+        self, inputs: Sequence[int] = (), outputs: Sequence[int] = (), **growth: Any
     ) -> WorkloadContext:
         for input_tokens in inputs:
             self.window.observe_arrival(input_tokens=input_tokens)
@@ -41,7 +42,7 @@ class Engine:
             self.window.observe_request(ttft_s=0.1, tpot_s=0.1, output_tokens=output_tokens)
         self.now_s += 1.0
         known = {name: getattr(self.stats, name) + value for name, value in growth.items()}
-        self.stats = EngineStats(**known)  # type: ignore[arg-type]  # counts, as the test gives them
+        self.stats = EngineStats(**known)
         snapshot = self.window.close(self.stats, ended_at=self.now_s, hbm=HBM)
         assert snapshot is not None and snapshot.context is not None
         return snapshot.context
@@ -62,7 +63,7 @@ def test_rates_and_lengths_are_of_the_horizon() -> None:
     for _ in range(4):
         context = engine.second(inputs=[10, 20, 30, 40, 50], outputs=[3, 5])
     assert context.span_s == pytest.approx(HORIZON_S)
-    assert (context.num_requests, context.requests_per_s) == (20, pytest.approx(5.0))
+    assert context.num_requests == 20 and context.requests_per_s == pytest.approx(5.0)
     assert (context.input_tokens_p50, context.input_tokens_p95) == (30, 50)
     assert (context.output_tokens_p50, context.output_tokens_p95) == (4, 5)
 
@@ -86,9 +87,16 @@ def test_what_a_load_takes_is_weighted_by_what_there_was() -> None:
     )
     engine.stats = EngineStats()  # another engine, which misses more, and more often
     context = engine.second(
-        **{"steps": 10, "hot_hits": 150, "hot_misses": 150, "generated_tokens": 60},
-        **{"h2d_bytes": 2_000_000_000, "h2d_s": 1, "recall_sum": 9.0, "recall_samples": 10},
-        **{"num_running": 3, "num_waiting": 1},
+        steps=10,
+        hot_hits=150,
+        hot_misses=150,
+        generated_tokens=60,
+        h2d_bytes=2_000_000_000,
+        h2d_s=1,
+        recall_sum=9.0,
+        recall_samples=10,
+        num_running=3,
+        num_waiting=1,
     )
     assert context.hot_hit_frac == pytest.approx(240 / 400)
     assert context.h2d_bytes_per_token == pytest.approx(6e9 / 100)

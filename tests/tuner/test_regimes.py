@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -88,7 +89,7 @@ def test_no_sequence_of_contexts_switches_faster_than_the_dwell(
     for context, dt_s, repeats in sequence:
         for _ in range(repeats):
             daemon.see(context, dt_s=dt_s)
-    gaps = [after - before for before, after in zip(daemon.changes, daemon.changes[1:])]
+    gaps = [after - before for before, after in pairwise(daemon.changes)]
     assert all(gap >= DWELL_S - 1e-6 for gap in gaps)
     ids = [regime.regime_id for regime in daemon.state.known]
     assert len(ids) == len(set(ids)) <= MAX_REGIMES
