@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import Final
 
 from sparsed.core import KnobValue, Platform, Slo, Snapshot
-from sparsed.tuner.tripwire import breaks_target
+from sparsed.tuner.targets import breaks_target
 
 NUM_REFERENCE: Final = 30  # stretches that say what to expect
 NUM_RECENT: Final = 10  # that a loss is a mean of
@@ -19,7 +19,10 @@ MIN_SD: Final = 0.03  # of the logarithm
 
 LOADED_FRAC: Final = 0.2  # of a window in copies: then the link does not rest
 MIN_RATE_FRAC: Final = 0.9  # of the calibrated one
-SUSTAINED_S: Final = 30.0  # of windows under load, on end
+LARGE_STEP_BYTES: Final = (
+    256 << 20
+)  # the fetches of a step; of fewer, latency is a part of the rate
+SUSTAINED_S: Final = 60.0  # of windows under load, on end
 
 Values = Mapping[str, KnobValue]
 
@@ -165,11 +168,10 @@ def watch_link(state: LinkWatch, snapshot: Snapshot, *, platform: Platform) -> L
         )
     )
     expected = platform.h2d_bytes_per_s
-    slow = expected is not None and rate < MIN_RATE_FRAC * expected
-    return LinkWatch(
-        narrow_s=state.narrow_s + snapshot.window_s if narrow else 0.0,
-        slow_s=state.slow_s + snapshot.window_s if slow else 0.0,
-    )
+    slow_s = state.slow_s
+    if expected is not None and (snapshot.miss_bytes_per_step or 0.0) >= LARGE_STEP_BYTES:
+        slow_s = slow_s + snapshot.window_s if rate < MIN_RATE_FRAC * expected else 0.0
+    return LinkWatch(narrow_s=state.narrow_s + snapshot.window_s if narrow else 0.0, slow_s=slow_s)
 
 
 def link_drift(state: LinkWatch, snapshot: Snapshot, *, platform: Platform) -> str | None:

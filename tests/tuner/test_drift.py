@@ -140,6 +140,7 @@ FAST = replace(
     SNAPSHOT,
     h2d_bytes=20_000_000_000,
     h2d_gb_per_s=49.0,
+    miss_bytes_per_step=3e8,
     host=HostGauges(pcie_generation=5, pcie_width=16),
 )
 
@@ -153,6 +154,7 @@ FAST = replace(
         ({"host": HostGauges()}, None),
         ({"h2d_gb_per_s": 44.0}, "44.0 GB/s, calibrated were 50.0"),
         ({"h2d_gb_per_s": 46.0}, None),
+        ({"h2d_gb_per_s": 44.0, "miss_bytes_per_step": 1e7}, None),
         ({"h2d_bytes": 1000, "h2d_gb_per_s": 1.0}, None),
         ({"h2d_bytes": 0, "h2d_gb_per_s": None}, None),
     ],
