@@ -113,6 +113,16 @@ def watch(
     return state if point is None else _judge(state, reference, *point)
 
 
+def in_words(state: Drift) -> str:
+    """What has drifted; empty: nothing."""
+    if not state.has_drifted or state.loss_frac is None:
+        return ""
+    return (
+        f"regime {state.regime_id} gives {state.loss_frac:.0%} less goodput than its values gave "
+        "before; run: sparsed tune"
+    )
+
+
 def _judge(state: Drift, reference: Reference, u: float, x: float) -> Drift:
     assert state.regime_id is not None
     if reference.num < NUM_REFERENCE:

@@ -12,6 +12,7 @@ from math import dist, isfinite, log2
 from typing import Final
 
 from sparsed.core import KnobValue, Regime, WorkloadContext
+from sparsed.tuner.drift import version_drift
 
 Place = Mapping[str, float]  # binary logarithms of fields of a context, by name
 
@@ -126,6 +127,16 @@ def with_incumbent(
         return state
     return state.with_changed(
         replace(standing, incumbent=values, verified_at=at, versions=versions)
+    )
+
+
+def still_verified(known: tuple[Regime, ...], versions: Mapping[str, str]) -> tuple[Regime, ...]:
+    """``known``, without incumbents that were verified on other versions than these."""
+    return tuple(
+        replace(one, incumbent={}, verified_at=None, versions={})
+        if version_drift(one.versions, versions)
+        else one
+        for one in known
     )
 
 

@@ -240,6 +240,13 @@ class Settle:
     regime: Regime | None = None
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Keep:
+    """Remember the regimes as they are."""
+
+    regimes: tuple[Regime, ...]
+
+
 Action = Note | Mark | Apply | Settle
 
 
