@@ -36,7 +36,6 @@ from sparsed.tuner.rollout_state import (
     Drifted,
     Event,
     Keep,
-    Mark,
     Phase,
     Proposed,
     Rollout,

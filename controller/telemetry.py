@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 from sparsed import __version__
+from sparsed.controller.control import LoadState
 from sparsed.core import (
     EngineSpec,
     EngineStats,
@@ -24,7 +25,7 @@ from sparsed.core import (
 )
 from sparsed.profiler.collectors.gauges import open_gauges
 from sparsed.profiler.context import HORIZON_S
-from sparsed.profiler.export import Exporter, Telemetry
+from sparsed.profiler.export import Exporter, LoadMetrics, Telemetry
 from sparsed.profiler.occupancy import occupancy
 from sparsed.profiler.window import STALE_INTERVALS, STALE_S, Window
 
@@ -43,6 +44,16 @@ def info_labels(spec: EngineSpec, *, name: str) -> dict[str, str]:
         "dtype": spec.dtype,
         "selections": "replayed" if spec.selection_trace else "own",
     }
+
+
+def load_metrics(load: LoadState) -> LoadMetrics:
+    return LoadMetrics(
+        regime_id=load.current,
+        num_regimes=len(load.regimes),
+        num_verified=sum(bool(one.incumbent) for one in load.regimes),
+        loss_frac=load.loss_frac,
+        has_drifted=bool(load.drift),
+    )
 
 
 class Senses:

@@ -202,11 +202,12 @@ def link_drift(state: LinkWatch, snapshot: Snapshot, *, platform: Platform) -> s
 
 
 def version_drift(before: Mapping[str, str], now: Mapping[str, str]) -> str | None:
-    """Which versions differ of those that both know, in words; None: none does."""
+    """Which versions differ of those that both know, in words; None: none does. What stands after
+    a + is left out: a package and its metadata do not agree on it."""
     changed = [
         f"{name} {before[name]} -> {now[name]}"
         for name in sorted(before)
-        if name in now and before[name] != now[name]
+        if name in now and before[name].partition("+")[0] != now[name].partition("+")[0]
     ]
     return ", ".join(changed) or None
 

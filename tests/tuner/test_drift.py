@@ -186,3 +186,4 @@ def test_versions_are_compared_where_both_are_known() -> None:
         == "driver 1 -> 2, torch 2.11 -> 2.12"
     )
     assert version_drift({}, before) is None
+    assert version_drift({"torch": "2.11.0+cu130"}, {"torch": "2.11.0"}) is None
