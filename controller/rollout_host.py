@@ -25,11 +25,11 @@ from sparsed.core import (
     TunerMode,
 )
 from sparsed.db.store import Store, StoreError
-from sparsed.tuner.drift import in_words
+from sparsed.tuner.drift import in_words, version_drift
 from sparsed.tuner.gate import hold
 from sparsed.tuner.regimes import Regimes, still_verified
 from sparsed.tuner.rollout import advance, resume
-from sparsed.tuner.rollout_regime import live_values
+from sparsed.tuner.rollout_regime import forgotten, live_values
 from sparsed.tuner.rollout_state import (
     Apply,
     Controls,
@@ -95,6 +95,11 @@ class RolloutHost:
         self.controls: TunerControls = store.controls()
         good, records = store.find_good(key), store.list_rollouts(key)[:MAX_SHOWN]
         self.records: deque[RolloutRecord] = deque(records, maxlen=MAX_SHOWN)
+        if good is not None and version_drift(good.versions, versions or {}):
+            dropped = forgotten(good, at=clock())
+            self._batches.put_nowait((Settle(record=dropped, good={}),))
+            self.records.appendleft(dropped)
+            good = None
         self._state: Rollout = replace(
             resume(good.values if good else {}, records, rule=self._rule),
             base=live_values(knobs) if knobs else {},

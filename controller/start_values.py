@@ -91,41 +91,29 @@ def choose_values(
     if config.no_profile:
         return Chosen(profile=None, tuned={}, why=why)
     tuned = (find_tuned or tuned_of(config.state_dir))(key)
-    stale_profile, stale_tuned = _stale(profile, versions), version_drift(tuned.versions, versions)
-    if stale_profile or (stale_tuned and not tuned.is_safe):
-        return _without_stale(profile, tuned, stale_profile, stale_tuned, why=why)
-    return _combine(profile, tuned, why=why)
+    left_out, stale_profile_id = [], None
+    if profile is not None and (changed := _stale(profile, versions)):
+        left_out.append(f"profile #{profile.profile_id} ({changed})")
+        stale_profile_id = profile.profile_id
+        profile, why = None, "none"
+    chosen = _combine(profile, tuned, why=why)
+    changed = version_drift(tuned.versions, versions)
+    if chosen.tuned and changed and not tuned.is_safe:
+        left_out.append(f"the last known good of the live tuner ({changed})")
+        chosen = _combine(profile, TunedValues(), why=why)
+    if not left_out:
+        return chosen
+    stale = f"{', '.join(left_out)}: measured on another platform; run: sparsed tune"
+    logger.warning("left out: %s", stale)
+    why = f"{chosen.why}; left out: {stale}"
+    return replace(chosen, why=why, stale=stale, stale_profile_id=stale_profile_id)
 
 
-def _stale(profile: Profile | None, versions: Mapping[str, str]) -> str | None:
+def _stale(profile: Profile, versions: Mapping[str, str]) -> str | None:
     """What has changed since a profile of the store was measured; None: nothing that counts."""
-    if profile is None or profile.profile_id is None or profile.pinned:
+    if profile.profile_id is None or profile.pinned:
         return None
     return version_drift(profile.versions, versions)
-
-
-def _without_stale(
-    profile: Profile | None,
-    tuned: TunedValues,
-    stale_profile: str | None,
-    stale_tuned: str | None,
-    *,
-    why: str,
-) -> Chosen:
-    changed = stale_profile or stale_tuned
-    names = [f"profile #{profile.profile_id}"] if stale_profile and profile else []
-    names += ["the last known good of the live tuner"] if stale_tuned else []
-    stale = f"{' and '.join(names)} of another platform ({changed}); run: sparsed tune"
-    logger.warning("left out: %s", stale)
-    chosen = _combine(
-        None if stale_profile else profile,
-        TunedValues() if stale_tuned and not tuned.is_safe else tuned,
-        why="none" if stale_profile else why,
-    )
-    stale_id = profile.profile_id if stale_profile and profile else None
-    return replace(
-        chosen, why=f"{chosen.why}; left out: {stale}", stale=stale, stale_profile_id=stale_id
-    )
 
 
 def _combine(profile: Profile | None, tuned: TunedValues, *, why: str) -> Chosen:

@@ -10,6 +10,7 @@ from sparsed.core import (
     InputError,
     Knobs,
     KnobValue,
+    LastKnownGood,
     Regime,
     RolloutReason,
     RolloutRecord,
@@ -190,6 +191,18 @@ def fall_back(state: Rollout, event: Drifted, *, rule: RolloutRule) -> Step:
         *noted,
     )
     return state, actions
+
+
+def forgotten(good: LastKnownGood, *, at: float) -> RolloutRecord:
+    """That a last known good of another platform holds no more."""
+    return RolloutRecord(
+        state=RolloutState.EXPIRED,
+        reason=RolloutReason.PLATFORM_DRIFT,
+        config_from=good.values,
+        config_to={},
+        initiated_by=DRIFT,
+        at=at,
+    )
 
 
 def _watched(state: Rollout, snapshot: Snapshot, *, rule: RolloutRule, slo: Slo) -> Drift:

@@ -123,8 +123,10 @@ def test_what_was_verified_on_another_version_is_not_switched_to(tmp_path: Path)
         assert all(regime.incumbent == {} for regime in daemon.host.load.regimes)
         await serve(daemon, CHAT, 30)
         assert daemon.knobs.prefill_chunk == 768
+        assert daemon.host.records[0].reason is RolloutReason.PLATFORM_DRIFT
 
     live(store, tmp_path, upgraded, versions={"torch": "3"})
+    assert store.find_good(story.KEY) is None, "the start after this one is not told again"
 
 
 def test_drift_of_the_platform_forgets_all_that_was_verified(tmp_path: Path) -> None:

@@ -272,10 +272,13 @@ def test_what_another_platform_proved_is_left_out(configure: Configure, name: st
     plan = start_on(configure, old, lambda key: same)
     assert (plan.spec.knobs.token_budget, plan.spec.knobs.prefill_chunk) == (2048, 256)
     assert plan.stale_profile_id == 3 and plan.profile_id is None
-    assert f"profile #3 of another platform ({name} 0.0.1 -> " in plan.stale
+    assert f"profile #3 ({name} 0.0.1 -> " in plan.stale
     assert "sparsed tune" in plan.stale and plan.stale in plan.profile
     plan = start_on(configure, old, lambda key: replace(same, versions=there))
     assert plan.spec.knobs.prefill_chunk == 2048 and "last known good" in plan.stale
+    tuned_again = replace(old, versions=here, created_at=200.0)
+    plan = start_on(configure, tuned_again, lambda key: replace(same, versions=there))
+    assert plan.spec.knobs.token_budget == 512 and plan.stale == "", "a newer profile replaces it"
     pinned = start_on(configure, replace(old, pinned=True), good())
     assert pinned.spec.knobs.token_budget == 512 and pinned.stale == ""
     taken = start_on(configure, replace(old, versions=here), lambda key: same)
