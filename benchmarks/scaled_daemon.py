@@ -109,7 +109,8 @@ def main() -> None:
     parser.add_argument("flags", nargs="*")
     options = parser.parse_args()
     config = load_config(flags=knob_flags(options.flags), environment={}, file=None)
-    rule = scaled(live_rule(config.slo), time_scale=options.time_scale, num_pairs=options.pairs)
+    rule = live_rule(config.slo, dwell_s=config.regime_dwell_s)
+    rule = scaled(rule, time_scale=options.time_scale, num_pairs=options.pairs)
     raise SystemExit(asyncio.run(run(config, rule=rule)))
 
 

@@ -23,6 +23,7 @@ from sparsed.core import (
     Slo,
     VerifyMode,
 )
+from sparsed.profiler.context import HORIZON_S
 from sparsed.tuner.export import TUNED_FOR, read_tuned_for
 
 CONFIG_VERSION = 1
@@ -50,6 +51,7 @@ class DaemonConfig:
     slo: Slo = field(default_factory=Slo)
     drain_timeout_s: float = 30.0
     max_queued_requests: int = 1024  # beyond those that run
+    regime_dwell_s: float = 600.0  # of a load, before it is another regime
     recall_floor: float = 0.5  # of attention recall, see ``Service``; 0: off
     seed: int = 0
     no_profile: bool = False
@@ -61,6 +63,11 @@ class DaemonConfig:
     knobs: Mapping[str, KnobValue] = field(default_factory=dict)
     origins: Mapping[str, KnobSource] = field(default_factory=dict)
     tuned_for: Profile | None = None  # where the file's values come from, if it says so
+
+    @property
+    def context_horizon_s(self) -> float:
+        """What the context of the load covers: a minute, less where regimes come faster."""
+        return min(HORIZON_S, self.regime_dwell_s / 4)
 
     def origin(self, name: str) -> KnobSource:
         return self.origins.get(name, KnobSource.DEFAULT)
@@ -103,6 +110,8 @@ def load_config(
     ttft_s, tpot_s = options.pop("slo_ttft_ms", None), options.pop("slo_tpot_ms", None)
     if "shutdown_timeout" in options:
         options["drain_timeout_s"] = options.pop("shutdown_timeout")
+    if "regime_dwell" in options:
+        options["regime_dwell_s"] = options.pop("regime_dwell")
     return DaemonConfig(
         state_dir=state_dir,
         cache_dir=resolve_cache_dir(environment),
@@ -144,7 +153,16 @@ def _from_environment(environment: Mapping[str, str]) -> dict[str, _Given]:
 
 
 def write_pending(file: Path, values: Mapping[str, KnobValue]) -> None:
-    """Keep ``values`` for the next ``load_config``; none: drop the file. OSError if it cannot."""
+    """Keep ``values`` for the next ``load_config``; none: drop the file. InputError if it cannot."""
+    try:
+        _write_pending(file, values)
+    except OSError as error:
+        raise InputError(
+            f"cannot write {file}: {error.strerror}; knobs of a restart are not kept"
+        ) from error
+
+
+def _write_pending(file: Path, values: Mapping[str, KnobValue]) -> None:
     if not values:
         file.unlink(missing_ok=True)
         return
@@ -314,6 +332,7 @@ _OPTIONS: Mapping[str, Callable[[_Given], object]] = {
     "slo_tpot_ms": _milliseconds,
     "shutdown_timeout": _number(0, 86400, unit=" s"),
     "max_queued_requests": _integer(0, 1_000_000),
+    "regime_dwell": _number(1, 86400, unit=" s"),
     "recall_floor": _number(0, 0.99, unit=""),
     "seed": _integer(0, 2**31 - 1),
     "no_profile": _boolean,

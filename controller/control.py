@@ -16,6 +16,7 @@ from sparsed.core import (
     KnobSpec,
     KnobValue,
     MemoryPlan,
+    Regime,
     Remedy,
     RolloutRecord,
     Snapshot,
@@ -82,6 +83,20 @@ class DaemonStatus:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class LoadState:
+    """The load as the live tuner sees it. ``current``: id of the regime in force; ``is_settled``
+    False: the load is on its way to another one. ``drift``: what does not do what it did, in words,
+    empty if nothing; ``loss_frac``: of the goodput that was to be expected here, None before
+    anything is."""
+
+    regimes: tuple[Regime, ...] = ()
+    current: int | None = None
+    is_settled: bool = True
+    drift: str = ""
+    loss_frac: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TunerState:
     """``hold``: why no candidate is tested now, empty while one is. ``pins``: knobs that are left
     alone, by operators and by the start's flags. ``explored_frac``: of the busy time so far."""
@@ -96,6 +111,7 @@ class TunerState:
     safe_mode: bool = False
     hold: str = ""
     explored_frac: float = 0.0
+    load: LoadState = field(default_factory=LoadState)
 
 
 class TunerVerb(StrEnum):
@@ -133,6 +149,7 @@ class Explanation:
     advised: tuple[Decision, ...]
     tried: tuple[TriedChange, ...]
     rollouts: tuple[RolloutRecord, ...]
+    load: LoadState = field(default_factory=LoadState)
 
 
 class Control(Protocol):

@@ -38,9 +38,9 @@ from sparsed.controller.recovery import recover, tuned_values
 from sparsed.controller.signals import handle_signals, ignore_stops
 from sparsed.controller.startup import StartPlan, check_next_start, load_tokenizer, prepare
 from sparsed.controller.state_dir import StateLock
-from sparsed.controller.telemetry import Senses, info_labels
+from sparsed.controller.telemetry import Senses, info_labels, load_metrics
 from sparsed.controller.why import explain
-from sparsed.core import ExitCode, InputError, KnobValue, Snapshot, StartError, TunerMode
+from sparsed.core import ExitCode, KnobValue, Snapshot, StartError, TunerMode
 from sparsed.db.store import ProfileStore, Store
 from sparsed.db.writer import TelemetryWriter
 from sparsed.profiler.export import Telemetry
@@ -102,13 +102,16 @@ class Daemon:
         self._tuner = LiveTuner(
             store,
             plan,
-            slo=config.slo,
+            config=config,
             apply=lambda values: self._engine.have(values),
             read_failures=lambda: self._engine.ledger.num_failed,
-            kill_file=config.state_dir.tuner_kill_file,
+            read_facts=lambda: self._engine.facts,
             rule=rule,
         )
-        self._senses = Senses(self._telemetry, slo=config.slo, gpu_plan=plan.gpu_plan)
+        horizon_s = config.context_horizon_s
+        self._senses = Senses(
+            self._telemetry, slo=config.slo, gpu_plan=plan.gpu_plan, horizon_s=horizon_s
+        )
         self._engine = EngineLink(
             plan,
             run_dir=config.state_dir.run_dir,
@@ -246,8 +249,8 @@ class Daemon:
 
     async def explain(self) -> Explanation:
         knobs, facts = self._engine.board.knobs, self._engine.facts
-        windows = self._senses.windows if self._engine.up else ()
-        return await explain(self._store, self._plan, windows, knobs=knobs, facts=facts)
+        windows, load = self._senses.windows if self._engine.up else (), self._tuner.load
+        return await explain(self._store, self._plan, windows, knobs=knobs, facts=facts, load=load)
 
     async def drain(self, *, timeout_s: float | None) -> int:
         logger.info("draining %d requests", self._engine.ledger.num_unfinished)
@@ -301,12 +304,8 @@ class Daemon:
         return (*reasons, *self._tuner.reasons(), *faults)
 
     def _keep_pending(self, pending: Mapping[str, KnobValue]) -> None:
-        file, board = self._config.state_dir.pending_file, self._engine.board
-        try:
-            write_pending(file, board.for_next_start(pending))
-        except OSError as error:
-            message = f"cannot write {file}: {error.strerror}; knobs of a restart are not kept"
-            raise InputError(message) from error
+        board = self._engine.board
+        write_pending(self._config.state_dir.pending_file, board.for_next_start(pending))
         board.keep(pending)
 
     def _on_snapshot(self, snapshot: Snapshot) -> None:
@@ -327,6 +326,7 @@ class Daemon:
             requests_failed=self._engine.ledger.num_failed,
             store_lost_writes=self._writer.lost_writes,
             labels=info_labels(self._plan.spec, name=self._model_ids[0]),
+            load=load_metrics(self._tuner.load),
         )
 
     def _http_context(self) -> HttpContext:

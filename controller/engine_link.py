@@ -67,6 +67,7 @@ class EngineLink:
         self.ledger = Ledger(
             self._limits(plan, max_queued=max_queued),
             send=self.supervisor.send,
+            arrive=senses.observe_arrival,
             observe=senses.observe_request,
             refuse=senses.observe_refusal,
             clock=time.monotonic,

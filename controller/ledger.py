@@ -33,10 +33,16 @@ class Unavailable(Exception):
         self.retry_after_s = retry_after_s
 
 
+class ObserveArrival(Protocol):
+    """Told of every request that is taken."""
+
+    def __call__(self, *, input_tokens: int) -> None: ...
+
+
 class ObserveRequest(Protocol):
     """Told of every finished request; ``tpot_s`` is None below two tokens."""
 
-    def __call__(self, *, ttft_s: float, tpot_s: float | None) -> None: ...
+    def __call__(self, *, ttft_s: float, tpot_s: float | None, output_tokens: int) -> None: ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,6 +83,7 @@ class Ledger:
         limits: LedgerLimits,
         *,
         send: Callable[[AddRequest | AbortRequest], None],
+        arrive: ObserveArrival,
         observe: ObserveRequest,
         refuse: Callable[[RefusalReason], None],
         clock: Callable[[], float],
@@ -84,6 +91,7 @@ class Ledger:
     ) -> None:
         self._limits = limits
         self._send = send
+        self._arrive = arrive
         self._observe = observe
         self._refuse = refuse
         self._clock = clock
@@ -132,6 +140,7 @@ class Ledger:
         except Exception:
             self._remove(request.request_id)
             raise
+        self._arrive(input_tokens=len(request.prompt_tokens))
         return RequestStream(
             entry.outputs,
             cancel=partial(self._cancel, entry),
@@ -288,6 +297,7 @@ class Ledger:
             self._observe(
                 ttft_s=entry.first_token_s - entry.submitted_s,
                 tpot_s=(entry.last_token_s - entry.first_token_s) / gaps if gaps else None,
+                output_tokens=len(entry.generated),
             )
 
     def _close(self, entry: _Entry, error: str, *, reason: FinishReason) -> None:

@@ -7,6 +7,7 @@ import time
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 
+from sparsed import __version__
 from sparsed.core import LinkCalibration, LinkKey, MachineFacts
 from sparsed.db.store import LinkStore, StoreError
 
@@ -26,6 +27,15 @@ def link_key(machine: MachineFacts) -> LinkKey | None:
         torch=_version("torch"),
         triton=_version("triton"),
     )
+
+
+def platform_versions(machine: MachineFacts) -> dict[str, str]:
+    """What values that were measured here rest on, by the names that profiles have."""
+    versions = {name: _version(name) for name in ("torch", "triton")}
+    versions["sparsed"] = __version__
+    if machine.gpu_name is not None and machine.driver_version is not None:
+        versions["driver"] = machine.driver_version
+    return versions
 
 
 def keep_calibration(store: LinkStore, calibration: LinkCalibration | None) -> None:

@@ -6,25 +6,28 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
-from pathlib import Path
 
-from sparsed.controller.control import KnobSource, TunerState, TunerVerb
-from sparsed.controller.rollout_host import RolloutHost
+from sparsed.controller.config import DaemonConfig
+from sparsed.controller.control import KnobSource, LoadState, TunerState, TunerVerb
+from sparsed.controller.recovery import SAFE_VALUES
+from sparsed.controller.rollout_host import PERIOD_S, RolloutHost
 from sparsed.controller.startup import StartPlan
 from sparsed.controller.tuner_host import TunerHost
+from sparsed.controller.why import platform_of
 from sparsed.core import (
     KNOBS_BY_NAME,
     Decision,
+    EngineFacts,
     InputError,
     KnobClass,
     RolloutReason,
-    Slo,
     Snapshot,
     TunerMode,
 )
 from sparsed.db.store import Store, StoreError
+from sparsed.tuner.drift import LinkWatch, link_drift, watch_link
 from sparsed.tuner.gate import TUNER
-from sparsed.tuner.rollout_state import RolloutRule, Values
+from sparsed.tuner.rollout_state import RolloutRule, Values, live_rule
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +41,8 @@ GIVEN = (KnobSource.FILE, KnobSource.ENVIRONMENT, KnobSource.FLAG)
 class LiveTuner:
     """Advice and rollout together, as the daemon uses them. Lives on the event loop.
 
-    ``apply``, ``read_failures`` and ``rule`` as in ``RolloutHost``.
+    ``apply`` and ``read_failures`` as in ``RolloutHost``; ``read_facts``: of the engine, None
+    before it is loaded; ``rule``: another than follows from ``config``.
     """
 
     def __init__(
@@ -46,12 +50,17 @@ class LiveTuner:
         store: Store,
         plan: StartPlan,
         *,
-        slo: Slo,
+        config: DaemonConfig,
         apply: Callable[[Values], Awaitable[None]],
         read_failures: Callable[[], int],
-        kill_file: Path,
+        read_facts: Callable[[], EngineFacts | None],
         rule: RolloutRule | None = None,
     ) -> None:
+        slo = config.slo
+        self._store = store
+        self._plan = plan
+        self._read_facts = read_facts
+        self._link = LinkWatch()
         self._starts_tuned = KnobSource.TUNER in plan.sources.values()
         self._rollout = RolloutHost(
             store,
@@ -59,9 +68,11 @@ class LiveTuner:
             slo=slo,
             apply=apply,
             read_failures=read_failures,
-            kill_file=kill_file,
-            rule=rule,
+            kill_file=config.state_dir.tuner_kill_file,
             fixed=frozenset(name for name, source in plan.sources.items() if source in GIVEN),
+            rule=rule or live_rule(slo, dwell_s=config.regime_dwell_s),
+            knobs=plan.spec.knobs,
+            versions=plan.versions,
         )
         mode = TunerMode.OFF if self._rollout.is_killed else TunerMode.ADVISE
         self._advice = TunerHost(store, plan.key, slo=slo, mode=mode, on_decision=self._on_decision)
@@ -69,6 +80,7 @@ class LiveTuner:
 
     async def serve(self) -> None:
         """While the engine serves; until cancelled."""
+        await self._mark_stale(self._plan.stale_profile_id)
         if self._starts_tuned and self._rollout.controls.safe_since is None:
             try:
                 await self._rollout.begin_run()
@@ -77,6 +89,7 @@ class LiveTuner:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._rollout.work())
             tasks.create_task(self._rollout.watch())
+            tasks.create_task(self._await_drift())
 
     async def close(self) -> None:
         """After the engine has ended."""
@@ -86,6 +99,11 @@ class LiveTuner:
     def on_snapshot(self, snapshot: Snapshot) -> None:
         self._advice.on_snapshot(snapshot)
         self._rollout.on_snapshot(snapshot)
+        if (facts := self._read_facts()) is not None and not self._rollout.stale:
+            platform = platform_of(self._plan, facts)
+            self._link = watch_link(self._link, snapshot, platform=platform)
+            if reason := link_drift(self._link, snapshot, platform=platform):
+                self._rollout.on_drift(reason, values=SAFE_VALUES)
 
     def on_engine_lost(self, reason: str) -> Values | None:
         """What the next engine is to begin with, where the dead one had a candidate."""
@@ -140,13 +158,37 @@ class LiveTuner:
             safe_mode=rollout.controls.safe_since is not None,
             hold=rollout.why_held(),
             explored_frac=rollout.explored_frac,
+            load=rollout.load,
         )
+
+    @property
+    def load(self) -> LoadState:
+        """Regimes, and whether what was measured here still holds."""
+        return self._rollout.load
 
     def reasons(self) -> tuple[str, ...]:
         """Why the daemon is degraded."""
-        if self._rollout.controls.safe_since is None:
-            return ()
-        return (SAFE_MODE,)
+        stale = self._rollout.stale
+        found = (
+            SAFE_MODE if self._rollout.controls.safe_since is not None else "",
+            self._plan.stale,
+            f"{stale}; what was tuned here holds no more, run: sparsed tune" if stale else "",
+            "" if stale else self.load.drift,
+        )
+        return tuple(reason for reason in found if reason)
+
+    async def _await_drift(self) -> None:
+        while not self._rollout.stale:
+            await asyncio.sleep(PERIOD_S)
+        await self._mark_stale(self._plan.profile_id)
+
+    async def _mark_stale(self, profile_id: int | None) -> None:
+        if profile_id is None:
+            return
+        try:
+            await asyncio.to_thread(self._store.mark_stale, profile_id)
+        except StoreError as error:
+            logger.warning("profile #%d is not marked as stale: %s", profile_id, error)
 
     def _on_decision(self, decision: Decision) -> None:
         if decision.values and self._advice.state().mode is TunerMode.AUTO:

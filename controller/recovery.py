@@ -31,6 +31,7 @@ class TunedValues:
     is_safe: bool = False
     moved_at: float = 0.0
     why: str = ""
+    versions: Mapping[str, str] = field(default_factory=dict)  # of what they were proved on
 
 
 def recover(store: RolloutStore, *, at: float) -> None:
@@ -68,5 +69,8 @@ def tuned_values(store: RolloutStore, key: ProfileKey) -> TunedValues:
         return TunedValues()
     values = "; ".join(f"{name}={value}" for name, value in good.values.items())
     return TunedValues(
-        values=good.values, moved_at=good.moved_at, why=f"the last known good: {values}"
+        values=good.values,
+        moved_at=good.moved_at,
+        why=f"the last known good: {values}",
+        versions=good.versions,
     )

@@ -6,14 +6,16 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
+from sparsed.controller.control import LoadState
+from sparsed.controller.rollout_log import Batch, RolloutLog
 from sparsed.core import (
-    AcceptanceDecision,
     InputError,
+    Knobs,
     ProfileKey,
     RolloutReason,
     RolloutRecord,
@@ -23,14 +25,17 @@ from sparsed.core import (
     TunerMode,
 )
 from sparsed.db.store import Store, StoreError
+from sparsed.tuner.drift import in_words, version_drift
 from sparsed.tuner.gate import hold
+from sparsed.tuner.regimes import Regimes, still_verified
 from sparsed.tuner.rollout import advance, resume
+from sparsed.tuner.rollout_regime import forgotten, live_values
 from sparsed.tuner.rollout_state import (
-    Action,
     Apply,
     Controls,
+    Drifted,
     Event,
-    Mark,
+    Keep,
     Phase,
     Proposed,
     Rollout,
@@ -44,10 +49,7 @@ from sparsed.tuner.rollout_state import (
 )
 
 PERIOD_S: Final = 1.0
-TOUCH_PERIOD_S: Final = 10.0
 MAX_SHOWN: Final = 50
-
-Batch = tuple[Action, ...]
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +59,8 @@ class RolloutHost:
 
     Lives on the event loop; the store's calls run in threads. ``apply`` has hot knobs in force
     when it returns, or raises InputError. ``fixed``: knobs that the start was told, which are left
-    alone. ``kill_file``: while it exists nothing is tested.
+    alone. ``kill_file``: while it exists nothing is tested. ``knobs``: those of the start;
+    ``versions``: of what it runs on, and values that were verified on others do not count.
     """
 
     def __init__(
@@ -71,10 +74,11 @@ class RolloutHost:
         kill_file: Path,
         fixed: frozenset[str] = frozenset(),
         rule: RolloutRule | None = None,
+        knobs: Knobs | None = None,
+        versions: Mapping[str, str] | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._store: Final = store
-        self._key: Final = key
         self._slo: Final = slo
         self._apply: Final = apply
         self._read_failures: Final = read_failures
@@ -85,14 +89,24 @@ class RolloutHost:
         self._batches: asyncio.Queue[Batch] = asyncio.Queue()
         self._applying: set[asyncio.Task[None]] = set()
         self._owed: list[Batch] = []  # ends that failed, to be tried again
-        self._is_marked = False
-        self._run_id: int | None = None
-        self._touched_at = 0.0
+        self._log: Final = RolloutLog(
+            store, key, rule=self._rule.acceptance, versions=versions or {}, clock=clock
+        )
         self._mode = TunerMode.ADVISE
         self.controls: TunerControls = store.controls()
         good, records = store.find_good(key), store.list_rollouts(key)[:MAX_SHOWN]
         self.records: deque[RolloutRecord] = deque(records, maxlen=MAX_SHOWN)
-        self._state: Rollout = resume(good.values if good else {}, records, rule=self._rule)
+        if good is not None and version_drift(good.versions, versions or {}):
+            dropped = forgotten(good, at=clock())
+            self._batches.put_nowait((Settle(record=dropped, good={}),))
+            self.records.appendleft(dropped)
+            good = None
+        self._state: Rollout = replace(
+            resume(good.values if good else {}, records, rule=self._rule),
+            base=live_values(knobs) if knobs else {},
+            versions=versions or {},
+            regimes=Regimes(known=still_verified(store.list_regimes(key), versions or {})),
+        )
         self._tell(Steered(at=clock(), controls=self._now_allowed()))
 
     # ---- what may happen -------------------------------------------------------------------
@@ -122,6 +136,27 @@ class RolloutHost:
         if candidate.phase is not Phase.WAITING:
             return ""
         return hold(self._state, candidate, self._rule, at=self._clock()) or ""
+
+    @property
+    def load(self) -> LoadState:
+        regimes, drift = self._state.regimes, self._state.drift
+        return LoadState(
+            regimes=regimes.known,
+            current=regimes.current,
+            is_settled=regimes.elsewhere is None,
+            drift=self._state.stale or in_words(drift),
+            loss_frac=drift.loss_frac,
+        )
+
+    @property
+    def stale(self) -> str:
+        """Why nothing that was measured on this machine holds, in words; empty: it does."""
+        return self._state.stale
+
+    def on_drift(self, reason: str, *, values: Values) -> None:
+        """Forget all that is verified; ``values`` are safe ones."""
+        self._tell(Drifted(at=self._clock(), reason=reason, values=values))
+        self._batches.put_nowait((Keep(regimes=self._state.regimes.known),))
 
     def on_snapshot(self, snapshot: Snapshot) -> None:
         """Take one window; returns at once."""
@@ -179,10 +214,8 @@ class RolloutHost:
     # ---- life ------------------------------------------------------------------------------
 
     async def begin_run(self) -> None:
-        """Values of the live tuner are in force: if the process dies now, that counts. StoreError
-        if that could not be kept."""
-        if self._run_id is None:
-            self._run_id = await asyncio.to_thread(self._store.begin_run, self._clock())
+        """As ``RolloutLog.begin_run``."""
+        await self._log.begin_run()
 
     async def work(self) -> None:
         """Do what the state machine asks for; until cancelled."""
@@ -201,7 +234,7 @@ class RolloutHost:
         while True:
             await asyncio.sleep(PERIOD_S)
             self.look()
-            await self._touch()
+            await self._log.touch()
 
     def look(self) -> None:
         if self._now_allowed() != self._state.controls:
@@ -217,14 +250,14 @@ class RolloutHost:
         for task in self._applying:
             task.cancel()
         self.trip(RolloutReason.SHUT_DOWN)
+        self._batches.put_nowait((Keep(regimes=self._state.regimes.known),))
         batches, self._owed = self._owed, []
         while not self._batches.empty():
             batches.append(self._batches.get_nowait())
         try:
             for batch in batches:
-                await self._write(batch)
-            if self._run_id is not None:
-                await asyncio.to_thread(self._store.end_run, self._run_id, self._clock())
+                await self._log.write(batch)
+            await self._log.end_run()
         except StoreError as error:
             logger.warning("the next start will find a candidate that crashed: %s", error)
 
@@ -244,6 +277,7 @@ class RolloutHost:
         )
 
     def _tell(self, event: Event) -> None:
+        before = self._state.regimes.current
         self._state, actions = advance(self._state, event, rule=self._rule, slo=self._slo)
         for action in actions:
             if not isinstance(action, Apply):
@@ -253,14 +287,16 @@ class RolloutHost:
                 logger.info("tuner: %s %s (%s)", record.state, change, record.reason)
         if actions:
             self._batches.put_nowait(actions)
+        if self._state.regimes.current != before:
+            self._batches.put_nowait((Keep(regimes=self._state.regimes.known),))
 
     async def _do(self, batch: Batch) -> None:
         """One step of the machine. What ends a candidate is done again until it succeeds."""
-        is_end = isinstance(batch[0], Apply) and isinstance(batch[-1], Settle)
+        is_end = isinstance(batch[0], Apply) and any(isinstance(one, Settle) for one in batch)
         try:
             for action in batch:
                 if not isinstance(action, Apply):
-                    await self._write((action,))
+                    await self._log.write((action,))
                 elif is_end:
                     await self._apply(action.values)
                 else:
@@ -271,44 +307,9 @@ class RolloutHost:
                 self._owed.append(batch)
             self._tell(Tripped(at=self._clock(), reason=RolloutReason.STORE_FAILED))
 
-    async def _write(self, batch: Batch) -> None:
-        for action in batch:
-            match action:
-                case Mark():
-                    await self.begin_run()
-                    await asyncio.to_thread(self._store.mark_rollout, self._key, action.record)
-                    self._is_marked = True
-                case Settle():
-                    self._is_marked = False
-                    await asyncio.to_thread(self._settle, action)
-                case Apply():
-                    pass  # nothing is in force any more
-                case _:
-                    await asyncio.to_thread(self._store.note_rollout, self._key, action.record)
-
-    def _settle(self, settle: Settle) -> None:
-        record = settle.record
-        self._store.settle_rollout(self._key, record, good=settle.good)
-        if settle.verdict is None:
-            return
-        decision = AcceptanceDecision(
-            key=self._key,
-            config_from=record.config_from,
-            config_to=record.config_to,
-            rule=self._rule.acceptance,
-            verdict=settle.verdict,
-            windows=settle.windows,
-            initiated_by=record.initiated_by,
-            decided_at=record.at,
-        )
-        try:
-            self._store.save_acceptance(decision)
-        except StoreError as error:
-            logger.warning("the evidence of a decision could not be stored: %s", error)
-
     def _begin_apply(self, action: Apply) -> None:
         """Not waited for: what trips meanwhile must be able to overtake it."""
-        if action.needs_marker and not self._is_marked:
+        if action.needs_marker and not self._log.is_marked:
             return
         task = asyncio.create_task(self._apply_or_trip(action.values))
         self._applying.add(task)
@@ -320,12 +321,3 @@ class RolloutHost:
         except InputError as error:
             logger.warning("the engine did not take %s: %s", dict(values), error)
             self._tell(Tripped(at=self._clock(), reason=RolloutReason.APPLY_FAILED))
-
-    async def _touch(self) -> None:
-        if self._run_id is None or self._clock() - self._touched_at < TOUCH_PERIOD_S:
-            return
-        self._touched_at = self._clock()
-        try:
-            await asyncio.to_thread(self._store.touch_run, self._run_id, self._touched_at)
-        except StoreError as error:
-            logger.warning("the store failed the live tuner: %s", error)

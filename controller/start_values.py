@@ -10,6 +10,7 @@ from sparsed import __version__
 from sparsed.controller.config import DaemonConfig
 from sparsed.controller.control import KnobSource
 from sparsed.controller.lookups import FindTuned, FindVerified, profiles_of, tuned_of
+from sparsed.controller.recovery import TunedValues
 from sparsed.core import (
     KNOB_SPECS,
     InputError,
@@ -19,6 +20,7 @@ from sparsed.core import (
     Profile,
     ProfileKey,
 )
+from sparsed.tuner.drift import version_drift
 from sparsed.tuner.export import mismatch
 
 logger = logging.getLogger(__name__)
@@ -33,11 +35,14 @@ class Sized:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Chosen:
     """``tuned``: values of the live tuner, over those of ``profile``; ``why`` says in words where
-    all come from."""
+    all come from. ``stale``: what was left out because it was measured on other versions, in words;
+    ``stale_profile_id``: the profile among it."""
 
     profile: Profile | None
     tuned: Mapping[str, KnobValue]
     why: str
+    stale: str = ""
+    stale_profile_id: int | None = None
 
 
 def warn_of_mismatch(config: DaemonConfig, key: ProfileKey) -> None:
@@ -77,13 +82,41 @@ def choose_values(
     *,
     find_verified: FindVerified | None,
     find_tuned: FindTuned | None,
+    versions: Mapping[str, str],
 ) -> Chosen:
     """The last known good of the live tuner goes over the profile that it began from: one that is
-    pinned or newer replaces it. In safe mode neither is taken."""
+    pinned or newer replaces it. In safe mode neither is taken. What was measured on other versions
+    than these is left out, unless an operator has pinned it."""
     profile, why = _choose_profile(config, key, find_verified=find_verified)
     if config.no_profile:
         return Chosen(profile=None, tuned={}, why=why)
     tuned = (find_tuned or tuned_of(config.state_dir))(key)
+    left_out, stale_profile_id = [], None
+    if profile is not None and (changed := _stale(profile, versions)):
+        left_out.append(f"profile #{profile.profile_id} ({changed})")
+        stale_profile_id = profile.profile_id
+        profile, why = None, "none"
+    chosen = _combine(profile, tuned, why=why)
+    changed = version_drift(tuned.versions, versions)
+    if chosen.tuned and changed and not tuned.is_safe:
+        left_out.append(f"the last known good of the live tuner ({changed})")
+        chosen = _combine(profile, TunedValues(), why=why)
+    if not left_out:
+        return chosen
+    stale = f"{', '.join(left_out)}: measured on another platform; run: sparsed tune"
+    logger.warning("left out: %s", stale)
+    why = f"{chosen.why}; left out: {stale}"
+    return replace(chosen, why=why, stale=stale, stale_profile_id=stale_profile_id)
+
+
+def _stale(profile: Profile, versions: Mapping[str, str]) -> str | None:
+    """What has changed since a profile of the store was measured; None: nothing that counts."""
+    if profile.profile_id is None or profile.pinned:
+        return None
+    return version_drift(profile.versions, versions)
+
+
+def _combine(profile: Profile | None, tuned: TunedValues, *, why: str) -> Chosen:
     if tuned.is_safe:
         return Chosen(profile=None, tuned=tuned.values, why=f"none: {tuned.why}")
     if not tuned.values:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from sparsed.controller.config import DaemonConfig
 from sparsed.controller.control import KnobSource
-from sparsed.controller.links import link_key
+from sparsed.controller.links import link_key, platform_versions
 from sparsed.controller.lookups import (
     FindCalibration,
     FindTuned,
@@ -68,6 +68,10 @@ class StartPlan:
     key: ProfileKey
     profile: str  # which profile was taken and why, or why none
     sources: Mapping[str, KnobSource]  # of every knob
+    versions: Mapping[str, str]  # of what it runs on
+    stale: str = ""  # what was measured on another platform and left out, in words
+    profile_id: int | None = None  # of the profile that was taken, if it is in the store
+    stale_profile_id: int | None = None
 
     @property
     def gpu_plan(self) -> MemoryPlan | None:
@@ -97,7 +101,10 @@ def prepare(
     key = ProfileKey(hardware=machine.fingerprint, model=resolved.model_id, dtype=dtype)
     warn_of_mismatch(config, key)
     size = partial(_size, shape=model.shape, machine=machine, device=device, dtype=dtype)
-    chosen = choose_values(config, key, find_verified=find_verified, find_tuned=find_tuned)
+    versions = platform_versions(machine)
+    chosen = choose_values(
+        config, key, find_verified=find_verified, find_tuned=find_tuned, versions=versions
+    )
     sized, chosen = size_values(size, config.knobs, chosen=chosen)
     return StartPlan(
         spec=EngineSpec(
@@ -124,6 +131,10 @@ def prepare(
         key=key,
         profile=chosen.why,
         sources=find_sources(config, chosen=chosen),
+        versions=versions,
+        stale=chosen.stale,
+        profile_id=chosen.profile.profile_id if chosen.profile else None,
+        stale_profile_id=chosen.stale_profile_id,
     )
 
 

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 from sparsed import __version__
+from sparsed.controller.control import LoadState
 from sparsed.core import (
     EngineSpec,
     EngineStats,
@@ -23,7 +24,8 @@ from sparsed.core import (
     Snapshot,
 )
 from sparsed.profiler.collectors.gauges import open_gauges
-from sparsed.profiler.export import Exporter, Telemetry
+from sparsed.profiler.context import HORIZON_S
+from sparsed.profiler.export import Exporter, LoadMetrics, Telemetry
 from sparsed.profiler.occupancy import occupancy
 from sparsed.profiler.window import STALE_INTERVALS, STALE_S, Window
 
@@ -44,18 +46,33 @@ def info_labels(spec: EngineSpec, *, name: str) -> dict[str, str]:
     }
 
 
+def load_metrics(load: LoadState) -> LoadMetrics:
+    return LoadMetrics(
+        regime_id=load.current,
+        num_regimes=len(load.regimes),
+        num_verified=sum(bool(one.incumbent) for one in load.regimes),
+        loss_frac=load.loss_frac,
+        has_drifted=bool(load.drift),
+    )
+
+
 class Senses:
     """Window and metrics of the engine, gauges of the host. Lives on the event loop.
 
     ``read`` gives what a scrape shows; it is asked only by ``metrics``. ``gpu_plan``: what is
-    planned for the memory of a GPU, None on a CPU. Gauges that are older than ``STALE_S`` are left
+    planned for the memory of a GPU, None on a CPU. ``horizon_s``: see ``Window``. Gauges that are older than ``STALE_S`` are left
     out of windows, and ``faults`` says so.
     """
 
     def __init__(
-        self, read: Callable[[], Telemetry], *, slo: Slo, gpu_plan: MemoryPlan | None = None
+        self,
+        read: Callable[[], Telemetry],
+        *,
+        slo: Slo,
+        gpu_plan: MemoryPlan | None = None,
+        horizon_s: float = HORIZON_S,
     ) -> None:
-        self._window = Window(clock=time.monotonic)
+        self._window = Window(clock=time.monotonic, horizon_s=horizon_s)
         self._exporter = Exporter(read, slo=slo)
         self._host = HostGauges()
         self._host_read_s: float | None = None
@@ -125,8 +142,11 @@ class Senses:
             self._windows.append(snapshot)
         return snapshot
 
-    def observe_request(self, *, ttft_s: float, tpot_s: float | None) -> None:
-        self._window.observe_request(ttft_s=ttft_s, tpot_s=tpot_s)
+    def observe_arrival(self, *, input_tokens: int) -> None:
+        self._window.observe_arrival(input_tokens=input_tokens)
+
+    def observe_request(self, *, ttft_s: float, tpot_s: float | None, output_tokens: int) -> None:
+        self._window.observe_request(ttft_s=ttft_s, tpot_s=tpot_s, output_tokens=output_tokens)
         self._exporter.observe_request(ttft_s=ttft_s, tpot_s=tpot_s)
 
     def observe_refusal(self, reason: RefusalReason) -> None:

@@ -12,7 +12,6 @@ from typing import Final
 
 from rich.console import Console
 
-from sparsed import __version__
 from sparsed.controller.config import DaemonConfig
 from sparsed.controller.prompts import prompt_source
 from sparsed.controller.search_model import can_start, hot_tokens, search_model
@@ -305,7 +304,7 @@ class _Tune:
 
     @property
     def _versions(self) -> dict[str, str]:
-        return {"sparsed": __version__, **self.bench.versions}
+        return {**self._plan.versions, **self.bench.versions}
 
     def _say_progress(self, phase: str, frac: float) -> None:
         self._console.print(f"{phase}, {100 * frac:.0f} %")

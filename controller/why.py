@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from statistics import fmean
 from typing import Final
 
-from sparsed.controller.control import Explanation, TriedChange
+from sparsed.controller.control import Explanation, LoadState, TriedChange
 from sparsed.controller.plan.gpus import gpu_of
 from sparsed.controller.startup import StartPlan
 from sparsed.core import (
@@ -22,6 +23,7 @@ from sparsed.core import (
     Knobs,
     KnobValue,
     MachineFacts,
+    Platform,
     ProfileKey,
     RolloutState,
     Snapshot,
@@ -46,12 +48,14 @@ async def explain(
     *,
     knobs: Knobs,
     facts: EngineFacts | None,
+    load: LoadState,
 ) -> Explanation:
     """``windows``: the last ones, the oldest first; ``knobs``: those in force. Errors: StoreError
     when what was tried cannot be read."""
     now = time.time()
     verdict = judge(windows, ceilings(plan, fresh(windows, now=now), facts=facts), now=now)
-    return await asyncio.to_thread(_with_history, store, plan.key, verdict, knobs=knobs)
+    found = await asyncio.to_thread(_with_history, store, plan.key, verdict, knobs=knobs)
+    return replace(found, load=load)
 
 
 def ceilings(
@@ -67,6 +71,17 @@ def ceilings(
         is_gpu=is_gpu,
         h2d_bytes_per_s=_load_rate(plan, facts) if facts else None,
         **floors,
+    )
+
+
+def platform_of(plan: StartPlan, facts: EngineFacts) -> Platform:
+    """What was measured of the link; nothing is known of it on a CPU."""
+    if plan.spec.device == "cpu":
+        return Platform()
+    return Platform(
+        pcie_generation=plan.machine.pcie_generation,
+        pcie_width=plan.machine.pcie_width,
+        h2d_bytes_per_s=_load_rate(plan, facts),
     )
 
 

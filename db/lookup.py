@@ -19,6 +19,7 @@ from sparsed.db.models import (
     LastKnownGoodRow,
     ModelRow,
     ProfileRow,
+    RegimeRow,
     RolloutRow,
     RollupRow,
     SoftwareRow,
@@ -37,6 +38,7 @@ KeyedRow = (
     | type[AcceptanceRow]
     | type[RolloutRow]
     | type[LastKnownGoodRow]
+    | type[RegimeRow]
 )
 
 if TYPE_CHECKING:

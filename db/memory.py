@@ -90,6 +90,13 @@ class InMemoryProfileStore(InMemoryRollouts):
             self._profiles[profile_id - 1] = pinned
             return pinned
 
+    def mark_stale(self, profile_id: int) -> None:
+        with self._lock:
+            self._profiles = [
+                replace(item, status=ProfileStatus.STALE) if item.profile_id == profile_id else item
+                for item in self._profiles
+            ]
+
     def _unpin(self, key: ProfileKey) -> None:
         self._profiles = [
             replace(item, pinned=False) if item.key == key else item for item in self._profiles

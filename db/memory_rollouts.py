@@ -1,8 +1,8 @@
-"""``RolloutStore`` without a file."""
+"""``RolloutStore`` and ``RegimeStore`` without a file."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from threading import Lock
 
@@ -10,6 +10,7 @@ from sparsed.core import (
     KnobValue,
     LastKnownGood,
     ProfileKey,
+    Regime,
     RolloutRecord,
     TunerControls,
     TunerRun,
@@ -25,6 +26,7 @@ class InMemoryRollouts:
         self._rollouts: list[tuple[ProfileKey, RolloutRecord]] = []
         self._markers: dict[ProfileKey, RolloutRecord] = {}
         self._goods: dict[ProfileKey, LastKnownGood] = {}
+        self._regimes: dict[ProfileKey, tuple[Regime, ...]] = {}
         self._runs: list[TunerRun] = []
         self._last_run_id = 0
         self._controls = TunerControls()
@@ -39,13 +41,34 @@ class InMemoryRollouts:
             self._markers[key] = record
 
     def settle_rollout(
-        self, key: ProfileKey, record: RolloutRecord, *, good: Mapping[str, KnobValue] | None
+        self,
+        key: ProfileKey,
+        record: RolloutRecord,
+        *,
+        good: Mapping[str, KnobValue] | None,
+        versions: Mapping[str, str] | None = None,
+        regime: Regime | None = None,
     ) -> None:
         with self._rollouts_lock:
             self._rollouts.append((key, record))
             self._markers.pop(key, None)
             if good is not None:
-                self._goods[key] = LastKnownGood(values=dict(good), moved_at=record.at)
+                self._goods[key] = LastKnownGood(
+                    values=dict(good), moved_at=record.at, versions=dict(versions or {})
+                )
+            if regime is not None:
+                others = [
+                    one for one in self._regimes.get(key, ()) if one.regime_id != regime.regime_id
+                ]
+                self._regimes[key] = (*others, regime)
+
+    def keep_regimes(self, key: ProfileKey, regimes: Sequence[Regime]) -> None:
+        with self._rollouts_lock:
+            self._regimes[key] = tuple(regimes)
+
+    def list_regimes(self, key: ProfileKey) -> tuple[Regime, ...]:
+        with self._rollouts_lock:
+            return tuple(sorted(self._regimes.get(key, ()), key=lambda one: one.regime_id))
 
     def fail_marked(self, at: float) -> tuple[RolloutRecord, ...]:
         with self._rollouts_lock:

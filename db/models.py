@@ -233,6 +233,7 @@ class RolloutRow(Base):
     reason: Mapped[str]
     initiated_by: Mapped[str]
     at: Mapped[float]
+    regime_number: Mapped[int | None]
 
 
 class TunerMarkerRow(Base):
@@ -258,6 +259,26 @@ class LastKnownGoodRow(Base):
     model_id: Mapped[int] = mapped_column(ForeignKey("model.id"))
     config_id: Mapped[int] = mapped_column(ForeignKey("config.id"))
     moved_at: Mapped[float]
+    versions: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
+
+
+class RegimeRow(Base):
+    """Kinds of load. ``config_id``: what is verified for it, if anything is."""
+
+    __tablename__ = "regime"
+    __table_args__ = (UniqueConstraint("hardware_id", "model_id", "number"),)
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    hardware_id: Mapped[int] = mapped_column(ForeignKey("hardware.id"))
+    model_id: Mapped[int] = mapped_column(ForeignKey("model.id"))
+    number: Mapped[int]
+    centroid: Mapped[dict[str, Any]] = mapped_column(JSON)
+    signature: Mapped[str]
+    seen_s: Mapped[float]
+    seen_at: Mapped[float]
+    config_id: Mapped[int | None] = mapped_column(ForeignKey("config.id"))
+    verified_at: Mapped[float | None]
+    versions: Mapped[dict[str, Any]] = mapped_column(JSON)
 
 
 class TunerRunRow(Base):

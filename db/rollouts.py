@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Final
 
-from sqlalchemy import Engine, delete, select
+from sqlalchemy import delete, select
 from sqlalchemy.orm import Session
 
 from sparsed.core import (
     KnobValue,
     LastKnownGood,
     ProfileKey,
+    Regime,
     RolloutReason,
     RolloutRecord,
     RolloutState,
@@ -28,6 +29,7 @@ from sparsed.db.models import (
     TunerMarkerRow,
     TunerRunRow,
 )
+from sparsed.db.regimes import SqlRegimes, put
 from sparsed.db.session import reading, writing
 
 MAX_ROLLOUTS: Final = 1000
@@ -40,11 +42,8 @@ def crashed(record: RolloutRecord, *, at: float) -> RolloutRecord:
     return replace(record, state=RolloutState.REVERTED, reason=RolloutReason.CRASHED, at=at)
 
 
-class SqlRollouts:
-    """``RolloutStore`` over an engine from ``open_engine``."""
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine: Final = engine
+class SqlRollouts(SqlRegimes):
+    """``RolloutStore`` and ``RegimeStore`` over an engine from ``open_engine``."""
 
     def note_rollout(self, key: ProfileKey, record: RolloutRecord) -> None:
         with writing(self._engine, durable=True) as session:
@@ -61,13 +60,21 @@ class SqlRollouts:
             )
 
     def settle_rollout(
-        self, key: ProfileKey, record: RolloutRecord, *, good: Mapping[str, KnobValue] | None
+        self,
+        key: ProfileKey,
+        record: RolloutRecord,
+        *,
+        good: Mapping[str, KnobValue] | None,
+        versions: Mapping[str, str] | None = None,
+        regime: Regime | None = None,
     ) -> None:
         with writing(self._engine, durable=True) as session:
             row = _add_step(session, key, record)
             _clear_marker(session, row)
             if good is not None:
-                _move_good(session, row, good)
+                _move_good(session, row, good, versions=versions or {})
+            if regime is not None:
+                put(session, regime, hardware_id=row.hardware_id, model_id=row.model_id)
 
     def fail_marked(self, at: float) -> tuple[RolloutRecord, ...]:
         query = select(TunerMarkerRow, RolloutRow).join(RolloutRow).order_by(TunerMarkerRow.id)
@@ -95,7 +102,11 @@ class SqlRollouts:
             found = session.execute(query.limit(1)).first()
             if found is None or not found[1].values:
                 return None
-            return LastKnownGood(values=found[1].values, moved_at=found[0].moved_at)
+            return LastKnownGood(
+                values=found[1].values,
+                moved_at=found[0].moved_at,
+                versions=found[0].versions or {},
+            )
 
     def begin_run(self, at: float) -> int:
         with writing(self._engine, durable=True) as session:
@@ -168,6 +179,7 @@ def _step_row(session: Session, record: RolloutRecord, **ids: Any) -> RolloutRow
         reason=record.reason.value,
         initiated_by=record.initiated_by,
         at=rows.plain_number(record.at),
+        regime_number=record.regime_id,
     )
 
 
@@ -179,10 +191,21 @@ def _clear_marker(session: Session, row: RolloutRow) -> None:
     session.execute(delete(TunerMarkerRow).where(*same_key))
 
 
-def _move_good(session: Session, row: RolloutRow, good: Mapping[str, KnobValue]) -> None:
+def _move_good(
+    session: Session,
+    row: RolloutRow,
+    good: Mapping[str, KnobValue],
+    *,
+    versions: Mapping[str, str],
+) -> None:
     ids = {"hardware_id": row.hardware_id, "model_id": row.model_id}
-    config_id = lookup.config_id(session, good)
-    session.add(LastKnownGoodRow(**ids, config_id=config_id, moved_at=row.at))
+    moved = LastKnownGoodRow(
+        **ids,
+        config_id=lookup.config_id(session, good),
+        moved_at=row.at,
+        versions=rows.plain_mapping(versions) or None,
+    )
+    session.add(moved)
     session.flush()
     of_key = select(LastKnownGoodRow.id).filter_by(**ids).order_by(LastKnownGoodRow.id.desc())
     old = session.scalars(of_key.offset(MAX_GOODS)).all()
@@ -201,4 +224,5 @@ def _record(session: Session, row: RolloutRow) -> RolloutRecord:
         config_to=after,
         initiated_by=row.initiated_by,
         at=row.at,
+        regime_id=row.regime_number,
     )

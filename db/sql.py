@@ -99,6 +99,11 @@ class SqlProfileStore(SqlRollouts):
             session.flush()
             return lookup.profile(session, profile_id)
 
+    def mark_stale(self, profile_id: int) -> None:
+        with writing(self._engine) as session:
+            if (row := session.get(ProfileRow, profile_id)) is not None:
+                row.status = ProfileStatus.STALE.value
+
     # studies
 
     def start_study(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,6 +17,7 @@ from sparsed.core import (
     Objective,
     Profile,
     ProfileKey,
+    Regime,
     RolloutRecord,
     Slo,
     Snapshot,
@@ -64,6 +65,10 @@ class ProfileStore(Protocol):
 
     def pin(self, profile_id: int) -> Profile:
         """Prefer this profile from now on; the key's earlier pin is dropped."""
+        ...
+
+    def mark_stale(self, profile_id: int) -> None:
+        """What it was measured on has changed: starts take it no more, unless it is pinned."""
         ...
 
 
@@ -165,9 +170,16 @@ class RolloutStore(Protocol):
         ...
 
     def settle_rollout(
-        self, key: ProfileKey, record: RolloutRecord, *, good: Mapping[str, KnobValue] | None
+        self,
+        key: ProfileKey,
+        record: RolloutRecord,
+        *,
+        good: Mapping[str, KnobValue] | None,
+        versions: Mapping[str, str] | None = None,
+        regime: Regime | None = None,
     ) -> None:
-        """Keep the step, clear the marker and, with ``good``, move the last known good to it."""
+        """Keep the step, clear the marker and, with ``good``, move the last known good to it,
+        proved on ``versions``; with ``regime``, keep that one as it is then."""
         ...
 
     def fail_marked(self, at: float) -> tuple[RolloutRecord, ...]:
@@ -206,8 +218,27 @@ class RolloutStore(Protocol):
         ...
 
 
+class RegimeStore(Protocol):
+    """Kinds of load that the live tuner knows. Threads and errors as in ``RolloutStore``."""
+
+    def keep_regimes(self, key: ProfileKey, regimes: Sequence[Regime]) -> None:
+        """These, instead of all that were kept for ``key``."""
+        ...
+
+    def list_regimes(self, key: ProfileKey) -> tuple[Regime, ...]:
+        """By their ids."""
+        ...
+
+
 class Store(
-    ProfileStore, StudyStore, DecisionStore, TelemetryStore, LinkStore, RolloutStore, Protocol
+    ProfileStore,
+    StudyStore,
+    DecisionStore,
+    TelemetryStore,
+    LinkStore,
+    RolloutStore,
+    RegimeStore,
+    Protocol,
 ):
     """Everything; the opener owns it and closes it once."""
 

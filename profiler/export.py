@@ -33,6 +33,19 @@ STEP_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class LoadMetrics:
+    """The load as the live tuner sees it. ``regime_id``: of the one in force, None before the
+    first; ``num_verified``: regimes with an incumbent; ``loss_frac``: of the goodput that was to be
+    expected, None before anything is."""
+
+    regime_id: int | None = None
+    num_regimes: int = 0
+    num_verified: int = 0
+    loss_frac: float | None = None
+    has_drifted: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Telemetry:
     """What a scrape shows. ``snapshot`` None: no report is fresh, so gauges are left out."""
 
@@ -43,6 +56,7 @@ class Telemetry:
     requests_failed: int = 0
     store_lost_writes: int = 0
     labels: dict[str, str] = field(default_factory=dict)  # of sparsed_info
+    load: LoadMetrics = field(default_factory=LoadMetrics)
 
 
 class Exporter:
@@ -96,6 +110,7 @@ class _TelemetryCollector:
         telemetry = self._read()
         yield _gauge("info", "What is running.", 1, telemetry.labels)
         yield from _counters(telemetry)
+        yield from _load_gauges(telemetry.load)
         if telemetry.link is not None:
             yield _by_direction(
                 "link_capacity_bytes_per_second",
@@ -201,6 +216,17 @@ def _engine_gauges(snapshot: Snapshot) -> Iterator[Metric]:
         if isinstance(setting, int | float):
             family.add_metric([knob], setting)
     yield family
+
+
+def _load_gauges(load: LoadMetrics) -> Iterator[Metric]:
+    for name, text, value in (
+        ("tuner_regime", "Number of the regime in force.", load.regime_id),
+        ("tuner_regimes", "Regimes that are known.", load.num_regimes),
+        ("tuner_regimes_verified", "Of these, with an incumbent.", load.num_verified),
+        ("tuner_loss_ratio", "Goodput lost against what was expected.", load.loss_frac),
+        ("tuner_drift", "1 if measurements no longer hold.", int(load.has_drifted)),
+    ):
+        yield _gauge(name, text, value)
 
 
 def _host_gauges(host: HostGauges) -> Iterator[Metric]:

@@ -22,11 +22,17 @@ class Span:
         self._step_s: list[float] = []
         self._ttft_s: list[float] = []
         self._tpot_s: list[float] = []
+        self.input_tokens: list[int] = []  # of the requests that came
+        self.output_tokens: list[int] = []  # of those that finished
 
     def add_steps(self, step_s: Iterable[float]) -> None:
         self._step_s.extend(step_s)
 
-    def add_request(self, *, ttft_s: float, tpot_s: float | None) -> None:
+    def add_arrival(self, *, input_tokens: int) -> None:
+        self.input_tokens.append(input_tokens)
+
+    def add_request(self, *, ttft_s: float, tpot_s: float | None, output_tokens: int) -> None:
+        self.output_tokens.append(output_tokens)
         self._ttft_s.append(ttft_s)
         if tpot_s is not None:
             self._tpot_s.append(tpot_s)

@@ -21,6 +21,12 @@ from sparsed.tuner.space import live_space
 from sparsed.tuner.tripwire import is_over_hbm
 
 TUNER: Final = "auto"  # who initiated what no operator approved
+BREAKDOWNS: Final = (
+    RolloutReason.CRASHED,
+    RolloutReason.ENGINE_DIED,
+    RolloutReason.OUT_OF_MEMORY,
+    RolloutReason.HBM_OVER_LIMIT,
+)
 
 
 def forbidden(candidate: Candidate, controls: Controls) -> RolloutReason | None:
@@ -45,11 +51,19 @@ def limit(values: Values, *, current: Knobs, pins: frozenset[str]) -> dict[str, 
 
 
 def is_quarantined(values: Values, state: Rollout, *, at: float) -> bool:
-    """Whether every knob of a failed candidate would go as far as it did, or further."""
+    """Whether every knob of a candidate that failed under this load, or broke down under any,
+    would go as far as it did, or further."""
     return any(
-        until > at and all(_reaches(values.get(name), name, record) for name in record.config_to)
+        until > at
+        and _concerns(record, state)
+        and all(_reaches(values.get(name), name, record) for name in record.config_to)
         for record, until in state.failed
     )
+
+
+def _concerns(record: RolloutRecord, state: Rollout) -> bool:
+    is_known = record.regime_id is not None and state.regimes.current is not None
+    return not is_known or record.regime_id == state.regimes.current or record.reason in BREAKDOWNS
 
 
 def _reaches(value: KnobValue, name: str, record: RolloutRecord) -> bool:
@@ -78,6 +92,10 @@ def hold(state: Rollout, candidate: Candidate, rule: RolloutRule, *, at: float) 
 def _holds(state: Rollout, candidate: Candidate, rule: RolloutRule, *, at: float) -> Iterator[str]:
     if (reason := forbidden(candidate, state.controls)) is not None:
         yield f"operators do not allow it: {reason.value}"
+    if state.stale:
+        yield f"what was measured here holds no more: {state.stale}"
+    if state.regimes.elsewhere is not None:
+        yield "the load is not settled in a regime"
     if at < state.cool_at:
         yield f"cooling down for {state.cool_at - at:.0f} s more"
     if state.fresh_at is None or at - state.fresh_at > rule.max_gap_s:

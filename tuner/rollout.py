@@ -28,15 +28,25 @@ from sparsed.tuner.rollout_end import (
     cool_down,
     end,
     has,
+    not_in_force,
     record_of,
     slot_of,
     slots,
     succeed,
     wanted,
 )
+from sparsed.tuner.rollout_regime import (
+    abroad,
+    fall_back,
+    follow,
+    switch,
+    watch_switch,
+    with_proved,
+)
 from sparsed.tuner.rollout_state import (
     Apply,
     Candidate,
+    Drifted,
     Event,
     Mark,
     Note,
@@ -52,9 +62,10 @@ from sparsed.tuner.rollout_state import (
     slot_seconds,
 )
 from sparsed.tuner.schedule import Slot
+from sparsed.tuner.targets import breaks_target
 from sparsed.tuner.tripwire import (
     CUSUM_LIMIT,
-    breaks_target,
+    count,
     cusum,
     figures,
     is_over_hbm,
@@ -76,6 +87,8 @@ def advance(state: Rollout, event: Event, *, rule: RolloutRule, slo: Slo) -> Ste
             return end(state, event.reason, at=event.at, rule=rule)
         case Steered():
             return _steer(state, event, rule=rule)
+        case Drifted():
+            return fall_back(state, event, rule=rule)
 
 
 def resume(good: Values, records: tuple[RolloutRecord, ...], *, rule: RolloutRule) -> Rollout:
@@ -83,7 +96,7 @@ def resume(good: Values, records: tuple[RolloutRecord, ...], *, rule: RolloutRul
     failed = [item for item in records if item.state is RolloutState.REVERTED]
     state = Rollout(good=good, failed=tuple((item, item.at + rule.quarantine_s) for item in failed))
     for record in reversed(records):
-        if record.state is RolloutState.SUCCESS:
+        if record.reason is RolloutReason.PROBATION_PASSED:
             state = replace(state, cooldown_s=0.0)
         elif record.state is RolloutState.REVERTED:
             state = cool_down(state, at=record.at, is_fault=record.reason in FAULTS, rule=rule)
@@ -103,6 +116,7 @@ def _propose(state: Rollout, event: Proposed) -> Step:
         config_to=values,
         initiated_by=event.initiated_by,
         since=event.at,
+        regime_id=state.regimes.current,
     )
     if forbidden(candidate, state.controls):
         return state, ()
@@ -117,8 +131,8 @@ def _steer(state: Rollout, event: Steered, *, rule: RolloutRule) -> Step:
     if state.candidate is None:
         return state, ()
     reason = forbidden(state.candidate, event.controls)
-    on_probation = state.candidate.phase is Phase.PROBATION
-    if reason is None or (on_probation and reason is not RolloutReason.KILLED):
+    is_proved = state.candidate.phase in (Phase.PROBATION, Phase.SWITCHED)
+    if reason is None or (is_proved and reason is not RolloutReason.KILLED):
         return state, ()
     return end(state, reason, at=event.at, rule=rule)
 
@@ -129,6 +143,9 @@ def _steer(state: Rollout, event: Steered, *, rule: RolloutRule) -> Step:
 def _tick(state: Rollout, event: Ticked, *, rule: RolloutRule, slo: Slo) -> Step:
     failures = max(0, event.num_failed - state.num_failed)
     state = _observe(state, event, rule=rule, slo=slo)
+    state, actions = follow(state, event, rule=rule, slo=slo)
+    if actions:
+        return state, actions
     match state.candidate:
         case Candidate(phase=Phase.WAITING):
             return _wait(state, at=event.at, rule=rule)
@@ -136,6 +153,12 @@ def _tick(state: Rollout, event: Ticked, *, rule: RolloutRule, slo: Slo) -> Step
             return _canary(state, event, failures=failures, rule=rule, slo=slo)
         case Candidate(phase=Phase.PROBATION) if event.snapshot is not None:
             return _probation(state, event.snapshot, at=event.at, rule=rule)
+        case Candidate(phase=Phase.SWITCHED) if event.snapshot is not None:
+            return watch_switch(
+                state, event.snapshot, failures=failures, at=event.at, rule=rule, slo=slo
+            )
+        case None if event.snapshot is not None:
+            return switch(state, event.snapshot, at=event.at, slo=slo)
     return state, ()
 
 
@@ -191,38 +214,18 @@ def _canary(state: Rollout, event: Ticked, *, failures: int, rule: RolloutRule, 
             state, candidate=replace(candidate, failures=candidate.failures + failures)
         ), ()
     if not has(snapshot, wanted(candidate, rule)):
-        return _not_in_force(state, at=at, rule=rule)
-    candidate = _count(candidate, snapshot, failures=failures, slo=slo)
+        return not_in_force(state, at=at, rule=rule)
+    candidate = count(candidate, snapshot, failures=failures, slo=slo)
     state = replace(state, candidate=candidate)
     if (reason := trip(candidate, snapshot, rule)) is not None:
         return end(state, reason, at=at, rule=rule)
     if state.recent_broken_s > rule.slo_budget_frac * state.recent_s:
         return end(state, RolloutReason.BUDGET_SPENT, at=at, rule=rule)
+    if state.regimes.elsewhere is not None:
+        return abroad(state, snapshot, at=at, rule=rule)
     if (candidate.turn_s or 0.0) < slot_seconds(slot_of(candidate, rule), rule):
         return state, ()
     return _close_window(state, at=at, rule=rule, slo=slo)
-
-
-def _not_in_force(state: Rollout, *, at: float, rule: RolloutRule) -> Step:
-    candidate = state.candidate
-    assert candidate is not None
-    if candidate.turn_s is not None:
-        return end(state, RolloutReason.OVERTAKEN, at=at, rule=rule)
-    if at - candidate.turn_since > rule.apply_s:
-        return end(state, RolloutReason.APPLY_FAILED, at=at, rule=rule)
-    return state, ()
-
-
-def _count(candidate: Candidate, snapshot: Snapshot, *, failures: int, slo: Slo) -> Candidate:
-    breaches = candidate.breaches + 1 if breaks_target(snapshot, slo) else 0
-    candidate = replace(candidate, breaches=breaches, failures=candidate.failures + failures)
-    if candidate.turn_s is None:  # the knobs came into force within this window
-        return replace(candidate, turn_s=0.0, turn_waiting=snapshot.num_waiting)
-    return replace(
-        candidate,
-        turn_s=candidate.turn_s + snapshot.window_s,
-        seen=(*candidate.seen, snapshot),
-    )
 
 
 def _close_window(state: Rollout, *, at: float, rule: RolloutRule, slo: Slo) -> Step:
@@ -234,7 +237,9 @@ def _close_window(state: Rollout, *, at: float, rule: RolloutRule, slo: Slo) -> 
     windows = candidate.windows
     if not slot.is_discarded:
         windows = (*windows, _window(candidate, slot, at=at, rule=rule, slo=slo))
-    candidate = replace(candidate, windows=windows, seen=(), failures=0, turn_since=at)
+    candidate = replace(
+        candidate, windows=windows, seen=(), failures=0, foreign_s=0.0, turn_since=at
+    )
     if candidate.turn + 1 == len(slots(rule.acceptance.num_pairs)):
         return _judge(replace(state, candidate=candidate), at=at, rule=rule)
     before, candidate = slot, replace(candidate, turn=candidate.turn + 1, turn_s=0.0)
@@ -276,9 +281,16 @@ def _judge(state: Rollout, *, at: float, rule: RolloutRule) -> Step:
         is_held = verdict.state is DecisionState.HELD
         reason = RolloutReason.UNDECIDED if is_held else RolloutReason.NOT_BETTER
         return end(state, reason, at=at, rule=rule, verdict=verdict)
-    good = {**state.good, **candidate.config_to}
+    good_before, regime_before = state.good, state.regimes.standing
+    state = with_proved(state, candidate, at=at)
     record = record_of(candidate, RolloutState.VERIFYING, RolloutReason.COMMITTED, at=at)
-    settle = Settle(record=record, good=good, verdict=verdict, windows=candidate.windows)
+    settle = Settle(
+        record=record,
+        good=state.good,
+        verdict=verdict,
+        windows=candidate.windows,
+        regime=state.regimes.standing,
+    )
     tested = [item for item in candidate.windows if item.values == candidate.config_to]
     on_probation = replace(
         candidate,
@@ -288,17 +300,18 @@ def _judge(state: Rollout, *, at: float, rule: RolloutRule) -> Step:
         turn_since=at,
         windows=(),
         usual=usual_tpot(tested),
-        good_before=state.good,
+        good_before=good_before,
+        regime_before=regime_before,
     )
     change = Apply(values=candidate.config_to)
-    return replace(state, candidate=on_probation, good=good), (settle, change)
+    return replace(state, candidate=on_probation), (settle, change)
 
 
 def _probation(state: Rollout, snapshot: Snapshot, *, at: float, rule: RolloutRule) -> Step:
     candidate = state.candidate
     assert candidate is not None
     if not has(snapshot, candidate.config_to):
-        return _not_in_force(state, at=at, rule=rule)
+        return not_in_force(state, at=at, rule=rule)
     if is_over_hbm(snapshot, rule):
         return end(state, RolloutReason.HBM_OVER_LIMIT, at=at, rule=rule)
     if at - candidate.since >= rule.probation_s:

@@ -9,11 +9,13 @@ from typing import Final
 
 from sparsed.core import (
     AcceptanceVerdict,
+    Regime,
     RolloutReason,
     RolloutRecord,
     RolloutState,
     Snapshot,
 )
+from sparsed.tuner.regimes import Regimes, with_incumbent
 from sparsed.tuner.rollout_state import (
     Action,
     Apply,
@@ -77,6 +79,7 @@ def end(
     is_fault = reason in FAULTS and _is_to_blame(candidate, reason, rule=rule)
     rolls_back = candidate.phase is Phase.PROBATION and reason in ROLL_BACK
     is_reverted = is_fault or rolls_back
+    leaves_it = candidate.phase is Phase.SWITCHED and not is_fault
     record = record_of(
         candidate,
         RolloutState.REVERTED if is_reverted else RolloutState.EXPIRED,
@@ -84,16 +87,38 @@ def end(
         at=at,
     )
     good = candidate.good_before if rolls_back else None
+    regime = candidate.regime_before if rolls_back else None
     state = replace(state, candidate=None, good=state.good if good is None else good)
+    if regime is not None:
+        state = replace(state, regimes=_with_former(state.regimes, regime))
     state = cool_down(state, at=at, is_fault=is_fault, rule=rule)
     if is_fault:
         kept = tuple((item, until) for item, until in state.failed if until > at)
         state = replace(state, failed=(*kept, (record, at + rule.quarantine_s)))
-    if candidate.phase is not Phase.CANARY and not rolls_back:
+    is_in_force = candidate.phase in (Phase.CANARY, Phase.SWITCHED) or rolls_back
+    if leaves_it or not is_in_force:
         return state, (Note(record=record),)
     windows = candidate.windows if verdict else ()
-    settle = Settle(record=record, good=good, verdict=verdict, windows=windows)
+    changed = state.regimes.standing if regime is not None else None
+    settle = Settle(record=record, good=good, verdict=verdict, windows=windows, regime=changed)
     return state, (Apply(values=candidate.config_from), settle)
+
+
+def not_in_force(state: Rollout, *, at: float, rule: RolloutRule) -> Step:
+    """A window with other knobs than were asked for: not yet, or not any more."""
+    candidate = state.candidate
+    assert candidate is not None
+    if candidate.turn_s is not None:
+        return end(state, RolloutReason.OVERTAKEN, at=at, rule=rule)
+    if at - candidate.turn_since > rule.apply_s:
+        return end(state, RolloutReason.APPLY_FAILED, at=at, rule=rule)
+    return state, ()
+
+
+def _with_former(regimes: Regimes, before: Regime) -> Regimes:
+    return with_incumbent(
+        regimes, before.incumbent, at=before.verified_at, versions=before.versions
+    )
 
 
 def _is_to_blame(candidate: Candidate, reason: RolloutReason, *, rule: RolloutRule) -> bool:
@@ -121,6 +146,7 @@ def record_of(
         config_to=candidate.config_to,
         initiated_by=candidate.initiated_by,
         at=at,
+        regime_id=candidate.regime_id,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Final
 
 from sparsed.core import (
     AcceptanceRule,
@@ -13,13 +14,18 @@ from sparsed.core import (
     Guard,
     InputError,
     KnobValue,
+    Regime,
     RolloutReason,
     RolloutRecord,
     Slo,
     Snapshot,
     TunerMode,
 )
+from sparsed.tuner.drift import Drift
+from sparsed.tuner.regimes import Regimes
 from sparsed.tuner.schedule import Slot
+
+DWELL_S: Final = 600.0
 
 Values = Mapping[str, KnobValue]
 
@@ -31,7 +37,8 @@ class RolloutRule:
     ``max_gap_s``: without a new window of the profiler for longer, the data are stale.
     ``max_explored_frac``: of the busy time; ``slo_budget_frac``: of the windows of about the last
     ``slo_horizon_s`` that may break a target. ``hbm_soft_frac``: of the memory of the GPU.
-    ``max_queue_growth``: waiting requests more than when the candidate's turn began.
+    ``max_queue_growth``: waiting requests more than when the candidate's turn began. ``dwell_s``:
+    of a load, before it is another regime.
     """
 
     acceptance: AcceptanceRule = field(
@@ -53,19 +60,26 @@ class RolloutRule:
     min_busy_frac: float = 0.5
     hbm_soft_frac: float = 0.97
     max_queue_growth: int = 16
+    dwell_s: float = DWELL_S
+
+    @property
+    def watch_s(self) -> float:
+        """Of tripwires after a switch of regimes: it is over before the next one can come."""
+        return self.dwell_s / 2
 
     def __post_init__(self) -> None:
-        for name in ("window_s", "washout_s", "max_gap_s", "max_explored_frac"):
+        for name in ("window_s", "washout_s", "max_gap_s", "max_explored_frac", "dwell_s"):
             if not getattr(self, name) > 0:
                 raise InputError(f"{name} is not above 0; give a number above 0", field=name)
 
 
-def live_rule(slo: Slo) -> RolloutRule:
+def live_rule(slo: Slo, *, dwell_s: float = DWELL_S) -> RolloutRule:
     """The rule of a daemon with these targets: latency within its target is no loss, as in the
     test of ``sparsed tune``; without a target any loss of it counts."""
     given = {Guard.TTFT: slo.ttft_s, Guard.TPOT: slo.tpot_s}
     targets = {guard: target for guard, target in given.items() if target is not None}
-    return RolloutRule(acceptance=AcceptanceRule(metric="output_tokens_per_s", targets=targets))
+    acceptance = AcceptanceRule(metric="output_tokens_per_s", targets=targets)
+    return RolloutRule(acceptance=acceptance, dwell_s=dwell_s)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,13 +96,15 @@ class Phase(StrEnum):
     WAITING = "waiting"
     CANARY = "canary"
     PROBATION = "probation"
+    SWITCHED = "switched"  # no candidate, but values verified for another load than the one before
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Candidate:
     """``turn``: which slot of the paired test runs; ``turn_s``: seconds of it, from the first
-    window in which its knobs were in force, None before. ``good_before``: the last known good
-    that probation falls back to."""
+    window in which its knobs were in force, None before. ``good_before`` and ``regime_before``:
+    what probation falls back to, the latter None where no regime was known. ``is_armed``: the
+    targets were met before, so that a breach is its fault."""
 
     phase: Phase
     config_from: Values
@@ -106,12 +122,20 @@ class Candidate:
     usual: tuple[float, float] | None = None  # log of the time per token: mean, deviation
     excess: float = 0.0  # the cumulated sum of probation
     good_before: Values = field(default_factory=dict)
+    regime_id: int | None = None
+    regime_before: Regime | None = None
+    foreign_s: float = 0.0  # of this turn, under another load
+    is_armed: bool = True
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rollout:
     """Everything. ``good``: the last known good as it is stored, ``failed``: quarantined
-    candidates and until when; ``busy_s`` and ``explored_s`` count this life of the daemon."""
+    candidates and until when; ``busy_s`` and ``explored_s`` count this life of the daemon.
+
+    ``base``: the knobs of ``LIVE_KNOBS`` that this life began with; ``versions``: what it runs on;
+    ``settled``: id of the regime whose values are in force, or were tried; ``switched``: knobs that
+    have values of a regime; ``stale``: why nothing that was measured holds, in words."""
 
     good: Values = field(default_factory=dict)
     controls: Controls = field(default_factory=Controls)
@@ -128,6 +152,13 @@ class Rollout:
     cooldown_s: float = 0.0
     cool_at: float = 0.0
     failed: tuple[tuple[RolloutRecord, float], ...] = ()
+    base: Values = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    regimes: Regimes = field(default_factory=Regimes)
+    settled: int | None = None
+    switched: frozenset[str] = frozenset()
+    drift: Drift = field(default_factory=Drift)
+    stale: str = ""
 
     @property
     def is_testing(self) -> bool:
@@ -173,7 +204,17 @@ class Steered:
     controls: Controls
 
 
-Event = Proposed | Ticked | Tripped | Steered
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Drifted:
+    """What was measured on this machine holds no more; ``reason`` in words. ``values``: safe ones,
+    for hot knobs."""
+
+    at: float
+    reason: str
+    values: Values
+
+
+Event = Proposed | Ticked | Tripped | Steered | Drifted
 
 
 # ---- actions: to be done in their order --------------------------------------------------------
@@ -203,13 +244,21 @@ class Apply:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Settle:
-    """Record, clear the marker and, with ``good``, move the last known good: one transaction.
-    ``verdict`` with ``windows``: the evidence, to be kept beside it."""
+    """Record, clear the marker, with ``good`` move the last known good, and with ``regime`` keep
+    that one: one transaction. ``verdict`` with ``windows``: the evidence, to be kept beside it."""
 
     record: RolloutRecord
     good: Values | None = None
     verdict: AcceptanceVerdict | None = None
     windows: tuple[AcceptanceWindow, ...] = ()
+    regime: Regime | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Keep:
+    """Remember the regimes as they are."""
+
+    regimes: tuple[Regime, ...]
 
 
 Action = Note | Mark | Apply | Settle

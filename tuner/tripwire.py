@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from statistics import fmean, median, stdev
 
 from sparsed.core import (
@@ -15,21 +16,12 @@ from sparsed.core import (
     TrialStatus,
 )
 from sparsed.tuner.rollout_state import Candidate, RolloutRule
+from sparsed.tuner.targets import breaks_target
 
 MAX_BREACHES = 2  # windows of the profiler in a row
 CUSUM_SLACK = 0.5  # deviations that count as nothing
 CUSUM_LIMIT = 5.0  # deviations
 MIN_DEVIATION = 0.02  # of the logarithm of the time per token
-
-
-def breaks_target(snapshot: Snapshot, slo: Slo) -> bool:
-    """Whether a figure of this window misses its target; a figure that is absent does not."""
-    tpot_s, ttft_s, recall = snapshot.tpot_p95_s, snapshot.ttft_p95_s, snapshot.attention_recall
-    return (
-        (slo.tpot_s is not None and tpot_s is not None and tpot_s > slo.tpot_s)
-        or (slo.ttft_s is not None and ttft_s is not None and ttft_s > slo.ttft_s)
-        or (slo.min_recall is not None and recall is not None and recall < slo.min_recall)
-    )
 
 
 def is_over_hbm(snapshot: Snapshot, rule: RolloutRule) -> bool:
@@ -46,6 +38,25 @@ def trip(candidate: Candidate, snapshot: Snapshot, rule: RolloutRule) -> Rollout
     if snapshot.num_waiting - candidate.turn_waiting > rule.max_queue_growth:
         return RolloutReason.QUEUE_GROWTH
     return RolloutReason.HBM_OVER_LIMIT if is_over_hbm(snapshot, rule) else None
+
+
+def count(candidate: Candidate, snapshot: Snapshot, *, failures: int, slo: Slo) -> Candidate:
+    """``candidate`` after one more window, and requests that failed since the one before.
+
+    Targets that were missed before it came into force are not its fault while they still are.
+    """
+    is_broken = breaks_target(snapshot, slo)
+    is_armed = candidate.is_armed or not is_broken
+    breaches = candidate.breaches + 1 if is_broken and is_armed else 0
+    failures += candidate.failures
+    candidate = replace(candidate, breaches=breaches, failures=failures, is_armed=is_armed)
+    if candidate.turn_s is None:  # the knobs came into force within this window
+        return replace(candidate, turn_s=0.0, turn_waiting=snapshot.num_waiting)
+    return replace(
+        candidate,
+        turn_s=candidate.turn_s + snapshot.window_s,
+        seen=(*candidate.seen, snapshot),
+    )
 
 
 def figures(seen: Sequence[Snapshot], *, failures: int) -> dict[str, float | None]:

@@ -108,6 +108,12 @@ SERVING_FLAGS = (
         "max_queued_requests", "N", "Requests that wait, beyond those that run; more get a 503"
     ),
     _option(
+        "regime_dwell",
+        "SECONDS",
+        "How long another load must last before the live tuner takes it for one, and in mode auto "
+        "switches to what is verified for it",
+    ),
+    _option(
         "recall_floor",
         "SHARE",
         "Attention recall under which a request reads more, then everything; 0 turns that off",

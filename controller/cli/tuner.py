@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from sparsed.controller.cli.load import load_in_words
 from sparsed.controller.cli.output import Output, OutputOption, print_json
 from sparsed.controller.cli.session import ReasonOption, StateDirOption, connect
 from sparsed.controller.control import TunerVerb
@@ -173,6 +174,8 @@ def _show(state: TunerState, output: Output) -> None:
     print(
         f"candidate: {state.hold or 'under test'}; {state.explored_frac:.1%} of the busy time so far"
     )
+    for line in load_in_words(state.load):
+        print(line)
     for record in state.rollouts:
         print(
             f"{record.state}: {_change(record.config_to)}: {record.reason}, by {record.initiated_by}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
+from sparsed.controller.cli.load import load_in_words
 from sparsed.controller.cli.output import (
     Output,
     OutputOption,
@@ -39,7 +40,7 @@ def why(state_dir: StateDirOption = None, output: OutputOption = Output.TEXT) ->
         ("would help", "", "why"),
         [(item.knob or "beyond knobs", _direction(item), item.why) for item in found.remedies],
     )
-    for line in _history(found):
+    for line in (*load_in_words(found.load), *_history(found)):
         print(line)
 
 

@@ -159,6 +159,9 @@ class RolloutReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     ROLLOUT_REASON_STORE_FAILED: _ClassVar[RolloutReason]
     ROLLOUT_REASON_SHUT_DOWN: _ClassVar[RolloutReason]
     ROLLOUT_REASON_WAITED_TOO_LONG: _ClassVar[RolloutReason]
+    ROLLOUT_REASON_REGIME_SWITCHED: _ClassVar[RolloutReason]
+    ROLLOUT_REASON_REGIME_CHANGED: _ClassVar[RolloutReason]
+    ROLLOUT_REASON_PLATFORM_DRIFT: _ClassVar[RolloutReason]
 DAEMON_STATE_UNSPECIFIED: DaemonState
 DAEMON_STATE_LOADING: DaemonState
 DAEMON_STATE_SERVING: DaemonState
@@ -267,6 +270,9 @@ ROLLOUT_REASON_SWITCHED_OFF: RolloutReason
 ROLLOUT_REASON_STORE_FAILED: RolloutReason
 ROLLOUT_REASON_SHUT_DOWN: RolloutReason
 ROLLOUT_REASON_WAITED_TOO_LONG: RolloutReason
+ROLLOUT_REASON_REGIME_SWITCHED: RolloutReason
+ROLLOUT_REASON_REGIME_CHANGED: RolloutReason
+ROLLOUT_REASON_PLATFORM_DRIFT: RolloutReason
 
 class MutationOptions(_message.Message):
     __slots__ = ("validate_only", "reason", "request_id", "expected_revision")
@@ -622,6 +628,36 @@ class HostGauges(_message.Message):
     read_at: float
     def __init__(self, process_rss_bytes: _Optional[int] = ..., process_cpu_frac: _Optional[float] = ..., host_cpu_frac: _Optional[float] = ..., host_free_bytes: _Optional[int] = ..., gpu_used_bytes: _Optional[int] = ..., gpu_total_bytes: _Optional[int] = ..., gpu_util_frac: _Optional[float] = ..., pcie_h2d_bytes_per_s: _Optional[float] = ..., pcie_d2h_bytes_per_s: _Optional[float] = ..., pcie_generation: _Optional[int] = ..., pcie_width: _Optional[int] = ..., gpu_own_bytes: _Optional[int] = ..., gpu_others_bytes: _Optional[int] = ..., read_at: _Optional[float] = ...) -> None: ...
 
+class WorkloadContext(_message.Message):
+    __slots__ = ("span_s", "num_requests", "requests_per_s", "input_tokens_p50", "input_tokens_p95", "output_tokens_p50", "output_tokens_p95", "concurrency", "hot_hit_frac", "h2d_bytes_per_token", "h2d_gb_per_s", "hbm_free_bytes", "attention_recall")
+    SPAN_S_FIELD_NUMBER: _ClassVar[int]
+    NUM_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    REQUESTS_PER_S_FIELD_NUMBER: _ClassVar[int]
+    INPUT_TOKENS_P50_FIELD_NUMBER: _ClassVar[int]
+    INPUT_TOKENS_P95_FIELD_NUMBER: _ClassVar[int]
+    OUTPUT_TOKENS_P50_FIELD_NUMBER: _ClassVar[int]
+    OUTPUT_TOKENS_P95_FIELD_NUMBER: _ClassVar[int]
+    CONCURRENCY_FIELD_NUMBER: _ClassVar[int]
+    HOT_HIT_FRAC_FIELD_NUMBER: _ClassVar[int]
+    H2D_BYTES_PER_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    H2D_GB_PER_S_FIELD_NUMBER: _ClassVar[int]
+    HBM_FREE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    ATTENTION_RECALL_FIELD_NUMBER: _ClassVar[int]
+    span_s: float
+    num_requests: int
+    requests_per_s: float
+    input_tokens_p50: float
+    input_tokens_p95: float
+    output_tokens_p50: float
+    output_tokens_p95: float
+    concurrency: float
+    hot_hit_frac: float
+    h2d_bytes_per_token: float
+    h2d_gb_per_s: float
+    hbm_free_bytes: int
+    attention_recall: float
+    def __init__(self, span_s: _Optional[float] = ..., num_requests: _Optional[int] = ..., requests_per_s: _Optional[float] = ..., input_tokens_p50: _Optional[float] = ..., input_tokens_p95: _Optional[float] = ..., output_tokens_p50: _Optional[float] = ..., output_tokens_p95: _Optional[float] = ..., concurrency: _Optional[float] = ..., hot_hit_frac: _Optional[float] = ..., h2d_bytes_per_token: _Optional[float] = ..., h2d_gb_per_s: _Optional[float] = ..., hbm_free_bytes: _Optional[int] = ..., attention_recall: _Optional[float] = ...) -> None: ...
+
 class HbmUse(_message.Message):
     __slots__ = ("weights_bytes", "hot_pages_bytes", "summaries_bytes", "tables_bytes", "staging_bytes", "prefill_buffer_bytes", "rest_bytes", "others_bytes", "free_bytes")
     WEIGHTS_BYTES_FIELD_NUMBER: _ClassVar[int]
@@ -645,7 +681,7 @@ class HbmUse(_message.Message):
     def __init__(self, weights_bytes: _Optional[int] = ..., hot_pages_bytes: _Optional[int] = ..., summaries_bytes: _Optional[int] = ..., tables_bytes: _Optional[int] = ..., staging_bytes: _Optional[int] = ..., prefill_buffer_bytes: _Optional[int] = ..., rest_bytes: _Optional[int] = ..., others_bytes: _Optional[int] = ..., free_bytes: _Optional[int] = ...) -> None: ...
 
 class Snapshot(_message.Message):
-    __slots__ = ("ended_at", "window_s", "steps", "step_p50_s", "step_p95_s", "step_p99_s", "prompt_tokens_per_s", "generated_tokens_per_s", "hot_hit_frac", "miss_bytes_per_step", "h2d_bytes", "d2h_bytes", "h2d_gb_per_s", "d2h_gb_per_s", "attention_recall", "num_running", "num_waiting", "hot_used_frac", "dram_used_frac", "requests_finished", "ttft_p50_s", "ttft_p95_s", "tpot_p50_s", "tpot_p95_s", "host", "knobs", "misses_per_step", "working_set_pages", "working_set_bytes", "metadata_bytes", "step_s", "selected_pages_per_step", "exposed_s_per_step", "waiting", "hbm")
+    __slots__ = ("ended_at", "window_s", "steps", "step_p50_s", "step_p95_s", "step_p99_s", "prompt_tokens_per_s", "generated_tokens_per_s", "hot_hit_frac", "miss_bytes_per_step", "h2d_bytes", "d2h_bytes", "h2d_gb_per_s", "d2h_gb_per_s", "attention_recall", "num_running", "num_waiting", "hot_used_frac", "dram_used_frac", "requests_finished", "ttft_p50_s", "ttft_p95_s", "tpot_p50_s", "tpot_p95_s", "host", "knobs", "misses_per_step", "working_set_pages", "working_set_bytes", "metadata_bytes", "step_s", "selected_pages_per_step", "exposed_s_per_step", "waiting", "hbm", "context")
     ENDED_AT_FIELD_NUMBER: _ClassVar[int]
     WINDOW_S_FIELD_NUMBER: _ClassVar[int]
     STEPS_FIELD_NUMBER: _ClassVar[int]
@@ -681,6 +717,7 @@ class Snapshot(_message.Message):
     EXPOSED_S_PER_STEP_FIELD_NUMBER: _ClassVar[int]
     WAITING_FIELD_NUMBER: _ClassVar[int]
     HBM_FIELD_NUMBER: _ClassVar[int]
+    CONTEXT_FIELD_NUMBER: _ClassVar[int]
     ended_at: float
     window_s: float
     steps: int
@@ -716,7 +753,8 @@ class Snapshot(_message.Message):
     exposed_s_per_step: float
     waiting: _containers.RepeatedCompositeFieldContainer[WaitCount]
     hbm: HbmUse
-    def __init__(self, ended_at: _Optional[float] = ..., window_s: _Optional[float] = ..., steps: _Optional[int] = ..., step_p50_s: _Optional[float] = ..., step_p95_s: _Optional[float] = ..., step_p99_s: _Optional[float] = ..., prompt_tokens_per_s: _Optional[float] = ..., generated_tokens_per_s: _Optional[float] = ..., hot_hit_frac: _Optional[float] = ..., miss_bytes_per_step: _Optional[float] = ..., h2d_bytes: _Optional[int] = ..., d2h_bytes: _Optional[int] = ..., h2d_gb_per_s: _Optional[float] = ..., d2h_gb_per_s: _Optional[float] = ..., attention_recall: _Optional[float] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., hot_used_frac: _Optional[float] = ..., dram_used_frac: _Optional[float] = ..., requests_finished: _Optional[int] = ..., ttft_p50_s: _Optional[float] = ..., ttft_p95_s: _Optional[float] = ..., tpot_p50_s: _Optional[float] = ..., tpot_p95_s: _Optional[float] = ..., host: _Optional[_Union[HostGauges, _Mapping]] = ..., knobs: _Optional[_Union[Knobs, _Mapping]] = ..., misses_per_step: _Optional[float] = ..., working_set_pages: _Optional[int] = ..., working_set_bytes: _Optional[int] = ..., metadata_bytes: _Optional[int] = ..., step_s: _Optional[float] = ..., selected_pages_per_step: _Optional[float] = ..., exposed_s_per_step: _Optional[float] = ..., waiting: _Optional[_Iterable[_Union[WaitCount, _Mapping]]] = ..., hbm: _Optional[_Union[HbmUse, _Mapping]] = ...) -> None: ...
+    context: WorkloadContext
+    def __init__(self, ended_at: _Optional[float] = ..., window_s: _Optional[float] = ..., steps: _Optional[int] = ..., step_p50_s: _Optional[float] = ..., step_p95_s: _Optional[float] = ..., step_p99_s: _Optional[float] = ..., prompt_tokens_per_s: _Optional[float] = ..., generated_tokens_per_s: _Optional[float] = ..., hot_hit_frac: _Optional[float] = ..., miss_bytes_per_step: _Optional[float] = ..., h2d_bytes: _Optional[int] = ..., d2h_bytes: _Optional[int] = ..., h2d_gb_per_s: _Optional[float] = ..., d2h_gb_per_s: _Optional[float] = ..., attention_recall: _Optional[float] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., hot_used_frac: _Optional[float] = ..., dram_used_frac: _Optional[float] = ..., requests_finished: _Optional[int] = ..., ttft_p50_s: _Optional[float] = ..., ttft_p95_s: _Optional[float] = ..., tpot_p50_s: _Optional[float] = ..., tpot_p95_s: _Optional[float] = ..., host: _Optional[_Union[HostGauges, _Mapping]] = ..., knobs: _Optional[_Union[Knobs, _Mapping]] = ..., misses_per_step: _Optional[float] = ..., working_set_pages: _Optional[int] = ..., working_set_bytes: _Optional[int] = ..., metadata_bytes: _Optional[int] = ..., step_s: _Optional[float] = ..., selected_pages_per_step: _Optional[float] = ..., exposed_s_per_step: _Optional[float] = ..., waiting: _Optional[_Iterable[_Union[WaitCount, _Mapping]]] = ..., hbm: _Optional[_Union[HbmUse, _Mapping]] = ..., context: _Optional[_Union[WorkloadContext, _Mapping]] = ...) -> None: ...
 
 class DaemonStatus(_message.Message):
     __slots__ = ("state", "reasons", "version", "pid", "uptime_s", "http_url", "model", "device", "dtype", "knobs", "plan", "profile", "engine_restarts", "requests_failed", "store_lost_writes", "tuner_mode", "facts", "stats", "snapshot")
@@ -782,7 +820,7 @@ class Decision(_message.Message):
     def __init__(self, made_at: _Optional[float] = ..., values: _Optional[_Mapping[str, KnobValue]] = ..., reason: _Optional[str] = ..., predicted_score: _Optional[float] = ..., current_score: _Optional[float] = ...) -> None: ...
 
 class TunerState(_message.Message):
-    __slots__ = ("mode", "num_observations", "decisions", "rollouts", "pins", "frozen", "killed", "safe_mode", "hold", "explored_frac")
+    __slots__ = ("mode", "num_observations", "decisions", "rollouts", "pins", "frozen", "killed", "safe_mode", "hold", "explored_frac", "load")
     MODE_FIELD_NUMBER: _ClassVar[int]
     NUM_OBSERVATIONS_FIELD_NUMBER: _ClassVar[int]
     DECISIONS_FIELD_NUMBER: _ClassVar[int]
@@ -793,6 +831,7 @@ class TunerState(_message.Message):
     SAFE_MODE_FIELD_NUMBER: _ClassVar[int]
     HOLD_FIELD_NUMBER: _ClassVar[int]
     EXPLORED_FRAC_FIELD_NUMBER: _ClassVar[int]
+    LOAD_FIELD_NUMBER: _ClassVar[int]
     mode: TunerMode
     num_observations: int
     decisions: _containers.RepeatedCompositeFieldContainer[Decision]
@@ -803,10 +842,11 @@ class TunerState(_message.Message):
     safe_mode: bool
     hold: str
     explored_frac: float
-    def __init__(self, mode: _Optional[_Union[TunerMode, str]] = ..., num_observations: _Optional[int] = ..., decisions: _Optional[_Iterable[_Union[Decision, _Mapping]]] = ..., rollouts: _Optional[_Iterable[_Union[RolloutRecord, _Mapping]]] = ..., pins: _Optional[_Iterable[str]] = ..., frozen: bool = ..., killed: bool = ..., safe_mode: bool = ..., hold: _Optional[str] = ..., explored_frac: _Optional[float] = ...) -> None: ...
+    load: LoadState
+    def __init__(self, mode: _Optional[_Union[TunerMode, str]] = ..., num_observations: _Optional[int] = ..., decisions: _Optional[_Iterable[_Union[Decision, _Mapping]]] = ..., rollouts: _Optional[_Iterable[_Union[RolloutRecord, _Mapping]]] = ..., pins: _Optional[_Iterable[str]] = ..., frozen: bool = ..., killed: bool = ..., safe_mode: bool = ..., hold: _Optional[str] = ..., explored_frac: _Optional[float] = ..., load: _Optional[_Union[LoadState, _Mapping]] = ...) -> None: ...
 
 class RolloutRecord(_message.Message):
-    __slots__ = ("state", "reason", "config_from", "config_to", "initiated_by", "at")
+    __slots__ = ("state", "reason", "config_from", "config_to", "initiated_by", "at", "regime_id")
     class ConfigFromEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -827,13 +867,70 @@ class RolloutRecord(_message.Message):
     CONFIG_TO_FIELD_NUMBER: _ClassVar[int]
     INITIATED_BY_FIELD_NUMBER: _ClassVar[int]
     AT_FIELD_NUMBER: _ClassVar[int]
+    REGIME_ID_FIELD_NUMBER: _ClassVar[int]
     state: RolloutState
     reason: RolloutReason
     config_from: _containers.MessageMap[str, KnobValue]
     config_to: _containers.MessageMap[str, KnobValue]
     initiated_by: str
     at: float
-    def __init__(self, state: _Optional[_Union[RolloutState, str]] = ..., reason: _Optional[_Union[RolloutReason, str]] = ..., config_from: _Optional[_Mapping[str, KnobValue]] = ..., config_to: _Optional[_Mapping[str, KnobValue]] = ..., initiated_by: _Optional[str] = ..., at: _Optional[float] = ...) -> None: ...
+    regime_id: int
+    def __init__(self, state: _Optional[_Union[RolloutState, str]] = ..., reason: _Optional[_Union[RolloutReason, str]] = ..., config_from: _Optional[_Mapping[str, KnobValue]] = ..., config_to: _Optional[_Mapping[str, KnobValue]] = ..., initiated_by: _Optional[str] = ..., at: _Optional[float] = ..., regime_id: _Optional[int] = ...) -> None: ...
+
+class Regime(_message.Message):
+    __slots__ = ("regime_id", "centroid", "signature", "seen_s", "seen_at", "incumbent", "verified_at", "versions")
+    class CentroidEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+    class IncumbentEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: KnobValue
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[_Union[KnobValue, _Mapping]] = ...) -> None: ...
+    class VersionsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    REGIME_ID_FIELD_NUMBER: _ClassVar[int]
+    CENTROID_FIELD_NUMBER: _ClassVar[int]
+    SIGNATURE_FIELD_NUMBER: _ClassVar[int]
+    SEEN_S_FIELD_NUMBER: _ClassVar[int]
+    SEEN_AT_FIELD_NUMBER: _ClassVar[int]
+    INCUMBENT_FIELD_NUMBER: _ClassVar[int]
+    VERIFIED_AT_FIELD_NUMBER: _ClassVar[int]
+    VERSIONS_FIELD_NUMBER: _ClassVar[int]
+    regime_id: int
+    centroid: _containers.ScalarMap[str, float]
+    signature: str
+    seen_s: float
+    seen_at: float
+    incumbent: _containers.MessageMap[str, KnobValue]
+    verified_at: float
+    versions: _containers.ScalarMap[str, str]
+    def __init__(self, regime_id: _Optional[int] = ..., centroid: _Optional[_Mapping[str, float]] = ..., signature: _Optional[str] = ..., seen_s: _Optional[float] = ..., seen_at: _Optional[float] = ..., incumbent: _Optional[_Mapping[str, KnobValue]] = ..., verified_at: _Optional[float] = ..., versions: _Optional[_Mapping[str, str]] = ...) -> None: ...
+
+class LoadState(_message.Message):
+    __slots__ = ("regimes", "current", "is_settled", "drift", "loss_frac")
+    REGIMES_FIELD_NUMBER: _ClassVar[int]
+    CURRENT_FIELD_NUMBER: _ClassVar[int]
+    IS_SETTLED_FIELD_NUMBER: _ClassVar[int]
+    DRIFT_FIELD_NUMBER: _ClassVar[int]
+    LOSS_FRAC_FIELD_NUMBER: _ClassVar[int]
+    regimes: _containers.RepeatedCompositeFieldContainer[Regime]
+    current: int
+    is_settled: bool
+    drift: str
+    loss_frac: float
+    def __init__(self, regimes: _Optional[_Iterable[_Union[Regime, _Mapping]]] = ..., current: _Optional[int] = ..., is_settled: bool = ..., drift: _Optional[str] = ..., loss_frac: _Optional[float] = ...) -> None: ...
 
 class Evidence(_message.Message):
     __slots__ = ("name", "value", "unit")
@@ -897,18 +994,20 @@ class TriedChange(_message.Message):
     def __init__(self, decision_id: _Optional[int] = ..., decided_at: _Optional[float] = ..., state: _Optional[_Union[DecisionState, str]] = ..., values: _Optional[_Mapping[str, KnobValue]] = ..., words: _Optional[str] = ...) -> None: ...
 
 class Explanation(_message.Message):
-    __slots__ = ("verdict", "remedies", "advised", "tried", "rollouts")
+    __slots__ = ("verdict", "remedies", "advised", "tried", "rollouts", "load")
     VERDICT_FIELD_NUMBER: _ClassVar[int]
     REMEDIES_FIELD_NUMBER: _ClassVar[int]
     ADVISED_FIELD_NUMBER: _ClassVar[int]
     TRIED_FIELD_NUMBER: _ClassVar[int]
     ROLLOUTS_FIELD_NUMBER: _ClassVar[int]
+    LOAD_FIELD_NUMBER: _ClassVar[int]
     verdict: Verdict
     remedies: _containers.RepeatedCompositeFieldContainer[Remedy]
     advised: _containers.RepeatedCompositeFieldContainer[Decision]
     tried: _containers.RepeatedCompositeFieldContainer[TriedChange]
     rollouts: _containers.RepeatedCompositeFieldContainer[RolloutRecord]
-    def __init__(self, verdict: _Optional[_Union[Verdict, _Mapping]] = ..., remedies: _Optional[_Iterable[_Union[Remedy, _Mapping]]] = ..., advised: _Optional[_Iterable[_Union[Decision, _Mapping]]] = ..., tried: _Optional[_Iterable[_Union[TriedChange, _Mapping]]] = ..., rollouts: _Optional[_Iterable[_Union[RolloutRecord, _Mapping]]] = ...) -> None: ...
+    load: LoadState
+    def __init__(self, verdict: _Optional[_Union[Verdict, _Mapping]] = ..., remedies: _Optional[_Iterable[_Union[Remedy, _Mapping]]] = ..., advised: _Optional[_Iterable[_Union[Decision, _Mapping]]] = ..., tried: _Optional[_Iterable[_Union[TriedChange, _Mapping]]] = ..., rollouts: _Optional[_Iterable[_Union[RolloutRecord, _Mapping]]] = ..., load: _Optional[_Union[LoadState, _Mapping]] = ...) -> None: ...
 
 class ProfileKey(_message.Message):
     __slots__ = ("hardware", "model", "dtype")

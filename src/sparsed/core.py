@@ -1033,6 +1033,29 @@ class HbmUse:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class WorkloadContext:
+    """What is asked of the engine of late, and what that takes. None: nothing tells.
+
+    The rate and the lengths of prompts are of requests that came, the lengths of outputs of those
+    that finished. What follows ``output_tokens_p95`` depends on knobs as well.
+    """
+
+    span_s: float  # that the rate and the lengths cover
+    num_requests: int  # that came
+    requests_per_s: float | None = None
+    input_tokens_p50: float | None = None
+    input_tokens_p95: float | None = None
+    output_tokens_p50: float | None = None
+    output_tokens_p95: float | None = None
+    concurrency: float | None = None  # requests that run or wait, mean
+    hot_hit_frac: float | None = None
+    h2d_bytes_per_token: float | None = None  # of output
+    h2d_gb_per_s: float | None = None  # while copies were under way, 1e9 bytes/s
+    hbm_free_bytes: int | None = None
+    attention_recall: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Snapshot:
     """One closed window of the profiler. Rates are over ``window_s``; None: nothing happened in
     the window, so there is no such figure. TTFT and TPOT are of requests finished in it."""
@@ -1072,6 +1095,7 @@ class Snapshot:
     exposed_s_per_step: float | None = None  # waits for pages, of the timed steps of the window
     waiting: tuple[WaitCount, ...] = ()  # of the requests that wait at its end, the oldest ones
     hbm: HbmUse | None = None  # None: not on a GPU
+    context: WorkloadContext | None = None  # of this window and those before it
 
 
 class Bound(StrEnum):
@@ -1615,6 +1639,7 @@ class RolloutReason(StrEnum):
     CANARY = "canary"
     COMMITTED = "committed"  # it passed the paired test: the last known good from now on
     PROBATION_PASSED = "probation_passed"
+    REGIME_SWITCHED = "regime_switched"  # values that were verified for the load of now
     # faults of the candidate: its region is quarantined, the cool-down doubles
     CRASHED = "crashed"  # the daemon died while it was tested
     ENGINE_DIED = "engine_died"
@@ -1640,12 +1665,15 @@ class RolloutReason(StrEnum):
     STORE_FAILED = "store_failed"
     SHUT_DOWN = "shut_down"
     WAITED_TOO_LONG = "waited_too_long"
+    REGIME_CHANGED = "regime_changed"  # the load became another one
+    PLATFORM_DRIFT = "platform_drift"  # what was measured on this machine holds no more
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RolloutRecord:
     """One step of the life of one candidate. ``config_from`` and ``config_to`` hold the knobs that
-    it changes; times are seconds since the epoch."""
+    it changes; times are seconds since the epoch. ``regime_id``: of the load that it was for, None
+    where that was not known."""
 
     state: RolloutState
     reason: RolloutReason
@@ -1653,14 +1681,46 @@ class RolloutRecord:
     config_to: Mapping[str, KnobValue]
     initiated_by: str
     at: float
+    regime_id: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LastKnownGood:
-    """Hot knobs that the live tuner has proved better than what a start takes without it."""
+    """Hot knobs that the live tuner has proved better than what a start takes without it.
+    ``versions``: of what they were proved on, empty where that was not kept."""
 
     values: Mapping[str, KnobValue]
     moved_at: float
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Regime:
+    """A kind of load that a machine and a model have met. ``regime_id`` counts from 1.
+
+    ``centroid``: binary logarithms of fields of ``WorkloadContext``, by name; ``signature``: the
+    same in words. ``incumbent``: hot knobs that a paired test has accepted under this load, empty
+    without one; ``versions``: of what it was accepted on.
+    """
+
+    regime_id: int
+    centroid: Mapping[str, float]
+    signature: str
+    seen_s: float  # altogether
+    seen_at: float  # last
+    incumbent: Mapping[str, KnobValue] = field(default_factory=dict)
+    verified_at: float | None = None
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Platform:
+    """What measurements of this machine rest on, as far as it can change while it serves. None:
+    not known. ``h2d_bytes_per_s``: of pages, as calibrated."""
+
+    pcie_generation: int | None = None
+    pcie_width: int | None = None
+    h2d_bytes_per_s: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

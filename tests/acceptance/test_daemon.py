@@ -295,3 +295,26 @@ def test_a_damaged_database_is_not_overwritten(daemon: StartDaemon, tmp_path: Pa
     assert code == 65
     assert "sparsed.db" in line
     assert (tmp_path / "sparsed.db").read_bytes().startswith(b"no database")
+
+
+def test_the_load_is_known_again_after_a_restart(daemon: StartDaemon) -> None:
+    flags = (*SMALL, "--regime-dwell", "2")
+
+    def serve_until_known(running: Any) -> Any:
+        deadline = time.monotonic() + 60
+        with (
+            running.client() as client,
+            AdminClient(running.state_dir / "run" / "sparsed.sock") as admin,
+        ):
+            while (load := admin.tuner().load).current is None and time.monotonic() < deadline:
+                client.completions.create(model="dummy:tiny", prompt="hello", max_tokens=2)
+        return load
+
+    running = daemon(*flags)
+    (first,) = serve_until_known(running).regimes
+    assert "prompts of 5 (p95 5) tokens" in first.signature and first.incumbent == {}
+    assert running.stop() == 0
+    again = daemon(*flags, state_dir=running.state_dir)
+    load = serve_until_known(again)
+    assert load.current == first.regime_id and len(load.regimes) == 1
+    assert load.regimes[0].seen_s > 0

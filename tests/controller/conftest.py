@@ -19,6 +19,7 @@ from sparsed.controller.control import (
     Explanation,
     KnobSource,
     KnobState,
+    LoadState,
     TriedChange,
     TunerState,
     TunerVerb,
@@ -225,6 +226,7 @@ class ScriptedControl:
         self.step_s = 0.01
         self.is_engine_away = False
         self.explanation = EXPLANATION
+        self.load = LoadState()
         self.pins: set[str] = set()
         self.verbs: list[TunerVerb] = []
 
@@ -287,6 +289,7 @@ class ScriptedControl:
             killed=self.verbs[-1:] == [TunerVerb.KILL],
             hold="too little traffic",
             explored_frac=0.025,
+            load=self.load,
         )
 
     async def steer_tuner(

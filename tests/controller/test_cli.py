@@ -18,7 +18,7 @@ from sparsed.controller.cli.detach import _wait_until_ready
 from sparsed.controller.cli.flags import KNOB_FLAGS, SERVING_FLAGS
 from sparsed.controller.cli.main import app, run
 from sparsed.controller.config import OPTION_NAMES, DaemonConfig
-from sparsed.controller.control import DaemonState
+from sparsed.controller.control import DaemonState, LoadState
 from sparsed.controller.state_dir import StateLock
 from sparsed.core import (
     KNOB_GUIDES,
@@ -31,6 +31,7 @@ from sparsed.core import (
     KnobSpec,
     RefusalCount,
     RefusalReason,
+    Regime,
     StartError,
     TunerMode,
     WaitCount,
@@ -179,6 +180,37 @@ def test_why_in_words(sparsed: Sparsed, capsys: pytest.CaptureFixture[str]) -> N
         "advised: hold: no better point is known",
     ):
         assert words in shown
+
+
+def test_regimes_and_drift_in_words(
+    sparsed: Sparsed, daemon: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chat = Regime(regime_id=1, centroid={}, signature="2 requests/s", seen_s=9.0, seen_at=1.0)
+    documents = replace(
+        chat,
+        regime_id=2,
+        signature="long ones",
+        incumbent={"token_budget": 512, "hbm_budget": None},
+    )
+    load = LoadState(regimes=(chat, documents), current=2, drift="the link is slow")
+    daemon.control.load = load
+    daemon.control.explanation = replace(daemon.control.explanation, load=load)
+    for verb in (("why",), ("tuner", "status")):
+        assert sparsed(*verb) == 0
+        shown = capsys.readouterr().out.splitlines()
+        for line in (
+            "regime 1: 2 requests/s: nothing verified, the last known good",
+            "in regime 2: long ones: verified hbm_budget=auto, token_budget=512",
+            "drift: the link is slow",
+        ):
+            assert line in shown
+    daemon.control.load = replace(load, is_settled=False, drift="")
+    assert sparsed("tuner", "status") == 0
+    text = capsys.readouterr().out
+    assert "leaving regime 2: long ones" in text and "drift" not in text
+    daemon.control.load = LoadState()
+    assert sparsed("tuner", "status") == 0
+    assert "regime: none yet" in capsys.readouterr().out
 
 
 def test_why_as_json_and_without_a_history(

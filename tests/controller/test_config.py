@@ -133,6 +133,14 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         load_config(flags={}, environment={}, file=tmp_path / "missing.toml")
 
 
+def test_the_context_covers_less_where_regimes_come_faster() -> None:
+    for dwell, horizon_s in ((None, 60.0), (20, 5.0), (3600, 60.0)):
+        config = load_config(flags={"regime_dwell": dwell}, environment={})
+        assert config.context_horizon_s == horizon_s
+    with pytest.raises(InputError, match="--regime-dwell: 0 is not a number from 1"):
+        load_config(flags={"regime_dwell": 0}, environment={})
+
+
 def test_the_key_is_not_shown() -> None:
     config = load_config(flags={"api_key": "secret"}, environment={})
     assert config.api_key == "secret"

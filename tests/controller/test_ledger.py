@@ -37,7 +37,8 @@ class Bench:
     num_active: int = NUM_ACTIVE
     now_s: float = 0.0
     sent: list[AddRequest | AbortRequest] = field(default_factory=list)
-    observed: list[tuple[float, float | None]] = field(default_factory=list)
+    arrived: list[int] = field(default_factory=list)
+    observed: list[tuple[float, float | None, int]] = field(default_factory=list)
     refused: list[RefusalReason] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -45,11 +46,15 @@ class Bench:
         self.ledger = Ledger(
             LedgerLimits(max_tokens=64, max_waiting=3, num_active=lambda: self.num_active),
             send=self.sent.append,
-            observe=lambda *, ttft_s, tpot_s: self.observed.append((ttft_s, tpot_s)),
+            arrive=lambda *, input_tokens: self.arrived.append(input_tokens),
+            observe=self.observe,
             refuse=self.refused.append,
             clock=lambda: self.now_s,
             draw_seed=lambda: next(seeds),
         )
+
+    def observe(self, *, ttft_s: float, tpot_s: float | None, output_tokens: int) -> None:
+        self.observed.append((ttft_s, tpot_s, output_tokens))
 
     def submit(self, name: str, *, max_tokens: int = 4, prompt: int = 3) -> RequestStream:
         return self.ledger.submit(
@@ -126,7 +131,8 @@ def test_latencies_come_from_the_injected_clock(bench: Bench) -> None:
     bench.submit("two", max_tokens=1)
     bench.now_s = 7.5
     bench.token("two", 0, last=True)
-    assert bench.observed == [(2.0, 2.5), (0.5, None)]
+    assert bench.observed == [(2.0, 2.5, 3), (0.5, None, 1)]
+    assert bench.arrived == [3, 3]
 
 
 def test_a_replay_carries_the_tokens_and_the_same_seed(bench: Bench) -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 
+from sparsed.controller.config import DaemonConfig
 from sparsed.controller.control import KnobSource, TunerVerb
 from sparsed.controller.live_tuner import LiveTuner
 from sparsed.controller.startup import StartPlan
@@ -17,7 +17,6 @@ from sparsed.core import (
     Decision,
     InputError,
     RolloutReason,
-    Slo,
     TunerControls,
     TunerMode,
 )
@@ -42,12 +41,13 @@ def store() -> InMemoryProfileStore:
 @pytest.fixture
 def play(
     plan_start: Callable[..., StartPlan],
+    configure: Callable[..., DaemonConfig],
     control: Any,
     store: InMemoryProfileStore,
-    tmp_path: Path,
 ) -> Play:
     """Run a scenario with a tuner that has seen one window."""
     plan = plan_start(no_profile=True)
+    configure().state_dir.root.mkdir()
     plan = replace(plan, sources={**plan.sources, "prefill_chunk": KnobSource.FILE})
 
     async def apply(values: Values) -> None:
@@ -58,10 +58,10 @@ def play(
             tuner = LiveTuner(
                 store,
                 plan,
-                slo=Slo(),
+                config=configure(regime_dwell=20),
                 apply=apply,
                 read_failures=lambda: 0,
-                kill_file=tmp_path / "tuner.kill",
+                read_facts=lambda: None,
             )
             tuner.on_snapshot(control.now.snapshot)
             await scenario(tuner)
@@ -125,11 +125,13 @@ def test_advice_becomes_a_candidate_in_auto_alone(play: Play) -> None:
     play(scenario)
 
 
-def test_killed_it_stays_off_over_a_restart(play: Play, tmp_path: Path) -> None:
+def test_killed_it_stays_off_over_a_restart(
+    play: Play, configure: Callable[..., DaemonConfig]
+) -> None:
     async def kill(tuner: LiveTuner) -> None:
         state = await say(tuner, TunerVerb.KILL)
         assert (state.mode, state.killed) == (TunerMode.OFF, True)
-        assert (tmp_path / "tuner.kill").exists()
+        assert configure().state_dir.tuner_kill_file.exists()
 
     async def again(tuner: LiveTuner) -> None:
         assert tuner.state().mode is TunerMode.OFF and tuner.reasons() == ()

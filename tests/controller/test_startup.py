@@ -263,6 +263,28 @@ def test_no_profile_leaves_the_live_tuner_out_too(configure: Configure) -> None:
     assert plan.spec.knobs.token_budget == 2048
 
 
+@pytest.mark.parametrize("name", ["torch", "triton", "sparsed"])
+def test_what_another_platform_proved_is_left_out(configure: Configure, name: str) -> None:
+    here = start_on(configure, None, good()).versions
+    there = {**here, name: "0.0.1", "driver": "1"}
+    old = replace(profile(token_budget=512), versions=there, created_at=1.0, profile_id=3)
+    same = TunedValues(values={"prefill_chunk": 256}, moved_at=100.0, why="good", versions=here)
+    plan = start_on(configure, old, lambda key: same)
+    assert (plan.spec.knobs.token_budget, plan.spec.knobs.prefill_chunk) == (2048, 256)
+    assert plan.stale_profile_id == 3 and plan.profile_id is None
+    assert f"profile #3 ({name} 0.0.1 -> " in plan.stale
+    assert "sparsed tune" in plan.stale and plan.stale in plan.profile
+    plan = start_on(configure, old, lambda key: replace(same, versions=there))
+    assert plan.spec.knobs.prefill_chunk == 2048 and "last known good" in plan.stale
+    tuned_again = replace(old, versions=here, created_at=200.0)
+    plan = start_on(configure, tuned_again, lambda key: replace(same, versions=there))
+    assert plan.spec.knobs.token_budget == 512 and plan.stale == "", "a newer profile replaces it"
+    pinned = start_on(configure, replace(old, pinned=True), good())
+    assert pinned.spec.knobs.token_budget == 512 and pinned.stale == ""
+    taken = start_on(configure, replace(old, versions=here), lambda key: same)
+    assert (taken.stale, taken.profile_id) == ("", 3)
+
+
 def test_safe_mode_takes_neither(configure: Configure) -> None:
     def safe(key: ProfileKey) -> TunedValues:
         return TunedValues(values=SAFE_VALUES, is_safe=True, why="safe mode")

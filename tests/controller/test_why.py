@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from sparsed.controller import telemetry
+from sparsed.controller.control import LoadState
 from sparsed.controller.startup import StartPlan
 from sparsed.controller.telemetry import Senses
 from sparsed.controller.why import ceilings, explain
@@ -200,7 +201,11 @@ def test_an_explanation_holds_what_was_tried_for_this_machine_and_model(plan: St
     for record in (begun, ended):
         store.note_rollout(plan.key, record)
     window = replace(WINDOW, ended_at=time.time())
-    found = asyncio.run(explain(store, plan, [window], knobs=plan.spec.knobs, facts=FACTS))
+    load = LoadState(current=1, drift="it has")
+    found = asyncio.run(
+        explain(store, plan, [window], knobs=plan.spec.knobs, facts=FACTS, load=load)
+    )
+    assert found.load == load
     assert [one.decided_at for one in found.tried] == [6.0, 5.0, 4.0, 3.0, 2.0]
     assert {tuple(one.values.items()) for one in found.tried} == {(("token_budget", 1024),)}
     assert found.tried[0].words.startswith("held: ")

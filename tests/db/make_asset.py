@@ -28,6 +28,7 @@ from sparsed.core import (
     Profile,
     ProfileKey,
     ProfileStatus,
+    Regime,
     RolloutReason,
     RolloutRecord,
     RolloutState,
@@ -94,7 +95,18 @@ ROLLOUT = RolloutRecord(
     initiated_by="asset",
     at=1.0,
 )
-COMMIT = replace(ROLLOUT, reason=RolloutReason.COMMITTED, at=2.0)
+COMMIT = replace(ROLLOUT, reason=RolloutReason.COMMITTED, at=2.0, regime_id=1)
+
+REGIME = Regime(
+    regime_id=1,
+    centroid={"requests_per_s": 0.5, "input_tokens_p50": 9.0},
+    signature="asset",
+    seen_s=900.0,
+    seen_at=2.0,
+    incumbent=COMMIT.config_to,
+    verified_at=2.0,
+    versions={"torch": "2"},
+)
 
 
 def fill(path: Path) -> None:
@@ -149,7 +161,9 @@ def fill(path: Path) -> None:
     store.save_calibration(CALIBRATION)
     store.save_acceptance(ACCEPTANCE)
     store.mark_rollout(KEY, ROLLOUT)
-    store.settle_rollout(KEY, COMMIT, good=COMMIT.config_to)
+    store.settle_rollout(
+        KEY, COMMIT, good=COMMIT.config_to, versions=REGIME.versions, regime=REGIME
+    )
     store.begin_run(2.0)
     store.keep_controls(TunerControls(pins=("prefill_chunk",), frozen=True))
     store.close()

@@ -52,6 +52,12 @@ def test_every_released_schema_upgrades_and_reads(dump: Path, tmp_path: Path) ->
     assert [item.initiated_by for item in store.list_rollouts(KEY)] == ["asset"] * 2 * has_rollouts
     assert store.controls().pins == (("prefill_chunk",) if has_rollouts else ())
     assert len(store.list_runs()) == has_rollouts
+    has_regimes = dump.stem >= "0006"
+    known = [(regime.signature, regime.incumbent) for regime in store.list_regimes(KEY)]
+    assert known == [("asset", {"token_budget": 1536})] * has_regimes
+    assert good is None or good.versions == ({"torch": "2"} if has_regimes else {})
+    newest = [item.regime_id for item in store.list_rollouts(KEY)[:1]]
+    assert newest == [1 if has_regimes else None] * has_rollouts
     store.close()
 
 

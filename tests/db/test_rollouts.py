@@ -10,6 +10,7 @@ import pytest
 
 from sparsed.core import (
     ProfileKey,
+    Regime,
     RolloutReason,
     RolloutRecord,
     RolloutState,
@@ -102,3 +103,37 @@ def test_what_must_survive_a_loss_of_power_is_synced(tmp_path: Path) -> None:
             levels.append(raw.scalar_one())
     assert levels == [1, 2, 1]  # NORMAL, FULL, NORMAL
     engine.dispose()
+
+
+CHAT = Regime(
+    regime_id=1,
+    centroid={"requests_per_s": 1.0, "input_tokens_p50": 9.5},
+    signature="chat",
+    seen_s=900.0,
+    seen_at=5.0,
+)
+DOCUMENTS = replace(
+    CHAT, regime_id=2, signature="documents", incumbent={"token_budget": 1536, "hbm_budget": None}
+)
+
+
+def test_regimes_are_kept_as_a_whole_and_settled_with_a_step(
+    reopen: Callable[[], Store],
+) -> None:
+    store = reopen()
+    assert store.list_regimes(KEY) == ()
+    store.keep_regimes(KEY, (DOCUMENTS, CHAT))
+    store.keep_regimes(OTHER_KEY, (CHAT,))
+    assert reopen().list_regimes(KEY) == (CHAT, DOCUMENTS)
+    proved = replace(
+        CHAT, incumbent={"token_budget": 512}, verified_at=6.0, versions={"torch": "2"}
+    )
+    step = replace(STEP, regime_id=1)
+    store.settle_rollout(KEY, step, good=STEP.config_to, versions=proved.versions, regime=proved)
+    assert reopen().list_regimes(KEY) == (proved, DOCUMENTS)
+    assert reopen().list_regimes(OTHER_KEY) == (CHAT,)
+    good = reopen().find_good(KEY)
+    assert good is not None and good.versions == {"torch": "2"}
+    assert reopen().list_rollouts(KEY) == (step,)
+    store.keep_regimes(KEY, (DOCUMENTS,))
+    assert reopen().list_regimes(KEY) == (DOCUMENTS,)

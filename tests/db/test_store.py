@@ -170,6 +170,17 @@ def test_saving_a_pinned_profile_takes_over_the_pin(reopen: Callable[[], Store])
     assert sum(item.pinned for item in store.list_profiles(KEY)) == 1
 
 
+def test_a_stale_profile_is_taken_only_if_it_is_pinned(reopen: Callable[[], Store]) -> None:
+    store = reopen()
+    old, new = (store.save_profile(make_profile(created_at=at)) for at in (1.0, 2.0))
+    store.mark_stale(new.profile_id or 0)
+    assert store.find_verified(KEY) == old
+    assert store.list_profiles(KEY)[0].status is ProfileStatus.STALE
+    store.pin(new.profile_id or 0)
+    found = store.find_verified(KEY)
+    assert found is not None and found.profile_id == new.profile_id
+
+
 def test_pin_of_an_unknown_profile_names_it(reopen: Callable[[], Store]) -> None:
     with pytest.raises(InputError, match="no profile 7"):
         reopen().pin(7)

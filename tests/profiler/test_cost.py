@@ -27,7 +27,7 @@ def test_a_second_of_profiling_takes_under_ten_milliseconds_of_processor_time() 
             started_s = time.thread_time()
             steps = EngineStats(steps=second, recent_step_s=(0.01,) * STEPS_PER_S)
             for _ in range(REQUESTS_PER_S):
-                window.observe_request(ttft_s=0.1, tpot_s=0.01)
+                window.observe_request(ttft_s=0.1, tpot_s=0.01, output_tokens=8)
                 exporter.observe_request(ttft_s=0.1, tpot_s=0.01)
             exporter.observe_steps(steps.recent_step_s)
             assert window.close(steps, ended_at=float(second), host=read_gauges())

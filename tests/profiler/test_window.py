@@ -144,7 +144,7 @@ def test_values_older_than_three_intervals_are_dropped(window: Window, clock: Cl
 
 def test_requests_count_in_the_window_they_finish_in(window: Window, clock: Clock) -> None:
     for ttft_s, tpot_s in ((0.1, 0.01), (0.3, None), (0.2, 0.03)):
-        window.observe_request(ttft_s=ttft_s, tpot_s=tpot_s)
+        window.observe_request(ttft_s=ttft_s, tpot_s=tpot_s, output_tokens=8)
     snapshot = close(window, clock, EngineStats(requests_finished=3))
     assert snapshot.ttft_p50_s == pytest.approx(0.2)
     assert snapshot.tpot_p50_s == pytest.approx(0.02)

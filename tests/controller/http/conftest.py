@@ -165,7 +165,8 @@ async def _open_edge(
     ledger = Ledger(
         LedgerLimits(max_tokens=1000, max_waiting=max_waiting, num_active=lambda: 4),
         send=engine.send,
-        observe=lambda *, ttft_s, tpot_s: None,
+        arrive=lambda *, input_tokens: None,
+        observe=lambda *, ttft_s, tpot_s, output_tokens: None,
         refuse=refused_for.append,
         clock=lambda: 0.0,
         draw_seed=lambda: 7,
