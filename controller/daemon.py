@@ -24,6 +24,7 @@ from sparsed.controller.http_server import HttpServer, bind_port
 from sparsed.controller.ledger import SHUTTING_DOWN
 from sparsed.controller.links import keep_calibration
 from sparsed.controller.logs import ProgressLog, log_plan, log_to_stderr
+from sparsed.controller.recorder import Recorder
 from sparsed.controller.signals import handle_signals, ignore_stops
 from sparsed.controller.startup import StartPlan, check_next_start, load_tokenizer, prepare
 from sparsed.controller.state_dir import StateLock
@@ -177,6 +178,10 @@ class Daemon:
     @property
     def profiles(self) -> ProfileStore:
         return self._store
+
+    @property
+    def recorder(self) -> Recorder:
+        return self._engine.ledger.recorder
 
     def status(self) -> DaemonStatus:
         spec = self._plan.spec

@@ -45,7 +45,8 @@ from sparsed.core import (
 from sparsed.db import open_store
 from sparsed.db.store import Store
 from sparsed.engine.planner import workspace_bytes
-from sparsed.tuner.export import FORMAT_BY_SUFFIX, DeviceMemory, render_profile
+from sparsed.tuner.engines import DeviceMemory
+from sparsed.tuner.export import FORMAT_BY_SUFFIX, render_profile
 from sparsed.tuner.objective import OutOfTime, TrialFailed
 from sparsed.tuner.offline import NUM_REPEATS, StudyOutcome, StudyPlan, run_study
 from sparsed.tuner.space import build_space

@@ -18,6 +18,7 @@ from sparsed.controller.cli import (
     model,
     plan,
     profile,
+    record,
     start,
     tune,
     tuner,
@@ -47,6 +48,7 @@ app.command("start")(start.start)
 app.command("status")(daemon.status)
 app.command("drain")(daemon.drain)
 app.command("stop")(daemon.stop)
+app.command("record")(record.record)
 app.command("tune")(tune.tune)
 app.command("eval")(eval.evaluate)
 app.command("plan")(plan.plan)
