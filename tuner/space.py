@@ -81,6 +81,23 @@ class SearchSpace:
         return (point for point in grid if self.is_valid(point))
 
 
+def describe_space(
+    space: SearchSpace, *, fixed: AbstractSet[str] = frozenset()
+) -> dict[str, list[KnobValue]]:
+    """Plain data that is equal for equal spaces: of each ladder the default, what auto comes to and
+    the rungs; of the other knobs the value, but not of capacities that the machine gives."""
+    ladders: dict[str, list[KnobValue]] = {
+        ladder.name: [getattr(space.default, ladder.name), ladder.auto_rung, *ladder.rungs]
+        for ladder in space.ladders
+    }
+    others: dict[str, list[KnobValue]] = {
+        name: [value]
+        for name, value in space.default.as_dict().items()
+        if name in fixed or KNOBS_BY_NAME[name].default is not None
+    }
+    return others | ladders
+
+
 def build_space(
     default: Knobs,
     *,
