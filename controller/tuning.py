@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -139,7 +140,7 @@ class _Tune:
         self.bench = EngineBench(config, self._plan, prompts=self._prompts)
 
     def run(self, runner: asyncio.Runner, requested: Workload) -> int:
-        resumed = self._find_study(requested) if self._options.resume else None
+        resumed = self._find_study(requested) if self._options.resume is not None else None
         try:
             times = runner.run(self._budget.within(self.bench.probe, on_cut=self.bench.close))
         except TrialFailed as error:
@@ -220,15 +221,10 @@ class _Tune:
         return study_id, fitted.workload
 
     def _space(self, workload: Workload) -> SearchSpace:
-        return build_space(
-            self._plan.spec.knobs,
-            auto_hbm_budget=_auto_hbm_budget(self._plan),
-            fixed=set(self._options.config.knobs),
-            workload=workload,
-        )
+        return search_space(self._plan, fixed=self._options.config.knobs.keys(), workload=workload)
 
     def _describe(self, workload: Workload) -> dict[str, list[KnobValue]]:
-        return describe_space(self._space(workload), fixed=set(self._options.config.knobs))
+        return describe_space(self._space(workload), fixed=self._options.config.knobs.keys())
 
     def _warn_of_short_prompts(self, workload: Workload) -> None:
         longest = max(request.input_tokens for request in workload.requests)
@@ -333,6 +329,16 @@ class _Tune:
 
     def _say_progress(self, phase: str, frac: float) -> None:
         self._console.print(f"{phase}, {100 * frac:.0f} %")
+
+
+def search_space(plan: StartPlan, *, fixed: AbstractSet[str], workload: Workload) -> SearchSpace:
+    """What a study of ``workload`` on this machine tries; ``fixed``: knobs that were given."""
+    return build_space(
+        plan.spec.knobs,
+        auto_hbm_budget=_auto_hbm_budget(plan),
+        fixed=fixed,
+        workload=workload,
+    )
 
 
 def _auto_hbm_budget(plan: StartPlan) -> int:

@@ -140,7 +140,10 @@ def _check(
     if not metrics["output_tokens_per_s"] > 0:
         return TrialStatus.TIMEOUT, "no token came out"
     if METRICS[objective] not in metrics:
-        return TrialStatus.ENGINE_ERROR, f"{METRICS[objective]} could not be measured: the window was too short"
+        return (
+            TrialStatus.ENGINE_ERROR,
+            f"{METRICS[objective]} could not be measured: the window was too short",
+        )
     return TrialStatus.OK, ""
 
 
