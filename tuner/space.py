@@ -84,10 +84,14 @@ class SearchSpace:
 def describe_space(
     space: SearchSpace, *, fixed: AbstractSet[str] = frozenset()
 ) -> dict[str, list[KnobValue]]:
-    """Plain data that is equal for equal spaces: of each ladder the default, what auto comes to and
-    the rungs; of the other knobs the value, but not of capacities that the machine gives."""
+    """Plain data that is equal for equal spaces: of each ladder the default and the rungs, of the
+    other knobs the value. Capacities that the machine gives are left out, and the rungs of a
+    ladder that has what auto comes to by them: free memory is never twice the same."""
     ladders: dict[str, list[KnobValue]] = {
-        ladder.name: [getattr(space.default, ladder.name), ladder.auto_rung, *ladder.rungs]
+        ladder.name: [
+            getattr(space.default, ladder.name),
+            *(ladder.rungs if ladder.auto_rung is None else ("auto",)),
+        ]
         for ladder in space.ladders
     }
     others: dict[str, list[KnobValue]] = {

@@ -123,21 +123,22 @@ def test_a_trial_without_the_figure_is_not_on_the_front() -> None:
 
 
 def test_a_space_is_described_by_what_trials_depend_on() -> None:
-    base = describe_space(SPACE)
-    assert base == describe_space(SPACE)
+    whole = build_space(DEFAULT, auto_hbm_budget=4096)
     for changes in (
         {"default": DEFAULT.with_values({"token_budget": 1024})},
         {"default": DEFAULT.with_values({"sparse_method": "quest"})},
-        {"auto": 5000},
         {"fixed": {"page_size"}},
     ):
         space = build_space(
             changes.get("default", DEFAULT),  # type: ignore[arg-type]  # fields by name
-            auto_hbm_budget=changes.get("auto", 4096),  # type: ignore[arg-type]
+            auto_hbm_budget=4096,
             fixed=changes.get("fixed", set()),  # type: ignore[arg-type]
         )
-        whole = build_space(DEFAULT, auto_hbm_budget=4096)
         assert describe_space(space) != describe_space(whole)
+    for auto in (2048, 4096, 5000, 8192):
+        assert describe_space(build_space(DEFAULT, auto_hbm_budget=auto)) == describe_space(whole)
+    kept = build_space(DEFAULT, auto_hbm_budget=4096, fixed={"hbm_budget"})
+    assert describe_space(kept, fixed={"hbm_budget"}) != describe_space(whole)
     larger = build_space(DEFAULT.with_values({"kv_hbm_gib": 2.0}), auto_hbm_budget=4096)
     given = {"kv_hbm_gib"}
     smaller = build_space(DEFAULT, auto_hbm_budget=4096)
