@@ -274,16 +274,18 @@ def test_what_is_served_is_recorded_without_text(daemon: StartDaemon, tmp_path: 
     running, file = daemon(*SMALL), tmp_path / "trace.jsonl"
     command = [sys.executable, "-m", "sparsed", "record", "--output", str(file)]
     command += ["--max-requests", "2", "--state-dir", str(running.state_dir)]
-    recording = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    assert recording.stderr is not None
-    assert "recording 1" in recording.stderr.readline()
-    secret = "a secret that nobody else may read"
-    with running.client() as client:
-        for extra in ({"max_tokens": 5}, {"max_tokens": 7}):
-            client.completions.create(
-                model="dummy:tiny", prompt=secret, extra_body={"ignore_eos": True}, **extra
-            )
-    assert recording.wait(timeout=30) == 0
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as recording:
+        assert recording.stderr is not None
+        assert "recording 1" in recording.stderr.readline()
+        with running.client() as client:
+            for extra in ({"max_tokens": 5}, {"max_tokens": 7}):
+                client.completions.create(
+                    model="dummy:tiny",
+                    prompt="a text that nobody else may read",
+                    extra_body={"ignore_eos": True},
+                    **extra,
+                )
+        assert recording.wait(timeout=30) == 0
     text = file.read_text()
     first, second = parse_trace(text.splitlines())
     assert (first.output_tokens, second.output_tokens) == (5, 7)
