@@ -271,6 +271,7 @@ class Bench:
                 self._prefill(index, context)
             else:
                 self._step += 1
+                kv.reserve(index, context)
                 kv.open_chunk(index, 0, context, step=self._step)
         yield [[index, context] for index in indices]
         for index in indices:

@@ -13,7 +13,7 @@ import grpc
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
-from sparsed.controller.control import DaemonStatus, KnobState, TunerState
+from sparsed.controller.control import DaemonStatus, Explanation, KnobState, TunerState, TunerVerb
 from sparsed.controller.messages import from_message, to_enum, to_knob_value
 from sparsed.controller.v1 import admin_pb2 as pb
 from sparsed.controller.v1 import admin_pb2_grpc as rpc
@@ -102,6 +102,28 @@ class AdminClient:
             number = to_enum(mode)
             request = pb.SetModeRequest(options=_options(False, ""), mode=number)
             answer = self._call(self._tuning.SetMode, request)
+        return from_message(answer.state, TunerState)
+
+    def explain(self) -> Explanation:
+        """What binds now, what would help, and what was tried."""
+        answer = self._call(self._tuning.Explain, pb.ExplainRequest())
+        return from_message(answer.explanation, Explanation)
+
+    def steer_tuner(self, verb: TunerVerb, *, knob: str = "", reason: str) -> TunerState:
+        """Tell the live tuner something; ``knob`` is for pins."""
+        options = _options(False, reason)
+        method, request = {
+            TunerVerb.REVIVE: (self._tuning.Start, pb.StartTuningRequest),
+            TunerVerb.KILL: (self._tuning.Stop, pb.StopTuningRequest),
+            TunerVerb.FREEZE: (self._tuning.Pause, pb.PauseRequest),
+            TunerVerb.UNFREEZE: (self._tuning.Resume, pb.ResumeRequest),
+            TunerVerb.APPROVE: (self._tuning.Approve, pb.ApproveRequest),
+            TunerVerb.REJECT: (self._tuning.Reject, pb.RejectRequest),
+            TunerVerb.PIN: (self._tuning.Pin, pb.PinRequest),
+            TunerVerb.UNPIN: (self._tuning.Unpin, pb.UnpinRequest),
+        }[verb]
+        named = {"knob": knob} if knob else {}
+        answer = self._call(method, request(options=options, **named))
         return from_message(answer.state, TunerState)
 
     def drain(self, *, timeout_s: float | None) -> int:

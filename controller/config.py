@@ -65,6 +65,11 @@ class DaemonConfig:
     def origin(self, name: str) -> KnobSource:
         return self.origins.get(name, KnobSource.DEFAULT)
 
+    @property
+    def url(self) -> str:
+        """Where HTTP is served."""
+        return f"http://{f'[{self.host}]' if ':' in self.host else self.host}:{self.port}"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Given:

@@ -10,14 +10,18 @@ from typing import Protocol
 from sparsed.controller.recorder import Recorder
 from sparsed.core import (
     Decision,
+    DecisionState,
     EngineFacts,
     EngineStats,
     Knobs,
     KnobSpec,
     KnobValue,
     MemoryPlan,
+    Remedy,
+    RolloutRecord,
     Snapshot,
     TunerMode,
+    Verdict,
 )
 from sparsed.db.store import ProfileStore
 
@@ -32,7 +36,8 @@ class DaemonState(StrEnum):
 
 
 class KnobSource(StrEnum):
-    """Where a value came from. LIVE: set while serving, now or for this start."""
+    """Where a value came from. LIVE: set while serving, now or for this start. TUNER: the last
+    known good of the live tuner, or what safe mode takes."""
 
     DEFAULT = "default"
     MACHINE = "machine"
@@ -41,6 +46,7 @@ class KnobSource(StrEnum):
     ENVIRONMENT = "environment"
     FLAG = "flag"
     LIVE = "live"
+    TUNER = "tuner"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,14 +84,61 @@ class DaemonStatus:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TunerState:
+    """``hold``: why no candidate is tested now, empty while one is. ``pins``: knobs that are left
+    alone, by operators and by the start's flags. ``explored_frac``: of the busy time so far."""
+
     mode: TunerMode
     num_observations: int
     decisions: tuple[Decision, ...] = field(default_factory=tuple)  # newest first
+    rollouts: tuple[RolloutRecord, ...] = ()  # newest first
+    pins: tuple[str, ...] = ()
+    frozen: bool = False
+    killed: bool = False
+    safe_mode: bool = False
+    hold: str = ""
+    explored_frac: float = 0.0
+
+
+class TunerVerb(StrEnum):
+    """What operators may tell the live tuner beside its mode."""
+
+    KILL = "kill"  # undo what is not proved, and end tuning, also after restarts
+    REVIVE = "revive"  # lift that, and safe mode
+    FREEZE = "freeze"
+    UNFREEZE = "unfreeze"
+    APPROVE = "approve"
+    REJECT = "reject"
+    PIN = "pin"
+    UNPIN = "unpin"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TriedChange:
+    """A change of knobs that was put to the test; ``words``: what became of it, and by which
+    figure."""
+
+    decision_id: int | None
+    decided_at: float  # seconds since the epoch
+    state: DecisionState
+    values: Mapping[str, KnobValue]  # those that differed
+    words: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Explanation:
+    """What binds now, what would help, and what was advised and tried before for this machine
+    and model, the newest first. ``rollouts``: how candidates of the live tuner ended."""
+
+    verdict: Verdict
+    remedies: tuple[Remedy, ...]
+    advised: tuple[Decision, ...]
+    tried: tuple[TriedChange, ...]
+    rollouts: tuple[RolloutRecord, ...]
 
 
 class Control(Protocol):
-    """Implemented by the daemon. Called on the event loop; only ``drain`` and ``set_knobs``
-    wait. InputError: a bad value, nothing has changed."""
+    """Implemented by the daemon. Called on the event loop; only ``drain``, ``set_knobs``,
+    ``explain`` and ``steer_tuner`` wait. InputError: a bad value, nothing has changed."""
 
     @property
     def profiles(self) -> ProfileStore: ...
@@ -104,6 +157,10 @@ class Control(Protocol):
         ``pending``. InputError, too, for a hot value that a newer change has overtaken."""
         ...
 
+    async def explain(self) -> Explanation:
+        """Errors: StoreError when what was tried cannot be read."""
+        ...
+
     async def drain(self, *, timeout_s: float | None) -> int:
         """Refuse new requests, wait for running ones; returns how many were cut off."""
         ...
@@ -114,4 +171,11 @@ class Control(Protocol):
 
     def tuner(self, mode: TunerMode | None = None) -> TunerState:
         """The live tuner's state, after switching to ``mode`` if one is given."""
+        ...
+
+    async def steer_tuner(
+        self, verb: TunerVerb, *, knob: str, validate_only: bool, reason: str
+    ) -> TunerState:
+        """Tell the live tuner something; ``knob`` is for pins. Returns once it is kept on the
+        disk. InputError for what cannot be done now, StoreError if it could not be kept."""
         ...

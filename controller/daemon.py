@@ -7,8 +7,9 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import AsyncExitStack
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -16,23 +17,31 @@ import msgspec
 from sparsed import __version__
 from sparsed.controller import servicer
 from sparsed.controller.config import DaemonConfig, write_pending
-from sparsed.controller.control import DaemonState, DaemonStatus, KnobState, TunerState
+from sparsed.controller.control import (
+    DaemonState,
+    DaemonStatus,
+    Explanation,
+    KnobState,
+    TunerState,
+    TunerVerb,
+)
 from sparsed.controller.engine_link import EngineLink
 from sparsed.controller.http.app import create_app
 from sparsed.controller.http.context import HttpContext
 from sparsed.controller.http_server import HttpServer, bind_port
 from sparsed.controller.ledger import SHUTTING_DOWN
 from sparsed.controller.links import keep_calibration
+from sparsed.controller.live_tuner import LiveTuner
 from sparsed.controller.logs import ProgressLog, log_plan, log_to_stderr
+from sparsed.controller.lookups import open_or_remember
 from sparsed.controller.recorder import Recorder
+from sparsed.controller.recovery import recover, tuned_values
 from sparsed.controller.signals import handle_signals, ignore_stops
 from sparsed.controller.startup import StartPlan, check_next_start, load_tokenizer, prepare
 from sparsed.controller.state_dir import StateLock
-from sparsed.controller.telemetry import Senses
-from sparsed.controller.tuner_host import TunerHost
+from sparsed.controller.telemetry import Senses, info_labels
+from sparsed.controller.why import explain
 from sparsed.core import ExitCode, InputError, KnobValue, Snapshot, StartError, TunerMode
-from sparsed.db import open_store
-from sparsed.db.memory import InMemoryProfileStore
 from sparsed.db.store import ProfileStore, Store
 from sparsed.db.writer import TelemetryWriter
 from sparsed.profiler.export import Telemetry
@@ -49,14 +58,16 @@ async def run(config: DaemonConfig) -> int:
     started_s = time.monotonic()
     log_to_stderr()
     with StateLock(config.state_dir, verb="start"), bind_port(config.host, config.port) as bound:
-        store, fault = _open_store(config)
+        store, fault = open_or_remember(config.state_dir)
         try:
+            await asyncio.to_thread(recover, store, at=time.time())
             plan = await asyncio.to_thread(
                 prepare,
                 config,
                 progress=ProgressLog(),
                 find_verified=store.find_verified,
                 find_calibration=store.find_calibration,
+                find_tuned=partial(tuned_values, store),
             )
             log_plan(plan)
             daemon = Daemon(config, plan, store=store, store_fault=fault, started_s=started_s)
@@ -87,14 +98,22 @@ class Daemon:
         self._stop = asyncio.Event()
         self._hard_stop = asyncio.Event()
         self._writer = TelemetryWriter(store)
-        self._tuner = TunerHost(store, plan.key, slo=config.slo)
-        self._senses = Senses(self._telemetry, slo=config.slo)
+        self._tuner = LiveTuner(
+            store,
+            plan,
+            slo=config.slo,
+            apply=lambda values: self._engine.have(values),
+            read_failures=lambda: self._engine.ledger.num_failed,
+            kill_file=config.state_dir.tuner_kill_file,
+        )
+        self._senses = Senses(self._telemetry, slo=config.slo, gpu_plan=plan.gpu_plan)
         self._engine = EngineLink(
             plan,
             run_dir=config.state_dir.run_dir,
             max_queued=config.max_queued_requests,
             senses=self._senses,
             on_snapshot=self._on_snapshot,
+            on_lost=self._on_engine_lost,
         )
 
     # ---- life ------------------------------------------------------------------------------
@@ -111,8 +130,11 @@ class Daemon:
             stack.push_async_callback(self._engine.stop)
             await self._open_admin(stack)
             http = await self._open_http(stack, bound)
+            # However it ends, HTTP is still there to tell the clients.
+            stack.callback(self._engine.ledger.cut_off_all, SHUTTING_DOWN)
             await self._until_stopped(http, stack)
-            await self._drain_before_end()
+            if self._engine.facts is not None:
+                await self._drain_or_hurry()
 
     async def _until_stopped(self, http: asyncio.Task[None], stack: AsyncExitStack) -> None:
         """Wait for a stop; a part that ends by itself takes the daemon with it, loudly."""
@@ -120,6 +142,7 @@ class Daemon:
             http,
             asyncio.create_task(self._keep_engine(), name="engine"),
             asyncio.create_task(self._watch_host(), name="gauges"),
+            asyncio.create_task(self._tuner.serve(), name="tuner"),
         }
         for part in parts - {http}:
             stack.push_async_callback(_cancel, part)
@@ -137,18 +160,13 @@ class Daemon:
         await asyncio.to_thread(keep_calibration, self._store, facts.calibration)
         seconds = time.monotonic() - self._started_s
         name = self._model_ids[0]
-        print(f"sparsed ready: model={name} {self._url} in {seconds:.1f} s", flush=True)
+        print(f"sparsed ready: model={name} {self._config.url} in {seconds:.1f} s", flush=True)
         await self._engine.supervisor.wait()
 
     async def _watch_host(self) -> None:
         device = self._plan.spec.device
         gpu_index = None if device == "cpu" else int(device.partition(":")[2])
-        await self._senses.watch_host(self._pids, gpu_index=gpu_index)
-
-    async def _drain_before_end(self) -> None:
-        if self._engine.facts is not None:
-            await self._drain_or_hurry()
-        self._engine.ledger.cut_off_all(SHUTTING_DOWN)  # while HTTP can still tell their clients
+        await self._senses.watch_host(self._engine.pids, gpu_index=gpu_index)
 
     async def _drain_or_hurry(self) -> None:
         drain = asyncio.create_task(self.drain(timeout_s=self._config.drain_timeout_s))
@@ -191,7 +209,7 @@ class Daemon:
             version=__version__,
             pid=os.getpid(),
             uptime_s=time.monotonic() - self._started_s,
-            http_url=self._url,
+            http_url=self._config.url,
             model=self._model_ids[0],
             device=spec.device,
             dtype=spec.dtype,
@@ -222,12 +240,18 @@ class Daemon:
         if validate_only:
             return board.states(change)
         if not change.knobs == board.wanted == board.knobs:
-            await self._engine.apply(change.knobs)
+            await self._tuner.overtake()
+            await self._engine.apply(board.resolve(values).knobs)
             change = board.resolve(values)  # others may have set what waits for a restart meanwhile
         self._keep_pending(change.pending)
         logger.info("knobs set: %s (%s)", dict(values), reason)
         board.check_in_force(values)
         return board.states()
+
+    async def explain(self) -> Explanation:
+        knobs, facts = self._engine.board.knobs, self._engine.facts
+        windows = self._senses.windows if self._engine.up else ()
+        return await explain(self._store, self._plan, windows, knobs=knobs, facts=facts)
 
     async def drain(self, *, timeout_s: float | None) -> int:
         logger.info("draining %d requests", self._engine.ledger.num_unfinished)
@@ -242,12 +266,13 @@ class Daemon:
             self._tuner.set_mode(mode)
         return self._tuner.state()
 
-    # ---- inside ----------------------------------------------------------------------------
+    async def steer_tuner(
+        self, verb: TunerVerb, *, knob: str, validate_only: bool, reason: str
+    ) -> TunerState:
+        logger.info("tuner: %s %s (%s)", verb, knob, reason)
+        return await self._tuner.steer(verb, knob=knob, validate_only=validate_only)
 
-    @property
-    def _url(self) -> str:
-        host = self._config.host
-        return f"http://{f'[{host}]' if ':' in host else host}:{self._config.port}"
+    # ---- inside ----------------------------------------------------------------------------
 
     @property
     def _model_ids(self) -> tuple[str, ...]:
@@ -271,7 +296,8 @@ class Daemon:
             reasons.append(f"the store lost {lost} writes; is the disk full?")
         if broken := self._senses.totals.verify_mismatches:
             reasons.append(f"{broken} KV pages differed after a copy; see the log")
-        return tuple(reasons)
+        faults = self._senses.faults if self._engine.up else ()
+        return (*reasons, *self._tuner.reasons(), *faults)
 
     def _keep_pending(self, pending: Mapping[str, KnobValue]) -> None:
         file, board = self._config.state_dir.pending_file, self._engine.board
@@ -283,16 +309,16 @@ class Daemon:
             ) from error
         board.keep(pending)
 
-    def _pids(self) -> Iterable[int]:
-        facts = self._engine.facts
-        return (os.getpid(), facts.pid) if facts and self._engine.up else (os.getpid(),)
-
     def _on_snapshot(self, snapshot: Snapshot) -> None:
         self._writer.record_snapshot(self._plan.key, snapshot)
         self._tuner.on_snapshot(snapshot)
 
+    def _on_engine_lost(self, reason: str) -> None:
+        if (values := self._tuner.on_engine_lost(reason)) is not None:
+            self._engine.fall_back(values)
+
     def _telemetry(self) -> Telemetry:
-        spec, facts = self._plan.spec, self._engine.facts
+        facts = self._engine.facts
         return Telemetry(
             totals=self._senses.totals,
             snapshot=self._senses.snapshot,
@@ -300,13 +326,7 @@ class Daemon:
             engine_restarts=self._engine.supervisor.restarts,
             requests_failed=self._engine.ledger.num_failed,
             store_lost_writes=self._writer.lost_writes,
-            labels={
-                "version": __version__,
-                "model": self._model_ids[0],
-                "device": spec.device,
-                "dtype": spec.dtype,
-                "selections": "replayed" if spec.selection_trace else "own",
-            },
+            labels=info_labels(self._plan.spec, name=self._model_ids[0]),
         )
 
     def _http_context(self) -> HttpContext:
@@ -323,20 +343,6 @@ class Daemon:
             api_key=self._config.api_key,
             version=__version__,
         )
-
-
-def _open_store(config: DaemonConfig) -> tuple[Store, str | None]:
-    """The database, or a store in memory and the reason: a bad disk must not keep us down.
-
-    Errors: StartError for a database that is damaged or newer than this version.
-    """
-    try:
-        return open_store(config.state_dir.database), None
-    except StartError as error:
-        if error.code is ExitCode.DATA:
-            raise
-        logger.warning("%s; profiles and measurements are kept in memory only", error)
-        return InMemoryProfileStore(), str(error)
 
 
 async def _cancel(task: asyncio.Task[Any]) -> None:

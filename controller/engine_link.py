@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from sparsed.core import (
     InputError,
     Knobs,
     KnobsApplied,
+    KnobValue,
     LoadProgress,
     Snapshot,
     TokenBatch,
@@ -36,7 +38,8 @@ STOP_TIMEOUT_S = 5.0
 class EngineLink:
     """Routes the engine's messages, and keeps requests and knobs over its deaths.
 
-    Lives on the event loop. ``on_snapshot`` gets every closed window. ``facts`` is None until
+    Lives on the event loop. ``on_snapshot`` gets every closed window, ``on_lost`` why an engine
+    ended unasked, while ``fall_back`` can still choose what the next one begins with. ``facts`` is None until
     the engine is loaded for the first time; ``up`` is whether it runs now.
     """
 
@@ -48,6 +51,7 @@ class EngineLink:
         max_queued: int,
         senses: Senses,
         on_snapshot: Callable[[Snapshot], None],
+        on_lost: Callable[[str], None] = lambda reason: None,
     ) -> None:
         self.facts: EngineFacts | None = None
         self.up = False
@@ -55,6 +59,7 @@ class EngineLink:
         self._log_progress = ProgressLog()
         self._senses = senses
         self._on_snapshot = on_snapshot
+        self._tell_lost = on_lost
         self._answers: dict[int, asyncio.Future[KnobsApplied]] = {}  # by the id of the change
         self.supervisor = Supervisor(
             plan.spec, run_dir=run_dir, on_message=self.on_message, on_lost=self._on_lost
@@ -63,6 +68,7 @@ class EngineLink:
             self._limits(plan, max_queued=max_queued),
             send=self.supervisor.send,
             observe=senses.observe_request,
+            refuse=senses.observe_refusal,
             clock=time.monotonic,
             draw_seed=partial(random.Random(plan.spec.seed).getrandbits, 63),
         )
@@ -93,10 +99,28 @@ class EngineLink:
         if (error := answer.result().error) is not None:
             raise InputError(error)
 
+    async def have(self, values: Mapping[str, KnobValue]) -> None:
+        """Like ``apply`` for some hot knobs; where there is no engine, the next one has them."""
+        if self.up:
+            await self.apply(self.board.wanted.with_values(values))
+        else:
+            self.fall_back(values)
+
+    def fall_back(self, values: Mapping[str, KnobValue]) -> None:
+        """The next engine begins with these hot knobs; only while there is none."""
+        knobs = self.board.knobs.with_values(values)
+        self.supervisor.restart_with(knobs)
+        self.board.take(knobs)
+
     @property
     def _is_applying(self) -> bool:
         stats = self._senses.stats
         return stats is not None and stats.applying is not None
+
+    def pids(self) -> tuple[int, ...]:
+        """Of this process, and of the engine while it runs."""
+        own = os.getpid()
+        return (own, self.facts.pid) if self.facts and self.up else (own,)
 
     async def stop(self) -> None:
         """End what is unfinished with an error, then the engine."""
@@ -127,6 +151,7 @@ class EngineLink:
 
     def _on_ready(self, facts: EngineFacts) -> None:
         self.facts, self.up = facts, True
+        self._senses.on_engine_ready(weights_bytes=facts.weights_bytes)
         self.ledger.on_engine_ready()
 
     def _on_lost(self, reason: str) -> None:
@@ -137,6 +162,7 @@ class EngineLink:
         for answer in self._answers.values():
             if not answer.done():
                 answer.set_exception(InputError(f"the engine died meanwhile: {reason}"))
+        self._tell_lost(reason)
 
     def _on_applied(self, answer: KnobsApplied) -> None:
         self.board.answered(answer.change_id)

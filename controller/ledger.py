@@ -18,6 +18,7 @@ from sparsed.core import (
     CapacityError,
     FinishReason,
     InputError,
+    RefusalReason,
     TokenBatch,
     TokenOutput,
 )
@@ -78,12 +79,14 @@ class Ledger:
         *,
         send: Callable[[AddRequest | AbortRequest], None],
         observe: ObserveRequest,
+        refuse: Callable[[RefusalReason], None],
         clock: Callable[[], float],
         draw_seed: Callable[[], int],
     ) -> None:
         self._limits = limits
         self._send = send
         self._observe = observe
+        self._refuse = refuse
         self._clock = clock
         self._draw_seed = draw_seed
         self._rate = ServiceRate(clock)
@@ -199,15 +202,18 @@ class Ledger:
 
     def _check(self, request: AddRequest) -> None:
         if self._draining:
+            self._refuse(RefusalReason.DRAINING)
             raise Unavailable(SHUTTING_DOWN, retry_after_s=30.0)
         num_prompt, limit = len(request.prompt_tokens), self._limits.max_tokens
         if num_prompt + request.sampling.max_tokens > limit:
+            self._refuse(RefusalReason.TOO_LONG)
             raise CapacityError(
                 f"the prompt has {num_prompt} tokens and max_tokens is "
                 f"{request.sampling.max_tokens}; together at most {limit} fit",
                 field="prompt" if num_prompt >= limit else "max_tokens",
             )
         if len(self._entries) >= self.max_unfinished:
+            self._refuse(RefusalReason.QUEUE_FULL)
             raise Unavailable(
                 f"{len(self._entries)} requests are running or waiting, as many as may "
                 "(max_queued_requests); come back later",

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from sparsed.controller.recovery import TunedValues, tuned_values
 from sparsed.controller.state_dir import StateDir
-from sparsed.core import LinkCalibration, LinkKey, Profile, ProfileKey
+from sparsed.core import ExitCode, LinkCalibration, LinkKey, Profile, ProfileKey, StartError
 from sparsed.db import open_store
+from sparsed.db.memory import InMemoryProfileStore
 from sparsed.db.store import Store
 
+logger = logging.getLogger(__name__)
+
 FindVerified = Callable[[ProfileKey], Profile | None]
+FindTuned = Callable[[ProfileKey], TunedValues]
 FindCalibration = Callable[[LinkKey], LinkCalibration | None]
 
 
@@ -30,6 +36,14 @@ def calibrations_of(state_dir: StateDir) -> FindCalibration:
     return find
 
 
+def tuned_of(state_dir: StateDir) -> FindTuned:
+    def find(key: ProfileKey) -> TunedValues:
+        with _database(state_dir) as store:
+            return tuned_values(store, key) if store else TunedValues()
+
+    return find
+
+
 @contextmanager
 def _database(state_dir: StateDir) -> Iterator[Store | None]:
     """The store; None where there is no file, and none is made."""
@@ -41,3 +55,17 @@ def _database(state_dir: StateDir) -> Iterator[Store | None]:
         yield store
     finally:
         store.close()
+
+
+def open_or_remember(state_dir: StateDir) -> tuple[Store, str | None]:
+    """The database, or a store in memory and the reason: a bad disk must not keep us down.
+
+    Errors: StartError for a database that is damaged or newer than this version.
+    """
+    try:
+        return open_store(state_dir.database), None
+    except StartError as error:
+        if error.code is ExitCode.DATA:
+            raise
+        logger.warning("%s; profiles and measurements are kept in memory only", error)
+        return InMemoryProfileStore(), str(error)

@@ -17,7 +17,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from sparsed.controller.control import Control, DaemonState, DaemonStatus
+from sparsed.controller.control import Control, DaemonState, DaemonStatus, TunerVerb
 from sparsed.controller.interceptor import AdminInterceptor, Changes
 from sparsed.controller.messages import from_enum, from_knob_value, to_message
 from sparsed.controller.profiles import StoredProfiles
@@ -91,6 +91,40 @@ class TuningServicer(rpc.TuningServiceServicer):
         mode = from_enum(request.mode, TunerMode)
         state = self._control.tuner(None if request.options.validate_only else mode)
         return pb.SetModeResponse(state=to_message(state, pb.TunerState()))
+
+    async def Explain(self, request: pb.ExplainRequest, context: Any) -> pb.ExplainResponse:
+        explanation = to_message(await self._control.explain(), pb.Explanation())
+        return pb.ExplainResponse(explanation=explanation)
+
+    async def Start(self, request: pb.StartTuningRequest, context: Any) -> pb.StartTuningResponse:
+        return pb.StartTuningResponse(state=await self._steer(TunerVerb.REVIVE, request))
+
+    async def Stop(self, request: pb.StopTuningRequest, context: Any) -> pb.StopTuningResponse:
+        return pb.StopTuningResponse(state=await self._steer(TunerVerb.KILL, request))
+
+    async def Pause(self, request: pb.PauseRequest, context: Any) -> pb.PauseResponse:
+        return pb.PauseResponse(state=await self._steer(TunerVerb.FREEZE, request))
+
+    async def Resume(self, request: pb.ResumeRequest, context: Any) -> pb.ResumeResponse:
+        return pb.ResumeResponse(state=await self._steer(TunerVerb.UNFREEZE, request))
+
+    async def Approve(self, request: pb.ApproveRequest, context: Any) -> pb.ApproveResponse:
+        return pb.ApproveResponse(state=await self._steer(TunerVerb.APPROVE, request))
+
+    async def Reject(self, request: pb.RejectRequest, context: Any) -> pb.RejectResponse:
+        return pb.RejectResponse(state=await self._steer(TunerVerb.REJECT, request))
+
+    async def Pin(self, request: pb.PinRequest, context: Any) -> pb.PinResponse:
+        state = await self._steer(TunerVerb.PIN, request, knob=request.knob)
+        return pb.PinResponse(state=state)
+
+    async def Unpin(self, request: pb.UnpinRequest, context: Any) -> pb.UnpinResponse:
+        state = await self._steer(TunerVerb.UNPIN, request, knob=request.knob)
+        return pb.UnpinResponse(state=state)
+
+    async def _steer(self, verb: TunerVerb, request: Any, *, knob: str = "") -> pb.TunerState:
+        state = await self._control.steer_tuner(verb, knob=knob, **_plain(request.options))
+        return to_message(state, pb.TunerState())
 
 
 class KnobServicer(rpc.KnobServiceServicer):

@@ -8,31 +8,34 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from sparsed import __version__
 from sparsed.controller.config import DaemonConfig
 from sparsed.controller.control import KnobSource
 from sparsed.controller.links import link_key
 from sparsed.controller.lookups import (
     FindCalibration,
+    FindTuned,
     FindVerified,
     calibrations_of,
-    profiles_of,
 )
 from sparsed.controller.selection_trace import find_selection_trace
+from sparsed.controller.start_values import (
+    Sized,
+    choose_values,
+    find_sources,
+    size_values,
+    warn_of_mismatch,
+)
 from sparsed.controller.tokenizer import Tokenizer
 from sparsed.core import (
     GIB,
-    KNOB_SPECS,
     QUEUED_RECALL_STRIDE,
     RECALL_STRIDE,
     EngineSpec,
     InputError,
-    Knobs,
     KnobValue,
     MachineFacts,
     MemoryPlan,
     ModelShape,
-    Profile,
     ProfileKey,
     Service,
     SparseMethod,
@@ -45,7 +48,6 @@ from sparsed.engine.models.config import ModelConfig, load_config
 from sparsed.engine.models.dummy import dummy_config
 from sparsed.engine.planner import plan_memory, resolve_knobs
 from sparsed.profiler.machine import read_machine
-from sparsed.tuner.export import mismatch
 
 FIT_EXAMPLES_TOKENS = (8_192, 32_768, 131_072)
 
@@ -67,11 +69,10 @@ class StartPlan:
     profile: str  # which profile was taken and why, or why none
     sources: Mapping[str, KnobSource]  # of every knob
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Sized:
-    knobs: Knobs
-    plan: MemoryPlan
+    @property
+    def gpu_plan(self) -> MemoryPlan | None:
+        """What is planned for the memory of a GPU; None on a CPU."""
+        return None if self.spec.device == "cpu" else self.spec.plan
 
 
 def prepare(
@@ -80,11 +81,12 @@ def prepare(
     progress: Progress,
     find_verified: FindVerified | None = None,
     find_calibration: FindCalibration | None = None,
+    find_tuned: FindTuned | None = None,
 ) -> StartPlan:
     """Resolve model, device, profile, knobs and memory. Reads files, may fetch a model: blocks.
 
-    ``find_verified`` and ``find_calibration`` None: profiles and calibrations are read from the
-    database of the state directory, if any.
+    ``find_verified``, ``find_calibration`` and ``find_tuned`` None: profiles, calibrations and
+    what the live tuner left are read from the database of the state directory, if any.
     Errors: InputError naming the field that is wrong or does not fit.
     """
     resolved, model = find_model(config, progress=progress)
@@ -93,10 +95,10 @@ def prepare(
     find_calibration = find_calibration or calibrations_of(config.state_dir)
     dtype = choose_dtype(config.dtype, device=device, model=model)
     key = ProfileKey(hardware=machine.fingerprint, model=resolved.model_id, dtype=dtype)
-    _warn_of_mismatch(config, key)
+    warn_of_mismatch(config, key)
     size = partial(_size, shape=model.shape, machine=machine, device=device, dtype=dtype)
-    profile, why = _choose_profile(config, key, find_verified=find_verified)
-    sized, profile, why = _size_with_profile(size, config.knobs, profile=profile, why=why)
+    chosen = choose_values(config, key, find_verified=find_verified, find_tuned=find_tuned)
+    sized, chosen = size_values(size, config.knobs, chosen=chosen)
     return StartPlan(
         spec=EngineSpec(
             model=f"dummy:{resolved.dummy}" if resolved.dummy else str(resolved.path),
@@ -120,8 +122,8 @@ def prepare(
         tokenizer_dir=resolved.path,
         machine=machine,
         key=key,
-        profile=why,
-        sources=_sources(config, profile=profile),
+        profile=chosen.why,
+        sources=find_sources(config, chosen=chosen),
     )
 
 
@@ -146,9 +148,9 @@ def _size(
     machine: MachineFacts,
     device: str,
     dtype: str,
-) -> _Sized:
+) -> Sized:
     knobs = resolve_knobs(values, shape=shape, machine=machine, device=device, dtype=dtype)
-    return _Sized(knobs=knobs, plan=plan_memory(knobs, shape=shape, dtype=dtype))
+    return Sized(knobs=knobs, plan=plan_memory(knobs, shape=shape, dtype=dtype))
 
 
 def load_tokenizer(plan: StartPlan) -> Tokenizer:
@@ -274,70 +276,3 @@ def choose_dtype(dtype: str, *, device: str, model: ModelConfig) -> str:
     if device == "cpu":
         return "float32"
     return "bfloat16" if model.dtype == "float32" else model.dtype
-
-
-# --------------------------------------------------------------------------------------------
-# Profile
-# --------------------------------------------------------------------------------------------
-
-
-def _warn_of_mismatch(config: DaemonConfig, key: ProfileKey) -> None:
-    """Values tuned elsewhere are obeyed, but not without a word."""
-    if config.tuned_for is not None:
-        for line in mismatch(config.tuned_for, key, versions={"sparsed": __version__}):
-            logger.warning("the config file was made for another place: %s", line)
-
-
-def _choose_profile(
-    config: DaemonConfig, key: ProfileKey, *, find_verified: FindVerified | None
-) -> tuple[Profile | None, str]:
-    if config.no_profile:
-        return None, "none: --no-profile"
-    if config.tuned_for is not None:
-        return None, f"from the config file: {_profile_in_words(config.tuned_for)}"
-    profile = (find_verified or profiles_of(config.state_dir))(key)
-    if profile is None:
-        return None, f"none: no verified one for {key.model}, {key.dtype} on {key.hardware}"
-    return profile, _profile_in_words(profile)
-
-
-def _profile_in_words(profile: Profile) -> str:
-    name = f"#{profile.profile_id}, " if profile.profile_id else ""
-    name += f"pinned, {profile.status}" if profile.pinned else profile.status.value
-    values = "".join(f"; {knob}={value}" for knob, value in profile.values.items())
-    gain = profile.gain_frac
-    evidence = ", no gain over the default proved"
-    if gain is not None:
-        evidence = f", {gain:+.1%} {profile.objective} over the default"
-    return f"{name} for {profile.key.model} on {profile.workload}{evidence}{values}"
-
-
-def _size_with_profile(
-    size: Callable[[Mapping[str, KnobValue]], _Sized],
-    explicit: Mapping[str, KnobValue],
-    *,
-    profile: Profile | None,
-    why: str,
-) -> tuple[_Sized, Profile | None, str]:
-    """Explicit values win over the profile's; a profile that no longer fits is left out."""
-    if profile is not None:
-        try:
-            return size({**profile.values, **explicit}), profile, why
-        except InputError as error:
-            why = f"none: #{profile.profile_id} does not fit this start ({error})"
-            logger.warning("profile left out: %s", why)
-    return size(explicit), None, why
-
-
-def _sources(config: DaemonConfig, *, profile: Profile | None) -> dict[str, KnobSource]:
-    tuned = profile.values if profile else {}
-    sources = {}
-    for spec in KNOB_SPECS:
-        if spec.name in config.knobs:
-            sources[spec.name] = config.origin(spec.name)
-        elif spec.name in tuned:
-            sources[spec.name] = KnobSource.PROFILE
-        else:
-            from_machine = spec.default is None and not spec.auto
-            sources[spec.name] = KnobSource.MACHINE if from_machine else KnobSource.DEFAULT
-    return sources

@@ -36,6 +36,11 @@ class StateDir:
         return self.root / "pending.toml"
 
     @property
+    def tuner_kill_file(self) -> Path:
+        """While it exists the live tuner does nothing."""
+        return self.root / "tuner.kill"
+
+    @property
     def log_file(self) -> Path:
         """Output of a detached daemon."""
         return self.root / "sparsed.log"

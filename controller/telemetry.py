@@ -5,35 +5,74 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
-from sparsed.core import EngineStats, HostGauges, Slo, Snapshot
+from sparsed import __version__
+from sparsed.core import (
+    EngineSpec,
+    EngineStats,
+    HbmUse,
+    HostGauges,
+    MemoryPlan,
+    RefusalCount,
+    RefusalReason,
+    Slo,
+    Snapshot,
+)
 from sparsed.profiler.collectors.gauges import open_gauges
 from sparsed.profiler.export import Exporter, Telemetry
-from sparsed.profiler.window import Window
+from sparsed.profiler.occupancy import occupancy
+from sparsed.profiler.window import STALE_INTERVALS, STALE_S, Window
 
 GAUGES_PERIOD_S = 1.0
+NUM_WINDOWS = STALE_INTERVALS  # kept for a verdict, which says which of them are too old
 
 logger = logging.getLogger(__name__)
+
+
+def info_labels(spec: EngineSpec, *, name: str) -> dict[str, str]:
+    """Labels of ``sparsed_info``; ``name``: of the model, as it is served."""
+    return {
+        "version": __version__,
+        "model": name,
+        "device": spec.device,
+        "dtype": spec.dtype,
+        "selections": "replayed" if spec.selection_trace else "own",
+    }
 
 
 class Senses:
     """Window and metrics of the engine, gauges of the host. Lives on the event loop.
 
-    ``read`` gives what a scrape shows; it is asked only by ``metrics``.
+    ``read`` gives what a scrape shows; it is asked only by ``metrics``. ``gpu_plan``: what is
+    planned for the memory of a GPU, None on a CPU. Gauges that are older than ``STALE_S`` are left
+    out of windows, and ``faults`` says so.
     """
 
-    def __init__(self, read: Callable[[], Telemetry], *, slo: Slo) -> None:
+    def __init__(
+        self, read: Callable[[], Telemetry], *, slo: Slo, gpu_plan: MemoryPlan | None = None
+    ) -> None:
         self._window = Window(clock=time.monotonic)
         self._exporter = Exporter(read, slo=slo)
         self._host = HostGauges()
+        self._host_read_s: float | None = None
         self._has_report = False
+        self._reported_s: float | None = None
+        self._gpu_plan = gpu_plan
+        self._weights_bytes = gpu_plan.weights_bytes if gpu_plan else 0
+        self._windows: deque[Snapshot] = deque(maxlen=NUM_WINDOWS)
+        self._refused: Counter[RefusalReason] = Counter()
 
     @property
     def totals(self) -> EngineStats:
-        """Counters over every engine of this daemon."""
-        return self._window.totals
+        """Counters over every engine of this daemon, and what it has refused itself."""
+        totals = self._window.totals
+        counts = Counter({one.reason: one.count for one in totals.refusals}) + self._refused
+        refusals = tuple(RefusalCount(reason=why, count=count) for why, count in counts.items())
+        return replace(totals, refusals=refusals)
 
     @property
     def stats(self) -> EngineStats | None:
@@ -45,9 +84,30 @@ class Senses:
         """The last window; None when the engine has not reported for three seconds."""
         return self._window.latest()
 
+    @property
+    def windows(self) -> tuple[Snapshot, ...]:
+        """The last windows, the oldest first, however old they are."""
+        return tuple(self._windows)
+
+    @property
+    def faults(self) -> tuple[str, ...]:
+        """Sources that have fallen silent, in words. Call it while an engine runs."""
+        sources = (
+            ("the engine has not reported", self._reported_s),
+            ("the gauges of host and GPU have not been read", self._host_read_s),
+        )
+        ages = [(words, time.monotonic() - at_s) for words, at_s in sources if at_s is not None]
+        return tuple(f"{words} for {age_s:.0f} s" for words, age_s in ages if age_s > STALE_S)
+
+    def on_engine_ready(self, *, weights_bytes: int) -> None:
+        """An engine is loaded, with so many bytes of weights: reports are due from now on."""
+        self._weights_bytes = weights_bytes
+        self._reported_s = time.monotonic()
+
     def on_stats(self, stats: EngineStats) -> Snapshot | None:
         """Close the window with the engine's report of this second."""
         self._has_report = True
+        self._reported_s = time.monotonic()
         for event in stats.recent_quality:
             reads = "everything" if event.is_dense else f"{event.token_budget} tokens"
             logger.warning(
@@ -57,11 +117,21 @@ class Senses:
                 reads,
             )
         self._exporter.observe_steps(stats.recent_step_s)
-        return self._window.close(stats, ended_at=time.time(), host=self._host)
+        host = self._fresh_host()
+        snapshot = self._window.close(
+            stats, ended_at=time.time(), host=host, hbm=self._hbm_use(host)
+        )
+        if snapshot is not None:
+            self._windows.append(snapshot)
+        return snapshot
 
     def observe_request(self, *, ttft_s: float, tpot_s: float | None) -> None:
         self._window.observe_request(ttft_s=ttft_s, tpot_s=tpot_s)
         self._exporter.observe_request(ttft_s=ttft_s, tpot_s=tpot_s)
+
+    def observe_refusal(self, reason: RefusalReason) -> None:
+        """A request that no engine will see."""
+        self._refused[reason] += 1
 
     def metrics(self) -> bytes:
         """Prometheus text of now."""
@@ -77,5 +147,17 @@ class Senses:
             open_gauges(read_pids, gpu_index=gpu_index, clock=time.monotonic) as read,
         ):
             while True:
-                self._host = await loop.run_in_executor(thread, read)
+                gauges = await loop.run_in_executor(thread, read)
+                self._host = replace(gauges, read_at=time.time())
+                self._host_read_s = time.monotonic()
                 await asyncio.sleep(GAUGES_PERIOD_S)
+
+    def _fresh_host(self) -> HostGauges:
+        read_s = self._host_read_s
+        is_fresh = read_s is not None and time.monotonic() - read_s <= STALE_S
+        return self._host if is_fresh else HostGauges()
+
+    def _hbm_use(self, host: HostGauges) -> HbmUse | None:
+        if self._gpu_plan is None:
+            return None
+        return occupancy(self._gpu_plan, host, weights_bytes=self._weights_bytes)

@@ -1,4 +1,4 @@
-"""The live tuner as the daemon sees it: windows go in, advice comes out, nothing is applied."""
+"""Advice as the daemon sees it: windows go in, advice comes out, nothing is applied here."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import sys
 from asyncio.subprocess import PIPE, Process
 from collections import deque
+from collections.abc import Callable
 from typing import Final
 
 import msgspec
@@ -29,7 +30,8 @@ class TunerHost:
     """Collects windows and asks the optimizer process, one question at a time.
 
     Lives on the event loop. The process starts with the first question, which takes
-    ``num_windows`` windows with work in them: an idle daemon never pays for it.
+    ``num_windows`` windows with work in them: an idle daemon never pays for it. ``on_decision``
+    gets every answer, also one that was given before.
     """
 
     def __init__(
@@ -40,12 +42,14 @@ class TunerHost:
         slo: Slo | None = None,
         mode: TunerMode = TunerMode.ADVISE,
         num_windows: int = NUM_WINDOWS,
+        on_decision: Callable[[Decision], None] = lambda decision: None,
     ) -> None:
         self._store: Final = store
         self._key: Final = key
         self._slo: Final = slo or Slo()
         self._mode = mode
         self._windows: deque[Snapshot] = deque(maxlen=num_windows)
+        self._on_decision: Final = on_decision
         self._num_observations = 0
         self._decisions: deque[Decision] = deque(maxlen=MAX_DECISIONS)
         self._process: Process | None = None
@@ -75,7 +79,7 @@ class TunerHost:
             self._windows.clear()
         self._windows.append(snapshot)
         self._num_observations += 1
-        if self._mode is TunerMode.ADVISE and self._may_ask():
+        if self._mode in (TunerMode.ADVISE, TunerMode.AUTO) and self._may_ask():
             self._question = asyncio.create_task(self._ask(tuple(self._windows)))
             self._windows.clear()
 
@@ -99,6 +103,7 @@ class TunerHost:
                 self._decisions.appendleft(decision)
                 logger.info("advice: %s (%s)", dict(decision.values) or "hold", decision.reason)
                 await asyncio.to_thread(self._store.record_decision, self._key, decision)
+            self._on_decision(decision)
         except StoreError as error:
             logger.warning("the store failed the tuner: %s", error)
         except (OSError, ValueError, msgspec.MsgspecError) as error:

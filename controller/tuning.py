@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Mapping, Sequence
-from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,7 +15,8 @@ from rich.console import Console
 from sparsed import __version__
 from sparsed.controller.config import DaemonConfig
 from sparsed.controller.prompts import prompt_source
-from sparsed.controller.startup import StartPlan, prepare
+from sparsed.controller.search_model import search_model, search_space
+from sparsed.controller.startup import prepare
 from sparsed.controller.state_dir import StateLock
 from sparsed.controller.study_log import StudyLog
 from sparsed.controller.study_report import StudyReport, write_report
@@ -35,7 +35,6 @@ from sparsed.controller.workload import (
 )
 from sparsed.controller.writable import check_directory, check_file
 from sparsed.core import (
-    BLOCK_TOKENS,
     AcceptanceWindow,
     ExitCode,
     InputError,
@@ -44,6 +43,7 @@ from sparsed.core import (
     Objective,
     Profile,
     ProfileStatus,
+    SearchMethod,
     StartError,
     TrialResult,
     Workload,
@@ -54,7 +54,7 @@ from sparsed.tuner.export import FORMAT_BY_SUFFIX
 from sparsed.tuner.importance import knob_importance
 from sparsed.tuner.objective import OutOfTime, TrialFailed
 from sparsed.tuner.offline import NUM_REPEATS, StudyOutcome, StudyPlan, run_study
-from sparsed.tuner.space import SearchSpace, build_space, describe_space
+from sparsed.tuner.space import SearchSpace, describe_space
 from sparsed.tuner.verification import Measure
 
 EXIT_INTERRUPTED: Final = 130  # as a shell reports Ctrl-C
@@ -75,6 +75,7 @@ class TuneOptions:
     workload: str
     trials: int
     objective: Objective = Objective.THROUGHPUT
+    method: SearchMethod = SearchMethod.CONSTRAINED
     export: Path | None = None
     output_dir: Path | None = None
     resume: str | None = None
@@ -244,12 +245,24 @@ class _Tune:
         log: StudyLog,
     ) -> StudyOutcome:
         options = self._options
+        model = search_model(
+            self._plan,
+            workload,
+            objective=options.objective,
+            slo=self._slo,
+            calibration=self.bench.calibration,
+        )
+        if options.method is SearchMethod.CONSTRAINED:
+            self._console.print(model.description)
         plan = StudyPlan(
             space=self._space(workload),
             objective=options.objective,
             slo=self._slo,
             num_trials=options.trials,
+            method=options.method,
             seed=options.config.seed,
+            prior=model.prior,
+            memory=model.memory,
         )
         with StudyProgress(self._console, plan=plan, previous=previous) as progress:
 
@@ -329,21 +342,3 @@ class _Tune:
 
     def _say_progress(self, phase: str, frac: float) -> None:
         self._console.print(f"{phase}, {100 * frac:.0f} %")
-
-
-def search_space(plan: StartPlan, *, fixed: AbstractSet[str], workload: Workload) -> SearchSpace:
-    """What a study of ``workload`` on this machine tries; ``fixed``: knobs that were given."""
-    return build_space(
-        plan.spec.knobs,
-        auto_hbm_budget=_auto_hbm_budget(plan),
-        fixed=fixed,
-        workload=workload,
-    )
-
-
-def _auto_hbm_budget(plan: StartPlan) -> int:
-    """Tokens of a lane that the closed form gives: an even share of the arena."""
-    lane_blocks = plan.spec.plan.num_blocks // plan.model.shape.num_lanes
-    knobs = plan.spec.knobs
-    share = lane_blocks * BLOCK_TOKENS // knobs.max_num_active_seqs
-    return min(max(share, knobs.token_budget), knobs.max_model_len)

@@ -15,12 +15,14 @@ from sparsed.core import (
     AcceptanceWindow,
     KnobValue,
     Objective,
+    SearchMethod,
     TrialResult,
     TrialStatus,
     WindowStage,
 )
 from sparsed.tuner.acceptance import worth
 from sparsed.tuner.offline import (
+    ARMS,
     BAYES,
     DEFAULT,
     RANDOM,
@@ -36,7 +38,13 @@ UNITS: Final = {
     Objective.BALANCED: "sqrt(tokens/s x answers/s)",
     Objective.CAPACITY: "tokens/s/GiB",
 }
-ARM_NAMES: Final = {DEFAULT: "default", RANDOM: "best of random", BAYES: "best of Bayesian"}
+ARM_NAMES: Final = {
+    DEFAULT: "default",
+    RANDOM: "best of random",
+    BAYES: "best of Bayesian",
+    ARMS[SearchMethod.SKOPT]: "best of stock scikit-optimize",
+    ARMS[SearchMethod.GRID]: "best of grid",
+}
 
 
 class StudyProgress:
@@ -57,7 +65,7 @@ class StudyProgress:
             console=console,
         )
         done = sum(trial.status is not TrialStatus.INTERRUPTED for trial in previous)
-        total = 1 + 2 * plan.num_trials
+        total = 1 + len(plan.arms) * plan.num_trials
         total += num_windows(num_candidates=NUM_CANDIDATES, rule=self._rule)
         self._task = self._bar.add_task("tuning", total=total, completed=done)
 

@@ -24,8 +24,10 @@ from sparsed.db.models import (
     ConfigRow,
     DecisionRow,
     HardwareRow,
+    LastKnownGoodRow,
     ModelRow,
     ProfileRow,
+    RolloutRow,
     RollupRow,
     SoftwareRow,
     StudyRow,
@@ -37,7 +39,13 @@ from sparsed.db.store import Study
 SharedRow = TypeVar("SharedRow", HardwareRow, SoftwareRow, ModelRow, WorkloadRow, ConfigRow)
 Query = TypeVar("Query", bound="Select[*tuple[Any, ...]]")
 KeyedRow = (
-    type[ProfileRow] | type[StudyRow] | type[RollupRow] | type[DecisionRow] | type[AcceptanceRow]
+    type[ProfileRow]
+    | type[StudyRow]
+    | type[RollupRow]
+    | type[DecisionRow]
+    | type[AcceptanceRow]
+    | type[RolloutRow]
+    | type[LastKnownGoodRow]
 )
 
 if TYPE_CHECKING:

@@ -23,6 +23,7 @@ from sparsed.core import (
     Workload,
 )
 from sparsed.db import rows
+from sparsed.db.memory_rollouts import InMemoryRollouts
 from sparsed.db.rollup import MAX_DECISIONS, RETENTION_S, Rollup, RollupBuilder
 from sparsed.db.store import StoreError, Study, unknown_decision, unknown_study
 
@@ -33,10 +34,11 @@ class _Study:
     trials: list[TrialResult] = field(default_factory=list)
 
 
-class InMemoryProfileStore:
+class InMemoryProfileStore(InMemoryRollouts):
     """``Store`` in this process; ids count from 1 as in SQL."""
 
     def __init__(self) -> None:
+        super().__init__()
         self._lock = Lock()
         self._profiles: list[Profile] = []
         self._studies: list[_Study] = []

@@ -217,3 +217,67 @@ class DecisionRow(Base):
     reason: Mapped[str]
     predicted_score: Mapped[float | None]
     current_score: Mapped[float | None]
+
+
+class RolloutRow(Base):
+    """Steps in the lives of candidates of the live tuner."""
+
+    __tablename__ = "rollout"
+    __table_args__ = (Index(None, "hardware_id", "model_id"),)
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    hardware_id: Mapped[int] = mapped_column(ForeignKey("hardware.id"))
+    model_id: Mapped[int] = mapped_column(ForeignKey("model.id"))
+    config_from_id: Mapped[int] = mapped_column(ForeignKey("config.id"))
+    config_to_id: Mapped[int] = mapped_column(ForeignKey("config.id"))
+    state: Mapped[str]
+    reason: Mapped[str]
+    initiated_by: Mapped[str]
+    at: Mapped[float]
+
+
+class TunerMarkerRow(Base):
+    """Dirty markers: the step of the candidate that is tested, while it is."""
+
+    __tablename__ = "tuner_marker"
+    __table_args__ = (UniqueConstraint("hardware_id", "model_id"),)
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    hardware_id: Mapped[int] = mapped_column(ForeignKey("hardware.id"))
+    model_id: Mapped[int] = mapped_column(ForeignKey("model.id"))
+    rollout_id: Mapped[int] = mapped_column(ForeignKey("rollout.id"))
+
+
+class LastKnownGoodRow(Base):
+    """The newest of a key holds, older ones are kept to look at."""
+
+    __tablename__ = "last_known_good"
+    __table_args__ = (Index(None, "hardware_id", "model_id"),)
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    hardware_id: Mapped[int] = mapped_column(ForeignKey("hardware.id"))
+    model_id: Mapped[int] = mapped_column(ForeignKey("model.id"))
+    config_id: Mapped[int] = mapped_column(ForeignKey("config.id"))
+    moved_at: Mapped[float]
+
+
+class TunerRunRow(Base):
+    """Times of serving with values of the live tuner."""
+
+    __tablename__ = "tuner_run"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    started_at: Mapped[float]
+    alive_at: Mapped[float]
+    ended: Mapped[bool]
+
+
+class TunerControlRow(Base):
+    """At most one row."""
+
+    __tablename__ = "tuner_control"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    pins: Mapped[list[Any]] = mapped_column(JSON)
+    frozen: Mapped[bool]
+    safe_since: Mapped[float | None]

@@ -51,9 +51,14 @@ def open_engine(path: Path) -> Engine:
 
 
 @contextmanager
-def writing(engine: Engine) -> Iterator[Session]:
-    """One transaction that holds the write lock; StoreError if it fails."""
-    with _store_errors(engine), Session(engine) as session, session.begin():
+def writing(engine: Engine, *, durable: bool = False) -> Iterator[Session]:
+    """One transaction that holds the write lock; StoreError if it fails.
+
+    ``durable``: it is on the disk when this returns, and outlives a loss of power; without it a
+    transaction outlives the death of the process only.
+    """
+    bound = engine.execution_options(durable=True) if durable else engine
+    with _store_errors(engine), Session(bound) as session, session.begin():
         yield session
 
 
@@ -84,7 +89,10 @@ def _configure(connection: DBAPIConnection, _record: ConnectionPoolEntry) -> Non
 
 
 def _begin(connection: Connection) -> None:
-    read_only = connection.get_execution_options().get("read_only", False)
+    options = connection.get_execution_options()
+    read_only = options.get("read_only", False)
+    level = "FULL" if options.get("durable", False) else "NORMAL"  # cannot change later
+    connection.exec_driver_sql(f"PRAGMA synchronous = {level}")
     connection.exec_driver_sql("BEGIN" if read_only else "BEGIN IMMEDIATE")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict
 from threading import Lock
-from typing import Any, Final
+from typing import Any
 
 from sqlalchemy import Engine, delete, select
 
@@ -37,16 +37,17 @@ from sparsed.db.models import (
     TrialRow,
     WorkloadRow,
 )
+from sparsed.db.rollouts import SqlRollouts
 from sparsed.db.rollup import MAX_DECISIONS, RETENTION_S, Rollup, RollupBuilder
 from sparsed.db.session import reading, writing
 from sparsed.db.store import Study, unknown_decision, unknown_study
 
 
-class SqlProfileStore:
+class SqlProfileStore(SqlRollouts):
     """``Store`` over an engine from ``open_engine``, which it owns."""
 
     def __init__(self, engine: Engine) -> None:
-        self._engine: Final = engine
+        super().__init__(engine)
         self._builders = tuple(RollupBuilder(period_s) for period_s in RETENTION_S)
         self._builders_lock = Lock()
 

@@ -10,14 +10,19 @@ from sparsed.core import (
     AcceptanceDecision,
     Decision,
     InputError,
+    KnobValue,
+    LastKnownGood,
     LinkCalibration,
     LinkKey,
     Objective,
     Profile,
     ProfileKey,
+    RolloutRecord,
     Slo,
     Snapshot,
     TrialResult,
+    TunerControls,
+    TunerRun,
     Workload,
 )
 from sparsed.db.rollup import Rollup
@@ -160,7 +165,66 @@ class LinkStore(Protocol):
     def find_calibration(self, key: LinkKey) -> LinkCalibration | None: ...
 
 
-class Store(ProfileStore, StudyStore, DecisionStore, TelemetryStore, LinkStore, Protocol):
+class RolloutStore(Protocol):
+    """What the live tuner must not forget. Threads and errors as in ``ProfileStore``; what these
+    write is on the disk when they return.
+
+    Growth is bounded: the newest thousand steps, ten last known goods of each key, hundred runs.
+    """
+
+    def note_rollout(self, key: ProfileKey, record: RolloutRecord) -> None:
+        """Keep a step that leaves marker and last known good alone."""
+        ...
+
+    def mark_rollout(self, key: ProfileKey, record: RolloutRecord) -> None:
+        """Keep the step, and mark its candidate as in force and unproved."""
+        ...
+
+    def settle_rollout(
+        self, key: ProfileKey, record: RolloutRecord, *, good: Mapping[str, KnobValue] | None
+    ) -> None:
+        """Keep the step, clear the marker and, with ``good``, move the last known good to it."""
+        ...
+
+    def fail_marked(self, at: float) -> tuple[RolloutRecord, ...]:
+        """Of every candidate that is marked: keep that it was reverted for a crash, clear the
+        marker. For a start, which finds markers only if the process died."""
+        ...
+
+    def list_rollouts(self, key: ProfileKey) -> tuple[RolloutRecord, ...]:
+        """Newest first."""
+        ...
+
+    def find_good(self, key: ProfileKey) -> LastKnownGood | None:
+        """None where the live tuner never changed anything, or all of it was taken back."""
+        ...
+
+    def begin_run(self, at: float) -> int:
+        """Serving with values of the live tuner begins; returns the id of the run."""
+        ...
+
+    def touch_run(self, run_id: int, at: float) -> None:
+        """It still serves. A hint: not on the disk at once."""
+        ...
+
+    def end_run(self, run_id: int, at: float) -> None:
+        """It ends as it should."""
+        ...
+
+    def list_runs(self) -> tuple[TunerRun, ...]:
+        """Newest first."""
+        ...
+
+    def controls(self) -> TunerControls: ...
+
+    def keep_controls(self, controls: TunerControls, *, forget_runs: bool = False) -> None:
+        """``forget_runs``: crashes so far count no more."""
+        ...
+
+
+class Store(
+    ProfileStore, StudyStore, DecisionStore, TelemetryStore, LinkStore, RolloutStore, Protocol
+):
     """Everything; the opener owns it and closes it once."""
 
     def close(self) -> None: ...

@@ -90,7 +90,8 @@ class ColdContext:
 
     def _copy(self, piece: _Piece) -> Tensor:
         cache = self._cache
-        rows = cache.tables.page_rows(piece.row, piece.first, piece.last)[piece.layer].flatten()
+        rows_HP = cache.tables.layer_page_rows(piece.row, piece.layer, piece.first, piece.last)
+        rows = rows_HP.flatten()
         pages_NX = self._halves[piece.half][: len(rows)]
         target = torch.arange(len(rows), device=rows.device)
         cache.transfer.load(pages_NX, cache.pool.pages_RX, dst_rows=target, src_rows=rows)

@@ -124,6 +124,8 @@ class Runner:
         self._rebalancer.step(self._step)
         for decode in plan.decodes:
             self.kv.make_room(decode.row, decode.position)
+        for chunk in plan.chunks:
+            self.kv.reserve(chunk.row, chunk.end)
         queued, others = self._split(plan.decodes)
         for decode in others:
             self.kv.open_token(decode.row, decode.position)

@@ -248,7 +248,8 @@ def _select_kernel(
                 key_W = page_keys(score_W, id_W, num_full, sink_pages, num_full - recent_pages)
             else:
                 key_W = tl.full([PIECE], -1, tl.int32)
-            # The compiler knows no unpacking, and the tuple's type grows: this loop is unrolled.
+            # Triton compiles no star, which RUF005 asks for. The loop is unrolled, so the tuple has
+            # another type each time round, which mypy takes for an error.
             keys = keys + (key_W,)  # type: ignore[assignment]  # noqa: RUF005
         num_forced = tl.minimum(sink_pages + recent_pages, num_full)
         threshold = find_threshold(keys, count, num_full, num_forced, GROUP, PIECE, PIECES)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -11,6 +11,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from sparsed.core import (
     CopyTotal,
     EngineStats,
+    HbmUse,
     HostGauges,
     LinkProbe,
     RefusalCount,
@@ -105,6 +106,7 @@ class _TelemetryCollector:
         if telemetry.snapshot is not None:
             yield from _engine_gauges(telemetry.snapshot)
             yield from _host_gauges(telemetry.snapshot.host)
+            yield _hbm_gauge(telemetry.snapshot.hbm)
 
 
 def _counters(telemetry: Telemetry) -> Iterator[Metric]:
@@ -220,6 +222,18 @@ def _host_gauges(host: HostGauges) -> Iterator[Metric]:
         h2d=host.pcie_h2d_bytes_per_s,
         d2h=host.pcie_d2h_bytes_per_s,
     )
+
+
+def _hbm_gauge(use: HbmUse | None) -> Metric:
+    family = GaugeMetricFamily(
+        "sparsed_hbm_bytes",
+        "Device memory by owner; those of the hot tier as planned.",
+        labels=["owner"],
+    )
+    for item in fields(HbmUse):
+        if use is not None and (value := getattr(use, item.name)) is not None:
+            family.add_metric([item.name.removesuffix("_bytes").replace("_", "-")], value)
+    return family
 
 
 def _gauge(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from sparsed.core import EngineStats, HostGauges, Snapshot
+from sparsed.core import EngineStats, HbmUse, HostGauges, Snapshot, WaitCount
 from sparsed.profiler.counters import difference
 
 
@@ -31,7 +32,13 @@ class Span:
             self._tpot_s.append(tpot_s)
 
     def close(
-        self, totals: EngineStats, *, now_s: float, ended_at: float, host: HostGauges
+        self,
+        totals: EngineStats,
+        *,
+        now_s: float,
+        ended_at: float,
+        host: HostGauges,
+        hbm: HbmUse | None = None,
     ) -> Snapshot:
         """The figures from the start to ``now_s``, which must lie after it."""
         window_s = now_s - self.started_s
@@ -68,7 +75,17 @@ class Span:
             tpot_p95_s=percentile(tpot_s, 0.95),
             host=host,
             knobs=grown.knobs,
+            step_s=grown.step_s,
+            selected_pages_per_step=_ratio(grown.hot_hits + grown.hot_misses, grown.steps),
+            exposed_s_per_step=_ratio(grown.exposed_s, grown.timed_steps),
+            waiting=_waiting(totals),
+            hbm=hbm,
         )
+
+
+def _waiting(stats: EngineStats) -> tuple[WaitCount, ...]:
+    reasons = Counter(one.reason for one in stats.waiting)
+    return tuple(WaitCount(reason=reason, count=count) for reason, count in reasons.most_common())
 
 
 def percentile(ordered: Sequence[float], frac: float) -> float | None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from sparsed.core import EngineStats, HostGauges, Snapshot
+from sparsed.core import EngineStats, HbmUse, HostGauges, Snapshot
 from sparsed.profiler.counters import advance
 from sparsed.profiler.span import Span
 
 INTERVAL_S = 1.0
 STALE_INTERVALS = 3
+STALE_S = STALE_INTERVALS * INTERVAL_S  # what is older tells nothing of now
 MIN_WINDOW_S = 0.02  # the shortest any source can fill; shorter windows have no rates
 
 
@@ -37,7 +38,12 @@ class Window:
         self._span.add_request(ttft_s=ttft_s, tpot_s=tpot_s)
 
     def close(
-        self, stats: EngineStats, *, ended_at: float, host: HostGauges | None = None
+        self,
+        stats: EngineStats,
+        *,
+        ended_at: float,
+        host: HostGauges | None = None,
+        hbm: HbmUse | None = None,
     ) -> Snapshot | None:
         """End the window with the report that just arrived; ``ended_at`` is epoch seconds.
 
@@ -50,7 +56,7 @@ class Window:
         if now_s - self._span.started_s < MIN_WINDOW_S:
             return None
         snapshot = self._span.close(
-            self._totals, now_s=now_s, ended_at=ended_at, host=host or HostGauges()
+            self._totals, now_s=now_s, ended_at=ended_at, host=host or HostGauges(), hbm=hbm
         )
         self._span = Span(self._totals, started_s=now_s)
         self._latest = snapshot
@@ -59,4 +65,4 @@ class Window:
     def latest(self) -> Snapshot | None:
         """The last window; None once three intervals have passed without a new report."""
         age_s = self._clock() - self._span.started_s
-        return self._latest if age_s <= STALE_INTERVALS * INTERVAL_S else None
+        return self._latest if age_s <= STALE_S else None

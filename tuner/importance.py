@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Mapping, Sequence
 from statistics import fmean, pvariance
@@ -11,7 +10,7 @@ from typing import Final
 from sparsed.core import TrialResult, TrialStatus
 from sparsed.tuner.policy import draw
 from sparsed.tuner.space import Point, SearchSpace
-from sparsed.tuner.surrogate import Surrogate
+from sparsed.tuner.surrogate import Surrogate, penalized
 
 MIN_POINTS: Final = 4  # different configurations; of fewer a model says nothing
 NUM_SAMPLES: Final = 256
@@ -33,7 +32,9 @@ def knob_importance(
     scores = [item.score for item in known]
     if len(set(points)) < MIN_POINTS or not any(scores):
         return {}
-    model = Surrogate.fit(space, points=points, scores=scores, seed=seed)
+    values = penalized(scores)
+    centre = fmean(values)
+    model = Surrogate.fit(space, points=points, values=values, centre=centre, seed=seed)
     generator = random.Random(f"{seed} importance")
     samples = draw(space, generator=generator, num_points=NUM_SAMPLES, seen=set())
     base = _log_scores(model, samples)
@@ -61,7 +62,7 @@ def pareto_front(trials: Sequence[TrialResult], *, cost: str) -> tuple[TrialResu
 
 
 def _log_scores(model: Surrogate, points: Sequence[Point]) -> list[float]:
-    return [math.log(item.score) for item in model.predict(points)]
+    return [item.mean for item in model.predict(points)]
 
 
 def _with_rung(point: Point, axis: int, rung: int) -> Point:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from statistics import fmean, median
 from typing import Final
@@ -10,13 +11,12 @@ from sparsed.core import KNOBS_BY_NAME, Decision, Knobs, KnobValue, TrialResult,
 from sparsed.tuner.guard import guard
 from sparsed.tuner.messages import LiveContext
 from sparsed.tuner.policy import neighbours
-from sparsed.tuner.space import Point, SearchSpace, build_space
-from sparsed.tuner.surrogate import Surrogate
+from sparsed.tuner.space import Point, SearchSpace, build_space, live_space
+from sparsed.tuner.surrogate import Surrogate, penalized
 
 MIN_BUSY_FRAC: Final = 0.5  # of the windows
 MIN_TRIALS: Final = 4
 MIN_GAIN_FRAC: Final = 0.03  # below this the incumbent stays
-RESTART_KNOBS: Final = frozenset({"page_size"})
 MAX_HBM_BUDGET: Final = int(KNOBS_BY_NAME["hbm_budget"].maximum or 0)
 
 Change = tuple[Mapping[str, KnobValue], str]  # values and reason; no values: hold
@@ -78,26 +78,22 @@ def improve(
     near = neighbours(space, here)
     # On auto a request keeps what it can: as much as its length where there is room.
     whole = build_space(current, auto_hbm_budget=min(current.max_model_len, MAX_HBM_BUDGET))
+    values = penalized([trial.score for trial in done])
     model = Surrogate.fit(
         whole,
         points=[whole.encode(trial.values) for trial in done],
-        scores=[trial.score for trial in done],
+        values=values,
+        centre=fmean(values),
         seed=0,
     )
     ours, *theirs = model.predict([_lift(point, space, whole) for point in (here, *near)])
-    best = max(range(len(near)), key=lambda i: theirs[i].score)
-    if theirs[best].low < ours.score * (1.0 + MIN_GAIN_FRAC):
+    best = max(range(len(near)), key=lambda i: theirs[i].mean)
+    gain = theirs[best].mean - ours.mean
+    if gain - theirs[best].deviation < math.log(1.0 + MIN_GAIN_FRAC):
         return {}, "no step is surely better by the trials of this machine", 1.0
-    values = guard(space.decode(near[best]), current=current, space=space)
-    ratio = theirs[best].score / ours.score
-    return values, f"trials of this machine predict {ratio - 1.0:+.0%} tokens/s", ratio
-
-
-def live_space(current: Knobs) -> SearchSpace:
-    """Hot knobs only; a hot budget on auto is left to its closed form."""
-    auto = {"hbm_budget"} if current.hbm_budget is None else set()
-    hbm_budget = current.hbm_budget or current.token_budget
-    return build_space(current, auto_hbm_budget=hbm_budget, fixed=RESTART_KNOBS | auto)
+    changes = guard(space.decode(near[best]), current=current, space=space)
+    ratio = math.exp(gain)
+    return changes, f"trials of this machine predict {ratio - 1.0:+.0%} tokens/s", ratio
 
 
 def _lift(point: Point, space: SearchSpace, whole: SearchSpace) -> Point:

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from sparsed.core import Guard, Measurement, Objective, Slo, TrialStatus
+from sparsed.core import Guard, Measurement, Objective, Slo, TrialResult, TrialStatus
+from sparsed.tuner.policy import Constraint, Crash, Observation
 
 METRICS: Final = {
     Objective.THROUGHPUT: "output_tokens_per_s",
@@ -18,6 +19,19 @@ METRICS: Final = {
 }
 ANSWER_TOKENS: Final = 256  # of the answer that latency is stated for
 GIB: Final = 1 << 30
+LEAST_LOSS: Final = 1e-3  # of attention: a floor nearer to 1 cannot be told from 1
+MAX_HBM_FRAC: Final = 1.0  # of the device, all its users together
+MAX_LINK_BUSY_FRAC: Final = 0.9
+LEAST_SCORE: Final = 1e-9  # of a run that gave nothing: its logarithm must be finite
+CRASHES: Final = {
+    TrialStatus.OUT_OF_MEMORY: Crash.OOM_DEVICE,
+    TrialStatus.HOST_OUT_OF_MEMORY: Crash.OOM_HOST_PINNED,
+    TrialStatus.DEVICE_ERROR: Crash.CUDA_ERROR,
+    TrialStatus.INVALID_CONFIG: Crash.INVALID_CONFIG,
+    TrialStatus.TIMEOUT: Crash.TIMEOUT,
+    TrialStatus.ENGINE_ERROR: Crash.ENGINE_BUG,
+    TrialStatus.INTERRUPTED: Crash.INTERRUPTED,
+}
 
 
 class TrialFailed(Exception):
@@ -72,6 +86,8 @@ def describe(measurement: Measurement, *, slo: Slo) -> dict[str, float]:
         "hot_hit_frac": measurement.hot_hit_frac,
         "h2d_bytes": float(measurement.h2d_bytes),
         "hot_peak_bytes": float(measurement.hot_peak_bytes),
+        "hbm_peak_frac": measurement.hbm_peak_frac,
+        "link_busy_frac": measurement.link_busy_frac,
         "errors": float(measurement.errors),
     }
     return {
@@ -93,6 +109,44 @@ def window_metrics(measurement: Measurement, *, slo: Slo) -> dict[str, float | N
         Guard.QUALITY: 1.0 if recall is None and not measurement.sparse_steps else recall,
     }
     return {str(name): value for name, value in (guards | describe(measurement, slo=slo)).items()}
+
+
+def observe(trial: TrialResult, *, objective: Objective, slo: Slo) -> Observation:
+    """What a search may learn of a trial, also of one that missed its targets."""
+    if crash := CRASHES.get(trial.status):
+        return Observation(values=trial.values, objective=None, crash=crash)
+    score = max(trial.metrics.get(METRICS[objective], 0.0), LEAST_SCORE)
+    return Observation(
+        values=trial.values,
+        objective=math.log(score),
+        slacks=slacks(trial.metrics, objective=objective, slo=slo),
+    )
+
+
+def slacks(
+    metrics: Mapping[str, float], *, objective: Objective, slo: Slo
+) -> dict[Constraint, float]:
+    """Figure over target minus one, of every target that the objective holds a run against;
+    quality is the attention lost over what may be lost. Device memory and the link where a GPU
+    told of them."""
+    found: dict[Constraint, float] = {}
+    for constraint, name, limit in (
+        (Constraint.HBM, "hbm_peak_frac", MAX_HBM_FRAC),
+        (Constraint.LINK, "link_busy_frac", MAX_LINK_BUSY_FRAC),
+    ):
+        if name in metrics:
+            found[constraint] = metrics[name] / limit - 1.0
+    if objective is not Objective.GOODPUT:
+        for constraint, name, target in (
+            (Constraint.TTFT, "ttft_p95_s", slo.ttft_s),
+            (Constraint.TPOT, "tpot_p95_s", slo.tpot_s),
+        ):
+            if target is not None and name in metrics:
+                found[constraint] = metrics[name] / target - 1.0
+    if slo.min_recall is not None and metrics.get("sparse_steps", 0.0) > 0:
+        lost = 1.0 - metrics.get("attention_recall", 0.0)  # unknown is no better than none
+        found[Constraint.QUALITY] = lost / max(1.0 - slo.min_recall, LEAST_LOSS) - 1.0
+    return found
 
 
 def percentile(values: Sequence[float], frac: float) -> float | None:

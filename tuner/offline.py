@@ -1,4 +1,4 @@
-"""The offline study: default first, two arms at equal budget, then a tested winner or none."""
+"""The offline study: default first, a search beside a random one, then a tested winner or none."""
 
 from __future__ import annotations
 
@@ -12,16 +12,21 @@ from sparsed.core import (
     DecisionState,
     KnobValue,
     Objective,
+    SearchMethod,
     Slo,
     TrialResult,
     TrialStatus,
     WindowStage,
 )
 from sparsed.tuner.acceptance import BROKEN, worth
+from sparsed.tuner.beliefs import Prior, expect_nothing
+from sparsed.tuner.candidates import pick_candidates
+from sparsed.tuner.constrained import ConstrainedSearch, MemoryLimit
 from sparsed.tuner.explain import explain
-from sparsed.tuner.objective import OutOfTime, TrialFailed, Verdict, judge
-from sparsed.tuner.policy import BayesSearch, Observation, RandomSearch, SearchBackend
+from sparsed.tuner.objective import OutOfTime, TrialFailed, Verdict, judge, observe
+from sparsed.tuner.policy import GridSearch, Observation, RandomSearch, SearchBackend
 from sparsed.tuner.space import SearchSpace
+from sparsed.tuner.stock import StockSearch
 from sparsed.tuner.verification import (
     NUM_CANDIDATES,
     Comparison,
@@ -33,6 +38,12 @@ from sparsed.tuner.verification import (
 DEFAULT: Final = "default"
 BAYES: Final = "bayes"
 RANDOM: Final = "random"
+ARMS: Final = {
+    SearchMethod.CONSTRAINED: BAYES,
+    SearchMethod.SKOPT: "skopt",
+    SearchMethod.GRID: "grid",
+    SearchMethod.RANDOM: RANDOM,
+}
 VERIFY: Final = "verify"  # studies of earlier versions kept such trials
 NUM_REPEATS: Final = 2  # measurements of a trial
 SEARCH_ORDER: Final = 0
@@ -41,14 +52,24 @@ SEARCH_TIME_FRAC: Final = 0.4  # of the time there is: a search without a test p
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StudyPlan:
-    """``num_trials`` is the budget of each arm; a trial is ``num_repeats`` measurements."""
+    """``num_trials`` is the budget of each arm; a trial is ``num_repeats`` measurements.
+    ``prior`` and ``memory``: what an analytic model of this machine says, for the constrained
+    search."""
 
     space: SearchSpace
     objective: Objective
     slo: Slo
     num_trials: int
     seed: int
+    method: SearchMethod = SearchMethod.CONSTRAINED
     num_repeats: int = NUM_REPEATS
+    prior: Prior = expect_nothing
+    memory: MemoryLimit | None = None
+
+    @property
+    def arms(self) -> tuple[str, ...]:
+        """Names of the arms in the order of their turns; random search is one always."""
+        return tuple(dict.fromkeys((ARMS[self.method], RANDOM)))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -145,15 +166,11 @@ class _Study:
         return self.default.status not in BROKEN
 
     def search(self, left_frac: Callable[[], float]) -> None:
-        """Both arms in turn, so that a drifting machine treats them alike, while there is time."""
-        space, seed = self._plan.space, self._plan.seed
-        arms: dict[str, SearchBackend] = {
-            BAYES: BayesSearch(space=space, seed=seed),
-            RANDOM: RandomSearch(space=space, seed=seed),
-        }
+        """All arms in turn, so that a drifting machine treats them alike, while there is time."""
+        backends = {arm: _backend(arm, self._plan) for arm in self._plan.arms}
         try:
             for turn in range(self._plan.num_trials):
-                for arm, backend in arms.items():
+                for arm, backend in backends.items():
                     if left_frac() <= 1.0 - SEARCH_TIME_FRAC:
                         raise OutOfTime
                     self._try_next(arm, backend, turn=turn)
@@ -161,14 +178,14 @@ class _Study:
             self._was_cut = True
 
     def verify(self, record: Callable[[AcceptanceWindow], None]) -> StudyOutcome:
-        """The best few and the default again, in other arrival orders; then the one whose worst
-        run is the best against the default, in pairs."""
+        """What the search recommends, the next best and the default again, in other arrival
+        orders; then the one whose worst run is the best against the default, in pairs."""
         if not any(trial.score is not None for trial in self._trials):
             return self.outcome("no configuration met its targets; the default stays")
         candidates = self._candidates()
         if not candidates:
             cut = " in the time that the search had" if self._was_cut else ""
-            return self.outcome(f"nothing scored above the default{cut}; the default stays")
+            return self.outcome(f"nothing is better than the default{cut}; the default stays")
         verification = Verification(
             self._measure,
             objective=self._plan.objective,
@@ -203,22 +220,32 @@ class _Study:
         )
 
     def _candidates(self) -> list[TrialResult]:
-        """The best few that scored above the default, each configuration once, the best first."""
-        bar = self.default.score or 0.0
-        above = [trial for trial in self._trials if (trial.score or 0.0) > bar]
-        chosen: list[TrialResult] = []
-        for trial in sorted(above, key=lambda trial: trial.score or 0.0, reverse=True):
-            if trial.values not in [self.default.values, *(other.values for other in chosen)]:
-                chosen.append(trial)
-        return chosen[:NUM_CANDIDATES]
+        """What the search recommends by all that was observed, and the next best."""
+        incumbent = self._plan.space.default_values
+        backend = _backend(self._plan.arms[0], self._plan)
+        observed = [self._observe(trial) for trial in self._trials]
+        return pick_candidates(
+            self._trials,
+            space=self._plan.space,
+            default=self.default.values,
+            recommended=backend.recommend(observed, incumbent=incumbent).values,
+            keeps_limits=lambda trial: self._observe(trial).is_feasible,
+            most=NUM_CANDIDATES,
+        )
 
     def _try_next(self, arm: str, backend: SearchBackend, *, turn: int) -> None:
         if len(self._of_arm(arm)) > turn:
             return  # done by an earlier run
-        seen = [self.default, *self._of_arm(arm)]
-        suggestion = backend.suggest([Observation(x.values, x.score) for x in seen])
+        suggestion = backend.suggest(
+            [self._observe(trial) for trial in (self.default, *self._of_arm(arm))],
+            incumbent=self._plan.space.default_values,
+            num_left=self._plan.num_trials - turn,
+        )
         if suggestion is not None:
             self._run(arm, suggestion.values)
+
+    def _observe(self, trial: TrialResult) -> Observation:
+        return observe(trial, objective=self._plan.objective, slo=self._slo)
 
     def _of_arm(self, arm: str) -> list[TrialResult]:
         return [trial for trial in self._trials if trial.arm == arm]
@@ -249,6 +276,17 @@ class _Study:
         self._number += 1
         self._trials.append(trial)
         self._record(trial)
+
+
+def _backend(arm: str, plan: StudyPlan) -> SearchBackend:
+    space, seed = plan.space, plan.seed
+    if arm == BAYES:
+        return ConstrainedSearch(space=space, seed=seed, prior=plan.prior, memory=plan.memory)
+    if arm == ARMS[SearchMethod.SKOPT]:
+        return StockSearch(space=space, seed=seed)
+    if arm == ARMS[SearchMethod.GRID]:
+        return GridSearch(space=space, seed=seed)
+    return RandomSearch(space=space, seed=seed)
 
 
 def summarize(

@@ -1,4 +1,4 @@
-"""Which configuration to try next.
+"""Which configuration to try next: the protocol of all backends, and the two that learn nothing.
 
 A backend keeps no state: it is asked with everything observed so far. The same seed and the same
 observations give the same suggestion, so that a resumed study goes on as if never stopped.
@@ -6,24 +6,70 @@ observations give the same suggestion, so that a resumed study goes on as if nev
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from enum import StrEnum
 from itertools import product
 from typing import Final, NamedTuple, Protocol
 
 from sparsed.core import KnobValue
 from sparsed.tuner.space import Ladder, Point, SearchSpace
-from sparsed.tuner.surrogate import Surrogate
-
-NUM_CANDIDATES: Final = 400  # points the acquisition function is looked up at
-TRUST_RADIUS_FRAC: Final = 0.15  # of the rungs of a ladder
 
 
-class Observation(NamedTuple):
+class Constraint(StrEnum):
+    """What a configuration must keep, beside being good."""
+
+    TTFT = "ttft"
+    TPOT = "tpot"
+    HBM = "hbm"  # peak under load
+    LINK = "link"  # share of time the link is busy
+    QUALITY = "quality"
+
+
+class Crash(StrEnum):
+    """Why a trial gave no figures."""
+
+    OOM_DEVICE = "oom_device"
+    OOM_HOST_PINNED = "oom_host_pinned"
+    CUDA_ERROR = "cuda_error"
+    XID = "xid"
+    TIMEOUT = "timeout"
+    INVALID_CONFIG = "invalid_config"
+    SATURATED = "saturated"
+    ENGINE_BUG = "engine_bug"
+    INTERRUPTED = "interrupted"
+
+
+# The others say something of the load, the code or the user, and nothing of the configuration.
+TEACHING_CRASHES: Final = frozenset(
+    {
+        Crash.OOM_DEVICE,
+        Crash.OOM_HOST_PINNED,
+        Crash.CUDA_ERROR,
+        Crash.XID,
+        Crash.TIMEOUT,
+        Crash.INVALID_CONFIG,
+    }
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Observation:
+    """What one trial gave. ``objective`` is a logarithm, higher is better, and there also where a
+    target is missed; None after a crash. ``slacks``: figure over limit minus one, 0 or less is
+    good; a constraint without a figure is left out."""
+
     values: Mapping[str, KnobValue]
-    score: float | None  # None: infeasible
+    objective: float | None
+    slacks: Mapping[Constraint, float] = field(default_factory=dict)
+    crash: Crash | None = None
+
+    @property
+    def is_feasible(self) -> bool:
+        return self.objective is not None and all(slack <= 0 for slack in self.slacks.values())
 
 
 class Suggestion(NamedTuple):
@@ -32,9 +78,25 @@ class Suggestion(NamedTuple):
 
 
 class SearchBackend(Protocol):
-    """Proposes valid configurations that were not observed yet; None when there are none left."""
+    """``incumbent`` is what runs now, and what stays unless something is better. Whatever is
+    suggested is valid, and no configuration that crashed comes again."""
 
-    def suggest(self, observations: Sequence[Observation]) -> Suggestion | None: ...
+    def suggest(
+        self,
+        observations: Sequence[Observation],
+        *,
+        incumbent: Mapping[str, KnobValue],
+        num_left: int,
+    ) -> Suggestion | None:
+        """What to try with ``num_left`` trials left, this one included; None: nothing is left
+        to learn, or nothing is safe to try."""
+        ...
+
+    def recommend(
+        self, observations: Sequence[Observation], *, incumbent: Mapping[str, KnobValue]
+    ) -> Suggestion:
+        """The configuration to take by what was observed."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,47 +106,80 @@ class RandomSearch:
     space: SearchSpace
     seed: int
 
-    def suggest(self, observations: Sequence[Observation]) -> Suggestion | None:
+    def suggest(
+        self,
+        observations: Sequence[Observation],
+        *,
+        incumbent: Mapping[str, KnobValue],
+        num_left: int,
+    ) -> Suggestion | None:
         seen = {self.space.encode(item.values) for item in observations}
         generator = random.Random(f"{self.seed}:{len(observations)}")
         points = draw(self.space, generator=generator, num_points=1, seen=seen)
         return Suggestion(self.space.decode(points[0]), "random") if points else None
 
+    def recommend(
+        self, observations: Sequence[Observation], *, incumbent: Mapping[str, KnobValue]
+    ) -> Suggestion:
+        return best_observed(observations, incumbent=incumbent, space=self.space)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class BayesSearch:
-    """Gaussian process with expected improvement on the log score (scikit-optimize).
-
-    The acquisition function is looked up in a trust region round the best point, among points
-    not seen yet: a few trials in five dimensions say little about the far corners, and the
-    library's own ``ask`` may repeat a point. Random until one point is feasible.
-    """
+class GridSearch:
+    """All combinations of a few evenly spaced rungs of every ladder, in random order; with
+    twice as fine a spacing once they are through."""
 
     space: SearchSpace
     seed: int
 
-    def suggest(self, observations: Sequence[Observation]) -> Suggestion | None:
-        best = max(observations, key=lambda item: item.score or 0.0, default=None)
-        if best is None or best.score is None:
-            return RandomSearch(space=self.space, seed=~self.seed).suggest(observations)
-        points = [self.space.encode(item.values) for item in observations]
-        generator = random.Random(f"{self.seed}:{len(observations)}")
-        candidates = draw(
-            self.space,
-            generator=generator,
-            num_points=NUM_CANDIDATES,
-            seen=set(points),
-            centre=self.space.encode(best.values),
-        )
-        if not candidates:
-            return None
-        scores = [item.score for item in observations]
-        seed = generator.randrange(1 << 31)
-        model = Surrogate.fit(self.space, points=points, scores=scores, seed=seed)
-        gains = model.expected_improvement(candidates)
-        chosen = max(range(len(candidates)), key=gains.__getitem__)
-        reason = f"expected improvement, learned from {len(points)} trials"
-        return Suggestion(self.space.decode(candidates[chosen]), reason)
+    def suggest(
+        self,
+        observations: Sequence[Observation],
+        *,
+        incumbent: Mapping[str, KnobValue],
+        num_left: int,
+    ) -> Suggestion | None:
+        seen = {self.space.encode(item.values) for item in observations}
+        for level in self._levels(len(observations) + num_left):
+            grid = [_spaced(len(ladder.rungs), level) for ladder in self.space.ladders]
+            points = [p for p in product(*grid) if p not in seen and self.space.is_valid(p)]
+            if points:
+                chosen = random.Random(f"{self.seed}:{len(observations)}").choice(points)
+                return Suggestion(self.space.decode(chosen), f"grid of {level} rungs a knob")
+        return None
+
+    def recommend(
+        self, observations: Sequence[Observation], *, incumbent: Mapping[str, KnobValue]
+    ) -> Suggestion:
+        return best_observed(observations, incumbent=incumbent, space=self.space)
+
+    def _levels(self, num_trials: int) -> Iterator[int]:
+        """Rungs a ladder: as many as the trials reach for, then twice as many, up to all."""
+        longest = max((len(ladder.rungs) for ladder in self.space.ladders), default=1)
+        level = max(2, int(num_trials ** (1 / max(1, len(self.space.ladders)))))
+        while level < longest:
+            yield level
+            level *= 2
+        yield longest
+
+
+def best_observed(
+    observations: Sequence[Observation],
+    *,
+    incumbent: Mapping[str, KnobValue],
+    space: SearchSpace,
+) -> Suggestion:
+    """The best single observation within all limits, as simple searches recommend."""
+    feasible = [item for item in observations if item.is_feasible]
+    if not feasible:
+        return Suggestion(plain(space, incumbent), "nothing met its targets")
+    best = max(feasible, key=lambda item: item.objective or -math.inf)
+    return Suggestion(plain(space, best.values), "the best one observed")
+
+
+def plain(space: SearchSpace, values: Mapping[str, KnobValue]) -> dict[str, KnobValue]:
+    """The values of all ladders."""
+    return space.decode(space.encode(values))
 
 
 def draw(
@@ -94,10 +189,12 @@ def draw(
     num_points: int,
     seen: AbstractSet[Point],
     centre: Point | None = None,
+    radius: float = 1.0,
 ) -> list[Point]:
-    """Up to ``num_points`` distinct valid points outside ``seen``, within the trust region of
-    ``centre`` if one is given; from everywhere if none is left there; none if none is left."""
-    ranges = [_rungs_around(ladder, rung) for ladder, rung in _with_rung(space, centre)]
+    """Up to ``num_points`` distinct valid points outside ``seen``, within ``radius`` (a share of
+    every ladder, one rung at least) of ``centre`` if one is given; from everywhere if none is
+    left there; none if none is left."""
+    ranges = [_rungs_around(ladder, rung, radius) for ladder, rung in _with_rung(space, centre)]
     found: dict[Point, None] = {}
     for _ in range(4 * num_points + 100):
         point = tuple(generator.choice(rungs) for rungs in ranges)
@@ -123,13 +220,20 @@ def _with_rung(space: SearchSpace, centre: Point | None) -> Iterator[tuple[Ladde
     return zip(space.ladders, centre or (None,) * len(space.ladders), strict=True)
 
 
-def _rungs_around(ladder: Ladder, rung: int | None) -> range:
+def _rungs_around(ladder: Ladder, rung: int | None, radius: float) -> range:
     size = len(ladder.rungs)
     if rung is None:
         return range(size)
-    radius = max(1, round(TRUST_RADIUS_FRAC * size))
-    return range(max(0, rung - radius), min(size, rung + radius + 1))
+    reach = max(1, math.floor(radius * (size - 1)))
+    return range(max(0, rung - reach), min(size, rung + reach + 1))
 
 
 def _moved(point: Point, steps: Mapping[int, int]) -> Point:
     return tuple(rung + steps.get(axis, 0) for axis, rung in enumerate(point))
+
+
+def _spaced(size: int, level: int) -> list[int]:
+    """Up to ``level`` numbers of rungs from the first to the last."""
+    if level >= size:
+        return list(range(size))
+    return sorted({round(i * (size - 1) / (level - 1)) for i in range(level)})

@@ -8,20 +8,9 @@ docs/performance.md.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import Final
 
-from sparsed.core import GpuRates, MemoryPlan, ModelShape
-
-
-class Bound(StrEnum):
-    """What takes most of the time, or what runs out first."""
-
-    HBM = "HBM-bound"  # bytes read from the memory of the device
-    LINK = "link-bound"  # pages loaded from the DRAM tier
-    COMPUTE = "compute-bound"  # products of matrices, those of prompts above all
-    LATENCY = "latency-bound"  # small kernels that wait for each other
-    CAPACITY = "capacity-bound"  # more requests would pay, and do not fit
+from sparsed.core import Bound, GpuRates, MemoryPlan, ModelShape
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -23,7 +23,7 @@ from sparsed.core import ExitCode, StartError
 
 if TYPE_CHECKING:
     from sparsed.controller.control import DaemonStatus
-    from sparsed.core import CopyTotal, EngineStats, Snapshot
+    from sparsed.core import CopyTotal, EngineStats, HbmUse, LinkProbe, Snapshot
 
 POLL_S = 0.2
 
@@ -115,7 +115,11 @@ def _lines(now: DaemonStatus) -> Iterator[tuple[str, object]]:
     if now.stats:
         yield from _tier_lines(now.stats)
     if now.snapshot:
+        if now.snapshot.hbm:
+            yield from _hbm_lines(now.snapshot.hbm)
         yield from _traffic_lines(now.snapshot)
+        if now.facts:
+            yield "link in use H2D / D2H", _link_shares(now.snapshot, now.facts.link)
 
 
 def _tier_lines(stats: EngineStats) -> Iterator[tuple[str, object]]:
@@ -163,6 +167,32 @@ def _queue_lines(stats: EngineStats) -> Iterator[tuple[str, object]]:
 
 def _counts(counts: Iterable[tuple[str, int]]) -> str:
     return ", ".join(f"{count} {reason}" for reason, count in counts)
+
+
+def _hbm_lines(use: HbmUse) -> Iterator[tuple[str, object]]:
+    """Device memory by owner; a line is missing where the driver does not tell."""
+    for owner, size_bytes in (
+        ("weights", use.weights_bytes),
+        ("hot pages", use.hot_pages_bytes),
+        ("summaries", use.summaries_bytes),
+        ("page tables", use.tables_bytes),
+        ("staging", use.staging_bytes),
+        ("prefill buffers", use.prefill_buffer_bytes),
+        ("rest of the engine", use.rest_bytes),
+        ("other processes", use.others_bytes),
+        ("free", use.free_bytes),
+    ):
+        if size_bytes is not None:
+            yield f"HBM, {owner}", gib(size_bytes)
+
+
+def _link_shares(last: Snapshot, link: LinkProbe) -> str:
+    """Of the rates measured at the engine's start, by its own copies."""
+    rates = (last.h2d_bytes, link.h2d_bytes_per_s), (last.d2h_bytes, link.d2h_bytes_per_s)
+    return " / ".join(
+        f"{100 * moved / last.window_s / rate:.1f} %" if rate > 0 and last.window_s > 0 else "-"
+        for moved, rate in rates
+    )
 
 
 def _traffic_lines(last: Snapshot) -> Iterator[tuple[str, object]]:

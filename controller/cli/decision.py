@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,13 +16,15 @@ from sparsed.controller.cli.output import (
     complain,
     print_json,
     print_table,
+    utc,
+    values_in_words,
 )
 from sparsed.controller.cli.session import ERROR, StateDirOption, find_state_dir
 from sparsed.tuner.acceptance import agree, decide
 from sparsed.tuner.explain import explain
 
 if TYPE_CHECKING:
-    from sparsed.core import AcceptanceDecision, AcceptanceVerdict, KnobValue
+    from sparsed.core import AcceptanceDecision, AcceptanceVerdict
     from sparsed.db.store import Store
 
 app = typer.Typer(
@@ -49,7 +50,7 @@ def list_(state_dir: StateDirOption = None, output: OutputOption = Output.TEXT) 
         (
             (
                 decision.decision_id,
-                _date(decision.decided_at),
+                utc(decision.decided_at),
                 decision.verdict.state.value,
                 decision.verdict.reason.value,
                 _percent(decision.verdict.hl),
@@ -118,10 +119,10 @@ def _lines(
     yield "stored", explain(decision.verdict, rule=rule)
     same = "the same, from the stored windows"
     yield "decided again", same if agrees else explain(again, rule=rule) + " - NOT as stored"
-    yield "decided", f"{_date(decision.decided_at)}, by {decision.initiated_by}"
+    yield "decided", f"{utc(decision.decided_at)}, by {decision.initiated_by}"
     yield "hardware", decision.key.hardware
     yield "model", f"{decision.key.model}, {decision.key.dtype}"
-    yield "from", _in_words(decision.config_from)
+    yield "from", values_in_words(decision.config_from)
     yield "change", _change(decision)
     yield from _verdict_lines(decision.verdict)
     yield "windows", f"{len(decision.windows)} of {rule.metric}"
@@ -146,12 +147,9 @@ def _verdict_lines(verdict: AcceptanceVerdict) -> Iterator[tuple[str, object]]:
 
 def _change(decision: AcceptanceDecision) -> str:
     before, after = decision.config_from, decision.config_to
-    return _in_words({name: after[name] for name in after if after[name] != before.get(name, "")})
-
-
-def _in_words(values: Mapping[str, KnobValue]) -> str:
-    pairs = values.items()
-    return ", ".join(f"{name}={'auto' if value is None else value}" for name, value in pairs)
+    return values_in_words(
+        {name: after[name] for name in after if after[name] != before.get(name, "")}
+    )
 
 
 def _percent(log_ratio: float | None) -> str:
@@ -160,7 +158,3 @@ def _percent(log_ratio: float | None) -> str:
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3g}"
-
-
-def _date(at: float) -> str:
-    return datetime.fromtimestamp(at, tz=UTC).strftime("%Y-%m-%d %H:%M UTC")

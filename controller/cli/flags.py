@@ -112,7 +112,9 @@ SERVING_FLAGS = (
         "SHARE",
         "Attention recall under which a request reads more, then everything; 0 turns that off",
     ),
-    _option("no_profile", "", "Ignore stored profiles", is_switch=True),
+    _option(
+        "no_profile", "", "Ignore stored profiles, and what the live tuner proved", is_switch=True
+    ),
     _option(
         "enforce_eager",
         "",

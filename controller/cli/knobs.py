@@ -1,9 +1,9 @@
-"""``sparsed knobs list|set|reset``."""
+"""``sparsed knobs list|explain|set|reset``."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
@@ -15,10 +15,25 @@ from sparsed.controller.cli.session import (
     StateDirOption,
     connect,
 )
+from sparsed.core import KNOB_GUIDES, KnobClass
 
 if TYPE_CHECKING:
     from sparsed.controller.control import KnobState
-    from sparsed.core import KnobValue
+    from sparsed.core import KnobGuide, KnobValue
+
+SOURCE_WORDS: Final = {
+    "default": "its default",
+    "machine": "what the machine has",
+    "profile": "the profile of this start",
+    "file": "the configuration file",
+    "environment": "an environment variable",
+    "flag": "a flag of this start",
+    "live": "sparsed knobs set, now or for this start",
+}
+CLASS_WORDS: Final = {
+    KnobClass.HOT: "between two steps of a running engine",
+    KnobClass.RESTART: "at the next start",
+}
 
 app = typer.Typer(help="Read and change settings of the running daemon.", no_args_is_help=True)
 
@@ -29,6 +44,27 @@ def list_(state_dir: StateDirOption = None, output: OutputOption = Output.TEXT) 
     with connect(state_dir) as client:
         states = client.list_knobs()
     _show(states, output)
+
+
+@app.command()
+def explain(
+    name: Annotated[str, typer.Argument(metavar="KNOB", help="As in: knobs list.")],
+    state_dir: StateDirOption = None,
+    output: OutputOption = Output.TEXT,
+) -> None:
+    """Show what a knob does, what rises and falls with it, what bounds it, and its value now.
+
+    sparsed why says which knobs would help now.
+    """
+    name = name.strip().replace("-", "_")
+    if name not in KNOB_GUIDES:
+        raise typer.BadParameter(f"unknown knob {name!r}; known: {', '.join(KNOB_GUIDES)}")
+    with connect(state_dir) as client:
+        states = {state.spec.name: state for state in client.list_knobs()}
+    if output is Output.JSON:
+        print_json({"knob": states[name], "guide": KNOB_GUIDES[name]})
+    else:
+        print_table((name, ""), _explanation(states[name], KNOB_GUIDES[name]))
 
 
 @app.command("set")
@@ -63,6 +99,25 @@ def reset(
     with connect(state_dir, write=True) as client:
         states = client.reset_knobs(names, validate_only=dry_run, reason=reason)
     _report(states, names=names, output=output)
+
+
+def _explanation(state: KnobState, guide: KnobGuide) -> Iterator[tuple[str, object]]:
+    spec = state.spec
+    fixed = spec.default is not None
+    yield "what it is", spec.help
+    yield "now", "auto" if state.value is None else f"{state.value} {spec.unit}".rstrip()
+    yield "comes from", SOURCE_WORDS[state.source.value]
+    if state.pending is not None:
+        yield "after a restart", state.pending
+    yield "default", spec.default if fixed else "auto" if spec.auto else "from the machine"
+    yield "allowed", spec.allowed.removeprefix("allowed: ")
+    yield "changes", CLASS_WORDS[spec.klass]
+    yield "rises with it", guide.rises
+    yield "falls with it", guide.falls
+    yield "bounded by", guide.bounded_by
+    for move in guide.moves:
+        waits = f", requests wait for {move.limit.value}" if move.limit else ""
+        yield f"{'raise' if move.up else 'lower'} it if {move.bound.value}{waits}", move.why
 
 
 def _assignment(text: str) -> tuple[str, KnobValue]:

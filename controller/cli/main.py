@@ -22,6 +22,7 @@ from sparsed.controller.cli import (
     start,
     tune,
     tuner,
+    why,
 )
 from sparsed.controller.cli.output import complain
 from sparsed.controller.cli.session import ERROR
@@ -46,6 +47,7 @@ app = typer.Typer(
 )
 app.command("start")(start.start)
 app.command("status")(daemon.status)
+app.command("why")(why.why)
 app.command("drain")(daemon.drain)
 app.command("stop")(daemon.stop)
 app.command("record")(record.record)

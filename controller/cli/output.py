@@ -5,12 +5,16 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from sparsed.core import KnobValue
 
 
 class Output(StrEnum):
@@ -53,6 +57,17 @@ def complain(message: str) -> None:
 
 def gib(size_bytes: float) -> str:
     return f"{size_bytes / (1 << 30):.2f} GiB"
+
+
+def values_in_words(values: Mapping[str, KnobValue]) -> str:
+    """As the command line writes them."""
+    pairs = values.items()
+    return ", ".join(f"{name}={'auto' if value is None else value}" for name, value in pairs)
+
+
+def utc(at: float) -> str:
+    """Seconds since the epoch as a date."""
+    return datetime.fromtimestamp(at, tz=UTC).strftime("%Y-%m-%d %H:%M UTC")
 
 
 def _plain(value: Any) -> Any:

@@ -11,7 +11,7 @@ import typer
 from sparsed.controller.cli.flags import KNOB_FLAGS, MODEL_FLAGS, takes
 from sparsed.controller.cli.start import ConfigOption, one_model
 from sparsed.controller.config import load_config
-from sparsed.core import InputError, Objective
+from sparsed.core import InputError, Objective, SearchMethod
 
 
 @takes(*MODEL_FLAGS, *KNOB_FLAGS)
@@ -41,9 +41,16 @@ def tune(
         typer.Option(
             metavar="N",
             min=1,
-            help="Trials of the Bayesian search, and as many of a random one beside it.",
+            help="Trials of the search, and as many of a random one beside it.",
         ),
     ] = 10,
+    method: Annotated[
+        SearchMethod,
+        typer.Option(
+            help="constrained: Bayesian, with a model of every target; skopt: stock "
+            "scikit-optimize; grid; random: alone."
+        ),
+    ] = SearchMethod.CONSTRAINED,
     objective: Annotated[
         Objective,
         typer.Option(
@@ -111,8 +118,9 @@ def tune(
     """Search for the best configuration of a model on this machine, and keep the profile.
 
     Owns the machine while it runs. Knobs given as flags are fixed; Ctrl-C keeps what was measured.
-    The best three and the default are measured again in five other arrival orders; the one whose
-    worst run is the best is then tested against the default, in 32 pairs of windows.
+    What the search recommends, the next best (three in all) and the default are measured again in
+    five other arrival orders; the one whose worst run is the best is then tested against the
+    default, in 32 pairs of windows.
     """
     from sparsed.controller.tuning import TuneOptions, run_tune
 
@@ -124,6 +132,7 @@ def tune(
         workload=str(trace.absolute()) if trace else workload or "mixed",
         trials=trials,
         objective=objective,
+        method=method,
         trial_s=trial_seconds,
         min_recall=min_recall,
         max_s=max_seconds,

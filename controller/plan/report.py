@@ -9,8 +9,7 @@ from math import floor
 
 from sparsed.controller.plan.forecast import Forecast, Place, Traffic
 from sparsed.controller.plan.search import Choice, Verdict
-from sparsed.core import GIB, KNOBS_BY_NAME, GpuRates
-from sparsed.tuner.roofline import Bound
+from sparsed.core import GIB, KNOBS_BY_NAME, Bound, GpuRates
 
 HEADERS = (
     "attention",

@@ -33,6 +33,26 @@ class KnobSource(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     KNOB_SOURCE_ENVIRONMENT: _ClassVar[KnobSource]
     KNOB_SOURCE_FLAG: _ClassVar[KnobSource]
     KNOB_SOURCE_LIVE: _ClassVar[KnobSource]
+    KNOB_SOURCE_TUNER: _ClassVar[KnobSource]
+
+class Bound(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    BOUND_UNSPECIFIED: _ClassVar[Bound]
+    BOUND_HBM: _ClassVar[Bound]
+    BOUND_LINK: _ClassVar[Bound]
+    BOUND_COMPUTE: _ClassVar[Bound]
+    BOUND_LATENCY: _ClassVar[Bound]
+    BOUND_HOST: _ClassVar[Bound]
+    BOUND_CAPACITY: _ClassVar[Bound]
+    BOUND_IDLE: _ClassVar[Bound]
+    BOUND_UNKNOWN: _ClassVar[Bound]
+
+class DecisionState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    DECISION_STATE_UNSPECIFIED: _ClassVar[DecisionState]
+    DECISION_STATE_ACCEPTED: _ClassVar[DecisionState]
+    DECISION_STATE_REJECTED: _ClassVar[DecisionState]
+    DECISION_STATE_HELD: _ClassVar[DecisionState]
 
 class WaitReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -52,6 +72,8 @@ class RefusalReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     REFUSAL_REASON_TOO_LONG: _ClassVar[RefusalReason]
     REFUSAL_REASON_DRAM_TIER: _ClassVar[RefusalReason]
     REFUSAL_REASON_HOT_TIER: _ClassVar[RefusalReason]
+    REFUSAL_REASON_QUEUE_FULL: _ClassVar[RefusalReason]
+    REFUSAL_REASON_DRAINING: _ClassVar[RefusalReason]
 
 class TunerMode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -59,6 +81,7 @@ class TunerMode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     TUNER_MODE_OFF: _ClassVar[TunerMode]
     TUNER_MODE_OBSERVE: _ClassVar[TunerMode]
     TUNER_MODE_ADVISE: _ClassVar[TunerMode]
+    TUNER_MODE_AUTO: _ClassVar[TunerMode]
 
 class ProfileStatus(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -103,6 +126,46 @@ class CopyPath(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     COPY_PATH_BATCHED: _ClassVar[CopyPath]
     COPY_PATH_STAGED: _ClassVar[CopyPath]
     COPY_PATH_MEMCPY: _ClassVar[CopyPath]
+
+class RolloutState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    ROLLOUT_STATE_UNSPECIFIED: _ClassVar[RolloutState]
+    ROLLOUT_STATE_ACTIVE: _ClassVar[RolloutState]
+    ROLLOUT_STATE_VERIFYING: _ClassVar[RolloutState]
+    ROLLOUT_STATE_SUCCESS: _ClassVar[RolloutState]
+    ROLLOUT_STATE_REVERTED: _ClassVar[RolloutState]
+    ROLLOUT_STATE_EXPIRED: _ClassVar[RolloutState]
+
+class RolloutReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    ROLLOUT_REASON_UNSPECIFIED: _ClassVar[RolloutReason]
+    ROLLOUT_REASON_PROPOSED: _ClassVar[RolloutReason]
+    ROLLOUT_REASON_CANARY: _ClassVar[RolloutReason]
+    ROLLOUT_REASON_COMMITTED: _ClassVar[RolloutReason]
+    ROLLOUT_REASON_PROBATION_PASSED: _ClassVar[RolloutReason]
+    ROLLOUT_REASON_CRASHED: _ClassVar[RolloutReason]
+    ROLLOUT_REASON_ENGINE_DIED: _ClassVar[RolloutReason]
+    ROLLOUT_REASON_OUT_OF_MEMORY: _ClassVar[RolloutReason]
+    ROLLOUT_REASON_SLO_BREACH: _ClassVar[RolloutReason]
+    ROLLOUT_REASON_ERRORS: _ClassVar[RolloutReason]
+    ROLLOUT_REASON_QUEUE_GROWTH: _ClassVar[RolloutReason]
+    ROLLOUT_REASON_HBM_OVER_LIMIT: _ClassVar[RolloutReason]
+    ROLLOUT_REASON_NOT_BETTER: _ClassVar[RolloutReason]
+    ROLLOUT_REASON_REGRESSED: _ClassVar[RolloutReason]
+    ROLLOUT_REASON_APPLY_FAILED: _ClassVar[RolloutReason]
+    ROLLOUT_REASON_UNDECIDED: _ClassVar[RolloutReason]
+    ROLLOUT_REASON_NO_TRAFFIC: _ClassVar[RolloutReason]
+    ROLLOUT_REASON_STALE_DATA: _ClassVar[RolloutReason]
+    ROLLOUT_REASON_BUDGET_SPENT: _ClassVar[RolloutReason]
+    ROLLOUT_REASON_OVERTAKEN: _ClassVar[RolloutReason]
+    ROLLOUT_REASON_REJECTED: _ClassVar[RolloutReason]
+    ROLLOUT_REASON_PINNED: _ClassVar[RolloutReason]
+    ROLLOUT_REASON_FROZEN: _ClassVar[RolloutReason]
+    ROLLOUT_REASON_KILLED: _ClassVar[RolloutReason]
+    ROLLOUT_REASON_SWITCHED_OFF: _ClassVar[RolloutReason]
+    ROLLOUT_REASON_STORE_FAILED: _ClassVar[RolloutReason]
+    ROLLOUT_REASON_SHUT_DOWN: _ClassVar[RolloutReason]
+    ROLLOUT_REASON_WAITED_TOO_LONG: _ClassVar[RolloutReason]
 DAEMON_STATE_UNSPECIFIED: DaemonState
 DAEMON_STATE_LOADING: DaemonState
 DAEMON_STATE_SERVING: DaemonState
@@ -121,6 +184,20 @@ KNOB_SOURCE_FILE: KnobSource
 KNOB_SOURCE_ENVIRONMENT: KnobSource
 KNOB_SOURCE_FLAG: KnobSource
 KNOB_SOURCE_LIVE: KnobSource
+KNOB_SOURCE_TUNER: KnobSource
+BOUND_UNSPECIFIED: Bound
+BOUND_HBM: Bound
+BOUND_LINK: Bound
+BOUND_COMPUTE: Bound
+BOUND_LATENCY: Bound
+BOUND_HOST: Bound
+BOUND_CAPACITY: Bound
+BOUND_IDLE: Bound
+BOUND_UNKNOWN: Bound
+DECISION_STATE_UNSPECIFIED: DecisionState
+DECISION_STATE_ACCEPTED: DecisionState
+DECISION_STATE_REJECTED: DecisionState
+DECISION_STATE_HELD: DecisionState
 WAIT_REASON_UNSPECIFIED: WaitReason
 WAIT_REASON_ACTIVE_LIMIT: WaitReason
 WAIT_REASON_HOT_TIER: WaitReason
@@ -134,10 +211,13 @@ REFUSAL_REASON_INVALID: RefusalReason
 REFUSAL_REASON_TOO_LONG: RefusalReason
 REFUSAL_REASON_DRAM_TIER: RefusalReason
 REFUSAL_REASON_HOT_TIER: RefusalReason
+REFUSAL_REASON_QUEUE_FULL: RefusalReason
+REFUSAL_REASON_DRAINING: RefusalReason
 TUNER_MODE_UNSPECIFIED: TunerMode
 TUNER_MODE_OFF: TunerMode
 TUNER_MODE_OBSERVE: TunerMode
 TUNER_MODE_ADVISE: TunerMode
+TUNER_MODE_AUTO: TunerMode
 PROFILE_STATUS_UNSPECIFIED: ProfileStatus
 PROFILE_STATUS_DRAFT: ProfileStatus
 PROFILE_STATUS_VERIFIED: ProfileStatus
@@ -167,6 +247,40 @@ COPY_PATH_COPY_ENGINE: CopyPath
 COPY_PATH_BATCHED: CopyPath
 COPY_PATH_STAGED: CopyPath
 COPY_PATH_MEMCPY: CopyPath
+ROLLOUT_STATE_UNSPECIFIED: RolloutState
+ROLLOUT_STATE_ACTIVE: RolloutState
+ROLLOUT_STATE_VERIFYING: RolloutState
+ROLLOUT_STATE_SUCCESS: RolloutState
+ROLLOUT_STATE_REVERTED: RolloutState
+ROLLOUT_STATE_EXPIRED: RolloutState
+ROLLOUT_REASON_UNSPECIFIED: RolloutReason
+ROLLOUT_REASON_PROPOSED: RolloutReason
+ROLLOUT_REASON_CANARY: RolloutReason
+ROLLOUT_REASON_COMMITTED: RolloutReason
+ROLLOUT_REASON_PROBATION_PASSED: RolloutReason
+ROLLOUT_REASON_CRASHED: RolloutReason
+ROLLOUT_REASON_ENGINE_DIED: RolloutReason
+ROLLOUT_REASON_OUT_OF_MEMORY: RolloutReason
+ROLLOUT_REASON_SLO_BREACH: RolloutReason
+ROLLOUT_REASON_ERRORS: RolloutReason
+ROLLOUT_REASON_QUEUE_GROWTH: RolloutReason
+ROLLOUT_REASON_HBM_OVER_LIMIT: RolloutReason
+ROLLOUT_REASON_NOT_BETTER: RolloutReason
+ROLLOUT_REASON_REGRESSED: RolloutReason
+ROLLOUT_REASON_APPLY_FAILED: RolloutReason
+ROLLOUT_REASON_UNDECIDED: RolloutReason
+ROLLOUT_REASON_NO_TRAFFIC: RolloutReason
+ROLLOUT_REASON_STALE_DATA: RolloutReason
+ROLLOUT_REASON_BUDGET_SPENT: RolloutReason
+ROLLOUT_REASON_OVERTAKEN: RolloutReason
+ROLLOUT_REASON_REJECTED: RolloutReason
+ROLLOUT_REASON_PINNED: RolloutReason
+ROLLOUT_REASON_FROZEN: RolloutReason
+ROLLOUT_REASON_KILLED: RolloutReason
+ROLLOUT_REASON_SWITCHED_OFF: RolloutReason
+ROLLOUT_REASON_STORE_FAILED: RolloutReason
+ROLLOUT_REASON_SHUT_DOWN: RolloutReason
+ROLLOUT_REASON_WAITED_TOO_LONG: RolloutReason
 
 class MutationOptions(_message.Message):
     __slots__ = ("validate_only", "reason", "request_id", "expected_revision")
@@ -491,7 +605,7 @@ class KnobProgress(_message.Message):
     def __init__(self, names: _Optional[_Iterable[str]] = ..., frac: _Optional[float] = ...) -> None: ...
 
 class HostGauges(_message.Message):
-    __slots__ = ("process_rss_bytes", "process_cpu_frac", "host_cpu_frac", "host_free_bytes", "gpu_used_bytes", "gpu_total_bytes", "gpu_util_frac", "pcie_h2d_bytes_per_s", "pcie_d2h_bytes_per_s", "pcie_generation", "pcie_width")
+    __slots__ = ("process_rss_bytes", "process_cpu_frac", "host_cpu_frac", "host_free_bytes", "gpu_used_bytes", "gpu_total_bytes", "gpu_util_frac", "pcie_h2d_bytes_per_s", "pcie_d2h_bytes_per_s", "pcie_generation", "pcie_width", "gpu_own_bytes", "gpu_others_bytes", "read_at")
     PROCESS_RSS_BYTES_FIELD_NUMBER: _ClassVar[int]
     PROCESS_CPU_FRAC_FIELD_NUMBER: _ClassVar[int]
     HOST_CPU_FRAC_FIELD_NUMBER: _ClassVar[int]
@@ -503,6 +617,9 @@ class HostGauges(_message.Message):
     PCIE_D2H_BYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
     PCIE_GENERATION_FIELD_NUMBER: _ClassVar[int]
     PCIE_WIDTH_FIELD_NUMBER: _ClassVar[int]
+    GPU_OWN_BYTES_FIELD_NUMBER: _ClassVar[int]
+    GPU_OTHERS_BYTES_FIELD_NUMBER: _ClassVar[int]
+    READ_AT_FIELD_NUMBER: _ClassVar[int]
     process_rss_bytes: int
     process_cpu_frac: float
     host_cpu_frac: float
@@ -514,10 +631,35 @@ class HostGauges(_message.Message):
     pcie_d2h_bytes_per_s: float
     pcie_generation: int
     pcie_width: int
-    def __init__(self, process_rss_bytes: _Optional[int] = ..., process_cpu_frac: _Optional[float] = ..., host_cpu_frac: _Optional[float] = ..., host_free_bytes: _Optional[int] = ..., gpu_used_bytes: _Optional[int] = ..., gpu_total_bytes: _Optional[int] = ..., gpu_util_frac: _Optional[float] = ..., pcie_h2d_bytes_per_s: _Optional[float] = ..., pcie_d2h_bytes_per_s: _Optional[float] = ..., pcie_generation: _Optional[int] = ..., pcie_width: _Optional[int] = ...) -> None: ...
+    gpu_own_bytes: int
+    gpu_others_bytes: int
+    read_at: float
+    def __init__(self, process_rss_bytes: _Optional[int] = ..., process_cpu_frac: _Optional[float] = ..., host_cpu_frac: _Optional[float] = ..., host_free_bytes: _Optional[int] = ..., gpu_used_bytes: _Optional[int] = ..., gpu_total_bytes: _Optional[int] = ..., gpu_util_frac: _Optional[float] = ..., pcie_h2d_bytes_per_s: _Optional[float] = ..., pcie_d2h_bytes_per_s: _Optional[float] = ..., pcie_generation: _Optional[int] = ..., pcie_width: _Optional[int] = ..., gpu_own_bytes: _Optional[int] = ..., gpu_others_bytes: _Optional[int] = ..., read_at: _Optional[float] = ...) -> None: ...
+
+class HbmUse(_message.Message):
+    __slots__ = ("weights_bytes", "hot_pages_bytes", "summaries_bytes", "tables_bytes", "staging_bytes", "prefill_buffer_bytes", "rest_bytes", "others_bytes", "free_bytes")
+    WEIGHTS_BYTES_FIELD_NUMBER: _ClassVar[int]
+    HOT_PAGES_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SUMMARIES_BYTES_FIELD_NUMBER: _ClassVar[int]
+    TABLES_BYTES_FIELD_NUMBER: _ClassVar[int]
+    STAGING_BYTES_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_BUFFER_BYTES_FIELD_NUMBER: _ClassVar[int]
+    REST_BYTES_FIELD_NUMBER: _ClassVar[int]
+    OTHERS_BYTES_FIELD_NUMBER: _ClassVar[int]
+    FREE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    weights_bytes: int
+    hot_pages_bytes: int
+    summaries_bytes: int
+    tables_bytes: int
+    staging_bytes: int
+    prefill_buffer_bytes: int
+    rest_bytes: int
+    others_bytes: int
+    free_bytes: int
+    def __init__(self, weights_bytes: _Optional[int] = ..., hot_pages_bytes: _Optional[int] = ..., summaries_bytes: _Optional[int] = ..., tables_bytes: _Optional[int] = ..., staging_bytes: _Optional[int] = ..., prefill_buffer_bytes: _Optional[int] = ..., rest_bytes: _Optional[int] = ..., others_bytes: _Optional[int] = ..., free_bytes: _Optional[int] = ...) -> None: ...
 
 class Snapshot(_message.Message):
-    __slots__ = ("ended_at", "window_s", "steps", "step_p50_s", "step_p95_s", "step_p99_s", "prompt_tokens_per_s", "generated_tokens_per_s", "hot_hit_frac", "miss_bytes_per_step", "h2d_bytes", "d2h_bytes", "h2d_gb_per_s", "d2h_gb_per_s", "attention_recall", "num_running", "num_waiting", "hot_used_frac", "dram_used_frac", "requests_finished", "ttft_p50_s", "ttft_p95_s", "tpot_p50_s", "tpot_p95_s", "host", "knobs", "misses_per_step", "working_set_pages", "working_set_bytes", "metadata_bytes")
+    __slots__ = ("ended_at", "window_s", "steps", "step_p50_s", "step_p95_s", "step_p99_s", "prompt_tokens_per_s", "generated_tokens_per_s", "hot_hit_frac", "miss_bytes_per_step", "h2d_bytes", "d2h_bytes", "h2d_gb_per_s", "d2h_gb_per_s", "attention_recall", "num_running", "num_waiting", "hot_used_frac", "dram_used_frac", "requests_finished", "ttft_p50_s", "ttft_p95_s", "tpot_p50_s", "tpot_p95_s", "host", "knobs", "misses_per_step", "working_set_pages", "working_set_bytes", "metadata_bytes", "step_s", "selected_pages_per_step", "exposed_s_per_step", "waiting", "hbm")
     ENDED_AT_FIELD_NUMBER: _ClassVar[int]
     WINDOW_S_FIELD_NUMBER: _ClassVar[int]
     STEPS_FIELD_NUMBER: _ClassVar[int]
@@ -548,6 +690,11 @@ class Snapshot(_message.Message):
     WORKING_SET_PAGES_FIELD_NUMBER: _ClassVar[int]
     WORKING_SET_BYTES_FIELD_NUMBER: _ClassVar[int]
     METADATA_BYTES_FIELD_NUMBER: _ClassVar[int]
+    STEP_S_FIELD_NUMBER: _ClassVar[int]
+    SELECTED_PAGES_PER_STEP_FIELD_NUMBER: _ClassVar[int]
+    EXPOSED_S_PER_STEP_FIELD_NUMBER: _ClassVar[int]
+    WAITING_FIELD_NUMBER: _ClassVar[int]
+    HBM_FIELD_NUMBER: _ClassVar[int]
     ended_at: float
     window_s: float
     steps: int
@@ -578,7 +725,12 @@ class Snapshot(_message.Message):
     working_set_pages: int
     working_set_bytes: int
     metadata_bytes: int
-    def __init__(self, ended_at: _Optional[float] = ..., window_s: _Optional[float] = ..., steps: _Optional[int] = ..., step_p50_s: _Optional[float] = ..., step_p95_s: _Optional[float] = ..., step_p99_s: _Optional[float] = ..., prompt_tokens_per_s: _Optional[float] = ..., generated_tokens_per_s: _Optional[float] = ..., hot_hit_frac: _Optional[float] = ..., miss_bytes_per_step: _Optional[float] = ..., h2d_bytes: _Optional[int] = ..., d2h_bytes: _Optional[int] = ..., h2d_gb_per_s: _Optional[float] = ..., d2h_gb_per_s: _Optional[float] = ..., attention_recall: _Optional[float] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., hot_used_frac: _Optional[float] = ..., dram_used_frac: _Optional[float] = ..., requests_finished: _Optional[int] = ..., ttft_p50_s: _Optional[float] = ..., ttft_p95_s: _Optional[float] = ..., tpot_p50_s: _Optional[float] = ..., tpot_p95_s: _Optional[float] = ..., host: _Optional[_Union[HostGauges, _Mapping]] = ..., knobs: _Optional[_Union[Knobs, _Mapping]] = ..., misses_per_step: _Optional[float] = ..., working_set_pages: _Optional[int] = ..., working_set_bytes: _Optional[int] = ..., metadata_bytes: _Optional[int] = ...) -> None: ...
+    step_s: float
+    selected_pages_per_step: float
+    exposed_s_per_step: float
+    waiting: _containers.RepeatedCompositeFieldContainer[WaitCount]
+    hbm: HbmUse
+    def __init__(self, ended_at: _Optional[float] = ..., window_s: _Optional[float] = ..., steps: _Optional[int] = ..., step_p50_s: _Optional[float] = ..., step_p95_s: _Optional[float] = ..., step_p99_s: _Optional[float] = ..., prompt_tokens_per_s: _Optional[float] = ..., generated_tokens_per_s: _Optional[float] = ..., hot_hit_frac: _Optional[float] = ..., miss_bytes_per_step: _Optional[float] = ..., h2d_bytes: _Optional[int] = ..., d2h_bytes: _Optional[int] = ..., h2d_gb_per_s: _Optional[float] = ..., d2h_gb_per_s: _Optional[float] = ..., attention_recall: _Optional[float] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., hot_used_frac: _Optional[float] = ..., dram_used_frac: _Optional[float] = ..., requests_finished: _Optional[int] = ..., ttft_p50_s: _Optional[float] = ..., ttft_p95_s: _Optional[float] = ..., tpot_p50_s: _Optional[float] = ..., tpot_p95_s: _Optional[float] = ..., host: _Optional[_Union[HostGauges, _Mapping]] = ..., knobs: _Optional[_Union[Knobs, _Mapping]] = ..., misses_per_step: _Optional[float] = ..., working_set_pages: _Optional[int] = ..., working_set_bytes: _Optional[int] = ..., metadata_bytes: _Optional[int] = ..., step_s: _Optional[float] = ..., selected_pages_per_step: _Optional[float] = ..., exposed_s_per_step: _Optional[float] = ..., waiting: _Optional[_Iterable[_Union[WaitCount, _Mapping]]] = ..., hbm: _Optional[_Union[HbmUse, _Mapping]] = ...) -> None: ...
 
 class DaemonStatus(_message.Message):
     __slots__ = ("state", "reasons", "version", "pid", "uptime_s", "http_url", "model", "device", "dtype", "knobs", "plan", "profile", "engine_restarts", "requests_failed", "store_lost_writes", "tuner_mode", "facts", "stats", "snapshot")
@@ -644,14 +796,133 @@ class Decision(_message.Message):
     def __init__(self, made_at: _Optional[float] = ..., values: _Optional[_Mapping[str, KnobValue]] = ..., reason: _Optional[str] = ..., predicted_score: _Optional[float] = ..., current_score: _Optional[float] = ...) -> None: ...
 
 class TunerState(_message.Message):
-    __slots__ = ("mode", "num_observations", "decisions")
+    __slots__ = ("mode", "num_observations", "decisions", "rollouts", "pins", "frozen", "killed", "safe_mode", "hold", "explored_frac")
     MODE_FIELD_NUMBER: _ClassVar[int]
     NUM_OBSERVATIONS_FIELD_NUMBER: _ClassVar[int]
     DECISIONS_FIELD_NUMBER: _ClassVar[int]
+    ROLLOUTS_FIELD_NUMBER: _ClassVar[int]
+    PINS_FIELD_NUMBER: _ClassVar[int]
+    FROZEN_FIELD_NUMBER: _ClassVar[int]
+    KILLED_FIELD_NUMBER: _ClassVar[int]
+    SAFE_MODE_FIELD_NUMBER: _ClassVar[int]
+    HOLD_FIELD_NUMBER: _ClassVar[int]
+    EXPLORED_FRAC_FIELD_NUMBER: _ClassVar[int]
     mode: TunerMode
     num_observations: int
     decisions: _containers.RepeatedCompositeFieldContainer[Decision]
-    def __init__(self, mode: _Optional[_Union[TunerMode, str]] = ..., num_observations: _Optional[int] = ..., decisions: _Optional[_Iterable[_Union[Decision, _Mapping]]] = ...) -> None: ...
+    rollouts: _containers.RepeatedCompositeFieldContainer[RolloutRecord]
+    pins: _containers.RepeatedScalarFieldContainer[str]
+    frozen: bool
+    killed: bool
+    safe_mode: bool
+    hold: str
+    explored_frac: float
+    def __init__(self, mode: _Optional[_Union[TunerMode, str]] = ..., num_observations: _Optional[int] = ..., decisions: _Optional[_Iterable[_Union[Decision, _Mapping]]] = ..., rollouts: _Optional[_Iterable[_Union[RolloutRecord, _Mapping]]] = ..., pins: _Optional[_Iterable[str]] = ..., frozen: bool = ..., killed: bool = ..., safe_mode: bool = ..., hold: _Optional[str] = ..., explored_frac: _Optional[float] = ...) -> None: ...
+
+class RolloutRecord(_message.Message):
+    __slots__ = ("state", "reason", "config_from", "config_to", "initiated_by", "at")
+    class ConfigFromEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: KnobValue
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[_Union[KnobValue, _Mapping]] = ...) -> None: ...
+    class ConfigToEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: KnobValue
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[_Union[KnobValue, _Mapping]] = ...) -> None: ...
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    CONFIG_FROM_FIELD_NUMBER: _ClassVar[int]
+    CONFIG_TO_FIELD_NUMBER: _ClassVar[int]
+    INITIATED_BY_FIELD_NUMBER: _ClassVar[int]
+    AT_FIELD_NUMBER: _ClassVar[int]
+    state: RolloutState
+    reason: RolloutReason
+    config_from: _containers.MessageMap[str, KnobValue]
+    config_to: _containers.MessageMap[str, KnobValue]
+    initiated_by: str
+    at: float
+    def __init__(self, state: _Optional[_Union[RolloutState, str]] = ..., reason: _Optional[_Union[RolloutReason, str]] = ..., config_from: _Optional[_Mapping[str, KnobValue]] = ..., config_to: _Optional[_Mapping[str, KnobValue]] = ..., initiated_by: _Optional[str] = ..., at: _Optional[float] = ...) -> None: ...
+
+class Evidence(_message.Message):
+    __slots__ = ("name", "value", "unit")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    VALUE_FIELD_NUMBER: _ClassVar[int]
+    UNIT_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    value: float
+    unit: str
+    def __init__(self, name: _Optional[str] = ..., value: _Optional[float] = ..., unit: _Optional[str] = ...) -> None: ...
+
+class Verdict(_message.Message):
+    __slots__ = ("bound", "reason", "share", "limit", "evidence", "age_s", "num_windows", "left_out")
+    BOUND_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    SHARE_FIELD_NUMBER: _ClassVar[int]
+    LIMIT_FIELD_NUMBER: _ClassVar[int]
+    EVIDENCE_FIELD_NUMBER: _ClassVar[int]
+    AGE_S_FIELD_NUMBER: _ClassVar[int]
+    NUM_WINDOWS_FIELD_NUMBER: _ClassVar[int]
+    LEFT_OUT_FIELD_NUMBER: _ClassVar[int]
+    bound: Bound
+    reason: str
+    share: float
+    limit: WaitReason
+    evidence: _containers.RepeatedCompositeFieldContainer[Evidence]
+    age_s: float
+    num_windows: int
+    left_out: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, bound: _Optional[_Union[Bound, str]] = ..., reason: _Optional[str] = ..., share: _Optional[float] = ..., limit: _Optional[_Union[WaitReason, str]] = ..., evidence: _Optional[_Iterable[_Union[Evidence, _Mapping]]] = ..., age_s: _Optional[float] = ..., num_windows: _Optional[int] = ..., left_out: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class Remedy(_message.Message):
+    __slots__ = ("knob", "up", "why")
+    KNOB_FIELD_NUMBER: _ClassVar[int]
+    UP_FIELD_NUMBER: _ClassVar[int]
+    WHY_FIELD_NUMBER: _ClassVar[int]
+    knob: str
+    up: bool
+    why: str
+    def __init__(self, knob: _Optional[str] = ..., up: bool = ..., why: _Optional[str] = ...) -> None: ...
+
+class TriedChange(_message.Message):
+    __slots__ = ("decision_id", "decided_at", "state", "values", "words")
+    class ValuesEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: KnobValue
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[_Union[KnobValue, _Mapping]] = ...) -> None: ...
+    DECISION_ID_FIELD_NUMBER: _ClassVar[int]
+    DECIDED_AT_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    VALUES_FIELD_NUMBER: _ClassVar[int]
+    WORDS_FIELD_NUMBER: _ClassVar[int]
+    decision_id: int
+    decided_at: float
+    state: DecisionState
+    values: _containers.MessageMap[str, KnobValue]
+    words: str
+    def __init__(self, decision_id: _Optional[int] = ..., decided_at: _Optional[float] = ..., state: _Optional[_Union[DecisionState, str]] = ..., values: _Optional[_Mapping[str, KnobValue]] = ..., words: _Optional[str] = ...) -> None: ...
+
+class Explanation(_message.Message):
+    __slots__ = ("verdict", "remedies", "advised", "tried", "rollouts")
+    VERDICT_FIELD_NUMBER: _ClassVar[int]
+    REMEDIES_FIELD_NUMBER: _ClassVar[int]
+    ADVISED_FIELD_NUMBER: _ClassVar[int]
+    TRIED_FIELD_NUMBER: _ClassVar[int]
+    ROLLOUTS_FIELD_NUMBER: _ClassVar[int]
+    verdict: Verdict
+    remedies: _containers.RepeatedCompositeFieldContainer[Remedy]
+    advised: _containers.RepeatedCompositeFieldContainer[Decision]
+    tried: _containers.RepeatedCompositeFieldContainer[TriedChange]
+    rollouts: _containers.RepeatedCompositeFieldContainer[RolloutRecord]
+    def __init__(self, verdict: _Optional[_Union[Verdict, _Mapping]] = ..., remedies: _Optional[_Iterable[_Union[Remedy, _Mapping]]] = ..., advised: _Optional[_Iterable[_Union[Decision, _Mapping]]] = ..., tried: _Optional[_Iterable[_Union[TriedChange, _Mapping]]] = ..., rollouts: _Optional[_Iterable[_Union[RolloutRecord, _Mapping]]] = ...) -> None: ...
 
 class ProfileKey(_message.Message):
     __slots__ = ("hardware", "model", "dtype")
@@ -836,8 +1107,10 @@ class StartTuningRequest(_message.Message):
     def __init__(self, options: _Optional[_Union[MutationOptions, _Mapping]] = ...) -> None: ...
 
 class StartTuningResponse(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("state",)
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    state: TunerState
+    def __init__(self, state: _Optional[_Union[TunerState, _Mapping]] = ...) -> None: ...
 
 class StopTuningRequest(_message.Message):
     __slots__ = ("options",)
@@ -846,8 +1119,10 @@ class StopTuningRequest(_message.Message):
     def __init__(self, options: _Optional[_Union[MutationOptions, _Mapping]] = ...) -> None: ...
 
 class StopTuningResponse(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("state",)
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    state: TunerState
+    def __init__(self, state: _Optional[_Union[TunerState, _Mapping]] = ...) -> None: ...
 
 class PauseRequest(_message.Message):
     __slots__ = ("options",)
@@ -856,8 +1131,10 @@ class PauseRequest(_message.Message):
     def __init__(self, options: _Optional[_Union[MutationOptions, _Mapping]] = ...) -> None: ...
 
 class PauseResponse(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("state",)
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    state: TunerState
+    def __init__(self, state: _Optional[_Union[TunerState, _Mapping]] = ...) -> None: ...
 
 class ResumeRequest(_message.Message):
     __slots__ = ("options",)
@@ -866,8 +1143,10 @@ class ResumeRequest(_message.Message):
     def __init__(self, options: _Optional[_Union[MutationOptions, _Mapping]] = ...) -> None: ...
 
 class ResumeResponse(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("state",)
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    state: TunerState
+    def __init__(self, state: _Optional[_Union[TunerState, _Mapping]] = ...) -> None: ...
 
 class SetModeRequest(_message.Message):
     __slots__ = ("options", "mode")
@@ -914,8 +1193,10 @@ class ExplainRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class ExplainResponse(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("explanation",)
+    EXPLANATION_FIELD_NUMBER: _ClassVar[int]
+    explanation: Explanation
+    def __init__(self, explanation: _Optional[_Union[Explanation, _Mapping]] = ...) -> None: ...
 
 class ApproveRequest(_message.Message):
     __slots__ = ("options",)
@@ -924,8 +1205,10 @@ class ApproveRequest(_message.Message):
     def __init__(self, options: _Optional[_Union[MutationOptions, _Mapping]] = ...) -> None: ...
 
 class ApproveResponse(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("state",)
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    state: TunerState
+    def __init__(self, state: _Optional[_Union[TunerState, _Mapping]] = ...) -> None: ...
 
 class RejectRequest(_message.Message):
     __slots__ = ("options",)
@@ -934,28 +1217,38 @@ class RejectRequest(_message.Message):
     def __init__(self, options: _Optional[_Union[MutationOptions, _Mapping]] = ...) -> None: ...
 
 class RejectResponse(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("state",)
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    state: TunerState
+    def __init__(self, state: _Optional[_Union[TunerState, _Mapping]] = ...) -> None: ...
 
 class PinRequest(_message.Message):
-    __slots__ = ("options",)
+    __slots__ = ("options", "knob")
     OPTIONS_FIELD_NUMBER: _ClassVar[int]
+    KNOB_FIELD_NUMBER: _ClassVar[int]
     options: MutationOptions
-    def __init__(self, options: _Optional[_Union[MutationOptions, _Mapping]] = ...) -> None: ...
+    knob: str
+    def __init__(self, options: _Optional[_Union[MutationOptions, _Mapping]] = ..., knob: _Optional[str] = ...) -> None: ...
 
 class PinResponse(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("state",)
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    state: TunerState
+    def __init__(self, state: _Optional[_Union[TunerState, _Mapping]] = ...) -> None: ...
 
 class UnpinRequest(_message.Message):
-    __slots__ = ("options",)
+    __slots__ = ("options", "knob")
     OPTIONS_FIELD_NUMBER: _ClassVar[int]
+    KNOB_FIELD_NUMBER: _ClassVar[int]
     options: MutationOptions
-    def __init__(self, options: _Optional[_Union[MutationOptions, _Mapping]] = ...) -> None: ...
+    knob: str
+    def __init__(self, options: _Optional[_Union[MutationOptions, _Mapping]] = ..., knob: _Optional[str] = ...) -> None: ...
 
 class UnpinResponse(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("state",)
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    state: TunerState
+    def __init__(self, state: _Optional[_Union[TunerState, _Mapping]] = ...) -> None: ...
 
 class ListKnobsRequest(_message.Message):
     __slots__ = ()

@@ -89,17 +89,26 @@ class BlockOwners:
         """Take blocks up to ``wanted_blocks``: as far as ``row`` has a right to them from rows that
         hold more than they have, beyond that as far as blocks are free above the watermark."""
         wanted = min(wanted_blocks, self._shares.quota(row))
-        if wanted <= row.num_blocks:
-            return
-        self._reclaim(min(wanted, self._shares.rights(row)) - row.num_blocks, self._shares.rights)
-        self.resize(row, min(wanted, row.num_blocks + self._room))
+        if wanted > row.num_blocks:
+            rights = self._shares.rights
+            self._reclaim(min(wanted, rights(row)) - row.num_blocks, rights)
+            self.take_free(row, wanted)
+
+    def take_free(self, row: Row, wanted_blocks: int) -> None:
+        """As ``grow``, of free blocks alone: nobody loses any."""
+        wanted = min(wanted_blocks, self._shares.quota(row), row.num_blocks + self._room)
+        if wanted > row.num_blocks:
+            self.resize(row, wanted)
 
     def make_whole(self, row: Row) -> bool:
         """Give every lane of an incomplete row blocks for all of its pages; whether there were
-        enough. Nobody gives up a block that holds pages for it."""
+        enough. Others give up what they have no page for and need not have."""
         assert not row.complete
-        whole = self._shares.whole(row)
-        self._reclaim(whole - row.blocks.least, self._shares.whole)
+        whole, shares = self._shares.whole(row), self._shares
+        self._reclaim(
+            whole - row.num_blocks,
+            lambda other: max(shares.whole(other), shares.mandatory_of(other)),
+        )
         if whole > row.num_blocks + self._room:
             return False
         self._divide(row, np.full_like(row.blocks.counts_L, whole))
@@ -121,6 +130,8 @@ class BlockOwners:
         if row.complete and num_placed > first:
             blocks.put_newest_first(first, num_placed=num_placed)
             row.complete, first = False, 0
+        if not row.complete and (kept_L < blocks.counts_L).any():
+            row.num_placed = 0  # from now on steps may take any slot
         leaving_Ln = blocks.drop(kept_L)
         self._arena.blocks.give(leaving_Ln[leaving_Ln >= 0])
         blocks.add(self._arena.blocks.take(int((counts_L - kept_L).sum())), counts_L - kept_L)

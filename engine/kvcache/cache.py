@@ -223,13 +223,14 @@ class KVCache:
     # -- pages -------------------------------------------------------------------------------
 
     def open_chunk(self, index: int, start: int, end: int, *, step: int) -> None:
-        """Give slots to the pages of positions start .. end - 1, as far as the quota reaches.
-        A page that stays partial always gets one, and is locked."""
+        """Give slots to the pages of positions start .. end - 1, as far as blocks that are its own
+        or free reach. A page that stays partial always gets one, and is locked."""
         row, page_size = self.rows[index], self.geometry.page_size
         row.num_tokens = end
         first_page, last_page = -(-start // page_size), -(-end // page_size)  # begun here
         open_page = start // page_size if start % page_size else None
         if row.complete:
+            self._blocks.take_free(row, num_frames(end))
             self._place_in_order(row, last_page)
             slots = self.tables.slots_of(index, first_page, min(last_page, row.num_placed))
             self.arena.slot_step_N.index_fill_(0, slots.flatten().long(), step)
@@ -240,12 +241,21 @@ class KVCache:
         if open_page is not None and open_page < end // page_size:
             self._set_step(row, open_page, step)  # this chunk fills it: no longer locked
 
+    def reserve(self, index: int, end: int) -> None:
+        """Before a step is planned: take the blocks for a chunk that ends with position end - 1,
+        from others too. While a step is planned and run nobody loses any."""
+        row = self.rows[index]
+        row.num_tokens = end
+        if row.complete:
+            self._blocks.grow(row, num_frames(end))
+
     def make_room(self, index: int, position: int) -> None:
         """Before a decode step: give the row the block that ``position`` begins, if there is one
         to be had."""
         row = self.rows[index]
         row.num_tokens = position + 1
         if row.complete:
+            self._blocks.grow(row, num_frames(position + 1))
             self._place_in_order(row, position // self.geometry.page_size + 1)
         elif position % BLOCK_TOKENS == 0:  # also what others have given back meanwhile
             self._blocks.grow(row, self.shares.whole(row))
@@ -313,7 +323,6 @@ class KVCache:
         incomplete when they do not fit."""
         if last_page > row.num_placed:
             per_block = self.geometry.pages_per_block
-            self._blocks.grow(row, -(-last_page // per_block))
             first, last = (
                 row.num_placed // per_block,
                 min(-(-last_page // per_block), row.num_blocks),

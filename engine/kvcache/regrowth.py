@@ -69,8 +69,9 @@ class Regrowth:
                 self._row = None
 
     def _may_go_on(self, row: Row) -> bool:
-        whole, blocks = self._shares.whole(row), row.blocks
-        return self._shares.spare() >= self._shares.watermark and whole <= blocks.least
+        """Not where a lane has lost blocks since, which puts ``num_placed`` back, or has too few."""
+        has_slots = row.num_placed > 0 and self._shares.whole(row) <= row.blocks.least
+        return has_slots and self._shares.spare() >= self._shares.watermark
 
     def _begin(self, row: Row) -> bool:
         """Whether ``row`` can be brought back, and has the blocks for it now. A prompt in progress

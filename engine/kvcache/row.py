@@ -68,7 +68,7 @@ class Row:
     is_spilled: bool = False
     share: int | None = None
     num_tokens: int = 0  # that it has, those of the step to come included
-    num_placed: int = 0  # pages placed in order while complete: whole blocks
+    num_placed: int = 0  # pages in order from the first, of whole blocks: all if complete
     reads: Reads = field(default_factory=Reads)
     reads_before: Reads = field(default_factory=Reads)  # without the newest step
     recalls: list[float] = field(default_factory=list)

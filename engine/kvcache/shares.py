@@ -67,9 +67,11 @@ class Shares:
         """Blocks that ``row`` keeps or gets though others want them: the knob, else what it was
         given, else an even share. Those above are not pinned: good until somebody takes them."""
         budget = self.knobs.hbm_budget
-        even = self.lane_blocks // max(1, len(self.hot_rows))
-        rights = num_frames(budget) if budget is not None else row.share or even
+        rights = num_frames(budget) if budget is not None else row.share or self._even()
         return max(min(rights, self.most(row)), self.mandatory_of(row))
+
+    def _even(self) -> int:
+        return self.lane_blocks // max(1, len(self.hot_rows))
 
     def whole(self, row: Row) -> int:
         """Blocks that hold every page ``row`` has so far, or as many of them as a lane can use."""

@@ -113,6 +113,12 @@ class PageTables:
         pages_n = torch.arange(first_page, last_page, device=self.frames_RF.device)
         return self._page_rows(row, self._lane_LH[..., None], pages_n)
 
+    def layer_page_rows(self, row: int, layer: int, first_page: int, last_page: int) -> Tensor:
+        """Page rows (H, n), int64, of pages first_page .. last_page - 1 in one layer of ``row``."""
+        pages_n = torch.arange(first_page, last_page, device=self.frames_RF.device)
+        lanes_H1 = (layer * self._geometry.num_kv_heads + self._head_H)[:, None]
+        return self._page_rows(row, lanes_H1, pages_n)
+
     def page_rows_at(self, rows_B: Tensor, pages_B: Tensor) -> Tensor:
         """Page rows (B, L, H) of one page of each row."""
         return self._page_rows(rows_B[:, None, None], self._lane_LH[None], pages_B[:, None, None])

@@ -37,7 +37,7 @@ def open_gauges(
     collectors: list[Collector] = [HostCollector(read_pids)]
     with open_nvml(library) as nvml:
         if nvml is not None and gpu_index is not None:
-            collectors.append(GpuCollector(nvml, index=gpu_index, clock=clock))
+            collectors.append(GpuCollector(nvml, index=gpu_index, clock=clock, read_pids=read_pids))
         yield lambda: _collect(collectors)
 
 

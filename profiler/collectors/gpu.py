@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from sparsed.core import HostGauges
@@ -13,11 +13,19 @@ from sparsed.profiler.collectors.pcie import choose_pcie
 class GpuCollector:
     """Memory, utilisation, PCIe rates and link state of GPU ``index`` (the driver's count).
 
-    Use it inside the ``open_nvml`` block that gave the session.
+    ``read_pids`` names our processes, to tell their memory from that of others. Use it inside the ``open_nvml`` block that gave the session.
     """
 
-    def __init__(self, nvml: NvmlSession, *, index: int, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        nvml: NvmlSession,
+        *,
+        index: int,
+        clock: Callable[[], float],
+        read_pids: Callable[[], Iterable[int]],
+    ) -> None:
         self._nvml = nvml
+        self._read_pids = read_pids
         self._handle = nvml.call("nvmlDeviceGetHandleByIndex", index)
         self._pcie = choose_pcie(nvml, self._handle, clock=clock)
 
@@ -25,6 +33,7 @@ class GpuCollector:
         memory = self._nvml.memory(self._handle)
         busy = self._nvml.call("nvmlDeviceGetUtilizationRates", self._handle)
         rates = self._pcie.read()
+        shares = self._nvml.process_memory(self._handle, own_pids=self._read_pids())
         return replace(
             gauges,
             gpu_used_bytes=memory.used_bytes if memory else None,
@@ -34,4 +43,6 @@ class GpuCollector:
             pcie_d2h_bytes_per_s=rates.d2h_bytes_per_s if rates else None,
             pcie_generation=self._nvml.call("nvmlDeviceGetCurrPcieLinkGeneration", self._handle),
             pcie_width=self._nvml.call("nvmlDeviceGetCurrPcieLinkWidth", self._handle),
+            gpu_own_bytes=shares.own_bytes if shares else None,
+            gpu_others_bytes=shares.others_bytes if shares else None,
         )

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
+
+_PROCESS_LISTS = (
+    "nvmlDeviceGetComputeRunningProcesses",
+    "nvmlDeviceGetGraphicsRunningProcesses",
+)
 
 
 class NvmlLibrary(Protocol):
@@ -21,6 +26,13 @@ class GpuMemory(NamedTuple):
     total_bytes: int
     used_bytes: int
     free_bytes: int
+
+
+class ProcessMemory(NamedTuple):
+    """Device memory of our own processes and of all others."""
+
+    own_bytes: int
+    others_bytes: int
 
 
 class NvmlSession:
@@ -52,6 +64,17 @@ class NvmlSession:
         if info is None:
             info = self._memory_v1(handle)
         return GpuMemory(info.total, info.used, info.free) if info is not None else None
+
+    def process_memory(self, handle: object, *, own_pids: Iterable[int]) -> ProcessMemory | None:
+        """None where the driver does not tell what each process has, or where none of ours is in
+        its list: in a container it may count processes by the ids of the host."""
+        lists = [self.call(name, handle) for name in _PROCESS_LISTS]
+        found = {one.pid: one.usedGpuMemory for processes in lists for one in processes or ()}
+        own = set(own_pids) & found.keys()
+        if lists[0] is None or not own or None in found.values():
+            return None
+        own_bytes = sum(found[pid] for pid in own)
+        return ProcessMemory(own_bytes, sum(found.values()) - own_bytes)
 
     def _memory_v1(self, handle: object) -> Any:
         try:  # not through ``call``, which remembers by name and would mix the versions up

@@ -54,12 +54,26 @@ class CapacityError(InputError):
     """A request that can never fit: longer than the model, the hot tier or the DRAM tier."""
 
 
+class FailureCause(StrEnum):
+    """Why an engine process ended or never started, as far as it says something of its knobs."""
+
+    DEVICE_MEMORY = "device-memory"
+    HOST_MEMORY = "host-memory"  # also what could not be pinned
+    DEVICE = "device"  # a call of the driver failed for another reason
+    CONFIG = "config"  # what was asked for is wrong or does not fit
+    HANG = "hang"
+    OTHER = "other"
+
+
 class StartError(Exception):
     """Start-up cannot go on; the message is one line for the user, ``code`` the exit status."""
 
-    def __init__(self, message: str, *, code: ExitCode) -> None:
+    def __init__(
+        self, message: str, *, code: ExitCode, cause: FailureCause = FailureCause.OTHER
+    ) -> None:
         super().__init__(message)
         self.code = code
+        self.cause = cause
 
 
 # --------------------------------------------------------------------------------------------
@@ -187,13 +201,13 @@ KNOB_SPECS: tuple[KnobSpec, ...] = (
     ),
     KnobSpec(
         name="residency_watermark",
-        unit="of the hot tier",
+        unit="share",
         klass=KnobClass.HOT,
         default=0.1,
         minimum=0.0,
         maximum=0.5,
         integer=False,
-        help="share of the hot tier that stays free while requests are kept there whole; below it "
+        help="part of the hot tier that stays free while requests are kept there whole; below it "
         "they keep what they have a right to",
     ),
     KnobSpec(
@@ -710,12 +724,14 @@ class WaitReason(StrEnum):
 
 
 class RefusalReason(StrEnum):
-    """Why the engine ends a request without a token."""
+    """Why a request ends without a token: refused by the daemon, or by its engine."""
 
     INVALID = "invalid"  # a field is wrong
     TOO_LONG = "too-long"  # for max_model_len
     DRAM_TIER = "dram-tier"  # not even alone
     HOT_TIER = "hot-tier"  # not even alone
+    QUEUE_FULL = "queue-full"  # as many wait as may; never seen by an engine
+    DRAINING = "draining"  # the daemon ends; never seen by an engine
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -843,10 +859,11 @@ class EngineReady:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineFailed:
-    """The engine could not start; it exits after saying so."""
+    """The engine could not start or go on; it exits after saying so."""
 
     message: str
     exit_code: int
+    cause: FailureCause = FailureCause.OTHER
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -994,6 +1011,25 @@ class HostGauges:
     pcie_d2h_bytes_per_s: float | None = None
     pcie_generation: int | None = None
     pcie_width: int | None = None
+    gpu_own_bytes: int | None = None  # of the engine, as the driver counts it
+    gpu_others_bytes: int | None = None  # of all other processes
+    read_at: float | None = None  # seconds since the epoch; None: never read
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HbmUse:
+    """Bytes of device memory by owner. The parts of the hot tier are what the planner gave them,
+    used or not. None: the driver does not tell which process has what."""
+
+    weights_bytes: int
+    hot_pages_bytes: int
+    summaries_bytes: int
+    tables_bytes: int
+    staging_bytes: int
+    prefill_buffer_bytes: int
+    rest_bytes: int | None  # of the engine: CUDA context, graphs, activations, unused reserve
+    others_bytes: int | None  # other processes
+    free_bytes: int | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -1031,6 +1067,263 @@ class Snapshot:
     tpot_p95_s: float | None = None
     host: HostGauges = field(default_factory=HostGauges)
     knobs: Knobs | None = None
+    step_s: float = 0.0  # seconds of the window that were in steps
+    selected_pages_per_step: float | None = None  # mean of all steps
+    exposed_s_per_step: float | None = None  # waits for pages, of the timed steps of the window
+    waiting: tuple[WaitCount, ...] = ()  # of the requests that wait at its end, the oldest ones
+    hbm: HbmUse | None = None  # None: not on a GPU
+
+
+class Bound(StrEnum):
+    """What takes most of the time, or what runs out first."""
+
+    HBM = "HBM-bound"  # bytes read from the memory of the device
+    LINK = "link-bound"  # pages loaded from the DRAM tier
+    COMPUTE = "compute-bound"  # products of matrices, those of prompts above all
+    LATENCY = "latency-bound"  # small kernels that wait for each other
+    HOST = "host-bound"  # the CPU between the steps, or other processes on it
+    CAPACITY = "capacity-bound"  # more requests would pay, and do not fit
+    IDLE = "idle"  # there is little to do
+    UNKNOWN = "unknown"  # figures are missing or too old
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Evidence:
+    """One number that a verdict rests on; shares have the unit "share"."""
+
+    name: str
+    value: float
+    unit: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Verdict:
+    """What binds an engine now. ``share``: of its limit or of the time, as ``reason`` says; None
+    where there is no such number. ``age_s``: of the newest window; ``left_out``: figures that were
+    too old or absent."""
+
+    bound: Bound
+    reason: str
+    share: float | None = None
+    limit: WaitReason | None = None  # what requests wait for, where CAPACITY or LINK binds
+    evidence: tuple[Evidence, ...] = ()
+    age_s: float | None = None
+    num_windows: int = 0
+    left_out: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ceilings:
+    """What the machine carries, as far as a verdict compares with it. None: not known. The
+    ``floor_*`` are seconds of a mean step of the windows by bytes and rates alone."""
+
+    num_cpus: int
+    is_gpu: bool
+    h2d_bytes_per_s: float | None = None  # of pages, as calibrated
+    floor_hbm_s: float | None = None
+    floor_compute_s: float | None = None
+    floor_latency_s: float | None = None
+
+
+# --------------------------------------------------------------------------------------------
+# What knobs do to each other and to what binds
+# --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KnobMove:
+    """A change of a knob that helps where ``bound`` binds, and why; ``limit``: only where requests
+    wait for that."""
+
+    bound: Bound
+    up: bool
+    why: str
+    limit: WaitReason | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KnobGuide:
+    """What a knob does to everything else. ``rises`` and ``falls``: with a larger value, or with
+    another one where values have no order; ``bounded_by``: beside the range."""
+
+    rises: str
+    falls: str
+    bounded_by: str
+    moves: tuple[KnobMove, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Remedy:
+    """What would help. ``knob`` None: no knob does; ``up`` None: see ``why``."""
+
+    knob: str | None
+    up: bool | None
+    why: str
+
+
+_FEWER_PAGES = "fewer pages are selected, missed and fetched; check attention recall"
+
+KNOB_GUIDES: Mapping[str, KnobGuide] = {
+    "token_budget": KnobGuide(
+        rises="attention recall, K and V read in a step, pages missed, working sets",
+        falls="requests that fit the hot tier",
+        bounded_by="at least four pages; at most hbm_budget where that is a number",
+        moves=(
+            KnobMove(bound=Bound.LINK, up=False, why=_FEWER_PAGES),
+            KnobMove(
+                bound=Bound.HBM, up=False, why="a step reads less K and V; check attention recall"
+            ),
+            KnobMove(
+                bound=Bound.CAPACITY,
+                limit=WaitReason.HOT_TIER,
+                up=False,
+                why="working sets shrink; check attention recall",
+            ),
+        ),
+    ),
+    "hbm_budget": KnobGuide(
+        rises="hits of each request, hot tier it holds",
+        falls="misses, bytes over the link, requests that run with their pages hot",
+        bounded_by="at least token_budget; what the hot tier holds",
+        moves=(
+            KnobMove(
+                bound=Bound.CAPACITY,
+                limit=WaitReason.HOT_TIER,
+                up=False,
+                why="each request holds less of the hot tier, and misses more",
+            ),
+            KnobMove(bound=Bound.LINK, up=True, why="more of what a request selects stays hot"),
+        ),
+    ),
+    "max_num_active_seqs": KnobGuide(
+        rises="requests at once, throughput while tiers and link have room, time of a token",
+        falls="queueing",
+        bounded_by="max_num_seqs; the gates of both tiers and of the link",
+        moves=(
+            KnobMove(
+                bound=Bound.CAPACITY,
+                limit=WaitReason.ACTIVE_LIMIT,
+                up=True,
+                why="requests wait for a place in the batch while the tiers have room",
+            ),
+            KnobMove(
+                bound=Bound.LINK,
+                up=False,
+                why="fewer requests share hot tier and link: fewer misses",
+            ),
+        ),
+    ),
+    "prefill_chunk": KnobGuide(
+        rises="rate of prompts, longest step while a prompt runs, memory of activations",
+        falls="TTFT of a request alone, steps of a prompt",
+        bounded_by="device memory beside weights and KV",
+        moves=(
+            KnobMove(
+                bound=Bound.COMPUTE,
+                up=False,
+                why="prompts hold up decoding less: TPOT falls, TTFT rises",
+            ),
+            KnobMove(
+                bound=Bound.HOST, up=True, why="a prompt takes fewer steps, each with its overhead"
+            ),
+        ),
+    ),
+    "residency_watermark": KnobGuide(
+        rises="room for newcomers and for prompts",
+        falls="requests that stay in the hot tier whole, so hits rise less",
+        bounded_by="the working sets of those that run",
+        moves=(
+            KnobMove(
+                bound=Bound.LINK,
+                up=False,
+                why="requests stay whole in the hot tier for longer: fewer misses",
+            ),
+        ),
+    ),
+    "copy_programs": KnobGuide(
+        rises="rate of loads up to that of the link, disturbance of kernels beside them",
+        falls="time that attention waits for pages, until the link is full",
+        bounded_by="the link; sparsed bench link shows the rate of each number",
+        moves=(
+            KnobMove(
+                bound=Bound.LINK,
+                up=True,
+                why="only while loads stay under the rate that sparsed bench link shows",
+            ),
+        ),
+    ),
+    "page_size": KnobGuide(
+        rises="rate of the link for each page",
+        falls="summaries in the hot tier, precision of the selection",
+        bounded_by="token_budget holds at least four pages",
+        moves=(
+            KnobMove(bound=Bound.LINK, up=True, why="larger pieces cross the link faster"),
+            KnobMove(
+                bound=Bound.CAPACITY,
+                limit=WaitReason.HOT_TIER,
+                up=True,
+                why="summaries and tables leave more of the hot tier to pages",
+            ),
+        ),
+    ),
+    "sparse_method": KnobGuide(
+        rises="with a ranking: context that fits, bytes over the link; with dense: recall, to 1",
+        falls="with a ranking: K and V read in a step, recall; with dense: requests that fit",
+        bounded_by="dense requests lie in the hot tier from end to end",
+    ),
+    "dense_layers": KnobGuide(
+        rises="attention recall, K and V read and fetched",
+        falls="requests that fit the hot tier",
+        bounded_by="the layers of the model",
+        moves=(
+            KnobMove(bound=Bound.LINK, up=False, why="fewer layers read all their pages"),
+            KnobMove(bound=Bound.HBM, up=False, why="fewer layers read all their K and V"),
+        ),
+    ),
+    "max_num_seqs": KnobGuide(
+        rises="requests that may run at once, tables, graphs and rows of logits",
+        falls="hot pages, by what these take",
+        bounded_by="device memory",
+        moves=(
+            KnobMove(
+                bound=Bound.CAPACITY,
+                limit=WaitReason.ACTIVE_LIMIT,
+                up=True,
+                why="room for a larger max_num_active_seqs",
+            ),
+        ),
+    ),
+    "kv_hbm_gib": KnobGuide(
+        rises="hits, requests that fit, frames whose summaries have a place",
+        falls="misses, device memory for everything else",
+        bounded_by="device memory less weights, graphs and activations",
+        moves=(
+            KnobMove(bound=Bound.LINK, up=True, why="more pages stay hot: fewer misses"),
+            *(
+                KnobMove(bound=Bound.CAPACITY, limit=limit, up=True, why="more working sets fit")
+                for limit in (WaitReason.HOT_TIER, WaitReason.SPILLED)
+            ),
+        ),
+    ),
+    "kv_dram_gib": KnobGuide(
+        rises="requests and context that the daemon holds at once, pinned memory",
+        falls="free memory of the host",
+        bounded_by="free DRAM; summaries of its frames in the hot tier",
+        moves=(
+            KnobMove(
+                bound=Bound.CAPACITY,
+                limit=WaitReason.DRAM_TIER,
+                up=True,
+                why="more whole requests have frames",
+            ),
+        ),
+    ),
+    "max_model_len": KnobGuide(
+        rises="longest request that is taken, frames held for requests without max_tokens",
+        falls="requests that fit at once where clients send no max_tokens",
+        bounded_by="the positions of the model; frames of the DRAM tier",
+    ),
+}
 
 
 # --------------------------------------------------------------------------------------------
@@ -1046,9 +1339,20 @@ class Objective(StrEnum):
     CAPACITY = "capacity"  # output tokens per second and GiB of the hot tier used at its peak
 
 
+class SearchMethod(StrEnum):
+    """How an offline study searches; random runs beside every other one, at equal budget."""
+
+    CONSTRAINED = "constrained"  # Bayesian, with a model of every target
+    SKOPT = "skopt"  # scikit-optimize as it comes
+    GRID = "grid"
+    RANDOM = "random"
+
+
 class TrialStatus(StrEnum):
     OK = "ok"
-    OUT_OF_MEMORY = "out_of_memory"
+    OUT_OF_MEMORY = "out_of_memory"  # of the device
+    HOST_OUT_OF_MEMORY = "host_out_of_memory"
+    DEVICE_ERROR = "device_error"
     SLO_BROKEN = "slo_broken"
     RECALL_BROKEN = "recall_broken"
     INVALID_CONFIG = "invalid_config"
@@ -1111,7 +1415,10 @@ class Workload:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Measurement:
-    """What one run of a workload under one configuration gave. Lists are per request."""
+    """What one run of a workload under one configuration gave. Lists are per request.
+    ``hbm_peak_frac``: of the device's memory, everybody's use, as often as the driver was asked;
+    ``link_busy_frac``: bytes loaded over what the link carries at its calibrated rate. None: there
+    is no GPU, or it does not say."""
 
     duration_s: float
     output_tokens: int
@@ -1123,6 +1430,8 @@ class Measurement:
     h2d_bytes: int
     hot_peak_bytes: int
     errors: int = 0
+    hbm_peak_frac: float | None = None
+    link_busy_frac: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -1131,7 +1440,7 @@ class TrialResult:
     when the trial is infeasible; ``spread_frac`` is (max - min) / median over its repeats."""
 
     number: int
-    arm: str  # "default", "bayes", "random"; "verify" in studies of earlier versions
+    arm: str  # "default", "bayes", "skopt", "grid", "random"; earlier versions had "verify"
     values: Mapping[str, KnobValue]
     status: TrialStatus
     score: float | None
@@ -1309,14 +1618,101 @@ class AcceptanceDecision:
 
 
 class TunerMode(StrEnum):
+    """``auto`` alone changes knobs by itself, one tested candidate at a time."""
+
     OFF = "off"
     OBSERVE = "observe"
     ADVISE = "advise"
+    AUTO = "auto"
+
+
+class RolloutState(StrEnum):
+    """Of one candidate of the live tuner. ``expired``: it ended without a verdict on it."""
+
+    ACTIVE = "active"  # proposed, not applied yet
+    VERIFYING = "verifying"  # in its paired windows, then on probation
+    SUCCESS = "success"
+    REVERTED = "reverted"
+    EXPIRED = "expired"
+
+
+class RolloutReason(StrEnum):
+    PROPOSED = "proposed"
+    CANARY = "canary"
+    COMMITTED = "committed"  # it passed the paired test: the last known good from now on
+    PROBATION_PASSED = "probation_passed"
+    # faults of the candidate: its region is quarantined, the cool-down doubles
+    CRASHED = "crashed"  # the daemon died while it was tested
+    ENGINE_DIED = "engine_died"
+    OUT_OF_MEMORY = "out_of_memory"
+    SLO_BREACH = "slo_breach"
+    ERRORS = "errors"
+    QUEUE_GROWTH = "queue_growth"
+    HBM_OVER_LIMIT = "hbm_over_limit"
+    NOT_BETTER = "not_better"  # rejected by the paired test
+    REGRESSED = "regressed"  # on probation
+    APPLY_FAILED = "apply_failed"
+    # ends that are no fault of it
+    UNDECIDED = "undecided"  # held by the paired test
+    NO_TRAFFIC = "no_traffic"
+    STALE_DATA = "stale_data"
+    BUDGET_SPENT = "budget_spent"  # of exploring, or of breached targets
+    OVERTAKEN = "overtaken"  # an operator set knobs meanwhile
+    REJECTED = "rejected"  # by an operator
+    PINNED = "pinned"
+    FROZEN = "frozen"
+    KILLED = "killed"
+    SWITCHED_OFF = "switched_off"  # the mode does not allow it any more
+    STORE_FAILED = "store_failed"
+    SHUT_DOWN = "shut_down"
+    WAITED_TOO_LONG = "waited_too_long"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RolloutRecord:
+    """One step of the life of one candidate. ``config_from`` and ``config_to`` hold the knobs that
+    it changes; times are seconds since the epoch."""
+
+    state: RolloutState
+    reason: RolloutReason
+    config_from: Mapping[str, KnobValue]
+    config_to: Mapping[str, KnobValue]
+    initiated_by: str
+    at: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LastKnownGood:
+    """Hot knobs that the live tuner has proved better than what a start takes without it."""
+
+    values: Mapping[str, KnobValue]
+    moved_at: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TunerControls:
+    """What operators laid down for the live tuner, kept over restarts. ``pins``: knobs that it
+    leaves alone. ``safe_since``: when safe mode began, None if it has not."""
+
+    pins: tuple[str, ...] = ()
+    frozen: bool = False
+    safe_since: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TunerRun:
+    """A time of serving with values of the live tuner. ``alive_at``: when it was last seen;
+    ``ended`` False in a store that is opened anew: it crashed."""
+
+    run_id: int
+    started_at: float
+    alive_at: float
+    ended: bool
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Decision:
-    """Advice of the live tuner: never applied by itself."""
+    """Advice of the live tuner. In mode ``auto`` it becomes a candidate, which is tested."""
 
     made_at: float
     values: Mapping[str, KnobValue]

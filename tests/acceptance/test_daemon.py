@@ -20,7 +20,7 @@ import pytest
 
 from sparsed.controller.client import AdminClient
 from sparsed.controller.workload import parse_trace
-from sparsed.core import InputError
+from sparsed.core import Bound, InputError, WaitReason
 from sparsed.engine.evaluate.recording import Recording, RecordingHeader, write_recording
 
 pytestmark = pytest.mark.slow
@@ -199,6 +199,37 @@ def test_knobs_change_now_or_at_the_next_start(daemon: StartDaemon) -> None:
         knobs = {state.spec.name: state for state in admin.list_knobs()}
         assert (knobs["page_size"].value, knobs["page_size"].source) == (64, "live")
         assert knobs["token_budget"].value == 2048
+
+
+def test_why_follows_what_the_daemon_does(daemon: StartDaemon) -> None:
+    running = daemon(*SMALL, "--max-num-active-seqs", "1", "--max-num-seqs", "1")
+    with AdminClient(running.state_dir / "run" / "sparsed.sock") as admin:
+        deadline = time.monotonic() + 60
+        while admin.explain().verdict.bound is not Bound.IDLE:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        answers: list[str | None] = []
+        threads = [stream_in_background(running, answers=answers)]
+        second = threading.Thread(target=lambda: answers.append(long_answer(running)))
+        second.start()
+        while (found := admin.explain()).verdict.limit is not WaitReason.ACTIVE_LIMIT:
+            assert time.monotonic() < deadline and any(one.is_alive() for one in threads)
+            time.sleep(0.1)
+        assert found.verdict.bound is Bound.CAPACITY
+        assert found.remedies[0].knob == "max_num_seqs" and found.tried == ()
+        numbers = {item.name: item.value for item in found.verdict.evidence}
+        assert numbers["requests waiting"] == 1 and numbers["mean step"] > 0
+        assert numbers["calibrated rate of the link"] > 0
+    for thread in (*threads, second):
+        thread.join(60)
+    assert answers == ["length", "length"]
+
+
+def long_answer(daemon: Any) -> str | None:
+    """Finish reason of one more long completion."""
+    with daemon.client() as client:
+        answer = client.completions.create(model="dummy:tiny", prompt="hello", **LONG)
+        return str(answer.choices[0].finish_reason)
 
 
 def test_a_store_that_cannot_be_opened_degrades(daemon: StartDaemon, tmp_path: Path) -> None:

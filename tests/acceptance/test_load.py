@@ -229,3 +229,18 @@ def test_a_killed_daemon_leaves_no_engine_and_the_next_one_starts(daemon: StartD
         assert second.stop() == 0
         assert time.monotonic() - started < 10.0
     assert not list((first.state_dir / "run").iterdir())
+
+
+def test_clients_are_told_when_the_engine_is_lost_for_good(daemon: StartDaemon) -> None:
+    """An engine that dies too often ends the daemon, and no stream ends without a word."""
+    lost = daemon(*FLAGS, "16")
+    readers = [Reader(lost, [number] * 200, num_tokens=3000) for number in range(1, 9)]
+    for reader in readers:
+        reader.wait_for_piece(1)
+    while lost.process.poll() is None:
+        for engine in engines(lost):
+            engine.kill()
+        time.sleep(0.1)
+    assert lost.process.returncode != 0
+    assert all(reader.failure() for reader in readers)
+    assert not any(reader.broken for reader in readers)

@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 
 from sparsed.controller.config import DaemonConfig, load_config
+from sparsed.controller.search_model import search_space
 from sparsed.controller.startup import prepare
-from sparsed.controller.tuning import TuneOptions, run_tune, search_space
+from sparsed.controller.tuning import TuneOptions, run_tune
 from sparsed.core import (
     AcceptanceDecision,
     Objective,

@@ -17,9 +17,12 @@ from sparsed.controller.config import DaemonConfig, load_config
 from sparsed.controller.control import (
     DaemonState,
     DaemonStatus,
+    Explanation,
     KnobSource,
     KnobState,
+    TriedChange,
     TunerState,
+    TunerVerb,
 )
 from sparsed.controller.lookups import FindVerified
 from sparsed.controller.recorder import Recorder
@@ -29,9 +32,12 @@ from sparsed.controller.state_dir import StateDir
 from sparsed.core import (
     KNOB_SPECS,
     KNOBS_BY_NAME,
+    Bound,
     Decision,
+    DecisionState,
     EngineFacts,
     EngineStats,
+    Evidence,
     InputError,
     KnobClass,
     Knobs,
@@ -42,8 +48,14 @@ from sparsed.core import (
     Profile,
     ProfileKey,
     ProfileStatus,
+    Remedy,
+    RolloutReason,
+    RolloutRecord,
+    RolloutState,
     Snapshot,
     TunerMode,
+    Verdict,
+    WaitReason,
 )
 from sparsed.db.memory import InMemoryProfileStore
 
@@ -127,6 +139,55 @@ STATUS = DaemonStatus(
     stats=EngineStats(steps=20, hot_used_bytes=1 << 29, recent_step_s=(0.03, 0.04), knobs=KNOBS),
     snapshot=SNAPSHOT,
 )
+EXPLANATION = Explanation(
+    verdict=Verdict(
+        bound=Bound.CAPACITY,
+        reason="3 requests wait: whole requests do not fit the DRAM tier",
+        share=0.9,
+        limit=WaitReason.DRAM_TIER,
+        evidence=(
+            Evidence(name="mean step", value=0.0125, unit="s"),
+            Evidence(name="link in use", value=0.25, unit="share"),
+            Evidence(name="loaded over the link", value=12.5, unit="GB/s"),
+        ),
+        age_s=0.5,
+        num_windows=3,
+        left_out=("utilisation of the GPU",),
+    ),
+    remedies=(
+        Remedy(knob="kv_dram_gib", up=True, why="more whole requests have frames"),
+        Remedy(knob="token_budget", up=False, why="working sets shrink"),
+        Remedy(knob=None, up=None, why="more memory"),
+    ),
+    advised=(
+        Decision(
+            made_at=1.7e9,
+            values={},
+            reason="no better point is known",
+            predicted_score=None,
+            current_score=None,
+        ),
+    ),
+    tried=(
+        TriedChange(
+            decision_id=7,
+            decided_at=1.7e9,
+            state=DecisionState.REJECTED,
+            values={"token_budget": 1024, "hbm_budget": None},
+            words="rejected: no gain",
+        ),
+    ),
+    rollouts=(
+        RolloutRecord(
+            state=RolloutState.REVERTED,
+            reason=RolloutReason.SLO_BREACH,
+            config_from={"prefill_chunk": 2048},
+            config_to={"prefill_chunk": 4096},
+            initiated_by="tuner",
+            at=1.7e9,
+        ),
+    ),
+)
 PROFILE = Profile(
     key=ProfileKey(hardware="cpu:x:2:24GiB", model="dummy:tiny", dtype="float32"),
     values={"token_budget": 1024, "sparse_method": "quest", "hbm_budget": None, "kv_hbm_gib": 0.5},
@@ -137,6 +198,16 @@ PROFILE = Profile(
     winner_scores=(13.0, 14.0, 15.0),
     versions={"sparsed": "0.1.0"},
     created_at=1.7e9,
+)
+
+
+ROLLOUT = RolloutRecord(
+    state=RolloutState.REVERTED,
+    reason=RolloutReason.SLO_BREACH,
+    config_from={"hbm_budget": None, "token_budget": 2048},
+    config_to={"hbm_budget": 4096, "token_budget": 1536},
+    initiated_by="auto",
+    at=1.7e9,
 )
 
 
@@ -156,9 +227,15 @@ class ScriptedControl:
         self.stops = 0
         self.step_s = 0.01
         self.is_engine_away = False
+        self.explanation = EXPLANATION
+        self.pins: set[str] = set()
+        self.verbs: list[TunerVerb] = []
 
     def status(self) -> DaemonStatus:
         return self.now
+
+    async def explain(self) -> Explanation:
+        return self.explanation
 
     def list_knobs(self) -> tuple[KnobState, ...]:
         return tuple(
@@ -204,7 +281,29 @@ class ScriptedControl:
             predicted_score=12.0,
             current_score=None,
         )
-        return TunerState(mode=self.now.tuner_mode, num_observations=7, decisions=(advice,))
+        return TunerState(
+            mode=self.now.tuner_mode,
+            num_observations=7,
+            decisions=(advice,),
+            rollouts=(ROLLOUT,),
+            pins=tuple(sorted(self.pins)),
+            killed=self.verbs[-1:] == [TunerVerb.KILL],
+            hold="too little traffic",
+            explored_frac=0.025,
+        )
+
+    async def steer_tuner(
+        self, verb: TunerVerb, *, knob: str, validate_only: bool, reason: str
+    ) -> TunerState:
+        if knob and knob not in KNOBS_BY_NAME:
+            raise InputError(f"unknown knob {knob!r}; see: sparsed knobs list", field="knob")
+        if not validate_only:
+            self.verbs.append(verb)
+            if verb is TunerVerb.PIN:
+                self.pins.add(knob)
+            elif verb is TunerVerb.UNPIN:
+                self.pins.discard(knob)
+        return self.tuner()
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,11 +21,14 @@ from sparsed.controller.config import OPTION_NAMES, DaemonConfig
 from sparsed.controller.control import DaemonState
 from sparsed.controller.state_dir import StateLock
 from sparsed.core import (
+    KNOB_GUIDES,
     KNOB_SPECS,
     EngineStats,
     ExitCode,
+    HbmUse,
     InputError,
     KnobProgress,
+    KnobSpec,
     RefusalCount,
     RefusalReason,
     StartError,
@@ -128,6 +131,109 @@ def test_status_tells_of_a_change_under_way(
     assert "token_budget, copy_programs 37 %" in capsys.readouterr().out
 
 
+def test_status_tells_who_has_the_memory_and_how_full_the_link_is(
+    sparsed: Sparsed, daemon: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now, gib = daemon.control.now, 1 << 30
+    use = HbmUse(
+        weights_bytes=16 * gib,
+        hot_pages_bytes=40 * gib,
+        summaries_bytes=3 * gib,
+        tables_bytes=gib,
+        staging_bytes=gib // 2,
+        prefill_buffer_bytes=gib // 4,
+        rest_bytes=2 * gib,
+        others_bytes=None,
+        free_bytes=7 * gib,
+    )
+    snapshot = replace(now.snapshot, hbm=use, h2d_bytes=5_000_000_000, window_s=2.0)
+    daemon.control.now = replace(now, snapshot=snapshot)
+    assert sparsed("status") == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    for words in (
+        "HBM, weights 16.00 GiB",
+        "HBM, summaries 3.00 GiB",
+        "HBM, rest of the engine 2.00 GiB",
+        "HBM, free 7.00 GiB",
+        "link in use H2D / D2H 25.0 % / 0.0 %",
+    ):
+        assert words in shown
+    assert "other processes" not in shown
+
+
+def test_why_in_words(sparsed: Sparsed, capsys: pytest.CaptureFixture[str]) -> None:
+    assert sparsed("why") == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    for words in (
+        "capacity-bound: 3 requests wait: whole requests do not fit the DRAM tier",
+        "(3 windows, 0.5 s old)",
+        "mean step 12.5 ms",
+        "link in use 25 %",
+        "loaded over the link 12.5 GB/s",
+        "left out: utilisation of the GPU",
+        "kv_dram_gib raise more whole requests have frames",
+        "token_budget lower working sets shrink",
+        "beyond knobs more memory",
+        "tried 2023-11-14 22:13 UTC: hbm_budget=auto, token_budget=1024: rejected: no gain",
+        "live 2023-11-14 22:13 UTC: prefill_chunk=4096: reverted, slo_breach",
+        "advised: hold: no better point is known",
+    ):
+        assert words in shown
+
+
+def test_why_as_json_and_without_a_history(
+    sparsed: Sparsed, daemon: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    daemon.control.explanation = replace(
+        daemon.control.explanation, tried=(), advised=(), rollouts=()
+    )
+    assert sparsed("why", "-o", "json") == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["verdict"]["bound"] == "capacity-bound"
+    assert answer["remedies"][0] == {
+        "knob": "kv_dram_gib",
+        "up": True,
+        "why": "more whole requests have frames",
+    }
+    assert sparsed("why") == 0
+    assert "nothing was put to the test here yet" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("spec", KNOB_SPECS, ids=lambda spec: spec.name)
+def test_every_knob_is_explained(
+    sparsed: Sparsed, spec: KnobSpec, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert sparsed("knobs", "explain", spec.name) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    guide = KNOB_GUIDES[spec.name]
+    for words in (spec.help, guide.rises, guide.falls, guide.bounded_by, "comes from its default"):
+        assert words in shown
+    assert all(move.why in shown for move in guide.moves)
+
+
+def test_an_explained_knob_tells_its_value_and_what_waits(
+    sparsed: Sparsed, daemon: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert sparsed("knobs", "set", "token_budget=512") == 0
+    assert sparsed("knobs", "set", "page_size=64") == 5
+    capsys.readouterr()
+    assert sparsed("knobs", "explain", "token_budget") == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "now 512 tokens" in shown and "comes from sparsed knobs set" in shown
+    assert "default 2048" in shown and "after a restart" not in shown
+    assert sparsed("knobs", "explain", "page_size", "-o", "json") == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert (answer["knob"]["value"], answer["knob"]["pending"]) == (32, 64)
+    assert answer["guide"]["moves"][0]["bound"] == "link-bound"
+
+
+def test_an_unknown_knob_is_not_explained(
+    sparsed: Sparsed, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert sparsed("knobs", "explain", "nonsense") == 2
+    assert "nonsense" in capsys.readouterr().err
+
+
 def test_status_as_json(sparsed: Sparsed, daemon: Any, capsys: pytest.CaptureFixture[str]) -> None:
     daemon.control.now = replace(
         daemon.control.now, state=DaemonState.DEGRADED, reasons=("disk full",)
@@ -145,6 +251,8 @@ def test_reads_print_both_forms(
 ) -> None:
     for verb in (
         ("knobs", "list"),
+        ("knobs", "explain", "token-budget"),
+        ("why",),
         ("tuner", "status"),
         ("profile", "list"),
         ("profile", "show", "1"),
@@ -187,7 +295,7 @@ def test_bad_assignments(
 
 
 def test_the_tuner_is_switched(sparsed: Sparsed, daemon: Any) -> None:
-    for verb in ("advise", "observe", "off"):
+    for verb in ("advise", "observe", "auto", "off"):
         assert sparsed("tuner", verb) == 0
         assert daemon.control.now.tuner_mode is TunerMode(verb)
 
@@ -361,3 +469,25 @@ def test_light_verbs_load_nothing_heavy(arguments: list[str]) -> None:
 def _made(directory: Path) -> Path:
     directory.mkdir()
     return directory
+
+
+def test_the_tuner_is_steered(
+    sparsed: Sparsed, daemon: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for words in (("freeze",), ("unfreeze",), ("approve",), ("reject",), ("revive",)):
+        assert sparsed("tuner", *words) == 0
+    assert sparsed("tuner", "pin", "token_budget", "--reason", "mine") == 0
+    capsys.readouterr()
+    assert sparsed("tuner", "kill") == 0
+    text = capsys.readouterr().out
+    for part in (
+        "stopped: killed",
+        "left alone: token_budget",
+        "candidate: too little traffic; 2.5% of the busy time",
+        "reverted: hbm_budget=4096 token_budget=1536: slo_breach, by auto",
+        "advice: token_budget=1024",
+    ):
+        assert part in text
+    assert sparsed("tuner", "unpin", "token_budget") == 0
+    verbs = [verb.value for verb in daemon.control.verbs]
+    assert verbs == ["freeze", "unfreeze", "approve", "reject", "revive", "pin", "kill", "unpin"]

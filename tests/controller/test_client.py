@@ -10,7 +10,7 @@ import pytest
 
 from sparsed.controller.cli.main import run
 from sparsed.controller.client import AdminClient, CallFailed, DaemonUnreachable
-from sparsed.controller.control import KnobSource
+from sparsed.controller.control import KnobSource, TunerVerb
 from sparsed.controller.profiles import StoredProfiles
 from sparsed.core import InputError, KnobValue, TunerMode, check_knob_values
 from sparsed.tuner.export import ExportFormat, parse_profile, render_profile
@@ -34,6 +34,13 @@ class Direct:
     def set_knobs(self, values: dict[str, KnobValue], **options: Any) -> Any:
         return asyncio.run(self._control.set_knobs(check_knob_values(values), **options))
 
+    def explain(self) -> Any:
+        return asyncio.run(self._control.explain())
+
+    def steer_tuner(self, verb: TunerVerb, **options: Any) -> Any:
+        steer = self._control.steer_tuner(verb, **({"knob": "", "validate_only": False} | options))
+        return asyncio.run(steer)
+
     def drain(self, *, timeout_s: float | None) -> int:
         return asyncio.run(self._control.drain(timeout_s=timeout_s))
 
@@ -54,6 +61,7 @@ def test_reads_give_the_daemons_values(caller: Any, control: Any) -> None:
     assert caller.snapshot() == control.now.snapshot
     assert caller.list_knobs() == control.list_knobs()
     assert caller.tuner() == control.tuner()
+    assert caller.explain() == control.explanation
     assert caller.list_profiles() == control.profiles.list_profiles()
 
 
@@ -112,6 +120,17 @@ def test_a_daemon_that_cannot_now_says_so(caller: Any, control: Any) -> None:
 def test_the_tuner_switches_its_mode(caller: Any, control: Any) -> None:
     assert caller.tuner(TunerMode.ADVISE).mode is TunerMode.ADVISE
     assert control.now.tuner_mode is TunerMode.ADVISE
+
+
+def test_every_word_reaches_the_tuner(caller: Any, control: Any) -> None:
+    for verb in TunerVerb:
+        knob = "token_budget" if verb in (TunerVerb.PIN, TunerVerb.UNPIN) else ""
+        state = caller.steer_tuner(verb, knob=knob, reason="test")
+        assert state == control.tuner()
+        assert state.pins == (("token_budget",) if verb is TunerVerb.PIN else ())
+    assert control.verbs == list(TunerVerb)
+    with pytest.raises(InputError, match="unknown knob"):
+        caller.steer_tuner(TunerVerb.PIN, knob="speed", reason="test")
 
 
 def test_drain_says_how_many_were_cut_off(caller: Any, control: Any) -> None:

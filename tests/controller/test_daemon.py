@@ -232,3 +232,32 @@ def test_progress_is_logged_once_a_second(caplog: pytest.LogCaptureFixture) -> N
         for phase, frac in (("a", 0.1), ("a", 0.2), ("a", 0.3), ("a", 0.4), ("b", 0.0)):
             progress(phase, frac)
     assert caplog.messages == ["a, 10 %", "a, 40 %", "b"]
+
+
+def test_the_engine_after_a_death_begins_with_what_was_proved(
+    plan_start: Callable[..., StartPlan], tmp_path: Path
+) -> None:
+    plan = plan_start(no_profile=True)
+    candidate = plan.spec.knobs.with_values({"token_budget": 512})
+    before = {"token_budget": plan.spec.knobs.token_budget}
+    reasons: list[str] = []
+
+    async def live() -> None:
+        senses = Senses(lambda: Telemetry(totals=EngineStats()), slo=Slo())
+        link = EngineLink(
+            plan,
+            run_dir=tmp_path,
+            max_queued=9,
+            senses=senses,
+            on_snapshot=lambda snapshot: None,
+            on_lost=reasons.append,
+        )
+        link.supervisor._receive(KnobsApplied(change_id=1, knobs=candidate))
+        assert link.supervisor._spec.knobs == link.board.knobs == candidate
+        link._on_lost("it died")
+        await link.have(before)
+        assert link.supervisor._spec.knobs == link.board.knobs == plan.spec.knobs
+        await link.stop()
+
+    asyncio.run(live())
+    assert reasons == ["it died"]

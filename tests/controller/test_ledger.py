@@ -21,6 +21,7 @@ from sparsed.core import (
     CapacityError,
     FinishReason,
     InputError,
+    RefusalReason,
     SamplingParams,
     TokenBatch,
     TokenOutput,
@@ -37,6 +38,7 @@ class Bench:
     now_s: float = 0.0
     sent: list[AddRequest | AbortRequest] = field(default_factory=list)
     observed: list[tuple[float, float | None]] = field(default_factory=list)
+    refused: list[RefusalReason] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         seeds = iter(range(100, 1_000_000))
@@ -44,6 +46,7 @@ class Bench:
             LedgerLimits(max_tokens=64, max_waiting=3, num_active=lambda: self.num_active),
             send=self.sent.append,
             observe=lambda *, ttft_s, tpot_s: self.observed.append((ttft_s, tpot_s)),
+            refuse=self.refused.append,
             clock=lambda: self.now_s,
             draw_seed=lambda: next(seeds),
         )
@@ -287,6 +290,7 @@ def test_a_request_that_can_never_fit_names_the_limit(bench: Bench) -> None:
     with pytest.raises(CapacityError) as caught:
         bench.submit("one", prompt=64, max_tokens=1)
     assert caught.value.field == "prompt"
+    assert bench.refused == [RefusalReason.TOO_LONG] * 2
     bench.submit("one", prompt=60, max_tokens=4)
 
 
@@ -296,6 +300,7 @@ def test_a_full_queue_refuses_and_says_when_to_return(bench: Bench) -> None:
     with pytest.raises(Unavailable) as caught:
         bench.submit("one more")
     assert caught.value.retry_after_s > 0
+    assert bench.refused == [RefusalReason.QUEUE_FULL]
 
 
 def test_refused_clients_are_sent_back_at_the_rate_of_service(bench: Bench) -> None:
@@ -345,6 +350,7 @@ def test_drain_refuses_new_requests_and_waits_for_the_others(bench: Bench) -> No
         await asyncio.sleep(0)
         with pytest.raises(Unavailable):
             bench.submit("two")
+        assert bench.refused == [RefusalReason.DRAINING]
         assert not draining.done()
         bench.token("one", 0, last=True)
         return await draining

@@ -40,12 +40,20 @@ ENUMS = (
     core.CopyPath,
     core.WaitReason,
     core.RefusalReason,
+    core.Bound,
+    core.DecisionState,
     TunerMode,
     ProfileStatus,
     Objective,
     ExportFormat,
 )
-ROOTS = (control.DaemonStatus, control.KnobState, control.TunerState, Profile)
+ROOTS = (
+    control.DaemonStatus,
+    control.Explanation,
+    control.KnobState,
+    control.TunerState,
+    Profile,
+)
 
 
 def values_of(hint: Any) -> st.SearchStrategy[Any]:

@@ -29,7 +29,19 @@ from sparsed.controller.v1 import admin_pb2_grpc as rpc
 GOLDEN = Path(__file__).parent / "golden" / "admin.txt"
 IMPLEMENTED = {
     "DaemonService": {"GetStatus", "Drain", "Stop", "StartRecording", "TakeRecording"},
-    "TuningService": {"GetState", "SetMode"},
+    "TuningService": {
+        "GetState",
+        "SetMode",
+        "Explain",
+        "Start",
+        "Stop",
+        "Pause",
+        "Resume",
+        "Approve",
+        "Reject",
+        "Pin",
+        "Unpin",
+    },
     "KnobService": {"List", "Set", "Reset"},
     "ProfileService": {"List", "Get", "Import", "Export", "Pin"},
     "TelemetryService": {"Snapshot"},

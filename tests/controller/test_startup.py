@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from hypothesis import strategies as st
 from sparsed.controller import startup
 from sparsed.controller.config import DaemonConfig
 from sparsed.controller.control import KnobSource
+from sparsed.controller.lookups import FindTuned
+from sparsed.controller.recovery import SAFE_VALUES, TunedValues
 from sparsed.controller.startup import StartPlan, describe_plan, num_fitting, prepare
 from sparsed.core import (
     GIB,
@@ -35,6 +38,7 @@ from sparsed.engine.kvcache.tables import PageTables
 from sparsed.engine.kvcache.transfer import Transfer
 
 PlanStart = Callable[..., StartPlan]
+Configure = Callable[..., DaemonConfig]
 KEY = ProfileKey(hardware="cpu", model="dummy:tiny", dtype="float32")
 
 
@@ -213,3 +217,56 @@ def test_as_many_requests_fit_as_the_cache_admits(
         cache.add(num_tokens, method=method, token_budget=None)
         count += 1
     assert num_fitting(plan, num_tokens) == count
+
+
+def good(**values: KnobValue) -> FindTuned:
+    return lambda key: TunedValues(values=values, moved_at=100.0, why="the last known good")
+
+
+def start_on(
+    configure: Configure, profile: Profile | None, tuned: FindTuned, **flags: object
+) -> Any:
+    return prepare(
+        configure(**flags),
+        progress=lambda phase, frac: None,
+        find_verified=lambda key: profile,
+        find_tuned=tuned,
+    )
+
+
+def test_what_the_live_tuner_proved_goes_over_the_profile(configure: Configure) -> None:
+    old = replace(profile(token_budget=512, prefill_chunk=256), created_at=1.0)
+    tuned = good(token_budget=1024, max_num_active_seqs=2)
+    plan = start_on(configure, old, tuned, max_num_active_seqs=3)
+    knobs, sources = plan.spec.knobs, plan.sources
+    assert (knobs.token_budget, knobs.prefill_chunk, knobs.max_num_active_seqs) == (1024, 256, 3)
+    assert sources["token_budget"] is KnobSource.TUNER
+    assert sources["prefill_chunk"] is KnobSource.PROFILE
+    assert sources["max_num_active_seqs"] is KnobSource.FLAG
+    for newer in (replace(old, created_at=200.0), replace(old, pinned=True)):
+        plan = start_on(configure, newer, tuned)
+        assert plan.spec.knobs.token_budget == 512
+        assert "instead of the last known good" in plan.profile
+
+
+def test_a_last_known_good_that_does_not_fit_is_left_out(configure: Configure) -> None:
+    plan = start_on(
+        configure, profile(token_budget=512), good(max_num_active_seqs=8), max_num_seqs=4
+    )
+    assert plan.spec.knobs.max_num_active_seqs == 4
+    assert plan.spec.knobs.token_budget == 512
+    assert "does not fit this start (max_num_active_seqs=8" in plan.profile
+
+
+def test_no_profile_leaves_the_live_tuner_out_too(configure: Configure) -> None:
+    plan = start_on(configure, None, good(token_budget=1024), no_profile=True)
+    assert plan.spec.knobs.token_budget == 2048
+
+
+def test_safe_mode_takes_neither(configure: Configure) -> None:
+    def safe(key: ProfileKey) -> TunedValues:
+        return TunedValues(values=SAFE_VALUES, is_safe=True, why="safe mode")
+
+    plan = start_on(configure, profile(token_budget=512), safe, kv_hbm_gib=0.03)
+    assert plan.spec.knobs.with_values(SAFE_VALUES) == plan.spec.knobs
+    assert plan.profile == "none: safe mode"

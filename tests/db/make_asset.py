@@ -6,6 +6,7 @@ PYTHONPATH=src python tests/db/make_asset.py
 from __future__ import annotations
 
 import sqlite3
+from dataclasses import replace
 from pathlib import Path
 
 from sparsed.core import (
@@ -27,9 +28,13 @@ from sparsed.core import (
     Profile,
     ProfileKey,
     ProfileStatus,
+    RolloutReason,
+    RolloutRecord,
+    RolloutState,
     Slo,
     TrialResult,
     TrialStatus,
+    TunerControls,
     WindowStage,
     Workload,
     WorkloadRequest,
@@ -80,6 +85,16 @@ ACCEPTANCE = AcceptanceDecision(
     initiated_by="asset",
     decided_at=3.0,
 )
+
+ROLLOUT = RolloutRecord(
+    state=RolloutState.VERIFYING,
+    reason=RolloutReason.CANARY,
+    config_from={"token_budget": 1024},
+    config_to={"token_budget": 1536},
+    initiated_by="asset",
+    at=1.0,
+)
+COMMIT = replace(ROLLOUT, reason=RolloutReason.COMMITTED, at=2.0)
 
 
 def fill(path: Path) -> None:
@@ -134,6 +149,10 @@ def fill(path: Path) -> None:
     store.record_decision(KEY, decision)
     store.save_calibration(CALIBRATION)
     store.save_acceptance(ACCEPTANCE)
+    store.mark_rollout(KEY, ROLLOUT)
+    store.settle_rollout(KEY, COMMIT, good=COMMIT.config_to)
+    store.begin_run(2.0)
+    store.keep_controls(TunerControls(pins=("prefill_chunk",), frozen=True))
     store.close()
 
 

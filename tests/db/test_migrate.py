@@ -37,7 +37,7 @@ def test_every_released_schema_upgrades_and_reads(dump: Path, tmp_path: Path) ->
     (trial,) = store.list_trials(key=KEY)
     assert (trial.score, trial.metrics) == (2.0, {"duration_s": 3.0})
     space = store.get_study(1).space
-    assert space == ({"token_budget": [512, 1024]} if dump.stem >= "0004" else None)
+    assert space == ({"token_budget": [512, 1024]} if dump.stem >= "0005" else None)
     assert store.list_decisions(KEY)[0].reason == "asset"
     calibration = store.find_calibration(LINK)
     if dump.stem >= "0002":
@@ -48,6 +48,12 @@ def test_every_released_schema_upgrades_and_reads(dump: Path, tmp_path: Path) ->
     acceptances = store.list_acceptances()
     assert [item.initiated_by for item in acceptances] == ["asset"] * (dump.stem >= "0003")
     assert all(item.rule.targets == {Guard.TPOT: 0.05} for item in acceptances)
+    has_rollouts = dump.stem >= "0004"
+    good = store.find_good(KEY)
+    assert (good is not None and good.values == {"token_budget": 1536}) is has_rollouts
+    assert [item.initiated_by for item in store.list_rollouts(KEY)] == ["asset"] * 2 * has_rollouts
+    assert store.controls().pins == (("prefill_chunk",) if has_rollouts else ())
+    assert len(store.list_runs()) == has_rollouts
     store.close()
 
 

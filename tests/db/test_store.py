@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy
 import pytest
@@ -68,7 +69,7 @@ def reopen(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[
         store.close()
 
 
-def make_profile(**changes: object) -> Profile:
+def make_profile(**changes: Any) -> Profile:
     profile = Profile(
         key=KEY,
         values={"token_budget": 1024, "hbm_budget": None, "kv_hbm_gib": 0.5},
@@ -80,10 +81,10 @@ def make_profile(**changes: object) -> Profile:
         versions={"torch": "2.13.0"},
         created_at=1000.5,
     )
-    return replace(profile, **changes)  # type: ignore[arg-type]  # fields by name
+    return replace(profile, **changes)
 
 
-def make_trial(number: int, **changes: object) -> TrialResult:
+def make_trial(number: int, **changes: Any) -> TrialResult:
     trial = TrialResult(
         number=number,
         arm="bayes",
@@ -95,7 +96,7 @@ def make_trial(number: int, **changes: object) -> TrialResult:
         started_at=1.0,
         ended_at=2.0,
     )
-    return replace(trial, **changes)  # type: ignore[arg-type]  # fields by name
+    return replace(trial, **changes)
 
 
 def make_snapshot(ended_at: float, *, recall: float | None = 0.9) -> Snapshot:
@@ -224,7 +225,7 @@ def test_find_study_wants_the_same_question(reopen: Callable[[], Store]) -> None
     slo = Slo(ttft_s=1.0)
     question = {"workload": "chat", "objective": Objective.THROUGHPUT, "slo": slo, "seed": 1}
 
-    def find(key: ProfileKey = KEY, **changes: object) -> Study | None:
+    def find(key: ProfileKey = KEY, **changes: Any) -> Study | None:
         return reopen().find_study(key, **(question | changes))  # type: ignore[arg-type]
 
     study = Study(
@@ -290,7 +291,7 @@ def test_decisions_are_kept_newest_first_and_bounded(reopen: Callable[[], Store]
 # decisions
 
 
-def make_window(number: int, **changes: object) -> AcceptanceWindow:
+def make_window(number: int, **changes: Any) -> AcceptanceWindow:
     window = AcceptanceWindow(
         number=number,
         stage=WindowStage.TEST,
@@ -302,10 +303,10 @@ def make_window(number: int, **changes: object) -> AcceptanceWindow:
         started_at=1.0,
         ended_at=2.0,
     )
-    return replace(window, **changes)  # type: ignore[arg-type]  # fields by name
+    return replace(window, **changes)
 
 
-def make_acceptance(**changes: object) -> AcceptanceDecision:
+def make_acceptance(**changes: Any) -> AcceptanceDecision:
     decision = AcceptanceDecision(
         key=KEY,
         config_from={"token_budget": 1024, "hbm_budget": None},
@@ -332,7 +333,7 @@ def make_acceptance(**changes: object) -> AcceptanceDecision:
         initiated_by="tune",
         decided_at=3.5,
     )
-    return replace(decision, **changes)  # type: ignore[arg-type]  # fields by name
+    return replace(decision, **changes)
 
 
 def test_decisions_come_back_with_every_window(reopen: Callable[[], Store]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -182,6 +183,39 @@ def test_lanes_that_lost_their_balance_come_back_equal(make_cache: MakeCache) ->
     assert_in_place(cache, row, pages_LHPX)
 
 
+def test_blocks_lost_and_found_on_the_way_begin_it_anew(make_cache: MakeCache) -> None:
+    """Between two looks, in which steps may have taken any slot."""
+    cache = make_cache(lane_blocks=12, num_frames=40, page_size=PAGE, token_budget=256)
+    cache._regrowth._slice_blocks = 1
+    row = add(cache, 1000)
+    pages_LHPX = fill(cache, row)
+    squeeze_to(cache, row, 256)
+    for _ in range(7):
+        cache.observe()
+    assert cache._regrowth.is_at(row)
+    other = cache.add(1020, method=METHOD, token_budget=640)
+    assert row.num_blocks < 7
+    cache.free(other)
+    cache.set_attention(row.index, token_budget=512, is_dense=False)
+    assert row.num_blocks == 8
+    bring_back(cache, row)
+    assert_in_place(cache, row, pages_LHPX)
+
+
+def test_what_others_cannot_go_without_is_theirs(make_cache: MakeCache) -> None:
+    """A dense request early in its life keeps the blocks of its pages to come."""
+    cache = make_cache(
+        lane_blocks=13, num_frames=40, page_size=PAGE, token_budget=256, residency_watermark=0.0
+    )
+    row = add(cache, 1000)
+    squeeze_to(cache, row, 640)
+    cache._blocks._divide(row, np.array([8, 6, 3, 3]))
+    index = cache.add(600, method=SparseMethod.DENSE, token_budget=None)
+    cache.open_chunk(index, 0, 100, step=2)
+    cache.observe()
+    assert row.complete and cache.rows[index].num_blocks == 5
+
+
 @pytest.mark.parametrize(("watermark", "num_blocks"), [(0.0, 8), (0.2, 7), (0.5, 4)])
 def test_prompts_stay_whole_above_the_watermark(
     make_cache: MakeCache, watermark: float, num_blocks: int
@@ -209,6 +243,7 @@ def test_a_prompt_takes_what_is_not_pinned(make_cache: MakeCache) -> None:
     assert (first.num_blocks, cache.rows[second].num_blocks) == (7, 3)
     cache.open_chunk(second, 0, 384, step=2)
     assert (first.num_blocks, cache.rows[second].num_blocks) == (7, 3), "it fits"
+    cache.reserve(second, 1000)
     cache.open_chunk(second, 384, 1000, step=3)
     assert (first.num_blocks, cache.rows[second].num_blocks) == (5, 5)
     cache.check_integrity()

@@ -60,6 +60,7 @@ class FakeNvml:
         self.open = False
         self.received = 0
         self.sent = 0
+        self.processes: dict[int, int | None] = {}  # device memory by pid
 
     def __getattribute__(self, name: str) -> Any:
         attribute = object.__getattribute__(self, name)
@@ -101,6 +102,12 @@ class FakeNvml:
     def nvmlDeviceGetMemoryInfo(self, handle: str, version: int | None = None) -> SimpleNamespace:
         reserved = 0 if version is None else GIB
         return SimpleNamespace(total=80 * GIB, used=10 * GIB - reserved, free=70 * GIB)
+
+    def nvmlDeviceGetComputeRunningProcesses(self, handle: str) -> list[SimpleNamespace]:
+        return [SimpleNamespace(pid=pid, usedGpuMemory=n) for pid, n in self.processes.items()]
+
+    def nvmlDeviceGetGraphicsRunningProcesses(self, handle: str) -> list[SimpleNamespace]:
+        return self.nvmlDeviceGetComputeRunningProcesses(handle)[:1]  # one draws as well
 
     def nvmlDeviceGetUtilizationRates(self, handle: str) -> SimpleNamespace:
         return SimpleNamespace(gpu=50, memory=1)

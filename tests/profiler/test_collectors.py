@@ -136,15 +136,40 @@ def test_throughput_is_in_kilobytes(make_nvml: MakeNvml) -> None:
     assert ThroughputPcie(NvmlSession(nvml), "gpu0").read() == PcieRates(7000.0, 3000.0)
 
 
+@pytest.mark.parametrize(
+    ("processes", "failing", "expected"),
+    [
+        ({7: 3 * GIB, 8: GIB, 9: 2 * GIB}, {}, (4 * GIB, 2 * GIB)),
+        ({7: 3 * GIB}, {}, (3 * GIB, 0)),
+        ({9: 2 * GIB}, {}, None),  # ours under other ids, or not there yet
+        ({}, {}, None),
+        ({7: 3 * GIB, 9: None}, {}, None),  # the driver keeps it to itself
+        ({7: GIB}, {"nvmlDeviceGetComputeRunningProcesses": NOT_SUPPORTED}, None),
+        ({7: GIB}, {"nvmlDeviceGetGraphicsRunningProcesses": NOT_SUPPORTED}, (GIB, 0)),
+    ],
+)
+def test_memory_of_others_is_told_apart_where_the_driver_tells(
+    make_nvml: MakeNvml,
+    processes: dict[int, int | None],
+    failing: dict[str, int],
+    expected: tuple[int, int] | None,
+) -> None:
+    nvml = make_nvml(failing=failing)
+    nvml.processes = processes
+    assert NvmlSession(nvml).process_memory("gpu0", own_pids=[7, 8]) == expected
+
+
 def test_all_gauges_together(make_nvml: MakeNvml) -> None:
     nvml, clock = make_nvml(), Clock()
     with open_gauges(lambda: [os.getpid()], gpu_index=0, clock=clock, library=nvml) as read:
         read()
+        nvml.processes = {os.getpid(): 6 * GIB, -1: GIB}
         nvml.sent, clock.now_s = 1000, 1.0
         gauges = read()
     assert gauges.process_rss_bytes is not None and gauges.process_rss_bytes > 1 << 20
     assert gauges.gpu_total_bytes == 80 * GIB
     assert gauges.gpu_util_frac == 0.5
+    assert (gauges.gpu_own_bytes, gauges.gpu_others_bytes) == (6 * GIB, GIB)
     assert (gauges.pcie_h2d_bytes_per_s, gauges.pcie_d2h_bytes_per_s) == (0.0, 1000.0)
     assert (gauges.pcie_generation, gauges.pcie_width) == (5, 16)
 

@@ -19,6 +19,7 @@ from sparsed.core import (
     RefusalReason,
     Snapshot,
     WaitCount,
+    WaitingRequest,
     WaitReason,
 )
 from sparsed.profiler.counters import COUNTERS, advance
@@ -71,6 +72,17 @@ def test_rates_are_growth_over_the_time_between_reports(window: Window, clock: C
         working_set_pages=6,
         working_set_bytes=600,
         metadata_bytes=50,
+        step_s=1.5,
+        exposed_s=0.2,
+        timed_steps=2,
+        waiting=tuple(
+            WaitingRequest(request_id=name, reason=reason, waited_s=1.0)
+            for name, reason in (
+                ("a", WaitReason.TURN),
+                ("b", WaitReason.LINK),
+                ("c", WaitReason.LINK),
+            )
+        ),
     )
     snapshot = close(window, clock, second, after_s=2.0)
     assert snapshot.window_s == 2.0
@@ -78,6 +90,12 @@ def test_rates_are_growth_over_the_time_between_reports(window: Window, clock: C
     assert snapshot.generated_tokens_per_s == 8.0
     assert snapshot.prompt_tokens_per_s == 25.0
     assert snapshot.hot_hit_frac == 0.75
+    assert snapshot.selected_pages_per_step == 10.0
+    assert (snapshot.step_s, snapshot.exposed_s_per_step) == (1.5, 0.1)
+    assert snapshot.waiting == (
+        WaitCount(reason=WaitReason.LINK, count=2),
+        WaitCount(reason=WaitReason.TURN, count=1),
+    )
     assert snapshot.misses_per_step == 2.5
     assert snapshot.miss_bytes_per_step == 1e9
     assert (snapshot.working_set_pages, snapshot.working_set_bytes) == (6, 600)

@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from statistics import NormalDist
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -313,7 +314,7 @@ def test_a_rule_that_nothing_could_pass_is_refused() -> None:
 @pytest.mark.parametrize("name", ["state", "reason", "num_pairs", "hl", "p", "loss_bounds"])
 def test_verdicts_that_differ_do_not_agree(name: str) -> None:
     verdict = verdict_on(pairs(noisy(BETTER)))
-    others = {
+    others: dict[str, Any] = {
         "state": DecisionState.REJECTED,
         "reason": DecisionReason.NO_GAIN,
         "num_pairs": 31,
@@ -322,7 +323,7 @@ def test_verdicts_that_differ_do_not_agree(name: str) -> None:
         "loss_bounds": {**verdict.loss_bounds, "quality": 0.5},
     }
     assert agree(verdict, verdict)
-    assert not agree(verdict, replace(verdict, **{name: others[name]}))  # type: ignore[arg-type]
+    assert not agree(verdict, replace(verdict, **{name: others[name]}))
 
 
 @pytest.mark.parametrize("reason", list(DecisionReason))

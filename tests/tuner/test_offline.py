@@ -17,11 +17,14 @@ from sparsed.core import (
     KnobValue,
     Measurement,
     Objective,
+    SearchMethod,
     Slo,
     TrialResult,
     TrialStatus,
     WindowStage,
 )
+from sparsed.tuner.beliefs import Expectation
+from sparsed.tuner.constrained import MemoryLimit
 from sparsed.tuner.objective import OutOfTime, TrialFailed, window_metrics
 from sparsed.tuner.offline import StudyOutcome, StudyPlan, run_study
 from sparsed.tuner.space import build_space
@@ -85,13 +88,20 @@ class SyntheticEngine:
         )
 
 
-def plan(*, num_trials: int = 5, slo: Slo | None = None, seed: int = 1) -> StudyPlan:
+def plan(
+    *,
+    num_trials: int = 5,
+    slo: Slo | None = None,
+    seed: int = 1,
+    method: SearchMethod = SearchMethod.CONSTRAINED,
+) -> StudyPlan:
     return StudyPlan(
         space=SPACE,
         objective=Objective.THROUGHPUT,
         slo=slo or Slo(),
         num_trials=num_trials,
         seed=seed,
+        method=method,
     )
 
 
@@ -115,8 +125,58 @@ def study(
     return outcome, recorded
 
 
+def test_what_is_known_beforehand_reaches_the_constrained_search_alone() -> None:
+    """A prior that calls for one knob, and a memory that holds few requests."""
+
+    def expect(values: Mapping[str, KnobValue]) -> Expectation:
+        chunk = DEFAULT.with_values(values).prefill_chunk
+        return Expectation(objective=-abs(chunk - 1024) / 512)
+
+    def need(values: Mapping[str, KnobValue]) -> float:
+        return float(DEFAULT.with_values(values).max_num_active_seqs)
+
+    limit = MemoryLimit(predict=need, limit_bytes=3.0, margin_bytes=1.0)
+    recorded: list[TrialResult] = []
+    run_study(
+        SyntheticEngine(),
+        plan=replace(plan(num_trials=6), prior=expect, memory=limit),
+        record=recorded.append,
+        record_window=lambda window: None,
+        left_frac=lambda: 1.0,
+    )
+    active = {
+        arm: [
+            DEFAULT.with_values(trial.values).max_num_active_seqs
+            for trial in recorded
+            if trial.arm == arm
+        ]
+        for arm in ("bayes", "random")
+    }
+    assert len(active["bayes"]) == 6 and max(active["bayes"]) <= 2 < max(active["random"])
+    tried = [trial.values["prefill_chunk"] for trial in recorded if trial.arm == "bayes"]
+    assert set(tried[1:]) <= {768, 1024, 1536}, tried
+
+
 def reason_of(outcome: StudyOutcome) -> DecisionReason | None:
     return outcome.comparison.verdict.reason if outcome.comparison else None
+
+
+@pytest.mark.parametrize(
+    ("method", "arms"),
+    [
+        (SearchMethod.CONSTRAINED, ("bayes", "random")),
+        (SearchMethod.SKOPT, ("skopt", "random")),
+        (SearchMethod.GRID, ("grid", "random")),
+        (SearchMethod.RANDOM, ("random",)),
+    ],
+)
+def test_random_search_runs_beside_every_method(
+    method: SearchMethod, arms: tuple[str, ...]
+) -> None:
+    _, recorded = study(SyntheticEngine(), num_trials=2, method=method)
+    assert [trial.arm for trial in recorded] == ["default", *arms * 2]
+    values = [tuple(trial.values.items()) for trial in recorded if trial.arm in arms]
+    assert len(set(values)) == len(values)
 
 
 def test_a_study_compares_both_arms_and_verifies_the_winner() -> None:

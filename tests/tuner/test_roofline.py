@@ -8,10 +8,9 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from sparsed.core import GpuRates, ModelShape
+from sparsed.core import Bound, GpuRates, ModelShape
 from sparsed.tuner.queueing import Job, all_at_once, at_rate, full_batch
 from sparsed.tuner.roofline import (
-    Bound,
     StepLoad,
     StepTime,
     prompt_flop,

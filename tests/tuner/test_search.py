@@ -1,32 +1,33 @@
-"""Space, guard, judge and arms."""
+"""Space, guard and judge."""
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping
-from statistics import fmean
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsed.core import (
+    BLOCK_TOKENS,
     KNOBS_BY_NAME,
     Knobs,
     KnobValue,
     Measurement,
     Objective,
     Slo,
+    TrialResult,
     TrialStatus,
     Workload,
     WorkloadRequest,
 )
+from sparsed.tuner.constrained import ConstrainedSearch
 from sparsed.tuner.guard import guard
-from sparsed.tuner.objective import judge
-from sparsed.tuner.policy import BayesSearch, Observation, RandomSearch, SearchBackend
-from sparsed.tuner.space import SearchSpace, build_space, half_octaves
-from sparsed.tuner.surrogate import losses
+from sparsed.tuner.objective import judge, observe
+from sparsed.tuner.policy import Constraint, Crash, GridSearch, Observation, RandomSearch
+from sparsed.tuner.space import WATERMARKS, build_space, half_octaves
+from sparsed.tuner.stock import StockSearch
 
 DEFAULT = Knobs(
     token_budget=2048,
@@ -72,24 +73,6 @@ def test_encode_inverts_decode(point: tuple[int, ...]) -> None:
     assert SMALL.encode(SMALL.decode(point)) == point
 
 
-@pytest.mark.parametrize("kind", [RandomSearch, BayesSearch])
-def test_arms_propose_every_point_once_then_nothing(
-    kind: type[RandomSearch | BayesSearch],
-) -> None:
-    space = build_space(
-        DEFAULT,
-        auto_hbm_budget=5000,
-        fixed={"hbm_budget", "token_budget", "prefill_chunk", "max_num_active_seqs"},
-    )
-    observations = [Observation(space.default_values, 1.0)]
-    arm: SearchBackend = kind(space=space, seed=3)
-    while (suggestion := arm.suggest(observations)) is not None:
-        observations.append(Observation(suggestion.values, None))
-    tried = [item.values["page_size"] for item in observations]
-    assert sorted(tried) == [8, 16, 32, 64, 128]  # type: ignore[type-var]  # integers
-    assert tried[0] == 32
-
-
 def load(*sizes: tuple[int, int]) -> Workload:
     requests = (
         WorkloadRequest(arrival_s=0.0, input_tokens=prompt, output_tokens=output)
@@ -121,65 +104,80 @@ def test_the_default_stays_whatever_the_workload(sizes: list[tuple[int, int]]) -
     assert space.contains(space.encode({}))
 
 
-@pytest.mark.parametrize("kind", [RandomSearch, BayesSearch])
-def test_a_space_of_the_default_alone_has_nothing_to_suggest(
-    kind: type[RandomSearch | BayesSearch],
+@settings(max_examples=50)
+@given(
+    sizes=st.lists(st.tuples(st.integers(1, 9000), st.integers(1, 500)), min_size=1, max_size=40),
+    hot_tokens=st.integers(128, 300_000),
+)
+def test_the_watermark_is_tried_where_requests_are_not_kept_whole_anyway(
+    sizes: list[tuple[int, int]], hot_tokens: int
 ) -> None:
-    space = build_space(DEFAULT, auto_hbm_budget=5000, fixed=set(SPACE.names))
-    arm = kind(space=space, seed=1)
-    assert arm.suggest([Observation(space.default_values, 1.0)]) is None
+    space = build_space(DEFAULT, auto_hbm_budget=5000, workload=load(*sizes), hot_tokens=hot_tokens)
+    blocks = sorted((math.ceil(sum(size) / BLOCK_TOKENS) for size in sizes), reverse=True)
+    needed = BLOCK_TOKENS * sum(blocks[: DEFAULT.max_num_seqs])
+    assert ("residency_watermark" in space.names) == (needed > 0.9 * hot_tokens)
+    assert space.decode(space.encode({})) == space.default_values
+    for ladder in space.ladders:
+        for rung in range(len(ladder.rungs)):
+            assert ladder.nearest(ladder.value(rung)) == rung
 
 
-@pytest.mark.parametrize("kind", [RandomSearch, BayesSearch])
-def test_suggestions_are_plain_valid_and_reproducible(
-    kind: type[RandomSearch | BayesSearch],
+@pytest.mark.parametrize(
+    ("knobs", "fixed", "hot_tokens", "rungs"),
+    [
+        (DEFAULT, frozenset(), 4096, WATERMARKS),
+        (DEFAULT, frozenset(), None, None),
+        (DEFAULT, {"residency_watermark"}, 4096, None),
+        (DEFAULT.with_values({"sparse_method": "dense"}), frozenset(), 4096, None),
+        (DEFAULT.with_values({"residency_watermark": 0.15}), frozenset(), 4096, {0.15}),
+        (DEFAULT.with_values({"residency_watermark": 0.0}), {"residency_watermark"}, 9, None),
+    ],
+)
+def test_the_ladder_of_the_watermark(
+    knobs: Knobs, fixed: set[str], hot_tokens: int | None, rungs: set[float] | None
 ) -> None:
-    def walk(seed: int) -> list[Mapping[str, KnobValue]]:
-        observations = [Observation(SPACE.default_values, 1.0)]
-        for turn in range(6):
-            suggestion = kind(space=SPACE, seed=seed).suggest(observations)
-            assert suggestion is not None
-            DEFAULT.with_values(suggestion.values)
-            assert json.loads(json.dumps(suggestion.values)) == suggestion.values
-            assert {type(value) for value in suggestion.values.values()} <= {int, type(None)}
-            score = None if turn % 3 == 2 else 1.0 + turn
-            observations.append(Observation(suggestion.values, score))
-        return [item.values for item in observations]
-
-    assert walk(1) == walk(1) != walk(2)
-
-
-@pytest.mark.slow
-def test_the_bayesian_arm_finds_a_hill_that_random_search_misses() -> None:
-    """On a smooth landscape the mean best score over seeds is clearly higher."""
-
-    def height(values: Mapping[str, KnobValue]) -> float:
-        point = SPACE.encode(values)
-        top = [len(ladder.rungs) - 1 for ladder in SPACE.ladders]
-        return math.exp(
-            -sum(((rung - 0.7 * t) / t) ** 2 * 4 for rung, t in zip(point, top, strict=True))
-        )
-
-    def best(kind: type[RandomSearch | BayesSearch], seed: int) -> float:
-        observations = [Observation(SPACE.default_values, height(SPACE.default_values))]
-        for _ in range(10):
-            suggestion = kind(space=SPACE, seed=seed).suggest(observations)
-            assert suggestion is not None
-            observations.append(Observation(suggestion.values, height(suggestion.values)))
-        return max(item.score or 0.0 for item in observations)
-
-    ours = fmean(best(BayesSearch, seed) for seed in range(3))
-    theirs = fmean(best(RandomSearch, seed) for seed in range(20))
-    assert ours > theirs + 0.05
+    space = build_space(
+        knobs,
+        auto_hbm_budget=5000,
+        fixed=fixed,
+        workload=load(*[(7000, 100)] * 4),
+        hot_tokens=hot_tokens,
+    )
+    found = {ladder.name: ladder.rungs for ladder in space.ladders}.get("residency_watermark")
+    assert (found is None) == (rungs is None)
+    if found is not None and rungs is not None:
+        assert set(found) == {*rungs, *WATERMARKS}
+        assert guard({"residency_watermark": 0.29}, current=knobs, space=space) == {
+            "residency_watermark": 0.2
+        }
 
 
-@given(st.lists(st.one_of(st.none(), st.floats(1e-6, 1e6)), min_size=1).filter(any))
-def test_infeasible_points_cost_a_bounded_finite_penalty(scores: list[float | None]) -> None:
-    taught = losses(scores)
-    feasible = [loss for loss, score in zip(taught, scores, strict=True) if score is not None]
-    assert all(math.isfinite(loss) for loss in taught)
-    for loss, score in zip(taught, scores, strict=True):
-        assert score is not None or loss == max(feasible) + 0.5
+def test_a_configuration_that_no_engine_could_start_with_is_not_in_the_space() -> None:
+    def has_room(knobs: Knobs) -> bool:
+        return knobs.page_size < 64
+
+    space = build_space(
+        DEFAULT,
+        auto_hbm_budget=5000,
+        fixed={"hbm_budget", "token_budget", "prefill_chunk"},
+        is_planned=has_room,
+    )
+    pages = {space.decode(point)["page_size"] for point in space.points()}
+    assert pages == {8, 16, 32}
+    backends = (
+        ConstrainedSearch(space=space, seed=1, num_initial=4),
+        RandomSearch(space=space, seed=1),
+        GridSearch(space=space, seed=1),
+        StockSearch(space=space, seed=1),
+    )
+    for backend in backends:
+        observations: list[Observation] = []
+        for num_left in range(12, 0, -1):
+            found = backend.suggest(observations, incumbent={}, num_left=num_left)
+            if found is None:
+                break
+            assert found.values["page_size"] in pages
+            observations.append(Observation(values=found.values, objective=0.0))
 
 
 proposals = st.fixed_dictionaries(
@@ -317,7 +315,77 @@ def test_an_unchecked_floor_says_so() -> None:
     assert verdict.metrics["sparse_steps"] == 8
 
 
-def test_a_space_of_one_point_is_exhausted_at_once() -> None:
-    space = SearchSpace(default=DEFAULT, ladders=())
-    for arm in (RandomSearch(space=space, seed=0), BayesSearch(space=space, seed=0)):
-        assert arm.suggest([Observation({}, 1.0)] * 5) is None
+def finished(
+    status: TrialStatus = TrialStatus.OK, reason: str = "", **metrics: float
+) -> TrialResult:
+    return TrialResult(
+        number=1,
+        arm="bayes",
+        values={"page_size": 32},
+        status=status,
+        score=None,
+        spread_frac=None,
+        metrics={"output_tokens_per_s": 10.0, "goodput_requests_per_s": 0.5} | metrics,
+        reason=reason,
+    )
+
+
+@pytest.mark.parametrize(
+    ("status", "reason", "crash"),
+    [
+        (TrialStatus.OUT_OF_MEMORY, "", Crash.OOM_DEVICE),
+        (TrialStatus.HOST_OUT_OF_MEMORY, "", Crash.OOM_HOST_PINNED),
+        (TrialStatus.DEVICE_ERROR, "an illegal memory access", Crash.CUDA_ERROR),
+        (TrialStatus.ENGINE_ERROR, "pinned memory, CUDA error, Xid 79", Crash.ENGINE_BUG),
+        (TrialStatus.TIMEOUT, "", Crash.TIMEOUT),
+        (TrialStatus.INVALID_CONFIG, "", Crash.INVALID_CONFIG),
+        (TrialStatus.INTERRUPTED, "", Crash.INTERRUPTED),
+    ],
+)
+def test_crashes_are_typed(status: TrialStatus, reason: str, crash: Crash) -> None:
+    seen = observe(finished(status, reason), objective=Objective.THROUGHPUT, slo=Slo())
+    assert seen.crash is crash and seen.objective is None and not seen.is_feasible
+
+
+def test_a_trial_that_missed_its_targets_still_teaches() -> None:
+    slo = Slo(ttft_s=1.0, tpot_s=0.1, min_recall=0.9)
+    figures = {
+        "ttft_p95_s": 1.5,
+        "tpot_p95_s": 0.05,
+        "attention_recall": 0.95,
+        "sparse_steps": 9.0,
+    }
+    late = finished(TrialStatus.SLO_BROKEN, "late", **figures)
+    seen = observe(late, objective=Objective.THROUGHPUT, slo=slo)
+    assert seen.objective == pytest.approx(math.log(10.0)) and not seen.is_feasible
+    assert seen.slacks == {
+        Constraint.TTFT: pytest.approx(0.5),
+        Constraint.TPOT: pytest.approx(-0.5),
+        Constraint.QUALITY: pytest.approx(-0.5),
+    }
+    counted = observe(late, objective=Objective.GOODPUT, slo=slo)
+    assert counted.objective == pytest.approx(math.log(0.5))
+    assert set(counted.slacks) == {Constraint.QUALITY}, "late requests do not count there already"
+
+
+@pytest.mark.parametrize(("sparse_steps", "is_feasible"), [(0.0, True), (9.0, False)])
+def test_an_unsampled_floor_is_broken(sparse_steps: float, is_feasible: bool) -> None:
+    trial = finished(sparse_steps=sparse_steps)
+    seen = observe(trial, objective=Objective.THROUGHPUT, slo=Slo(min_recall=0.9))
+    assert seen.is_feasible is is_feasible
+
+
+@pytest.mark.parametrize("objective", list(Objective))
+def test_what_a_gpu_told_of_memory_and_link_is_a_slack(objective: Objective) -> None:
+    told = measurement(hbm_peak_frac=0.9, link_busy_frac=0.99, sparse_steps=0)
+    verdict = judge(told, objective=objective, slo=Slo())
+    assert verdict.status is TrialStatus.OK, "a busy link breaks no promise"
+    trial = replace(finished(), metrics=verdict.metrics)
+    seen = observe(trial, objective=objective, slo=Slo())
+    assert seen.slacks == {
+        Constraint.HBM: pytest.approx(-0.1),
+        Constraint.LINK: pytest.approx(0.1),
+    }
+    assert not seen.is_feasible
+    untold = judge(measurement(), objective=objective, slo=Slo())
+    assert not {"hbm_peak_frac", "link_busy_frac"} & set(untold.metrics)

@@ -163,6 +163,7 @@ async def _open_edge(
         LedgerLimits(max_tokens=1000, max_waiting=max_waiting, num_active=lambda: 4),
         send=engine.send,
         observe=lambda *, ttft_s, tpot_s: None,
+        refuse=lambda _reason: None,
         clock=lambda: 0.0,
         draw_seed=lambda: 7,
     )

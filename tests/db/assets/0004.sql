@@ -60,6 +60,7 @@ INSERT INTO "config" VALUES(1,'d65c7abc3e3eaa3a15979be538ab28ff2c6161b97ad775897
 INSERT INTO "config" VALUES(2,'5a73cadeb31a9b8a426fdba11225be7000e2faf5413d1652734bc4acb98d4e6f','{"hbm_budget": null, "token_budget": 1024}');
 INSERT INTO "config" VALUES(3,'d9175436091e5f2a6270d01bb1a0a228d916b1bc402e237cf30421877f9b60ff','{"token_budget": 512}');
 INSERT INTO "config" VALUES(4,'cec19e93b82bbed4705d568ede57ecaf79a5711aaabde27c0f207cc484d239f1','{"token_budget": 2048}');
+INSERT INTO "config" VALUES(5,'81b42f4a89b109b92f7d5469539d490ea09bcc561187a7997889ee6b02e34902','{"token_budget": 1536}');
 CREATE TABLE decision (
 	id INTEGER NOT NULL, 
 	hardware_id INTEGER NOT NULL, 
@@ -82,6 +83,18 @@ CREATE TABLE hardware (
 	CONSTRAINT uq_hardware_fingerprint UNIQUE (fingerprint)
 );
 INSERT INTO "hardware" VALUES(1,'cpu:asset:2:4GiB');
+CREATE TABLE last_known_good (
+	id INTEGER NOT NULL, 
+	hardware_id INTEGER NOT NULL, 
+	model_id INTEGER NOT NULL, 
+	config_id INTEGER NOT NULL, 
+	moved_at DOUBLE NOT NULL, 
+	CONSTRAINT pk_last_known_good PRIMARY KEY (id), 
+	CONSTRAINT fk_last_known_good_hardware_id_hardware FOREIGN KEY(hardware_id) REFERENCES hardware (id), 
+	CONSTRAINT fk_last_known_good_model_id_model FOREIGN KEY(model_id) REFERENCES model (id), 
+	CONSTRAINT fk_last_known_good_config_id_config FOREIGN KEY(config_id) REFERENCES config (id)
+);
+INSERT INTO "last_known_good" VALUES(1,1,1,5,2.0);
 CREATE TABLE link_calibration (
 	id INTEGER NOT NULL, 
 	sha256 VARCHAR(64) NOT NULL, 
@@ -126,6 +139,24 @@ CREATE TABLE profile (
 	CONSTRAINT fk_profile_software_id_software FOREIGN KEY(software_id) REFERENCES software (id)
 );
 INSERT INTO "profile" VALUES(1,1,1,1,2,'verified','chat','throughput','[1.0]','[2.0]',1.0,1);
+CREATE TABLE rollout (
+	id INTEGER NOT NULL, 
+	hardware_id INTEGER NOT NULL, 
+	model_id INTEGER NOT NULL, 
+	config_from_id INTEGER NOT NULL, 
+	config_to_id INTEGER NOT NULL, 
+	state VARCHAR NOT NULL, 
+	reason VARCHAR NOT NULL, 
+	initiated_by VARCHAR NOT NULL, 
+	at DOUBLE NOT NULL, 
+	CONSTRAINT pk_rollout PRIMARY KEY (id), 
+	CONSTRAINT fk_rollout_hardware_id_hardware FOREIGN KEY(hardware_id) REFERENCES hardware (id), 
+	CONSTRAINT fk_rollout_model_id_model FOREIGN KEY(model_id) REFERENCES model (id), 
+	CONSTRAINT fk_rollout_config_from_id_config FOREIGN KEY(config_from_id) REFERENCES config (id), 
+	CONSTRAINT fk_rollout_config_to_id_config FOREIGN KEY(config_to_id) REFERENCES config (id)
+);
+INSERT INTO "rollout" VALUES(1,1,1,1,5,'verifying','canary','asset',1.0);
+INSERT INTO "rollout" VALUES(2,1,1,1,5,'verifying','committed','asset',2.0);
 CREATE TABLE rollup (
 	id INTEGER NOT NULL, 
 	hardware_id INTEGER NOT NULL, 
@@ -158,14 +189,14 @@ CREATE TABLE study (
 	objective VARCHAR NOT NULL, 
 	slo JSON NOT NULL, 
 	seed INTEGER NOT NULL, 
-	started_at DOUBLE NOT NULL, space JSON, 
+	started_at DOUBLE NOT NULL, 
 	CONSTRAINT pk_study PRIMARY KEY (id), 
 	CONSTRAINT fk_study_hardware_id_hardware FOREIGN KEY(hardware_id) REFERENCES hardware (id), 
 	CONSTRAINT fk_study_model_id_model FOREIGN KEY(model_id) REFERENCES model (id), 
 	CONSTRAINT fk_study_software_id_software FOREIGN KEY(software_id) REFERENCES software (id), 
 	CONSTRAINT fk_study_workload_id_workload FOREIGN KEY(workload_id) REFERENCES workload (id)
 );
-INSERT INTO "study" VALUES(1,1,1,1,1,'throughput','{"min_recall": 0.5, "tpot_s": null, "ttft_s": null}',1,1.0,'{"token_budget": [512, 1024]}');
+INSERT INTO "study" VALUES(1,1,1,1,1,'throughput','{"min_recall": 0.5, "tpot_s": null, "ttft_s": null}',1,1.0);
 CREATE TABLE trial (
 	id INTEGER NOT NULL, 
 	study_id INTEGER NOT NULL, 
@@ -194,6 +225,33 @@ CREATE TABLE trial_metric (
 	CONSTRAINT uq_trial_metric_trial_id_name UNIQUE (trial_id, name)
 );
 INSERT INTO "trial_metric" VALUES(1,1,'duration_s',3.0);
+CREATE TABLE tuner_control (
+	id INTEGER NOT NULL, 
+	pins JSON NOT NULL, 
+	frozen BOOLEAN NOT NULL, 
+	safe_since DOUBLE, 
+	CONSTRAINT pk_tuner_control PRIMARY KEY (id)
+);
+INSERT INTO "tuner_control" VALUES(1,'["prefill_chunk"]',1,NULL);
+CREATE TABLE tuner_marker (
+	id INTEGER NOT NULL, 
+	hardware_id INTEGER NOT NULL, 
+	model_id INTEGER NOT NULL, 
+	rollout_id INTEGER NOT NULL, 
+	CONSTRAINT pk_tuner_marker PRIMARY KEY (id), 
+	CONSTRAINT fk_tuner_marker_hardware_id_hardware FOREIGN KEY(hardware_id) REFERENCES hardware (id), 
+	CONSTRAINT fk_tuner_marker_model_id_model FOREIGN KEY(model_id) REFERENCES model (id), 
+	CONSTRAINT fk_tuner_marker_rollout_id_rollout FOREIGN KEY(rollout_id) REFERENCES rollout (id), 
+	CONSTRAINT uq_tuner_marker_hardware_id_model_id UNIQUE (hardware_id, model_id)
+);
+CREATE TABLE tuner_run (
+	id INTEGER NOT NULL, 
+	started_at DOUBLE NOT NULL, 
+	alive_at DOUBLE NOT NULL, 
+	ended BOOLEAN NOT NULL, 
+	CONSTRAINT pk_tuner_run PRIMARY KEY (id)
+);
+INSERT INTO "tuner_run" VALUES(1,2.0,2.0,0);
 CREATE TABLE workload (
 	id INTEGER NOT NULL, 
 	sha256 VARCHAR(64) NOT NULL, 
@@ -208,4 +266,6 @@ CREATE INDEX ix_profile_hardware_id ON profile (hardware_id, model_id);
 CREATE INDEX ix_rollup_period_s ON rollup (period_s, started_at);
 CREATE INDEX ix_study_hardware_id ON study (hardware_id, model_id);
 CREATE INDEX ix_acceptance_hardware_id ON acceptance (hardware_id, model_id);
+CREATE INDEX ix_rollout_hardware_id ON rollout (hardware_id, model_id);
+CREATE INDEX ix_last_known_good_hardware_id ON last_known_good (hardware_id, model_id);
 COMMIT;

@@ -1,0 +1,95 @@
+"""Whether a candidate may be tested now; every refusal has a word and a sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+from typing import Final
+
+from sparsed.core import Knobs, KnobValue, RolloutReason, RolloutRecord, TunerMode
+from sparsed.tuner.guard import guard
+from sparsed.tuner.rollout_state import (
+    Candidate,
+    Controls,
+    Rollout,
+    RolloutRule,
+    Values,
+    slot_seconds,
+)
+from sparsed.tuner.schedule import paired_slots
+from sparsed.tuner.space import live_space
+from sparsed.tuner.tripwire import is_over_hbm
+
+TUNER: Final = "auto"  # who initiated what no operator approved
+
+
+def forbidden(candidate: Candidate, controls: Controls) -> RolloutReason | None:
+    """Why operators do not allow this candidate; None if they do."""
+    if controls.killed:
+        return RolloutReason.KILLED
+    if controls.frozen:
+        return RolloutReason.FROZEN
+    if controls.pins & candidate.config_to.keys():
+        return RolloutReason.PINNED
+    is_own = candidate.initiated_by == TUNER
+    allowed = (TunerMode.AUTO,) if is_own else (TunerMode.ADVISE, TunerMode.AUTO)
+    return None if controls.mode in allowed else RolloutReason.SWITCHED_OFF
+
+
+def limit(values: Values, *, current: Knobs, pins: frozenset[str]) -> dict[str, KnobValue]:
+    """The closest change to hot knobs that is allowed from ``current``: one rung, no pinned knob.
+    Empty: nothing is left of it."""
+    free = {name: value for name, value in values.items() if name not in pins}
+    limited = guard(free, current=current, space=live_space(current))
+    return {} if pins & limited.keys() else limited
+
+
+def is_quarantined(values: Values, state: Rollout, *, at: float) -> bool:
+    """Whether every knob of a failed candidate would go as far as it did, or further."""
+    return any(
+        until > at and all(_reaches(values.get(name), name, record) for name in record.config_to)
+        for record, until in state.failed
+    )
+
+
+def _reaches(value: KnobValue, name: str, record: RolloutRecord) -> bool:
+    before, failed = record.config_from.get(name), record.config_to[name]
+    numbers = (value, before, failed)
+    if value == failed or not all(isinstance(item, int | float) for item in numbers):
+        return value == failed
+    now, was, bad = (float(item) for item in numbers if isinstance(item, int | float))
+    return now >= bad if bad > was else now <= bad
+
+
+def exploring_s(rule: RolloutRule) -> float:
+    """Seconds for which a whole test has its candidate in force, at the most."""
+    return sum(
+        slot_seconds(slot, rule) + rule.max_gap_s
+        for slot in paired_slots(rule.acceptance.num_pairs)
+        if slot.is_candidate
+    )
+
+
+def hold(state: Rollout, candidate: Candidate, rule: RolloutRule, *, at: float) -> str | None:
+    """In words, what the candidate waits for; None: it may begin."""
+    return next(islice(_holds(state, candidate, rule, at=at), 1), None)
+
+
+def _holds(state: Rollout, candidate: Candidate, rule: RolloutRule, *, at: float) -> Iterator[str]:
+    if (reason := forbidden(candidate, state.controls)) is not None:
+        yield f"operators do not allow it: {reason.value}"
+    if at < state.cool_at:
+        yield f"cooling down for {state.cool_at - at:.0f} s more"
+    if state.fresh_at is None or at - state.fresh_at > rule.max_gap_s:
+        yield "no fresh measurements"
+    busy_s, recent_s = state.recent_busy_s, state.recent_s
+    if busy_s < max(rule.min_busy_s, rule.min_busy_frac * recent_s):
+        yield "too little traffic"
+    if state.recent_broken_s > rule.slo_budget_frac * recent_s:
+        yield "the error budget of the targets is spent"
+    needed_s = state.explored_s + exploring_s(rule)
+    if needed_s > rule.max_explored_frac * state.busy_s:
+        missing_s = needed_s / rule.max_explored_frac - state.busy_s
+        yield f"the time to explore is not earned yet: {missing_s:.0f} s of traffic more"
+    if state.snapshot is not None and is_over_hbm(state.snapshot, rule):
+        yield "the GPU's memory is over the soft limit"

@@ -1,0 +1,315 @@
+"""The life of a candidate of the live tuner: gate, canary, commit, probation; pure.
+
+One candidate at a time. ``advance`` takes what is known and one event, and returns what is known
+then and what is to be done, in that order: what must survive a death comes before what it guards.
+Time comes in with events.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from math import exp
+
+from sparsed.core import (
+    AcceptanceWindow,
+    DecisionState,
+    RolloutReason,
+    RolloutRecord,
+    RolloutState,
+    Slo,
+    Snapshot,
+    WindowStage,
+)
+from sparsed.tuner.acceptance import decide
+from sparsed.tuner.gate import forbidden, hold, is_quarantined, limit
+from sparsed.tuner.rollout_end import (
+    FAULTS,
+    Step,
+    cool_down,
+    end,
+    has,
+    record_of,
+    slot_of,
+    slots,
+    succeed,
+    wanted,
+)
+from sparsed.tuner.rollout_state import (
+    Apply,
+    Candidate,
+    Event,
+    Mark,
+    Note,
+    Phase,
+    Proposed,
+    Rollout,
+    RolloutRule,
+    Settle,
+    Steered,
+    Ticked,
+    Tripped,
+    Values,
+    slot_seconds,
+)
+from sparsed.tuner.schedule import Slot
+from sparsed.tuner.tripwire import (
+    CUSUM_LIMIT,
+    breaks_target,
+    cusum,
+    figures,
+    is_over_hbm,
+    middle,
+    status_of,
+    trip,
+    usual_tpot,
+)
+
+
+def advance(state: Rollout, event: Event, *, rule: RolloutRule, slo: Slo) -> Step:
+    """What is known after ``event``, and what is to be done."""
+    match event:
+        case Proposed():
+            return _propose(state, event)
+        case Ticked():
+            return _tick(state, event, rule=rule, slo=slo)
+        case Tripped():
+            return end(state, event.reason, at=event.at, rule=rule)
+        case Steered():
+            return _steer(state, event, rule=rule)
+
+
+def resume(good: Values, records: tuple[RolloutRecord, ...], *, rule: RolloutRule) -> Rollout:
+    """The state after a start, from what was stored: ``records`` are the newest, newest first."""
+    failed = [item for item in records if item.state is RolloutState.REVERTED]
+    state = Rollout(good=good, failed=tuple((item, item.at + rule.quarantine_s) for item in failed))
+    for record in reversed(records):
+        if record.state is RolloutState.SUCCESS:
+            state = replace(state, cooldown_s=0.0)
+        elif record.state is RolloutState.REVERTED:
+            state = cool_down(state, at=record.at, is_fault=record.reason in FAULTS, rule=rule)
+    return state
+
+
+def _propose(state: Rollout, event: Proposed) -> Step:
+    knobs = state.snapshot.knobs if state.snapshot else None
+    if state.candidate is not None or knobs is None:
+        return state, ()
+    values = limit(event.values, current=knobs, pins=state.controls.pins)
+    if not values or is_quarantined(values, state, at=event.at):
+        return state, ()
+    candidate = Candidate(
+        phase=Phase.WAITING,
+        config_from={name: getattr(knobs, name) for name in values},
+        config_to=values,
+        initiated_by=event.initiated_by,
+        since=event.at,
+    )
+    if forbidden(candidate, state.controls):
+        return state, ()
+    note = Note(
+        record=record_of(candidate, RolloutState.ACTIVE, RolloutReason.PROPOSED, at=event.at)
+    )
+    return replace(state, candidate=candidate), (note,)
+
+
+def _steer(state: Rollout, event: Steered, *, rule: RolloutRule) -> Step:
+    state = replace(state, controls=event.controls)
+    if state.candidate is None:
+        return state, ()
+    reason = forbidden(state.candidate, event.controls)
+    on_probation = state.candidate.phase is Phase.PROBATION
+    if reason is None or (on_probation and reason is not RolloutReason.KILLED):
+        return state, ()
+    return end(state, reason, at=event.at, rule=rule)
+
+
+# ---- ticks -------------------------------------------------------------------------------------
+
+
+def _tick(state: Rollout, event: Ticked, *, rule: RolloutRule, slo: Slo) -> Step:
+    failures = max(0, event.num_failed - state.num_failed)
+    state = _observe(state, event, rule=rule, slo=slo)
+    match state.candidate:
+        case Candidate(phase=Phase.WAITING):
+            return _wait(state, at=event.at, rule=rule)
+        case Candidate(phase=Phase.CANARY):
+            return _canary(state, event, failures=failures, rule=rule, slo=slo)
+        case Candidate(phase=Phase.PROBATION) if event.snapshot is not None:
+            return _probation(state, event.snapshot, at=event.at, rule=rule)
+    return state, ()
+
+
+def _observe(state: Rollout, event: Ticked, *, rule: RolloutRule, slo: Slo) -> Rollout:
+    elapsed_s = max(0.0, event.at - state.at) if state.at is not None else 0.0
+    candidate = state.candidate
+    explores = state.is_testing and candidate is not None and slot_of(candidate, rule).is_candidate
+    state = replace(
+        state,
+        at=event.at,
+        num_failed=event.num_failed,
+        explored_s=state.explored_s + (elapsed_s if explores else 0.0),
+    )
+    if (snapshot := event.snapshot) is None:
+        return state
+    kept, seconds = exp(-snapshot.window_s / rule.slo_horizon_s), snapshot.window_s
+    busy_s = seconds if snapshot.steps else 0.0
+    broken_s = seconds if breaks_target(snapshot, slo) else 0.0
+    return replace(
+        state,
+        snapshot=snapshot,
+        fresh_at=event.at,
+        busy_s=state.busy_s + busy_s,
+        recent_s=kept * state.recent_s + seconds,
+        recent_busy_s=kept * state.recent_busy_s + busy_s,
+        recent_broken_s=kept * state.recent_broken_s + broken_s,
+    )
+
+
+def _wait(state: Rollout, *, at: float, rule: RolloutRule) -> Step:
+    candidate = state.candidate
+    assert candidate is not None
+    if at - candidate.since > rule.expiry_s:
+        return end(state, RolloutReason.WAITED_TOO_LONG, at=at, rule=rule)
+    if state.snapshot is not None and not has(state.snapshot, candidate.config_from):
+        return end(state, RolloutReason.OVERTAKEN, at=at, rule=rule)
+    if hold(state, candidate, rule, at=at) is not None:
+        return state, ()
+    candidate = replace(candidate, phase=Phase.CANARY, since=at, turn_since=at)
+    mark = Mark(record=record_of(candidate, RolloutState.VERIFYING, RolloutReason.CANARY, at=at))
+    return replace(state, candidate=candidate), (mark,)
+
+
+def _canary(state: Rollout, event: Ticked, *, failures: int, rule: RolloutRule, slo: Slo) -> Step:
+    candidate, at = state.candidate, event.at
+    assert candidate is not None
+    if state.explored_s + rule.max_gap_s > rule.max_explored_frac * state.busy_s:
+        return end(state, RolloutReason.BUDGET_SPENT, at=at, rule=rule)
+    if state.fresh_at is None or at - state.fresh_at > rule.max_gap_s:
+        return end(state, RolloutReason.STALE_DATA, at=at, rule=rule)
+    if (snapshot := event.snapshot) is None:
+        return replace(
+            state, candidate=replace(candidate, failures=candidate.failures + failures)
+        ), ()
+    if not has(snapshot, wanted(candidate, rule)):
+        return _not_in_force(state, at=at, rule=rule)
+    candidate = _count(candidate, snapshot, failures=failures, slo=slo)
+    state = replace(state, candidate=candidate)
+    if (reason := trip(candidate, snapshot, rule)) is not None:
+        return end(state, reason, at=at, rule=rule)
+    if state.recent_broken_s > rule.slo_budget_frac * state.recent_s:
+        return end(state, RolloutReason.BUDGET_SPENT, at=at, rule=rule)
+    if (candidate.turn_s or 0.0) < slot_seconds(slot_of(candidate, rule), rule):
+        return state, ()
+    return _close_window(state, at=at, rule=rule, slo=slo)
+
+
+def _not_in_force(state: Rollout, *, at: float, rule: RolloutRule) -> Step:
+    candidate = state.candidate
+    assert candidate is not None
+    if candidate.turn_s is not None:
+        return end(state, RolloutReason.OVERTAKEN, at=at, rule=rule)
+    if at - candidate.turn_since > rule.apply_s:
+        return end(state, RolloutReason.APPLY_FAILED, at=at, rule=rule)
+    return state, ()
+
+
+def _count(candidate: Candidate, snapshot: Snapshot, *, failures: int, slo: Slo) -> Candidate:
+    breaches = candidate.breaches + 1 if breaks_target(snapshot, slo) else 0
+    candidate = replace(candidate, breaches=breaches, failures=candidate.failures + failures)
+    if candidate.turn_s is None:  # the knobs came into force within this window
+        return replace(candidate, turn_s=0.0, turn_waiting=snapshot.num_waiting)
+    return replace(
+        candidate,
+        turn_s=candidate.turn_s + snapshot.window_s,
+        seen=(*candidate.seen, snapshot),
+    )
+
+
+def _close_window(state: Rollout, *, at: float, rule: RolloutRule, slo: Slo) -> Step:
+    candidate = state.candidate
+    assert candidate is not None
+    slot = slot_of(candidate, rule)
+    if sum(item.steps > 0 for item in candidate.seen) < rule.min_busy_frac * len(candidate.seen):
+        return end(state, RolloutReason.NO_TRAFFIC, at=at, rule=rule)
+    windows = candidate.windows
+    if not slot.is_discarded:
+        windows = (*windows, _window(candidate, slot, at=at, rule=rule, slo=slo))
+    candidate = replace(candidate, windows=windows, seen=(), failures=0, turn_since=at)
+    if candidate.turn + 1 == len(slots(rule.acceptance.num_pairs)):
+        return _judge(replace(state, candidate=candidate), at=at, rule=rule)
+    before, candidate = slot, replace(candidate, turn=candidate.turn + 1, turn_s=0.0)
+    if slot_of(candidate, rule).is_candidate is before.is_candidate:
+        return replace(state, candidate=candidate), ()
+    candidate = replace(candidate, turn_s=None, breaches=0)
+    change = Apply(
+        values=wanted(candidate, rule), needs_marker=slot_of(candidate, rule).is_candidate
+    )
+    return replace(state, candidate=candidate), (change,)
+
+
+def _window(
+    candidate: Candidate, slot: Slot, *, at: float, rule: RolloutRule, slo: Slo
+) -> AcceptanceWindow:
+    return AcceptanceWindow(
+        number=len(candidate.windows),
+        stage=WindowStage.TEST,
+        round=slot.pair,
+        order=0,
+        values=wanted(candidate, rule),
+        status=status_of(candidate.seen, slo),
+        metrics=figures(candidate.seen, failures=candidate.failures),
+        started_at=candidate.turn_since,
+        ended_at=at,
+    )
+
+
+def _judge(state: Rollout, *, at: float, rule: RolloutRule) -> Step:
+    candidate = state.candidate
+    assert candidate is not None
+    verdict = decide(
+        candidate.windows,
+        rule=rule.acceptance,
+        config_from=candidate.config_from,
+        config_to=candidate.config_to,
+    )
+    if verdict.state is not DecisionState.ACCEPTED:
+        is_held = verdict.state is DecisionState.HELD
+        reason = RolloutReason.UNDECIDED if is_held else RolloutReason.NOT_BETTER
+        return end(state, reason, at=at, rule=rule, verdict=verdict)
+    good = {**state.good, **candidate.config_to}
+    record = record_of(candidate, RolloutState.VERIFYING, RolloutReason.COMMITTED, at=at)
+    settle = Settle(record=record, good=good, verdict=verdict, windows=candidate.windows)
+    tested = [item for item in candidate.windows if item.values == candidate.config_to]
+    on_probation = replace(
+        candidate,
+        phase=Phase.PROBATION,
+        since=at,
+        turn_s=None,
+        turn_since=at,
+        windows=(),
+        usual=usual_tpot(tested),
+        good_before=state.good,
+    )
+    change = Apply(values=candidate.config_to)
+    return replace(state, candidate=on_probation, good=good), (settle, change)
+
+
+def _probation(state: Rollout, snapshot: Snapshot, *, at: float, rule: RolloutRule) -> Step:
+    candidate = state.candidate
+    assert candidate is not None
+    if not has(snapshot, candidate.config_to):
+        return _not_in_force(state, at=at, rule=rule)
+    if is_over_hbm(snapshot, rule):
+        return end(state, RolloutReason.HBM_OVER_LIMIT, at=at, rule=rule)
+    if at - candidate.since >= rule.probation_s:
+        return succeed(state, at=at, rule=rule)
+    seen = (*candidate.seen, snapshot)
+    candidate = replace(candidate, seen=seen, turn_s=sum(item.window_s for item in seen))
+    if (candidate.turn_s or 0.0) >= rule.window_s:
+        tpot_s = middle([item.tpot_p95_s for item in seen])
+        excess = cusum(candidate.excess, tpot_s, usual=candidate.usual)
+        candidate = replace(candidate, seen=(), excess=excess)
+    state = replace(state, candidate=candidate)
+    if candidate.excess > CUSUM_LIMIT:
+        return end(state, RolloutReason.REGRESSED, at=at, rule=rule)
+    return state, ()
