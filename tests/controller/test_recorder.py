@@ -167,6 +167,7 @@ def test_the_ledger_tells_of_every_end() -> None:
         LedgerLimits(max_tokens=64, max_waiting=3, num_active=lambda: 4),
         send=lambda _message: None,
         observe=lambda *, ttft_s, tpot_s: None,
+        refuse=lambda _reason: None,
         clock=lambda: 0.0,
         draw_seed=lambda: 1,
     )
