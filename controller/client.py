@@ -17,7 +17,7 @@ from sparsed.controller.control import DaemonStatus, Explanation, KnobState, Tun
 from sparsed.controller.messages import from_message, to_enum, to_knob_value
 from sparsed.controller.v1 import admin_pb2 as pb
 from sparsed.controller.v1 import admin_pb2_grpc as rpc
-from sparsed.core import InputError, KnobValue, Profile, Snapshot, TunerMode
+from sparsed.core import InputError, KnobValue, Profile, RecordingPart, Snapshot, TunerMode
 from sparsed.tuner.export import ExportFormat
 
 CALL_TIMEOUT_S = 30.0
@@ -137,6 +137,21 @@ class AdminClient:
         """Begin an ordered shutdown (drain included); returns at once."""
         self._call(self._daemon.Stop, pb.StopRequest(options=_options(False, "")))
 
+    def start_recording(self, *, duration_s: float | None, max_requests: int | None) -> int:
+        """Have arriving requests noted; ends by itself if nothing is taken for a minute."""
+        request = pb.StartRecordingRequest(
+            options=_options(False, ""), duration_s=duration_s, max_requests=max_requests
+        )
+        return int(self._call(self._daemon.StartRecording, request).recording_id)
+
+    def take_recording(self, recording_id: int, *, stop: bool) -> RecordingPart:
+        """What has ended since the last call; each request comes once."""
+        request = pb.TakeRecordingRequest(
+            options=pb.MutationOptions(), recording_id=recording_id, stop=stop
+        )
+        answer = self._call(self._daemon.TakeRecording, request)
+        return from_message(answer.part, RecordingPart)
+
     def list_profiles(self) -> tuple[Profile, ...]:
         answer = self._call(self._profiles.List, pb.ListProfilesRequest())
         return tuple(from_message(profile, Profile) for profile in answer.profiles)
@@ -149,9 +164,20 @@ class AdminClient:
         request = pb.ImportProfileRequest(options=_options(validate_only, reason), text=text)
         return from_message(self._call(self._profiles.Import, request).profile, Profile)
 
-    def export_profile(self, profile_id: int, *, format: ExportFormat) -> str:
-        number = to_enum(format)
-        request = pb.ExportProfileRequest(profile_id=profile_id, format=number)
+    def export_profile(
+        self,
+        profile_id: int,
+        *,
+        format: ExportFormat,
+        engine_version: str | None = None,
+        force: bool = False,
+    ) -> str:
+        request = pb.ExportProfileRequest(
+            profile_id=profile_id,
+            format=to_enum(format),
+            engine_version=engine_version,
+            force=force,
+        )
         return str(self._call(self._profiles.Export, request).text)
 
     def pin_profile(self, profile_id: int, *, validate_only: bool, reason: str) -> Profile:

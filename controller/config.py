@@ -72,6 +72,11 @@ class DaemonConfig:
     def origin(self, name: str) -> KnobSource:
         return self.origins.get(name, KnobSource.DEFAULT)
 
+    @property
+    def url(self) -> str:
+        """Where HTTP is served."""
+        return f"http://{f'[{self.host}]' if ':' in self.host else self.host}:{self.port}"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Given:
@@ -157,9 +162,8 @@ def write_pending(file: Path, values: Mapping[str, KnobValue]) -> None:
     try:
         _write_pending(file, values)
     except OSError as error:
-        raise InputError(
-            f"cannot write {file}: {error.strerror}; knobs of a restart are not kept"
-        ) from error
+        message = f"cannot write {file}: {error.strerror}; knobs of a restart are not kept"
+        raise InputError(message) from error
 
 
 def _write_pending(file: Path, values: Mapping[str, KnobValue]) -> None:

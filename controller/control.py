@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
 
+from sparsed.controller.recorder import Recorder
 from sparsed.core import (
     Decision,
     DecisionState,
@@ -158,6 +159,9 @@ class Control(Protocol):
 
     @property
     def profiles(self) -> ProfileStore: ...
+
+    @property
+    def recorder(self) -> Recorder: ...
 
     def status(self) -> DaemonStatus: ...
 

@@ -34,6 +34,7 @@ from sparsed.controller.links import keep_calibration
 from sparsed.controller.live_tuner import LiveTuner
 from sparsed.controller.logs import ProgressLog, log_plan, log_to_stderr
 from sparsed.controller.lookups import open_or_remember
+from sparsed.controller.recorder import Recorder
 from sparsed.controller.recovery import recover, tuned_values
 from sparsed.controller.signals import handle_signals, ignore_stops
 from sparsed.controller.startup import StartPlan, check_next_start, load_tokenizer, prepare
@@ -164,8 +165,8 @@ class Daemon:
         facts = await self._engine.supervisor.start()
         await asyncio.to_thread(keep_calibration, self._store, facts.calibration)
         seconds = time.monotonic() - self._started_s
-        ready = f"sparsed ready: model={self._model_ids[0]} {self._url} in {seconds:.1f} s"
-        print(ready, flush=True)
+        name = self._model_ids[0]
+        print(f"sparsed ready: model={name} {self._config.url} in {seconds:.1f} s", flush=True)
         await self._engine.supervisor.wait()
 
     async def _watch_host(self) -> None:
@@ -200,6 +201,10 @@ class Daemon:
     def profiles(self) -> ProfileStore:
         return self._store
 
+    @property
+    def recorder(self) -> Recorder:
+        return self._engine.ledger.recorder
+
     def status(self) -> DaemonStatus:
         spec = self._plan.spec
         return DaemonStatus(
@@ -208,7 +213,7 @@ class Daemon:
             version=__version__,
             pid=os.getpid(),
             uptime_s=time.monotonic() - self._started_s,
-            http_url=self._url,
+            http_url=self._config.url,
             model=self._model_ids[0],
             device=spec.device,
             dtype=spec.dtype,
@@ -272,11 +277,6 @@ class Daemon:
         return await self._tuner.steer(verb, knob=knob, validate_only=validate_only)
 
     # ---- inside ----------------------------------------------------------------------------
-
-    @property
-    def _url(self) -> str:
-        host = self._config.host
-        return f"http://{f'[{host}]' if ':' in host else host}:{self._config.port}"
 
     @property
     def _model_ids(self) -> tuple[str, ...]:

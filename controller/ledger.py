@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Protocol
 
+from sparsed.controller.recorder import Recorder
 from sparsed.controller.request_stream import RequestStream
 from sparsed.controller.service_rate import ServiceRate
 from sparsed.controller.suspicion import Record, may_run
@@ -97,6 +98,7 @@ class Ledger:
         self._clock = clock
         self._draw_seed = draw_seed
         self._rate = ServiceRate(clock)
+        self.recorder = Recorder(clock=clock)
         self._entries: dict[str, _Entry] = {}
         self._sent: dict[str, _Entry] = {}  # those in the engine, in order of sending
         self._engine_up = False
@@ -141,6 +143,7 @@ class Ledger:
             self._remove(request.request_id)
             raise
         self._arrive(input_tokens=len(request.prompt_tokens))
+        self.recorder.note_arrival(request)
         return RequestStream(
             entry.outputs,
             cancel=partial(self._cancel, entry),
@@ -318,7 +321,9 @@ class Ledger:
         entry.outputs.put_nowait(None)
 
     def _remove(self, request_id: str) -> None:
-        self._entries.pop(request_id, None)
+        entry = self._entries.pop(request_id, None)
         self._sent.pop(request_id, None)
+        if entry is not None:
+            self.recorder.note_end(request_id, output_tokens=len(entry.generated))
         if not self._entries:
             self._idle.set()

@@ -23,7 +23,16 @@ class ProfileShelf(Protocol):
         """Store the profile that ``text`` (TOML or JSON) describes, and return it."""
         ...
 
-    def export_profile(self, profile_id: int, *, format: ExportFormat) -> str: ...
+    def export_profile(
+        self,
+        profile_id: int,
+        *,
+        format: ExportFormat,
+        engine_version: str | None = None,
+        force: bool = False,
+    ) -> str:
+        """Its text; ``engine_version`` and ``force`` as in ``render_profile``."""
+        ...
 
     def pin_profile(self, profile_id: int, *, validate_only: bool, reason: str) -> Profile:
         """Prefer this profile to all others of its key at the next start."""
@@ -51,8 +60,16 @@ class StoredProfiles:
         profile = parse_profile(text)
         return profile if validate_only else self._store.save_profile(profile)
 
-    def export_profile(self, profile_id: int, *, format: ExportFormat) -> str:
-        return render_profile(self.get_profile(profile_id), format=format)
+    def export_profile(
+        self,
+        profile_id: int,
+        *,
+        format: ExportFormat,
+        engine_version: str | None = None,
+        force: bool = False,
+    ) -> str:
+        profile = self.get_profile(profile_id)
+        return render_profile(profile, format=format, engine_version=engine_version, force=force)
 
     def pin_profile(self, profile_id: int, *, validate_only: bool, reason: str) -> Profile:
         profile = self.get_profile(profile_id)

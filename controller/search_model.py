@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Final
 
 from sparsed.controller.plan.forecast import Configuration, Place, Traffic
@@ -32,10 +33,11 @@ from sparsed.engine.hit_curve import Learned
 from sparsed.engine.planner import plan_memory, workspace_bytes
 from sparsed.tuner.beliefs import Expectation, Prior, expect_nothing
 from sparsed.tuner.constrained import MemoryLimit
-from sparsed.tuner.objective import MAX_HBM_FRAC, MAX_LINK_BUSY_FRAC
+from sparsed.tuner.objective import ANSWER_TOKENS, MAX_HBM_FRAC, MAX_LINK_BUSY_FRAC
 from sparsed.tuner.policy import Constraint
 from sparsed.tuner.queueing import all_at_once
 from sparsed.tuner.roofline import hbm_peak
+from sparsed.tuner.space import SearchSpace, build_space
 
 # The planner's sum was never held against a measured peak; the default leaves more than this.
 MARGIN_FRAC: Final = 0.02  # of the device's memory
@@ -79,6 +81,20 @@ def search_model(
     link = "measured here" if calibration is not None else "from the table"
     words = f"analytic prior: rates of {gpu.name}, {source}; of its link, {link}"
     return SearchModel(prior=roofline.expect, memory=memory, description=words)
+
+
+def search_space(plan: StartPlan, *, fixed: AbstractSet[str], workload: Workload) -> SearchSpace:
+    """What a study of ``workload`` on this machine tries; ``fixed``: knobs that were given."""
+    knobs, whole_tokens = plan.spec.knobs, hot_tokens(plan)
+    share = whole_tokens // knobs.max_num_active_seqs  # what the closed form gives each request
+    return build_space(
+        knobs,
+        auto_hbm_budget=min(max(share, knobs.token_budget), knobs.max_model_len),
+        fixed=fixed,
+        workload=workload,
+        hot_tokens=whole_tokens,
+        is_planned=cache(partial(can_start, plan)),
+    )
 
 
 def can_start(plan: StartPlan, knobs: Knobs) -> bool:
@@ -171,8 +187,15 @@ class Roofline:
             # No request is late in the mean alone: fewer are good the later they are.
             lost = sum(math.log1p(max(0.0, slack)) for slack in late.values())
             return Expectation(objective=rate - lost, slacks=always)
-        objective = rate + math.log(traffic.output_tokens)
-        return Expectation(objective=objective, slacks=always | late)
+        throughput = rate + math.log(traffic.output_tokens)
+        answer_s = burst.mean_ttft_s + (ANSWER_TOKENS - 1) * burst.mean_tpot_s
+        expected = {
+            Objective.THROUGHPUT: throughput,
+            Objective.LATENCY: -math.log(answer_s),
+            Objective.BALANCED: (throughput - math.log(answer_s)) / 2,
+        }
+        # Capacity is over the hot bytes that a run comes to, of which no sum tells beforehand.
+        return Expectation(objective=expected.get(self._objective, 0.0), slacks=always | late)
 
     def _hbm_frac(self, knobs: Knobs) -> float:
         machine = self._plan.machine

@@ -57,6 +57,28 @@ class DaemonServicer(rpc.DaemonServiceServicer):
             self._control.request_stop()
         return pb.StopResponse()
 
+    async def StartRecording(
+        self, request: pb.StartRecordingRequest, context: Any
+    ) -> pb.StartRecordingResponse:
+        limits = {
+            name: getattr(request, name) if request.HasField(name) else None
+            for name in ("duration_s", "max_requests")
+        }
+        for name, limit in limits.items():
+            if limit is not None and not limit > 0:
+                raise InputError(f"{name} is {limit:g}; give more than 0", field=name)
+        if request.options.validate_only:
+            return pb.StartRecordingResponse()
+        return pb.StartRecordingResponse(recording_id=self._control.recorder.start(**limits))
+
+    async def TakeRecording(
+        self, request: pb.TakeRecordingRequest, context: Any
+    ) -> pb.TakeRecordingResponse:
+        if request.options.validate_only:
+            return pb.TakeRecordingResponse()
+        part = self._control.recorder.take(request.recording_id, stop=request.stop)
+        return pb.TakeRecordingResponse(part=to_message(part, pb.RecordingPart()))
+
 
 class TuningServicer(rpc.TuningServiceServicer):
     def __init__(self, control: Control) -> None:
@@ -160,7 +182,11 @@ class ProfileServicer(rpc.ProfileServiceServicer):
     ) -> pb.ExportProfileResponse:
         format = from_enum(request.format, ExportFormat)
         text = await asyncio.to_thread(
-            self._profiles.export_profile, request.profile_id, format=format
+            self._profiles.export_profile,
+            request.profile_id,
+            format=format,
+            engine_version=request.engine_version if request.HasField("engine_version") else None,
+            force=request.force,
         )
         return pb.ExportProfileResponse(text=text)
 

@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -14,22 +14,26 @@ from rich.console import Console
 
 from sparsed.controller.config import DaemonConfig
 from sparsed.controller.prompts import prompt_source
-from sparsed.controller.search_model import can_start, hot_tokens, search_model
-from sparsed.controller.startup import StartPlan, prepare
+from sparsed.controller.search_model import search_model, search_space
+from sparsed.controller.startup import prepare
 from sparsed.controller.state_dir import StateLock
 from sparsed.controller.study_log import StudyLog
+from sparsed.controller.study_report import StudyReport, write_report
+from sparsed.controller.study_resume import Question, check_space, find_study
 from sparsed.controller.time_budget import TimeBudget
 from sparsed.controller.trials import EngineBench
+from sparsed.controller.tuning_export import export_profile
 from sparsed.controller.tuning_report import StudyProgress, print_outcome
 from sparsed.controller.workload import (
     ServiceTimes,
+    describe_workload,
     expected_s,
     fit_workload,
     load_workload,
     recall_stride,
 )
+from sparsed.controller.writable import check_directory, check_file
 from sparsed.core import (
-    BLOCK_TOKENS,
     AcceptanceWindow,
     ExitCode,
     InputError,
@@ -44,12 +48,12 @@ from sparsed.core import (
     Workload,
 )
 from sparsed.db import open_store
-from sparsed.db.store import Store
-from sparsed.engine.planner import workspace_bytes
-from sparsed.tuner.export import FORMAT_BY_SUFFIX, DeviceMemory, render_profile
+from sparsed.db.store import Store, Study
+from sparsed.tuner.export import FORMAT_BY_SUFFIX
+from sparsed.tuner.importance import knob_importance
 from sparsed.tuner.objective import OutOfTime, TrialFailed
 from sparsed.tuner.offline import NUM_REPEATS, StudyOutcome, StudyPlan, run_study
-from sparsed.tuner.space import build_space
+from sparsed.tuner.space import SearchSpace, describe_space
 from sparsed.tuner.verification import Measure
 
 EXIT_INTERRUPTED: Final = 130  # as a shell reports Ctrl-C
@@ -62,6 +66,8 @@ MIN_DEADLINE_S: Final = 60.0
 class TuneOptions:
     """``trials``: of each arm. ``trial_s``: seconds of one trial, None by the device.
     Knobs given in ``config`` are fixed. ``min_recall`` None: a little below the default's.
+    ``resume``: the number of a study, or ``last``; None: begin one. ``output_dir``: for figures, a
+    page and data.
     ``max_s``: seconds that everything together may take; None: as many as it needs."""
 
     config: DaemonConfig
@@ -70,7 +76,8 @@ class TuneOptions:
     objective: Objective = Objective.THROUGHPUT
     method: SearchMethod = SearchMethod.CONSTRAINED
     export: Path | None = None
-    resume: bool = False
+    output_dir: Path | None = None
+    resume: str | None = None
     trial_s: float | None = None
     min_recall: float | None = None
     max_s: float | None = None
@@ -113,6 +120,8 @@ def _check(options: TuneOptions) -> Workload:
     if options.export is not None and options.export.suffix not in FORMAT_BY_SUFFIX:
         known = ", ".join(FORMAT_BY_SUFFIX)
         raise InputError(f"--export {options.export}: end it in one of {known}", field="export")
+    check_directory(options.output_dir, option="output-dir")
+    check_file(options.export, option="export")
     return load_workload(options.workload)
 
 
@@ -131,12 +140,16 @@ class _Tune:
         self.bench = EngineBench(config, self._plan, prompts=self._prompts)
 
     def run(self, runner: asyncio.Runner, requested: Workload) -> int:
+        resumed = self._find_study(requested) if self._options.resume is not None else None
         try:
             times = runner.run(self._budget.within(self.bench.probe, on_cut=self.bench.close))
         except TrialFailed as error:
             message = f"the default configuration does not run: {error}"
             raise StartError(message, code=ExitCode.SOFTWARE) from error
-        study_id, workload = self._open_study(requested, times=times)
+        if resumed is not None:
+            study_id, workload = resumed.study_id, resumed.workload
+        else:
+            study_id, workload = self._open_study(requested, times=times)
         runner.run(self.bench.sample_recall(stride=recall_stride(workload)))
         deadline_s = max(
             MIN_DEADLINE_S, DEADLINE_FACTOR * expected_s(workload.requests, times=times)
@@ -158,24 +171,30 @@ class _Tune:
         if outcome.comparison is not None:
             log.record_decision(outcome.comparison)
         self._export(profile)
+        self._report(outcome, study_id=study_id, workload=workload)
         if outcome.interrupted:
             return EXIT_INTERRUPTED
         return ExitCode.OK if outcome.default_ran else ExitCode.SOFTWARE
 
+    def _find_study(self, requested: Workload) -> Study:
+        """The study to go on with; its workload is the one it was begun with."""
+        options = self._options
+        assert options.resume is not None
+        question = Question(
+            key=self._plan.key,
+            workload=requested.name,
+            objective=options.objective,
+            slo=self._slo,
+            seed=options.config.seed,
+        )
+        study = find_study(self._store, options.resume, question=question)
+        check_space(study, self._describe(study.workload))
+        self._console.print(f"resuming study {study.study_id}")
+        return study
+
     def _open_study(self, requested: Workload, *, times: ServiceTimes) -> tuple[int, Workload]:
-        """The study to go on with, or a new one over a workload cut to this machine."""
+        """A new study over a workload cut to this machine."""
         options, seed = self._options, self._options.config.seed
-        if options.resume:
-            found = self._store.find_study(
-                self._plan.key,
-                workload=requested.name,
-                objective=options.objective,
-                slo=self._slo,
-                seed=seed,
-            )
-            if found is not None:
-                self._console.print(f"resuming study {found.study_id}")
-                return found.study_id, found.workload
         fitted = fit_workload(
             requested,
             max_tokens=self._plan.spec.knobs.max_model_len,
@@ -194,10 +213,18 @@ class _Tune:
             objective=options.objective,
             slo=self._slo,
             seed=seed,
+            space=self._describe(fitted.workload),
             versions=self._versions,
             started_at=time.time(),
         )
+        self._console.print(f"study {study_id}: goes on after a stop with --resume {study_id}")
         return study_id, fitted.workload
+
+    def _space(self, workload: Workload) -> SearchSpace:
+        return search_space(self._plan, fixed=self._options.config.knobs.keys(), workload=workload)
+
+    def _describe(self, workload: Workload) -> dict[str, list[KnobValue]]:
+        return describe_space(self._space(workload), fixed=self._options.config.knobs.keys())
 
     def _warn_of_short_prompts(self, workload: Workload) -> None:
         longest = max(request.input_tokens for request in workload.requests)
@@ -216,7 +243,7 @@ class _Tune:
         workload: Workload,
         log: StudyLog,
     ) -> StudyOutcome:
-        options, knobs = self._options, self._plan.spec.knobs
+        options = self._options
         model = search_model(
             self._plan,
             workload,
@@ -227,14 +254,7 @@ class _Tune:
         if options.method is SearchMethod.CONSTRAINED:
             self._console.print(model.description)
         plan = StudyPlan(
-            space=build_space(
-                knobs,
-                auto_hbm_budget=_auto_hbm_budget(self._plan),
-                fixed=set(options.config.knobs),
-                workload=workload,
-                hot_tokens=hot_tokens(self._plan),
-                is_planned=cache(partial(can_start, self._plan)),
-            ),
+            space=self._space(workload),
             objective=options.objective,
             slo=self._slo,
             num_trials=options.trials,
@@ -287,15 +307,28 @@ class _Tune:
         return saved
 
     def _export(self, profile: Profile | None) -> None:
-        file = self._options.export
-        if file is None or profile is None:
+        if self._options.export is not None and profile is not None:
+            words = export_profile(profile, self._options.export, plan=self._plan)
+            self._console.print(words)
+
+    def _report(self, outcome: StudyOutcome, *, study_id: int, workload: Workload) -> None:
+        options = self._options
+        if options.output_dir is None:
             return
-        text = render_profile(
-            profile, format=FORMAT_BY_SUFFIX[file.suffix], memory=_device_memory(self._plan)
+        seed = options.config.seed
+        report = StudyReport(
+            study_id=study_id,
+            key=self._plan.key,
+            workload=describe_workload(workload),
+            objective=options.objective,
+            slo=self._slo,
+            seed=seed,
+            outcome=outcome,
+            importance=knob_importance(self._space(workload), outcome.trials, seed=seed),
+            versions=self._versions,
         )
-        file.write_text(text, encoding="utf-8")
-        what = "winner" if profile.status is ProfileStatus.VERIFIED else "default, which stays"
-        self._console.print(f"{file}: the {what}")
+        for path in write_report(report, options.output_dir):
+            self._console.print(str(path), soft_wrap=True, highlight=False)
 
     @property
     def _trial_s(self) -> float:
@@ -308,28 +341,3 @@ class _Tune:
 
     def _say_progress(self, phase: str, frac: float) -> None:
         self._console.print(f"{phase}, {100 * frac:.0f} %")
-
-
-def _auto_hbm_budget(plan: StartPlan) -> int:
-    """Tokens of a lane that the closed form gives: an even share of the arena."""
-    lane_blocks = plan.spec.plan.num_blocks // plan.model.shape.num_lanes
-    knobs = plan.spec.knobs
-    share = lane_blocks * BLOCK_TOKENS // knobs.max_num_active_seqs
-    return min(max(share, knobs.token_budget), knobs.max_model_len)
-
-
-def _device_memory(plan: StartPlan) -> DeviceMemory | None:
-    if not plan.machine.hbm_total_bytes:
-        return None
-    shape, spec = plan.model.shape, plan.spec
-    return DeviceMemory(
-        device_bytes=plan.machine.hbm_total_bytes,
-        weights_bytes=plan.spec.plan.weights_bytes,
-        workspace_bytes=workspace_bytes(
-            shape,
-            dtype=spec.dtype,
-            chunk=spec.knobs.prefill_chunk,
-            num_seqs=spec.knobs.max_num_seqs,
-        ),
-        kv_bytes=plan.spec.plan.hot_bytes,
-    )

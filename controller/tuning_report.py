@@ -31,7 +31,13 @@ from sparsed.tuner.offline import (
 )
 from sparsed.tuner.verification import NUM_CANDIDATES, num_windows, offline_rule
 
-UNITS: Final = {Objective.THROUGHPUT: "tokens/s", Objective.GOODPUT: "requests/s"}
+UNITS: Final = {
+    Objective.THROUGHPUT: "tokens/s",
+    Objective.GOODPUT: "requests/s",
+    Objective.LATENCY: "answers/s",
+    Objective.BALANCED: "sqrt(tokens/s x answers/s)",
+    Objective.CAPACITY: "tokens/s/GiB",
+}
 ARM_NAMES: Final = {
     DEFAULT: "default",
     RANDOM: "best of random",

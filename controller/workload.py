@@ -131,6 +131,18 @@ def expected_s(requests: tuple[WorkloadRequest, ...], *, times: ServiceTimes) ->
     return prompt_s + together * times.output_token_s
 
 
+def describe_workload(workload: Workload) -> str:
+    """Its name and sizes, in words."""
+    requests = workload.requests
+    num_input = sum(item.input_tokens for item in requests)
+    num_output = sum(item.output_tokens for item in requests)
+    longest = max(item.input_tokens for item in requests)
+    return (
+        f"{workload.name}: {len(requests)} requests, {num_input} tokens in, {num_output} out, "
+        f"longest prompt {longest} tokens"
+    )
+
+
 def reordered(workload: Workload, *, order: int, seed: int) -> Workload:
     """The same requests in another order, at the same times of arrival. Order 0 is as given; the
     others are drawn, each the same whenever it is asked for."""

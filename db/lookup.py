@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from sqlalchemy import ColumnElement, Select, select, update
 from sqlalchemy.orm import Session, aliased
 
-from sparsed.core import AcceptanceDecision, AcceptanceWindow, Profile, ProfileKey, Workload
+from sparsed.core import (
+    AcceptanceDecision,
+    AcceptanceWindow,
+    Objective,
+    Profile,
+    ProfileKey,
+    Slo,
+    Workload,
+)
 from sparsed.db import rows
 from sparsed.db.models import (
     AcceptanceRow,
@@ -27,6 +35,7 @@ from sparsed.db.models import (
     TrialMetricRow,
     WorkloadRow,
 )
+from sparsed.db.store import Study
 
 SharedRow = TypeVar("SharedRow", HardwareRow, SoftwareRow, ModelRow, WorkloadRow, ConfigRow)
 Query = TypeVar("Query", bound="Select[*tuple[Any, ...]]")
@@ -108,6 +117,28 @@ def profiles(session: Session, query: ProfileSelect) -> tuple[Profile, ...]:
 def profile(session: Session, profile_id: int) -> Profile:
     (found,) = profiles(session, select_profiles(None).where(ProfileRow.id == profile_id))
     return found
+
+
+def studies(
+    session: Session, key: ProfileKey | None, *conditions: ColumnElement[bool]
+) -> list[Study]:
+    """Studies of ``key``, of all keys without one, newest first."""
+    query = select(StudyRow, HardwareRow, ModelRow, WorkloadRow)
+    query = of_key(query.select_from(StudyRow), key, row=StudyRow)
+    query = query.join(WorkloadRow, WorkloadRow.id == StudyRow.workload_id)
+    query = query.where(*conditions).order_by(StudyRow.id.desc())
+    return [
+        Study(
+            study_id=row.id,
+            key=ProfileKey(hardware=hardware.fingerprint, model=model.name, dtype=model.dtype),
+            workload=rows.workload_of(served),
+            objective=Objective(row.objective),
+            slo=Slo(**row.slo),
+            seed=row.seed,
+            space=row.space,
+        )
+        for row, hardware, model, served in session.execute(query)
+    ]
 
 
 def acceptances(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from threading import Lock
+from typing import Any
 
 from sparsed.core import (
     AcceptanceDecision,
@@ -24,16 +25,12 @@ from sparsed.core import (
 from sparsed.db import rows
 from sparsed.db.memory_rollouts import InMemoryRollouts
 from sparsed.db.rollup import MAX_DECISIONS, RETENTION_S, Rollup, RollupBuilder
-from sparsed.db.store import StoreError, Study, unknown_decision
+from sparsed.db.store import StoreError, Study, unknown_decision, unknown_study
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Study:
-    key: ProfileKey
-    workload: Workload
-    objective: Objective
-    slo: Slo
-    seed: int
+    begun: Study
     trials: list[TrialResult] = field(default_factory=list)
 
 
@@ -112,25 +109,40 @@ class InMemoryProfileStore(InMemoryRollouts):
         objective: Objective,
         slo: Slo,
         seed: int,
+        space: Mapping[str, Any],
         versions: Mapping[str, str],
         started_at: float,
     ) -> int:
         del versions, started_at  # no reader asks for them
         with self._lock:
-            study = _Study(key=key, workload=workload, objective=objective, slo=slo, seed=seed)
-            self._studies.append(study)
-            return len(self._studies)
+            study = Study(
+                study_id=len(self._studies) + 1,
+                key=key,
+                workload=workload,
+                objective=objective,
+                slo=slo,
+                seed=seed,
+                space=dict(space),
+            )
+            self._studies.append(_Study(begun=study))
+            return study.study_id
 
     def find_study(
         self, key: ProfileKey, *, workload: str, objective: Objective, slo: Slo, seed: int
     ) -> Study | None:
         wanted = (key, workload, objective, slo, seed)
         with self._lock:
-            for number, study in reversed(list(enumerate(self._studies, start=1))):
+            for study in (item.begun for item in reversed(self._studies)):
                 has = (study.key, study.workload.name, study.objective, study.slo, study.seed)
                 if has == wanted:
-                    return Study(study_id=number, workload=study.workload)
+                    return study
         return None
+
+    def get_study(self, study_id: int) -> Study:
+        with self._lock:
+            if not 1 <= study_id <= len(self._studies):
+                raise unknown_study(study_id)
+            return self._studies[study_id - 1].begun
 
     def record_trial(self, study_id: int, trial: TrialResult) -> None:
         with self._lock:
@@ -149,7 +161,7 @@ class InMemoryProfileStore(InMemoryRollouts):
                 trial
                 for number, study in enumerate(self._studies, start=1)
                 for trial in study.trials
-                if study_id in (None, number) and key in (None, study.key)
+                if study_id in (None, number) and key in (None, study.begun.key)
             )
 
     # decisions

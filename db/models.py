@@ -76,6 +76,7 @@ class StudyRow(Base):
     workload_id: Mapped[int] = mapped_column(ForeignKey("workload.id"))
     objective: Mapped[str]
     slo: Mapped[dict[str, Any]] = mapped_column(JSON)
+    space: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))  # since 0004
     seed: Mapped[int]
     started_at: Mapped[float]
 

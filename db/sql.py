@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict
 from threading import Lock
+from typing import Any
 
 from sqlalchemy import Engine, delete, select
 
@@ -39,7 +40,7 @@ from sparsed.db.models import (
 from sparsed.db.rollouts import SqlRollouts
 from sparsed.db.rollup import MAX_DECISIONS, RETENTION_S, Rollup, RollupBuilder
 from sparsed.db.session import reading, writing
-from sparsed.db.store import Study, unknown_decision
+from sparsed.db.store import Study, unknown_decision, unknown_study
 
 
 class SqlProfileStore(SqlRollouts):
@@ -114,6 +115,7 @@ class SqlProfileStore(SqlRollouts):
         objective: Objective,
         slo: Slo,
         seed: int,
+        space: Mapping[str, Any],
         versions: Mapping[str, str],
         started_at: float,
     ) -> int:
@@ -126,6 +128,7 @@ class SqlProfileStore(SqlRollouts):
                 workload_id=lookup.workload_id(session, workload),
                 objective=objective.value,
                 slo=rows.slo_values(slo),
+                space=dict(space),
                 seed=int(seed),
                 started_at=rows.plain_number(started_at),
             )
@@ -136,19 +139,21 @@ class SqlProfileStore(SqlRollouts):
     def find_study(
         self, key: ProfileKey, *, workload: str, objective: Objective, slo: Slo, seed: int
     ) -> Study | None:
-        query = (
-            lookup.of_key(select(StudyRow, WorkloadRow), key, row=StudyRow)
-            .join(WorkloadRow, WorkloadRow.id == StudyRow.workload_id)
-            .where(WorkloadRow.name == workload, StudyRow.objective == objective.value)
-            .where(StudyRow.seed == int(seed))
-            .order_by(StudyRow.id.desc())
+        same = (
+            WorkloadRow.name == workload,
+            StudyRow.objective == objective.value,
+            StudyRow.seed == int(seed),
         )
-        wanted = rows.slo_values(slo)
         with reading(self._engine) as session:
-            for study, served in session.execute(query):
-                if study.slo == wanted:
-                    return Study(study_id=study.id, workload=rows.workload_of(served))
-        return None
+            found = lookup.studies(session, key, *same)
+        return next((study for study in found if study.slo == slo), None)
+
+    def get_study(self, study_id: int) -> Study:
+        with reading(self._engine) as session:
+            found = lookup.studies(session, None, StudyRow.id == study_id)
+        if not found:
+            raise unknown_study(study_id)
+        return found[0]
 
     def record_trial(self, study_id: int, trial: TrialResult) -> None:
         with writing(self._engine) as session:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from sparsed.core import (
     AcceptanceDecision,
@@ -33,16 +33,29 @@ class StoreError(Exception):
     """The storage refused or lost an operation (disk full, locked, damaged); nothing changed."""
 
 
+def unknown_study(study_id: int) -> InputError:
+    return InputError(
+        f"no study {study_id}; a run of sparsed tune says its number, and last is the newest",
+        field="resume",
+    )
+
+
 def unknown_decision(decision_id: int) -> InputError:
     return InputError(f"no decision {decision_id}; see: sparsed decision list", field="decision_id")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Study:
-    """An offline search as it was begun; ``workload`` is what its trials served."""
+    """An offline search as it was begun; ``workload`` is what its trials served. ``space`` is plain
+    data that names what it searches; None: begun by a version that did not keep it."""
 
     study_id: int
+    key: ProfileKey
     workload: Workload
+    objective: Objective
+    slo: Slo
+    seed: int
+    space: Mapping[str, Any] | None
 
 
 class ProfileStore(Protocol):
@@ -83,6 +96,7 @@ class StudyStore(Protocol):
         objective: Objective,
         slo: Slo,
         seed: int,
+        space: Mapping[str, Any],
         versions: Mapping[str, str],
         started_at: float,
     ) -> int:
@@ -94,6 +108,8 @@ class StudyStore(Protocol):
     ) -> Study | None:
         """The newest study that asked this over a workload of this name, to be resumed."""
         ...
+
+    def get_study(self, study_id: int) -> Study: ...
 
     def record_trial(self, study_id: int, trial: TrialResult) -> None:
         """Keep one trial. Numbers are unique within a study."""

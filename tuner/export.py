@@ -7,17 +7,18 @@ import re
 import shlex
 import tomllib
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from enum import StrEnum
 from typing import Any, Final
 
 import msgspec
 
 from sparsed.core import InputError, KnobValue, Profile, ProfileKey, check_knob_values
+from sparsed.tuner.engines import DeviceMemory, Engine, check_version, engine_settings, losses
 
 CONFIG_VERSION: Final = 1
 BARE_KEY: Final = re.compile(r"[A-Za-z0-9_-]+")  # of TOML
-VLLM_BLOCK_SIZES: Final = (16, 32)
+ENVIRONMENT_PREFIX: Final = "SPARSED_"  # of a start
 TUNED_FOR: Final = "tuned_for"  # the table of a TOML file that says where the values come from
 
 
@@ -27,6 +28,10 @@ class ExportFormat(StrEnum):
     VLLM = "vllm"  # flags
     VLLM_YAML = "vllm-yaml"  # a file for ``vllm serve --config``
     SGLANG = "sglang"  # flags
+    TRTLLM = "trtllm"  # a file for ``trtllm-serve --config``
+    ENV = "env"  # variables for ``sparsed start``
+    CLI = "cli"  # its command line
+    MARKDOWN = "markdown"  # to read
 
 
 FORMAT_BY_SUFFIX: Final[Mapping[str, ExportFormat]] = {
@@ -34,53 +39,55 @@ FORMAT_BY_SUFFIX: Final[Mapping[str, ExportFormat]] = {
     ".json": ExportFormat.JSON,
     ".yaml": ExportFormat.VLLM_YAML,
     ".yml": ExportFormat.VLLM_YAML,
+    ".env": ExportFormat.ENV,
+    ".sh": ExportFormat.CLI,
+    ".md": ExportFormat.MARKDOWN,
+}
+ENGINE_OF: Final[Mapping[ExportFormat, Engine]] = {
+    ExportFormat.VLLM: Engine.VLLM,
+    ExportFormat.VLLM_YAML: Engine.VLLM,
+    ExportFormat.SGLANG: Engine.SGLANG,
+    ExportFormat.TRTLLM: Engine.TRTLLM,
+}
+COMMANDS: Final[Mapping[Engine, str]] = {
+    Engine.VLLM: "vllm serve {model}",
+    Engine.SGLANG: "python -m sglang.launch_server --model-path {model}",
 }
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DeviceMemory:
-    """Bytes of one GPU. A fraction is never copied between engines, as each takes it of another
-    whole; it is made from these."""
-
-    device_bytes: int
-    weights_bytes: int
-    workspace_bytes: int
-    kv_bytes: int
-
-    @property
-    def vllm_frac(self) -> float:
-        """All use of the device, over the device."""
-        used_bytes = self.weights_bytes + self.workspace_bytes + self.kv_bytes
-        return used_bytes / self.device_bytes
-
-    @property
-    def sglang_frac(self) -> float:
-        """Weights and KV, over the device."""
-        return (self.weights_bytes + self.kv_bytes) / self.device_bytes
-
-
-def render_profile(profile: Profile, *, format: str, memory: DeviceMemory | None = None) -> str:
+def render_profile(
+    profile: Profile,
+    *,
+    format: str,
+    memory: DeviceMemory | None = None,
+    engine_version: str | None = None,
+    force: bool = False,
+) -> str:
     """The text of ``profile`` in one of ``ExportFormat``, ending in a newline.
 
-    ``memory`` lets the flags of other engines bound the memory. InputError: unknown format.
+    ``memory`` lets the settings of other engines bound the memory. ``engine_version`` is the one
+    they are for, None the newest known. InputError: unknown format, a version for a format of
+    ours, or without ``force`` one whose names were not checked.
     """
     if format not in set(ExportFormat):
         known = ", ".join(ExportFormat)
         raise InputError(f"format {format!r} is not one of {known}", field="format")
-    writers: Mapping[ExportFormat, Callable[[], str]] = {
-        ExportFormat.TOML: lambda: _toml(profile),
-        ExportFormat.JSON: lambda: _json(profile),
-        ExportFormat.VLLM: lambda: _flags(
-            "vllm serve {model}", vllm_flags(profile, memory=memory), profile
-        ),
-        ExportFormat.VLLM_YAML: lambda: _yaml(profile, vllm_flags(profile, memory=memory)),
-        ExportFormat.SGLANG: lambda: _flags(
-            "python -m sglang.launch_server --model-path {model}",
-            sglang_flags(profile, memory=memory),
-            profile,
-        ),
+    chosen = ExportFormat(format)
+    if chosen in ENGINE_OF:
+        return _engine(profile, chosen, memory=memory, version=engine_version, force=force)
+    if engine_version is not None:
+        raise InputError(
+            f"format {chosen} is for no other engine: leave the engine version out",
+            field="engine_version",
+        )
+    writers: Mapping[ExportFormat, Callable[[Profile], str]] = {
+        ExportFormat.TOML: _toml,
+        ExportFormat.JSON: _json,
+        ExportFormat.ENV: _env,
+        ExportFormat.CLI: _cli,
+        ExportFormat.MARKDOWN: _markdown,
     }
-    return writers[ExportFormat(format)]()
+    return writers[chosen](profile)
 
 
 def parse_profile(text: str) -> Profile:
@@ -193,62 +200,86 @@ def _convert(content: object) -> Profile:
 
 
 # --------------------------------------------------------------------------------------------
-# Other engines
+# Shells, readers and other engines
 # --------------------------------------------------------------------------------------------
 
 
-def vllm_flags(profile: Profile, *, memory: DeviceMemory | None) -> dict[str, KnobValue]:
-    """vLLM's names. Its token limit of a step counts decode tokens too, ours does not. Its
-    FlashAttention takes blocks of multiples of 16 tokens, its older versions none above 32 on
-    CUDA: other page sizes are left to its default.
-
-    Source: vllm/engine/arg_utils.py at commit 99d7eb5 and vllm/config/cache.py at c1d8642, about
-    version 0.11; the documentation of version 0.29 for what has changed since.
-    """
-    values = profile.values
-    page_size = values.get("page_size")
-    chunk, active = values.get("prefill_chunk"), values.get("max_num_active_seqs")
-    if isinstance(chunk, int) and isinstance(active, int):
-        chunk += active
-    flags: dict[str, KnobValue] = {
-        "dtype": profile.key.dtype,
-        "block-size": page_size if page_size in VLLM_BLOCK_SIZES else None,
-        "max-num-seqs": active,
-        "max-num-batched-tokens": chunk,
-        "gpu-memory-utilization": round(memory.vllm_frac, 3) if memory else None,
-    }
-    return {name: value for name, value in flags.items() if value is not None}
+def _env(profile: Profile) -> str:
+    """Lines of a file for ``EnvironmentFile=`` or ``set -a; . FILE``: of plain words and numbers,
+    so that both read them alike."""
+    lines = (f"{ENVIRONMENT_PREFIX}{name.upper()}={text}" for name, text in _words(profile))
+    return "\n".join((*_header(profile), *lines, ""))
 
 
-def sglang_flags(profile: Profile, *, memory: DeviceMemory | None) -> dict[str, KnobValue]:
-    """SGLang's names. It refuses a chunk that is no multiple of the page.
-
-    Source: python/sglang/srt/server_args.py at commit 001067f (2026).
-    """
-    page_size, chunk = profile.values.get("page_size"), profile.values.get("prefill_chunk")
-    if isinstance(page_size, int) and isinstance(chunk, int):
-        chunk = max(chunk // page_size, 1) * page_size
-    flags: dict[str, KnobValue] = {
-        "dtype": profile.key.dtype,
-        "page-size": page_size,
-        "max-running-requests": profile.values.get("max_num_active_seqs"),
-        "chunked-prefill-size": chunk,
-        "mem-fraction-static": round(memory.sglang_frac, 3) if memory else None,
-    }
-    return {name: value for name, value in flags.items() if value is not None}
+def _cli(profile: Profile) -> str:
+    words = [f"--{name.replace('_', '-')} {text}" for name, text in _words(profile)]
+    return "\n".join((*_header(profile), "sparsed start " + " \\\n  ".join(words), ""))
 
 
-def _flags(command: str, flags: Mapping[str, KnobValue], profile: Profile) -> str:
-    words = [command.format(model=shlex.quote(profile.key.model))]
-    words += [f"--{name} {value}" for name, value in flags.items()]
-    lines = (*_header(profile), *_losses(profile, flags), " \\\n  ".join(words), "")
-    return "\n".join(lines)
+def _words(profile: Profile) -> list[tuple[str, str]]:
+    """What a start has to be told, as words of a shell."""
+    told = {"model": profile.key.model, "dtype": profile.key.dtype, **profile.values}
+    return [(n, shlex.quote("auto" if v is None else str(v))) for n, v in told.items()]
 
 
-def _yaml(profile: Profile, flags: Mapping[str, KnobValue]) -> str:
-    settings = {"model": profile.key.model, **flags}
-    lines = (f"{name}: {_quoted(value)}" for name, value in settings.items())
-    return "\n".join((*_header(profile), *_losses(profile, flags), *lines, ""))
+def _markdown(profile: Profile) -> str:
+    title, origin = (line.removeprefix("# ") for line in _header(profile))
+    rows = [f"| {name} | {_cell(value)} |" for name, value in profile.values.items()]
+    versions = [f"| {_cell(name)} | {_cell(item)} |" for name, item in profile.versions.items()]
+    scores = [
+        f"| {name} | {', '.join(f'{score:.4g}' for score in found) or 'none'} |"
+        for name, found in (("default", profile.default_scores), ("winner", profile.winner_scores))
+    ]
+    return "\n".join(
+        (
+            *(f"# {_cell(title)}", "", _cell(origin), ""),
+            *("| knob | value |", "|--|--|", *rows, ""),
+            *("| scores of the test | |", "|--|--|", *scores, ""),
+            *("| software | version |", "|--|--|", *versions),
+            "",
+        )
+    )
+
+
+def _cell(value: object) -> str:
+    text = "auto" if value is None else str(value)
+    return "".join(c if c.isprintable() else "?" for c in text).replace("|", "\\|")
+
+
+def _engine(
+    profile: Profile,
+    format: ExportFormat,
+    *,
+    memory: DeviceMemory | None,
+    version: str | None,
+    force: bool,
+) -> str:
+    """The settings of another engine, with what is lost and for which versions they hold."""
+    engine = ENGINE_OF[format]
+    gate = check_version(engine, version, force=force)
+    settings = engine_settings(engine, profile, memory=memory)
+    notes = (f"# {gate}", *losses(engine, profile, settings))
+    model = profile.key.model
+    if format is ExportFormat.VLLM_YAML:
+        body = [f"{name}: {_quoted(value)}" for name, value in {"model": model, **settings}.items()]
+    elif format is ExportFormat.TRTLLM:
+        body = _nested(settings)
+    else:
+        words = [COMMANDS[engine].format(model=shlex.quote(model))]
+        words += [f"--{name} {value}" for name, value in settings.items()]
+        body = [" \\\n  ".join(words)]
+    return "\n".join((*_header(profile), *notes, *body, ""))
+
+
+def _nested(settings: Mapping[str, KnobValue]) -> list[str]:
+    """YAML of names with at most one dot, which opens a table; tables come last."""
+    flat = [f"{name}: {_quoted(value)}" for name, value in settings.items() if "." not in name]
+    tables: dict[str, list[str]] = {}
+    for name, value in settings.items():
+        table, dot, field = name.partition(".")
+        if dot:
+            tables.setdefault(table, []).append(f"  {field}: {_quoted(value)}")
+    return flat + [line for name, lines in tables.items() for line in (f"{name}:", *lines)]
 
 
 def _header(profile: Profile) -> tuple[str, ...]:
@@ -262,20 +293,3 @@ def _header(profile: Profile) -> tuple[str, ...]:
     )
     # A name with a line break in it must not end the comment.
     return tuple("".join(c if c.isprintable() else "?" for c in line) for line in lines)
-
-
-def _losses(profile: Profile, flags: Mapping[str, KnobValue]) -> tuple[str, ...]:
-    ours = ("token_budget", "hbm_budget", "residency_watermark")
-    lost = [name for name in ours if name in profile.values]
-    notes = [
-        "# flag names change between versions: compare with --help of the installed one",
-        "# the gain was measured with sparsed, and says nothing about this engine",
-    ]
-    if lost:
-        notes.append(f"# lost, no counterpart for a densely trained model: {', '.join(lost)}")
-    if "page_size" in profile.values and not {"block-size", "page-size"} & set(flags):
-        size = profile.values["page_size"]
-        notes.append(f"# page_size {size} is left out: not every version and backend takes it")
-    if not {"gpu-memory-utilization", "mem-fraction-static"} & set(flags):
-        notes.append("# no memory fraction: it is made from bytes of a GPU, which are not known")
-    return tuple(notes)

@@ -12,10 +12,9 @@ from sparsed.tuner.guard import guard
 from sparsed.tuner.messages import LiveContext
 from sparsed.tuner.policy import neighbours
 from sparsed.tuner.space import Point, SearchSpace, build_space, live_space
-from sparsed.tuner.surrogate import Surrogate
+from sparsed.tuner.surrogate import Surrogate, penalized
 
 MIN_BUSY_FRAC: Final = 0.5  # of the windows
-PENALTY_LOG: Final = 0.5
 MIN_TRIALS: Final = 4
 MIN_GAIN_FRAC: Final = 0.03  # below this the incumbent stays
 MAX_HBM_BUDGET: Final = int(KNOBS_BY_NAME["hbm_budget"].maximum or 0)
@@ -95,13 +94,6 @@ def improve(
     changes = guard(space.decode(near[best]), current=current, space=space)
     ratio = math.exp(gain)
     return changes, f"trials of this machine predict {ratio - 1.0:+.0%} tokens/s", ratio
-
-
-def penalized(scores: Sequence[float | None]) -> list[float]:
-    """Log scores, one at least known; infeasible ones are a bounded step below the worst."""
-    known = [math.log(score) for score in scores if score is not None]
-    penalty = min(known) - PENALTY_LOG
-    return [penalty if score is None else math.log(score) for score in scores]
 
 
 def _lift(point: Point, space: SearchSpace, whole: SearchSpace) -> Point:

@@ -13,7 +13,12 @@ from sparsed.tuner.policy import Constraint, Crash, Observation
 METRICS: Final = {
     Objective.THROUGHPUT: "output_tokens_per_s",
     Objective.GOODPUT: "goodput_requests_per_s",
+    Objective.LATENCY: "reader_answers_per_s",
+    Objective.BALANCED: "balanced_rate",
+    Objective.CAPACITY: "output_tokens_per_s_per_gib",
 }
+ANSWER_TOKENS: Final = 256  # of the answer that latency is stated for
+GIB: Final = 1 << 30
 LEAST_LOSS: Final = 1e-3  # of attention: a floor nearer to 1 cannot be told from 1
 MAX_HBM_FRAC: Final = 1.0  # of the device, all its users together
 MAX_LINK_BUSY_FRAC: Final = 0.9
@@ -55,7 +60,7 @@ def judge(measurement: Measurement, *, objective: Objective, slo: Slo) -> Verdic
     """Score one measurement and check it against the targets."""
     metrics = describe(measurement, slo=slo)
     status, reason = _check(measurement, metrics=metrics, objective=objective, slo=slo)
-    score = metrics[METRICS[objective]]
+    score = metrics.get(METRICS[objective])
     feasible = status is TrialStatus.OK
     return Verdict(status=status, score=score if feasible else None, metrics=metrics, reason=reason)
 
@@ -64,10 +69,16 @@ def describe(measurement: Measurement, *, slo: Slo) -> dict[str, float]:
     """The figures of a measurement that exist, by name with unit; all finite."""
     duration_s = measurement.duration_s
     assert duration_s > 0, "a measurement takes time"
+    tokens_per_s = measurement.output_tokens / duration_s
+    answers_per_s = _reader_answers_per_s(measurement)
+    hot_gib = measurement.hot_peak_bytes / GIB
     figures = {
         "duration_s": duration_s,
-        "output_tokens_per_s": measurement.output_tokens / duration_s,
+        "output_tokens_per_s": tokens_per_s,
         "goodput_requests_per_s": _num_good(measurement, slo=slo) / duration_s,
+        "reader_answers_per_s": answers_per_s,
+        "balanced_rate": math.sqrt(tokens_per_s * answers_per_s) if answers_per_s else None,
+        "output_tokens_per_s_per_gib": tokens_per_s / hot_gib if hot_gib else None,
         "ttft_p95_s": percentile(measurement.ttft_s, 0.95),
         "tpot_p95_s": percentile(measurement.tpot_s, 0.95),
         "sparse_steps": float(measurement.sparse_steps),
@@ -145,6 +156,16 @@ def percentile(values: Sequence[float], frac: float) -> float | None:
     return sorted(values)[max(0, math.ceil(frac * len(values)) - 1)]
 
 
+def _reader_answers_per_s(measurement: Measurement) -> float | None:
+    """How many answers one after the other a reader gets in a second who meets the p95 of both
+    latencies; None where nothing was answered."""
+    ttft_s, tpot_s = (percentile(x, 0.95) for x in (measurement.ttft_s, measurement.tpot_s))
+    if ttft_s is None or tpot_s is None:
+        return None
+    answer_s = ttft_s + (ANSWER_TOKENS - 1) * tpot_s
+    return 1.0 / answer_s if answer_s > 0 else None
+
+
 def _num_good(measurement: Measurement, *, slo: Slo) -> int:
     """Requests that met every target."""
     return sum(
@@ -172,6 +193,11 @@ def _check(
             return TrialStatus.SLO_BROKEN, reason
     if not metrics["output_tokens_per_s"] > 0:
         return TrialStatus.TIMEOUT, "no token came out"
+    if METRICS[objective] not in metrics:
+        return (
+            TrialStatus.ENGINE_ERROR,
+            f"{METRICS[objective]} could not be measured: the window was too short",
+        )
     return TrialStatus.OK, ""
 
 

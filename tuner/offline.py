@@ -76,7 +76,7 @@ class StudyPlan:
 class StudyOutcome:
     """``winner`` None: the default stays; ``reason`` says why in every case. ``best`` holds the
     best feasible trial of each arm. ``comparison`` None: there was nothing to decide. Scores are
-    those of the test, of windows that kept their targets."""
+    those of the test, of windows that kept their targets. ``trials`` are all of the study."""
 
     default: TrialResult | None
     best: Mapping[str, TrialResult]
@@ -84,6 +84,7 @@ class StudyOutcome:
     reason: str
     interrupted: bool = False
     comparison: Comparison | None = None
+    trials: tuple[TrialResult, ...] = ()
 
     @property
     def default_ran(self) -> bool:
@@ -215,6 +216,7 @@ class _Study:
             winner=None,
             reason=reason,
             interrupted=interrupted,
+            trials=tuple(self._trials),
         )
 
     def _candidates(self) -> list[TrialResult]:

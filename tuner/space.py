@@ -105,6 +105,27 @@ class SearchSpace:
         return (point for point in grid if self.is_valid(point))
 
 
+def describe_space(
+    space: SearchSpace, *, fixed: AbstractSet[str] = frozenset()
+) -> dict[str, list[KnobValue]]:
+    """Plain data that is equal for equal spaces: of each ladder the default and the rungs, of the
+    other knobs the value. Capacities that the machine gives are left out, and the rungs of a
+    ladder that has what auto comes to by them: free memory is never twice the same."""
+    ladders: dict[str, list[KnobValue]] = {
+        ladder.name: [
+            getattr(space.default, ladder.name),
+            *(ladder.rungs if ladder.auto_rung is None else ("auto",)),
+        ]
+        for ladder in space.ladders
+    }
+    others: dict[str, list[KnobValue]] = {
+        name: [value]
+        for name, value in space.default.as_dict().items()
+        if name in fixed or KNOBS_BY_NAME[name].default is not None
+    }
+    return others | ladders
+
+
 def build_space(
     default: Knobs,
     *,

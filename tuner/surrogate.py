@@ -23,6 +23,7 @@ NOISE: Final = (1e-4, 0.02)
 START_VARIANCE: Final = 0.5
 START_LENGTH: Final = 1.0
 START_NOISE: Final = 0.0025
+PENALTY_LOG: Final = 0.5  # an infeasible point is taught as this much below the worst score
 
 
 class Prediction(NamedTuple):
@@ -87,3 +88,10 @@ class Surrogate:
 
     def _rows(self, points: Sequence[Point]) -> Any:
         return self.space.transform([[point[axis] for axis in self.axes] for point in points])
+
+
+def penalized(scores: Sequence[float | None]) -> list[float]:
+    """Log scores, one at least known; infeasible ones are a bounded step below the worst."""
+    known = [math.log(score) for score in scores if score is not None]
+    penalty = min(known) - PENALTY_LOG
+    return [penalty if score is None else math.log(score) for score in scores]

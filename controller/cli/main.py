@@ -18,6 +18,7 @@ from sparsed.controller.cli import (
     model,
     plan,
     profile,
+    record,
     start,
     tune,
     tuner,
@@ -49,6 +50,7 @@ app.command("status")(daemon.status)
 app.command("why")(why.why)
 app.command("drain")(daemon.drain)
 app.command("stop")(daemon.stop)
+app.command("record")(record.record)
 app.command("tune")(tune.tune)
 app.command("eval")(eval.evaluate)
 app.command("plan")(plan.plan)

@@ -87,10 +87,24 @@ def export(
         ExportFormat | None,
         typer.Option(
             "--format",
-            help="toml: for start --config; json: complete; vllm, sglang: flags; vllm-yaml: its "
-            "configuration file. Default: by the suffix of FILE, else toml.",
+            help="toml: for start --config; json: complete; env, cli: for start; vllm, sglang: "
+            "flags; vllm-yaml, trtllm: their configuration files; markdown: to read. Default: by "
+            "the suffix of FILE, else toml.",
         ),
     ] = None,
+    engine_version: Annotated[
+        str | None,
+        typer.Option(
+            "--engine-version",
+            metavar="VERSION",
+            help="Of the other engine; one whose names were not compared is refused. Default: one "
+            "of those that were, and the text says which.",
+        ),
+    ] = None,
+    force: Annotated[
+        bool,
+        typer.Option("--force", help="Export for an --engine-version that was not compared."),
+    ] = False,
     file: Annotated[
         Path | None,
         typer.Option("--output", "-o", metavar="FILE", help="Default: standard output."),
@@ -100,7 +114,9 @@ def export(
     """Write one profile in the format of another program or start."""
     by_suffix = FORMAT_BY_SUFFIX.get(file.suffix if file else "", ExportFormat.TOML)
     with _shelf(state_dir) as shelf:
-        text = shelf.export_profile(profile_id, format=format or by_suffix)
+        text = shelf.export_profile(
+            profile_id, format=format or by_suffix, engine_version=engine_version, force=force
+        )
     if file is None:
         print(text, end="" if text.endswith("\n") else "\n")
     else:

@@ -11,7 +11,7 @@ import typer
 from sparsed.controller.cli.flags import KNOB_FLAGS, MODEL_FLAGS, takes
 from sparsed.controller.cli.start import ConfigOption, one_model
 from sparsed.controller.config import load_config
-from sparsed.core import Objective, SearchMethod
+from sparsed.core import InputError, Objective, SearchMethod
 
 
 @takes(*MODEL_FLAGS, *KNOB_FLAGS)
@@ -20,13 +20,22 @@ def tune(
         str | None, typer.Argument(metavar="[MODEL]", show_default=False, help="As --model.")
     ] = None,
     workload: Annotated[
-        str,
+        str | None,
         typer.Option(
             metavar="FILE|PRESET",
             help="chat, documents, mixed, or a JSONL file with timestamp (ms), input_length and "
-            "output_length (tokens) on each line.",
+            "output_length (tokens) on each line. Default: mixed.",
         ),
-    ] = "mixed",
+    ] = None,
+    trace: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="A recording of sparsed record, as --workload FILE. Its first requests are "
+            "served, as many as a window holds, at their own lengths or all shortened alike, their "
+            "arrivals drawn together to half the window.",
+        ),
+    ] = None,
     trials: Annotated[
         int,
         typer.Option(
@@ -45,7 +54,10 @@ def tune(
     objective: Annotated[
         Objective,
         typer.Option(
-            help="throughput: output tokens/s; goodput: requests/s within both SLO targets."
+            help="throughput: output tokens/s; goodput: requests/s within both SLO targets; "
+            "latency: answers of 256 tokens/s for one reader, at the p95 of TTFT and TPOT; balanced: "
+            "the geometric mean of throughput and latency; capacity: output tokens/s for each GiB "
+            "of the hot tier in use at its peak. SLO targets hold for all."
         ),
     ] = Objective.THROUGHPUT,
     trial_seconds: Annotated[
@@ -80,12 +92,26 @@ def tune(
     export: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE", help="Write the result here; .toml, .json, or .yaml for vLLM."
+            metavar="FILE",
+            help="Write the result here; .toml, .json, .env, .sh, .md, or .yaml for vLLM.",
+        ),
+    ] = None,
+    output_dir: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Write pareto.png, importance.png, report.html with both in it, and result.json.",
         ),
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the last study of the same options.")
-    ] = False,
+        str | None,
+        typer.Option(
+            "--resume",
+            metavar="STUDY",
+            help="Go on with this study, or the last one of these options: no point that ended or "
+            "failed is measured again. Refused if model, GPU, question or search space differ.",
+        ),
+    ] = None,
     config: ConfigOption = None,
     **flags: str | bool | None,
 ) -> None:
@@ -98,10 +124,12 @@ def tune(
     """
     from sparsed.controller.tuning import TuneOptions, run_tune
 
+    if workload is not None and trace is not None:
+        raise InputError("--trace is a --workload: give one of them", field="trace")
     flags["model"] = one_model(model_argument, flags["model"])
     options = TuneOptions(
         config=load_config(flags=flags, environment=os.environ, file=config),
-        workload=workload,
+        workload=str(trace.absolute()) if trace else workload or "mixed",
         trials=trials,
         objective=objective,
         method=method,
@@ -109,6 +137,7 @@ def tune(
         min_recall=min_recall,
         max_s=max_seconds,
         export=export,
+        output_dir=output_dir,
         resume=resume,
     )
     raise typer.Exit(run_tune(options))

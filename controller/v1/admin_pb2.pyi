@@ -95,6 +95,9 @@ class Objective(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     OBJECTIVE_UNSPECIFIED: _ClassVar[Objective]
     OBJECTIVE_THROUGHPUT: _ClassVar[Objective]
     OBJECTIVE_GOODPUT: _ClassVar[Objective]
+    OBJECTIVE_LATENCY: _ClassVar[Objective]
+    OBJECTIVE_BALANCED: _ClassVar[Objective]
+    OBJECTIVE_CAPACITY: _ClassVar[Objective]
 
 class ExportFormat(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -104,6 +107,10 @@ class ExportFormat(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     EXPORT_FORMAT_VLLM: _ClassVar[ExportFormat]
     EXPORT_FORMAT_VLLM_YAML: _ClassVar[ExportFormat]
     EXPORT_FORMAT_SGLANG: _ClassVar[ExportFormat]
+    EXPORT_FORMAT_TRTLLM: _ClassVar[ExportFormat]
+    EXPORT_FORMAT_ENV: _ClassVar[ExportFormat]
+    EXPORT_FORMAT_CLI: _ClassVar[ExportFormat]
+    EXPORT_FORMAT_MARKDOWN: _ClassVar[ExportFormat]
 
 class Direction(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -221,12 +228,19 @@ PROFILE_STATUS_STALE: ProfileStatus
 OBJECTIVE_UNSPECIFIED: Objective
 OBJECTIVE_THROUGHPUT: Objective
 OBJECTIVE_GOODPUT: Objective
+OBJECTIVE_LATENCY: Objective
+OBJECTIVE_BALANCED: Objective
+OBJECTIVE_CAPACITY: Objective
 EXPORT_FORMAT_UNSPECIFIED: ExportFormat
 EXPORT_FORMAT_TOML: ExportFormat
 EXPORT_FORMAT_JSON: ExportFormat
 EXPORT_FORMAT_VLLM: ExportFormat
 EXPORT_FORMAT_VLLM_YAML: ExportFormat
 EXPORT_FORMAT_SGLANG: ExportFormat
+EXPORT_FORMAT_TRTLLM: ExportFormat
+EXPORT_FORMAT_ENV: ExportFormat
+EXPORT_FORMAT_CLI: ExportFormat
+EXPORT_FORMAT_MARKDOWN: ExportFormat
 DIRECTION_UNSPECIFIED: Direction
 DIRECTION_H2D: Direction
 DIRECTION_D2H: Direction
@@ -1059,6 +1073,32 @@ class Profile(_message.Message):
     profile_id: int
     def __init__(self, key: _Optional[_Union[ProfileKey, _Mapping]] = ..., values: _Optional[_Mapping[str, KnobValue]] = ..., status: _Optional[_Union[ProfileStatus, str]] = ..., workload: _Optional[str] = ..., objective: _Optional[_Union[Objective, str]] = ..., default_scores: _Optional[_Iterable[float]] = ..., winner_scores: _Optional[_Iterable[float]] = ..., versions: _Optional[_Mapping[str, str]] = ..., created_at: _Optional[float] = ..., pinned: bool = ..., profile_id: _Optional[int] = ...) -> None: ...
 
+class RecordedRequest(_message.Message):
+    __slots__ = ("arrival_s", "input_tokens", "output_tokens", "max_tokens", "block_ids")
+    ARRIVAL_S_FIELD_NUMBER: _ClassVar[int]
+    INPUT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    OUTPUT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_IDS_FIELD_NUMBER: _ClassVar[int]
+    arrival_s: float
+    input_tokens: int
+    output_tokens: int
+    max_tokens: int
+    block_ids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, arrival_s: _Optional[float] = ..., input_tokens: _Optional[int] = ..., output_tokens: _Optional[int] = ..., max_tokens: _Optional[int] = ..., block_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class RecordingPart(_message.Message):
+    __slots__ = ("requests", "num_running", "num_left_out", "is_over")
+    REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    NUM_RUNNING_FIELD_NUMBER: _ClassVar[int]
+    NUM_LEFT_OUT_FIELD_NUMBER: _ClassVar[int]
+    IS_OVER_FIELD_NUMBER: _ClassVar[int]
+    requests: _containers.RepeatedCompositeFieldContainer[RecordedRequest]
+    num_running: int
+    num_left_out: int
+    is_over: bool
+    def __init__(self, requests: _Optional[_Iterable[_Union[RecordedRequest, _Mapping]]] = ..., num_running: _Optional[int] = ..., num_left_out: _Optional[int] = ..., is_over: bool = ...) -> None: ...
+
 class GetStatusRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
@@ -1116,6 +1156,38 @@ class SetLogLevelRequest(_message.Message):
 class SetLogLevelResponse(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
+
+class StartRecordingRequest(_message.Message):
+    __slots__ = ("options", "duration_s", "max_requests")
+    OPTIONS_FIELD_NUMBER: _ClassVar[int]
+    DURATION_S_FIELD_NUMBER: _ClassVar[int]
+    MAX_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    options: MutationOptions
+    duration_s: float
+    max_requests: int
+    def __init__(self, options: _Optional[_Union[MutationOptions, _Mapping]] = ..., duration_s: _Optional[float] = ..., max_requests: _Optional[int] = ...) -> None: ...
+
+class StartRecordingResponse(_message.Message):
+    __slots__ = ("recording_id",)
+    RECORDING_ID_FIELD_NUMBER: _ClassVar[int]
+    recording_id: int
+    def __init__(self, recording_id: _Optional[int] = ...) -> None: ...
+
+class TakeRecordingRequest(_message.Message):
+    __slots__ = ("options", "recording_id", "stop")
+    OPTIONS_FIELD_NUMBER: _ClassVar[int]
+    RECORDING_ID_FIELD_NUMBER: _ClassVar[int]
+    STOP_FIELD_NUMBER: _ClassVar[int]
+    options: MutationOptions
+    recording_id: int
+    stop: bool
+    def __init__(self, options: _Optional[_Union[MutationOptions, _Mapping]] = ..., recording_id: _Optional[int] = ..., stop: bool = ...) -> None: ...
+
+class TakeRecordingResponse(_message.Message):
+    __slots__ = ("part",)
+    PART_FIELD_NUMBER: _ClassVar[int]
+    part: RecordingPart
+    def __init__(self, part: _Optional[_Union[RecordingPart, _Mapping]] = ...) -> None: ...
 
 class CollectBundleRequest(_message.Message):
     __slots__ = ()
@@ -1361,12 +1433,16 @@ class ImportProfileResponse(_message.Message):
     def __init__(self, profile: _Optional[_Union[Profile, _Mapping]] = ...) -> None: ...
 
 class ExportProfileRequest(_message.Message):
-    __slots__ = ("profile_id", "format")
+    __slots__ = ("profile_id", "format", "engine_version", "force")
     PROFILE_ID_FIELD_NUMBER: _ClassVar[int]
     FORMAT_FIELD_NUMBER: _ClassVar[int]
+    ENGINE_VERSION_FIELD_NUMBER: _ClassVar[int]
+    FORCE_FIELD_NUMBER: _ClassVar[int]
     profile_id: int
     format: ExportFormat
-    def __init__(self, profile_id: _Optional[int] = ..., format: _Optional[_Union[ExportFormat, str]] = ...) -> None: ...
+    engine_version: str
+    force: bool
+    def __init__(self, profile_id: _Optional[int] = ..., format: _Optional[_Union[ExportFormat, str]] = ..., engine_version: _Optional[str] = ..., force: bool = ...) -> None: ...
 
 class ExportProfileResponse(_message.Message):
     __slots__ = ("text",)

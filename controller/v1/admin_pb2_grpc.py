@@ -63,6 +63,16 @@ class DaemonServiceStub(object):
                 request_serializer=sparsed_dot_controller_dot_v1_dot_admin__pb2.SetLogLevelRequest.SerializeToString,
                 response_deserializer=sparsed_dot_controller_dot_v1_dot_admin__pb2.SetLogLevelResponse.FromString,
                 _registered_method=True)
+        self.StartRecording = channel.unary_unary(
+                '/sparsed.admin.v1.DaemonService/StartRecording',
+                request_serializer=sparsed_dot_controller_dot_v1_dot_admin__pb2.StartRecordingRequest.SerializeToString,
+                response_deserializer=sparsed_dot_controller_dot_v1_dot_admin__pb2.StartRecordingResponse.FromString,
+                _registered_method=True)
+        self.TakeRecording = channel.unary_unary(
+                '/sparsed.admin.v1.DaemonService/TakeRecording',
+                request_serializer=sparsed_dot_controller_dot_v1_dot_admin__pb2.TakeRecordingRequest.SerializeToString,
+                response_deserializer=sparsed_dot_controller_dot_v1_dot_admin__pb2.TakeRecordingResponse.FromString,
+                _registered_method=True)
         self.CollectBundle = channel.unary_stream(
                 '/sparsed.admin.v1.DaemonService/CollectBundle',
                 request_serializer=sparsed_dot_controller_dot_v1_dot_admin__pb2.CollectBundleRequest.SerializeToString,
@@ -109,6 +119,21 @@ class DaemonServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def StartRecording(self, request, context):
+        """Notes sizes and times of the requests that arrive from now on, never a text. One at a time; a
+        recording that nobody takes from for a minute is given up.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def TakeRecording(self, request, context):
+        """Hands over what has ended since the last call; repeat it until `is_over`.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def CollectBundle(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -142,6 +167,16 @@ def add_DaemonServiceServicer_to_server(servicer, server):
                     servicer.SetLogLevel,
                     request_deserializer=sparsed_dot_controller_dot_v1_dot_admin__pb2.SetLogLevelRequest.FromString,
                     response_serializer=sparsed_dot_controller_dot_v1_dot_admin__pb2.SetLogLevelResponse.SerializeToString,
+            ),
+            'StartRecording': grpc.unary_unary_rpc_method_handler(
+                    servicer.StartRecording,
+                    request_deserializer=sparsed_dot_controller_dot_v1_dot_admin__pb2.StartRecordingRequest.FromString,
+                    response_serializer=sparsed_dot_controller_dot_v1_dot_admin__pb2.StartRecordingResponse.SerializeToString,
+            ),
+            'TakeRecording': grpc.unary_unary_rpc_method_handler(
+                    servicer.TakeRecording,
+                    request_deserializer=sparsed_dot_controller_dot_v1_dot_admin__pb2.TakeRecordingRequest.FromString,
+                    response_serializer=sparsed_dot_controller_dot_v1_dot_admin__pb2.TakeRecordingResponse.SerializeToString,
             ),
             'CollectBundle': grpc.unary_stream_rpc_method_handler(
                     servicer.CollectBundle,
@@ -288,6 +323,60 @@ class DaemonService(object):
             '/sparsed.admin.v1.DaemonService/SetLogLevel',
             sparsed_dot_controller_dot_v1_dot_admin__pb2.SetLogLevelRequest.SerializeToString,
             sparsed_dot_controller_dot_v1_dot_admin__pb2.SetLogLevelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def StartRecording(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sparsed.admin.v1.DaemonService/StartRecording',
+            sparsed_dot_controller_dot_v1_dot_admin__pb2.StartRecordingRequest.SerializeToString,
+            sparsed_dot_controller_dot_v1_dot_admin__pb2.StartRecordingResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def TakeRecording(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sparsed.admin.v1.DaemonService/TakeRecording',
+            sparsed_dot_controller_dot_v1_dot_admin__pb2.TakeRecordingRequest.SerializeToString,
+            sparsed_dot_controller_dot_v1_dot_admin__pb2.TakeRecordingResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -1358,6 +1358,9 @@ KNOB_GUIDES: Mapping[str, KnobGuide] = {
 class Objective(StrEnum):
     THROUGHPUT = "throughput"  # output tokens per second
     GOODPUT = "goodput"  # requests per second that met the TTFT and TPOT targets
+    LATENCY = "latency"  # answers of 256 tokens per second that one reader gets, at the p95
+    BALANCED = "balanced"  # geometric mean of throughput and latency
+    CAPACITY = "capacity"  # output tokens per second and GiB of the hot tier used at its peak
 
 
 class SearchMethod(StrEnum):
@@ -1403,6 +1406,29 @@ class WorkloadRequest:
     input_tokens: int
     output_tokens: int
     block_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RecordedRequest:
+    """One request that was served, as sizes in tokens; ``arrival_s`` counts from the beginning of
+    the recording. ``block_ids`` as in ``WorkloadRequest``, numbered anew in each recording."""
+
+    arrival_s: float
+    input_tokens: int
+    output_tokens: int
+    max_tokens: int
+    block_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RecordingPart:
+    """What has ended since it was last asked for. ``num_left_out`` counts from the beginning:
+    requests that ended without a token, or were cut off. Nothing more comes once it is over."""
+
+    requests: tuple[RecordedRequest, ...]
+    num_running: int
+    num_left_out: int
+    is_over: bool
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

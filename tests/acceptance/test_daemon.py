@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -16,6 +19,7 @@ import openai
 import pytest
 
 from sparsed.controller.client import AdminClient
+from sparsed.controller.workload import parse_trace
 from sparsed.core import Bound, InputError, WaitReason
 from sparsed.engine.evaluate.recording import Recording, RecordingHeader, write_recording
 
@@ -318,3 +322,28 @@ def test_the_load_is_known_again_after_a_restart(daemon: StartDaemon) -> None:
     load = serve_until_known(again)
     assert load.current == first.regime_id and len(load.regimes) == 1
     assert load.regimes[0].seen_s > 0
+
+
+def test_what_is_served_is_recorded_without_text(daemon: StartDaemon, tmp_path: Path) -> None:
+    running, file = daemon(*SMALL), tmp_path / "trace.jsonl"
+    command = [sys.executable, "-m", "sparsed", "record", "--output", str(file)]
+    command += ["--max-requests", "2", "--state-dir", str(running.state_dir)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as recording:
+        assert recording.stderr is not None
+        assert "recording 1" in recording.stderr.readline()
+        with running.client() as client:
+            for extra in ({"max_tokens": 5}, {"max_tokens": 7}):
+                client.completions.create(
+                    model="dummy:tiny",
+                    prompt="a text that nobody else may read",
+                    extra_body={"ignore_eos": True},
+                    **extra,
+                )
+        assert recording.wait(timeout=30) == 0
+    text = file.read_text()
+    first, second = parse_trace(text.splitlines())
+    assert (first.output_tokens, second.output_tokens) == (5, 7)
+    assert first.input_tokens == second.input_tokens > 1
+    assert first.block_ids == second.block_ids == (0,)
+    keys = {"timestamp", "input_length", "output_length", "max_tokens", "hash_ids"}
+    assert all(json.loads(line).keys() == keys for line in text.splitlines())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from sparsed.controller.config import DaemonConfig, load_config
+from sparsed.controller.search_model import search_space
 from sparsed.controller.startup import prepare
 from sparsed.controller.tuning import TuneOptions, run_tune
 from sparsed.core import (
@@ -28,6 +30,7 @@ from sparsed.core import (
 from sparsed.db import open_store
 from sparsed.tuner.acceptance import agree, decide
 from sparsed.tuner.export import parse_profile
+from sparsed.tuner.space import describe_space
 
 REQUESTS = tuple(
     WorkloadRequest(arrival_s=0.0, input_tokens=num_input, output_tokens=12)
@@ -91,12 +94,15 @@ def searched(config: DaemonConfig) -> None:
     """Leave a study behind whose search is over: it found one candidate."""
     config.state_dir.root.mkdir()
     store = open_store(config.state_dir.database)
+    plan = prepare(config, progress=lambda phase, frac: None)
+    workload, fixed = Workload(name="chat", requests=REQUESTS), config.knobs.keys()
     study = store.start_study(
-        prepare(config, progress=lambda phase, frac: None).key,
-        workload=Workload(name="chat", requests=REQUESTS),
+        plan.key,
+        workload=workload,
         objective=Objective.THROUGHPUT,
         slo=config.slo,
         seed=config.seed,
+        space=describe_space(search_space(plan, fixed=fixed, workload=workload), fixed=fixed),
         versions={},
         started_at=0.0,
     )
@@ -125,7 +131,7 @@ def test_a_decision_keeps_its_windows_however_it_ends(
     given = {"model": "dummy:tiny", "device": "cpu", "max_num_seqs": 2}
     config = load_config(flags=given | {"state_dir": tmp_path / "state"}, environment={})
     searched(config)
-    options = TuneOptions(config=config, workload="chat", trials=1, resume=True, max_s=60.0)
+    options = TuneOptions(config=config, workload="chat", trials=1, resume="last", max_s=60.0)
     assert run_tune(options) == 0
     store = open_store(config.state_dir.database)
     (decision,) = store.list_acceptances()
@@ -165,7 +171,7 @@ def test_ctrl_c_keeps_the_trials_and_resume_goes_on(tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 130, printed + output
-    resumed = tune(state_dir, "--resume")
+    resumed = tune(state_dir, "--resume", "last")
     output, _ = resumed.communicate(timeout=240)
     assert resumed.returncode == 0, output
     assert "resuming study 1" in output
@@ -174,3 +180,37 @@ def test_ctrl_c_keeps_the_trials_and_resume_goes_on(tmp_path: Path) -> None:
     store.close()
     assert arms.count("default") == 1
     assert {"bayes", "random"} <= set(arms)
+
+
+@pytest.mark.slow
+def test_a_study_that_was_killed_goes_on_from_its_trials(tmp_path: Path) -> None:
+    state_dir = tmp_path / "state"
+    process = tune(state_dir, "--trials", "8")
+    assert process.stdout is not None
+    printed = ""
+    deadline = time.monotonic() + 120
+    while " bayes " not in printed:
+        assert time.monotonic() < deadline and process.poll() is None, printed
+        printed += process.stdout.readline()
+    process.kill()
+    process.communicate(timeout=60)
+    store = open_store(state_dir / "sparsed.db")
+    kept = store.list_trials(study_id=1)
+    store.close()
+    assert [item.arm for item in kept[:2]] == ["default", "bayes"]
+    refused = tune(state_dir, "--resume", "1", "--page-size", "64")
+    output, _ = refused.communicate(timeout=60)
+    assert refused.returncode == 64 and "page_size [32], now [64]" in " ".join(output.split())
+    report = tmp_path / "report"
+    resumed = tune(state_dir, "--resume", "1", "--trials", "2", "--output-dir", str(report))
+    output, _ = resumed.communicate(timeout=240)
+    assert resumed.returncode == 0, output
+    store = open_store(state_dir / "sparsed.db")
+    trials = store.list_trials(study_id=1)
+    store.close()
+    assert trials[: len(kept)] == kept
+    for arm in ("default", "bayes", "random"):
+        tried = [sorted(map(str, item.values.items())) for item in trials if item.arm == arm]
+        assert len({str(values) for values in tried}) == len(tried)
+    told = json.loads((report / "result.json").read_text())
+    assert [item["number"] for item in told["trials"]] == [item.number for item in trials]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from sparsed.controller.control import (
     TunerVerb,
 )
 from sparsed.controller.lookups import FindVerified
+from sparsed.controller.recorder import Recorder
 from sparsed.controller.servicer import AdminServers, serve
 from sparsed.controller.startup import StartPlan, prepare
 from sparsed.controller.state_dir import StateDir
@@ -216,6 +218,7 @@ class ScriptedControl:
     def __init__(self) -> None:
         self.profiles = InMemoryProfileStore()
         self.profiles.save_profile(PROFILE)
+        self.recorder = Recorder(clock=time.monotonic)
         self.now = STATUS
         self.pending: dict[str, KnobValue] = {}
         self.live: set[str] = set()

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from sparsed.controller.cli.main import run
 from sparsed.controller.client import AdminClient, CallFailed, DaemonUnreachable
 from sparsed.controller.control import KnobSource, TunerVerb
 from sparsed.controller.profiles import StoredProfiles
@@ -159,6 +160,20 @@ def test_profiles_are_exported(caller: Any, control: Any, format: ExportFormat) 
     (profile,) = control.profiles.list_profiles()
     text = caller.export_profile(profile.profile_id, format=format)
     assert text == render_profile(profile, format=format) and "dummy:tiny" in text
+
+
+def test_versions_of_other_engines_are_checked_where_the_profile_is(
+    caller: Any, daemon: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(InputError, match="were not compared") as raised:
+        caller.export_profile(1, format=ExportFormat.TRTLLM, engine_version="9.9")
+    assert raised.value.field == "engine_version"
+    forced = caller.export_profile(1, format=ExportFormat.TRTLLM, engine_version="9.9", force=True)
+    verb = ["profile", "export", "1", "--format", "trtllm", "--engine-version", "9.9"]
+    verb += ["--state-dir", str(daemon.place.root)]
+    assert run(verb) == 1 and "were not compared" in capsys.readouterr().err
+    assert run([*verb, "--force"]) == 0
+    assert capsys.readouterr().out == forced and "FORCED" in forced
 
 
 def test_an_exported_profile_is_imported_again(caller: Any, control: Any) -> None:

@@ -199,6 +199,7 @@ def log_of(store: InMemoryProfileStore, *, said: list[str]) -> StudyLog:
         objective=Objective.GOODPUT,
         slo=Slo(ttft_s=1.0),
         seed=0,
+        space={"token_budget": [512, 1024]},
         versions={},
         started_at=0.0,
     )

@@ -159,6 +159,18 @@ def test_with_goodput_late_requests_cost_and_are_no_limit() -> None:
     assert hard.objective < easy.objective - 1.0
 
 
+def test_what_a_preset_expects_is_in_its_own_unit() -> None:
+    plan = start_plan()
+
+    def expected(objective: Objective) -> float:
+        return model_of(plan, objective=objective).prior({}).objective
+
+    latency, throughput = expected(Objective.LATENCY), expected(Objective.THROUGHPUT)
+    assert latency != throughput
+    assert expected(Objective.BALANCED) == pytest.approx((latency + throughput) / 2)
+    assert expected(Objective.CAPACITY) == 0.0, "nothing is claimed of bytes that only a run tells"
+
+
 def test_a_measured_link_counts_instead_of_the_table() -> None:
     plan = start_plan(token_budget=1024, hbm_budget=1024)
     slow, fast = (model_of(plan, link=calibration(rate)) for rate in (1e9, 5e10))

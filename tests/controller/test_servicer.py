@@ -28,7 +28,7 @@ from sparsed.controller.v1 import admin_pb2_grpc as rpc
 
 GOLDEN = Path(__file__).parent / "golden" / "admin.txt"
 IMPLEMENTED = {
-    "DaemonService": {"GetStatus", "Drain", "Stop"},
+    "DaemonService": {"GetStatus", "Drain", "Stop", "StartRecording", "TakeRecording"},
     "TuningService": {
         "GetState",
         "SetMode",

@@ -36,6 +36,7 @@ def store_with_trials() -> InMemoryProfileStore:
             objective=Objective.THROUGHPUT,
             slo=Slo(),
             seed=0,
+            space={"token_budget": [512, 1024]},
             versions={},
             started_at=0.0,
         )

@@ -100,6 +100,8 @@ def test_beside_a_daemon_it_points_to_the_live_tuner(tmp_path: Path) -> None:
         ({"workload": "chatt"}, "workload"),
         ({"objective": Objective.GOODPUT}, "objective"),
         ({"export": Path("out.txt")}, "export"),
+        ({"export": Path("no/such/place.toml")}, "export"),
+        ({"output_dir": Path("/dev/null/place")}, "output-dir"),
     ],
 )
 def test_bad_options_are_named_before_anything_starts(

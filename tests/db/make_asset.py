@@ -121,6 +121,7 @@ def fill(path: Path) -> None:
         objective=Objective.THROUGHPUT,
         slo=Slo(min_recall=0.5),
         seed=1,
+        space={"token_budget": [512, 1024]},
         versions={"sparsed": "0.1.0"},
         started_at=1.0,
     )

@@ -135,6 +135,7 @@ def start_study(store: Store, *, key: ProfileKey = KEY, seed: int = 0) -> int:
         objective=Objective.THROUGHPUT,
         slo=Slo(ttft_s=1.0),
         seed=seed,
+        space={"token_budget": [512, 1024]},
         versions={"torch": "2.13.0"},
         started_at=1.0,
     )
@@ -238,7 +239,18 @@ def test_find_study_wants_the_same_question(reopen: Callable[[], Store]) -> None
     def find(key: ProfileKey = KEY, **changes: Any) -> Study | None:
         return reopen().find_study(key, **(question | changes))  # type: ignore[arg-type]
 
-    assert find() == Study(study_id=newest, workload=WORKLOAD)
+    study = Study(
+        study_id=newest,
+        key=KEY,
+        workload=WORKLOAD,
+        objective=Objective.THROUGHPUT,
+        slo=slo,
+        seed=1,
+        space={"token_budget": [512, 1024]},
+    )
+    assert find() == reopen().get_study(newest) == study
+    with pytest.raises(InputError, match="no study 99"):
+        reopen().get_study(99)
     assert find(OTHER_KEY) is None
     assert find(seed=2) is None
     assert find(slo=Slo(ttft_s=2.0)) is None

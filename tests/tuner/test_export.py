@@ -9,15 +9,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sparsed.controller.config import load_config
 from sparsed.core import InputError, Objective, Profile, ProfileKey, ProfileStatus
-from sparsed.tuner.export import (
+from sparsed.tuner.engines import (
+    VERSIONS,
     DeviceMemory,
-    mismatch,
-    parse_profile,
-    render_profile,
+    Engine,
+    check_version,
     sglang_flags,
+    trtllm_settings,
     vllm_flags,
 )
+from sparsed.tuner.export import ENGINE_OF, ExportFormat, mismatch, parse_profile, render_profile
 
 PROFILE = Profile(
     key=ProfileKey(hardware='gpu:NVIDIA "H100":80GiB', model="org/m-8b", dtype="bfloat16"),
@@ -43,11 +46,17 @@ HEADER = """\
 # sparsed profile 7 (verified), throughput on chat: +10.0% over the default
 # tuned on gpu:NVIDIA "H100":80GiB for org/m-8b, bfloat16
 """
-LOSSES = """\
-# flag names change between versions: compare with --help of the installed one
-# the gain was measured with sparsed, and says nothing about this engine
+
+
+def losses(engine: str, names: str) -> str:
+    return f"""\
+# names of {engine} {names}
+# names change between versions: compare with those of the installed one
+# the gain was measured with sparsed, and says nothing about {engine}
 # lost, no counterpart for a densely trained model: token_budget, hbm_budget
 """
+
+
 TOML = f"""\
 {HEADER}config_version = 1
 page_size = 16
@@ -72,7 +81,7 @@ torch = "2.13.0"
 "an odd name" = "1"
 """
 VLLM = f"""\
-{HEADER}{LOSSES}vllm serve org/m-8b \\
+{HEADER}{losses("vLLM", "0.11 to 0.29")}vllm serve org/m-8b \\
   --dtype bfloat16 \\
   --block-size 16 \\
   --max-num-seqs 24 \\
@@ -80,7 +89,7 @@ VLLM = f"""\
   --gpu-memory-utilization 0.9
 """
 VLLM_YAML = f"""\
-{HEADER}{LOSSES}model: "org/m-8b"
+{HEADER}{losses("vLLM", "0.11 to 0.29")}model: "org/m-8b"
 dtype: "bfloat16"
 block-size: 16
 max-num-seqs: 24
@@ -88,18 +97,77 @@ max-num-batched-tokens: 2072
 gpu-memory-utilization: 0.9
 """
 SGLANG = f"""\
-{HEADER}{LOSSES}python -m sglang.launch_server --model-path org/m-8b \\
+{HEADER}{losses("SGLang", "0.5")}python -m sglang.launch_server --model-path org/m-8b \\
   --dtype bfloat16 \\
   --page-size 16 \\
   --max-running-requests 24 \\
   --chunked-prefill-size 2048 \\
   --mem-fraction-static 0.825
 """
+TRTLLM = f"""\
+{HEADER}{losses("TensorRT-LLM", "1.3")}dtype: "bfloat16"
+max_batch_size: 24
+max_num_tokens: 2072
+enable_chunked_prefill: true
+kv_cache_config:
+  tokens_per_block: 16
+  free_gpu_memory_fraction: 0.862
+"""
+ENV = f"""\
+{HEADER}SPARSED_MODEL=org/m-8b
+SPARSED_DTYPE=bfloat16
+SPARSED_PAGE_SIZE=16
+SPARSED_TOKEN_BUDGET=1024
+SPARSED_HBM_BUDGET=auto
+SPARSED_MAX_NUM_ACTIVE_SEQS=24
+SPARSED_PREFILL_CHUNK=2048
+"""
+CLI = f"""\
+{HEADER}sparsed start --model org/m-8b \\
+  --dtype bfloat16 \\
+  --page-size 16 \\
+  --token-budget 1024 \\
+  --hbm-budget auto \\
+  --max-num-active-seqs 24 \\
+  --prefill-chunk 2048
+"""
+MARKDOWN = """\
+# sparsed profile 7 (verified), throughput on chat: +10.0% over the default
+
+tuned on gpu:NVIDIA "H100":80GiB for org/m-8b, bfloat16
+
+| knob | value |
+|--|--|
+| page_size | 16 |
+| token_budget | 1024 |
+| hbm_budget | auto |
+| max_num_active_seqs | 24 |
+| prefill_chunk | 2048 |
+
+| scores of the test | |
+|--|--|
+| default | 10, 11 |
+| winner | 12.1, 12 |
+
+| software | version |
+|--|--|
+| torch | 2.13.0 |
+| an odd name | 1 |
+"""
 
 
 @pytest.mark.parametrize(
     ("format", "text"),
-    [("toml", TOML), ("vllm", VLLM), ("vllm-yaml", VLLM_YAML), ("sglang", SGLANG)],
+    [
+        ("toml", TOML),
+        ("vllm", VLLM),
+        ("vllm-yaml", VLLM_YAML),
+        ("sglang", SGLANG),
+        ("trtllm", TRTLLM),
+        ("env", ENV),
+        ("cli", CLI),
+        ("markdown", MARKDOWN),
+    ],
 )
 def test_golden_texts(format: str, text: str) -> None:
     assert render_profile(PROFILE, format=format, memory=MEMORY) == text
@@ -214,3 +282,82 @@ def test_mismatch_names_what_differs() -> None:
 def test_the_toml_keys_are_knobs_and_one_table() -> None:
     content = tomllib.loads(render_profile(PROFILE, format="toml"))
     assert content.keys() - {"config_version", "tuned_for"} == PROFILE.values.keys()
+
+
+def test_a_fraction_is_made_of_bytes_for_the_whole_that_each_engine_takes() -> None:
+    assert MEMORY.vllm_frac == pytest.approx(0.90)
+    assert MEMORY.sglang_frac == pytest.approx(0.825)
+    assert MEMORY.trtllm_frac == pytest.approx(0.862, abs=5e-4)
+
+
+@given(
+    weights=st.integers(0, 1 << 38),
+    workspace=st.integers(0, 1 << 38),
+    kv=st.integers(1, 1 << 38),
+    rest=st.integers(0, 1 << 38),
+)
+def test_fractions_give_the_bytes_back(weights: int, workspace: int, kv: int, rest: int) -> None:
+    device = weights + workspace + kv + rest
+    memory = DeviceMemory(
+        device_bytes=device, weights_bytes=weights, workspace_bytes=workspace, kv_bytes=kv
+    )
+    tolerance = 1e-6 * device
+    assert memory.vllm_frac * device - weights - workspace == pytest.approx(kv, abs=tolerance)
+    assert memory.sglang_frac * device - weights == pytest.approx(kv, abs=tolerance)
+    free = device - weights - workspace
+    assert memory.trtllm_frac * free == pytest.approx(kv, abs=tolerance)
+    assert max(memory.vllm_frac, memory.sglang_frac, memory.trtllm_frac) <= 1
+
+
+@pytest.mark.parametrize("sizes", [(80, 40, 6, 50), (80, 80, 0, 0), (80, 60, 30, 0), (0, 0, 0, 0)])
+def test_parts_that_do_not_fit_the_device_give_no_fraction(
+    sizes: tuple[int, int, int, int],
+) -> None:
+    device, weights, workspace, kv = sizes
+    with pytest.raises(InputError, match="lower kv_hbm_gib"):
+        DeviceMemory(
+            device_bytes=device, weights_bytes=weights, workspace_bytes=workspace, kv_bytes=kv
+        )
+
+
+@pytest.mark.parametrize("engine", Engine)
+def test_only_compared_versions_pass_unless_forced(engine: Engine) -> None:
+    (first, low), (last, high) = VERSIONS[engine]
+    for inside in (f"{first}.{low}", f"{last}.{high}.7", f"v{last}.{high}.0rc27"):
+        assert check_version(engine, inside, force=False).startswith(f"for {engine} {inside}")
+    for outside in (f"{first}.{low - 1}", f"{last}.{high + 1}.0", f"{last}.{high}0", "main", ""):
+        with pytest.raises(InputError, match="force the export") as caught:
+            check_version(engine, outside, force=False)
+        assert caught.value.field == "engine_version"
+        assert check_version(engine, outside, force=True).startswith("FORCED")
+
+
+def test_what_was_forced_says_so_in_the_text() -> None:
+    with pytest.raises(InputError, match=r"TensorRT-LLM 9\.0"):
+        render_profile(PROFILE, format="trtllm", engine_version="9.0")
+    text = render_profile(PROFILE, format="trtllm", engine_version="9.0\nx: 1", force=True)
+    assert "# FORCED for TensorRT-LLM 9.0?x: 1: names of 1.3" in text
+    assert text.replace("9.0?x: 1: ", "").count("x: 1") == 0
+
+
+@pytest.mark.parametrize("format", [item for item in ExportFormat if item not in ENGINE_OF])
+def test_a_format_of_ours_takes_no_engine_version(format: ExportFormat) -> None:
+    with pytest.raises(InputError, match="leave the engine version out"):
+        render_profile(PROFILE, format=format, engine_version="1.0")
+
+
+def test_trtllm_is_told_to_cut_prompts_only_where_it_gets_a_limit() -> None:
+    profile = replace(PROFILE, values={"page_size": 64})
+    assert trtllm_settings(profile, memory=None) == {
+        "dtype": "bfloat16",
+        "kv_cache_config.tokens_per_block": 64,
+    }
+
+
+def test_env_starts_with_the_values_of_the_profile() -> None:
+    environment = dict(
+        line.split("=", 1)
+        for line in render_profile(PROFILE, format="env").splitlines()
+        if not line.startswith("#")
+    )
+    assert load_config(flags={}, environment=environment).knobs == dict(PROFILE.values)

@@ -225,6 +225,54 @@ def measurement(**changes: object) -> Measurement:
     return Measurement(**(fields | changes))  # type: ignore[arg-type]  # fields by name
 
 
+def test_scores_of_the_presets() -> None:
+    """256 tokens at the p95 take 0.3 + 255 x 0.05 s; half a GiB gives ten tokens a second."""
+    run, answer_s = measurement(hot_peak_bytes=1 << 29), 0.3 + 255 * 0.05
+    scores = {item: judge(run, objective=item, slo=Slo()).score for item in Objective}
+    assert scores == pytest.approx(
+        {
+            Objective.THROUGHPUT: 10.0,
+            Objective.GOODPUT: 1.0,
+            Objective.LATENCY: 1.0 / answer_s,
+            Objective.BALANCED: math.sqrt(10.0 / answer_s),
+            Objective.CAPACITY: 20.0,
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    ("objective", "changes"),
+    [
+        (Objective.CAPACITY, {"hot_peak_bytes": 0}),
+        (Objective.LATENCY, {"ttft_s": (), "tpot_s": ()}),
+        (Objective.BALANCED, {"ttft_s": (), "tpot_s": ()}),
+    ],
+)
+def test_a_score_that_is_not_known_never_wins(
+    objective: Objective, changes: dict[str, object]
+) -> None:
+    verdict = judge(measurement(**changes), objective=objective, slo=Slo())
+    assert verdict.score is None and verdict.status is TrialStatus.ENGINE_ERROR
+    assert "could not be measured" in verdict.reason
+
+
+@given(
+    objective=st.sampled_from(sorted(set(Objective) - {Objective.GOODPUT})),
+    slower=st.floats(1.01, 100),
+)
+def test_a_slower_run_scores_less_by_every_preset(objective: Objective, slower: float) -> None:
+    run = measurement(hot_peak_bytes=1 << 29)
+    late = measurement(
+        hot_peak_bytes=1 << 29,
+        duration_s=2.0 * slower,
+        ttft_s=tuple(slower * x for x in run.ttft_s),
+        tpot_s=tuple(slower * x for x in run.tpot_s),
+    )
+    fast, slow = (judge(x, objective=objective, slo=Slo()).score for x in (run, late))
+    assert fast is not None and slow is not None
+    assert slow == pytest.approx(fast / slower)
+
+
 @pytest.mark.parametrize(
     ("changes", "objective", "slo", "status", "score"),
     [

@@ -208,14 +208,14 @@ CREATE TABLE study (
 	objective VARCHAR NOT NULL, 
 	slo JSON NOT NULL, 
 	seed INTEGER NOT NULL, 
-	started_at DOUBLE NOT NULL, 
+	started_at DOUBLE NOT NULL, space JSON, 
 	CONSTRAINT pk_study PRIMARY KEY (id), 
 	CONSTRAINT fk_study_hardware_id_hardware FOREIGN KEY(hardware_id) REFERENCES hardware (id), 
 	CONSTRAINT fk_study_model_id_model FOREIGN KEY(model_id) REFERENCES model (id), 
 	CONSTRAINT fk_study_software_id_software FOREIGN KEY(software_id) REFERENCES software (id), 
 	CONSTRAINT fk_study_workload_id_workload FOREIGN KEY(workload_id) REFERENCES workload (id)
 );
-INSERT INTO "study" VALUES(1,1,1,1,1,'throughput','{"min_recall": 0.5, "tpot_s": null, "ttft_s": null}',1,1.0);
+INSERT INTO "study" VALUES(1,1,1,1,1,'throughput','{"min_recall": 0.5, "tpot_s": null, "ttft_s": null}',1,1.0,'{"token_budget": [512, 1024]}');
 CREATE TABLE trial (
 	id INTEGER NOT NULL, 
 	study_id INTEGER NOT NULL, 
