@@ -49,7 +49,8 @@ class Senses:
 
     ``read`` gives what a scrape shows; it is asked only by ``metrics``. ``gpu_plan``: what is
     planned for the memory of a GPU, None on a CPU. Gauges that are older than ``STALE_S`` are left
-    out of windows, and ``faults`` says so.
+    out of windows, and ``faults`` says so. While it is switched off there are no windows and no
+    gauges, and requests alone are counted.
     """
 
     def __init__(
@@ -64,6 +65,8 @@ class Senses:
         self._gpu_plan = gpu_plan
         self._weights_bytes = gpu_plan.weights_bytes if gpu_plan else 0
         self._windows: deque[Snapshot] = deque(maxlen=NUM_WINDOWS)
+        self._is_on = True
+        self._is_resuming = False
         self._refused: Counter[RefusalReason] = Counter()
 
     @property
@@ -81,17 +84,31 @@ class Senses:
 
     @property
     def snapshot(self) -> Snapshot | None:
-        """The last window; None when the engine has not reported for three seconds."""
-        return self._window.latest()
+        """The last window; None when the engine has not reported for three seconds, or while
+        switched off."""
+        return self._window.latest() if self._is_on else None
 
     @property
     def windows(self) -> tuple[Snapshot, ...]:
         """The last windows, the oldest first, however old they are."""
         return tuple(self._windows)
 
+    def switch(self, is_on: bool) -> None:
+        """Measure from now on, or no longer."""
+        if is_on == self._is_on:
+            return
+        self._is_on, self._is_resuming = is_on, is_on
+        self._windows.clear()
+        if is_on:  # reports and gauges are due from now on
+            now_s = time.monotonic()
+            self._reported_s = self._reported_s and now_s
+            self._host, self._host_read_s = HostGauges(), self._host_read_s and now_s
+
     @property
     def faults(self) -> tuple[str, ...]:
         """Sources that have fallen silent, in words. Call it while an engine runs."""
+        if not self._is_on:
+            return ()
         sources = (
             ("the engine has not reported", self._reported_s),
             ("the gauges of host and GPU have not been read", self._host_read_s),
@@ -105,9 +122,13 @@ class Senses:
         self._reported_s = time.monotonic()
 
     def on_stats(self, stats: EngineStats) -> Snapshot | None:
-        """Close the window with the engine's report of this second."""
+        """Close the window with the engine's report of this second; None where that was none."""
         self._has_report = True
         self._reported_s = time.monotonic()
+        if not self._is_on or self._is_resuming:
+            self._is_resuming = False
+            self._window.skip(stats)
+            return None
         for event in stats.recent_quality:
             reads = "everything" if event.is_dense else f"{event.token_budget} tokens"
             logger.warning(
@@ -140,16 +161,21 @@ class Senses:
     async def watch_host(
         self, read_pids: Callable[[], Iterable[int]], *, gpu_index: int | None
     ) -> None:
-        """Read the gauges once a second, until cancelled; on a thread, for NVML may block."""
+        """Read the gauges once a second, until cancelled; on a thread, for NVML may block. Rates
+        are since the reading before, so the first one after a pause is not kept."""
         loop = asyncio.get_running_loop()
         with (
             ThreadPoolExecutor(max_workers=1, thread_name_prefix="gauges") as thread,
             open_gauges(read_pids, gpu_index=gpu_index, clock=time.monotonic) as read,
         ):
+            has_paused = False
             while True:
-                gauges = await loop.run_in_executor(thread, read)
-                self._host = replace(gauges, read_at=time.time())
-                self._host_read_s = time.monotonic()
+                if self._is_on:
+                    gauges = await loop.run_in_executor(thread, read)
+                    kept = HostGauges() if has_paused else gauges
+                    self._host = replace(kept, read_at=time.time())
+                    self._host_read_s = time.monotonic()
+                has_paused = not self._is_on
                 await asyncio.sleep(GAUGES_PERIOD_S)
 
     def _fresh_host(self) -> HostGauges:

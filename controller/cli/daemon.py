@@ -103,6 +103,8 @@ def _lines(now: DaemonStatus) -> Iterator[tuple[str, object]]:
     if now.facts and now.facts.selection_trace:
         yield "selections", f"replayed from {now.facts.selection_trace}"
     yield "tuner", now.tuner_mode.value
+    if not now.knobs.is_profiled:
+        yield "profiler", "off: what follows is as it was last reported"
     yield "engine restarts", now.engine_restarts
     yield "failed requests", now.requests_failed
     yield "lost writes", now.store_lost_writes

@@ -76,6 +76,13 @@ class SparseMethod(StrEnum):
     QUEST = "quest"
 
 
+class Profiling(StrEnum):
+    """Whether the daemon measures while it serves."""
+
+    ON = "on"
+    OFF = "off"
+
+
 class KnobClass(StrEnum):
     """When a change takes effect: between two steps, or in a new process."""
 
@@ -208,6 +215,15 @@ KNOB_SPECS: tuple[KnobSpec, ...] = (
         "calibration found",
     ),
     KnobSpec(
+        name="profiler",
+        unit="",
+        klass=KnobClass.HOT,
+        default=Profiling.ON.value,
+        choices=tuple(word.value for word in Profiling),
+        help="off: no windows, samples of attention recall, timed fetches or gauges, so no advice, "
+        "no recall floor, and gauges are absent",
+    ),
+    KnobSpec(
         name="page_size",
         unit="tokens",
         klass=KnobClass.RESTART,
@@ -298,6 +314,7 @@ class Knobs:
     max_model_len: int
     copy_programs: int | None = None
     residency_watermark: float = 0.1
+    profiler: str = Profiling.ON.value
 
     def __post_init__(self) -> None:
         for spec in KNOB_SPECS:
@@ -320,6 +337,10 @@ class Knobs:
                 f"{self.page_size} tokens; raise token_budget or lower page_size",
                 field="token_budget",
             )
+
+    @property
+    def is_profiled(self) -> bool:
+        return self.profiler == Profiling.ON
 
     def with_values(self, values: Mapping[str, KnobValue]) -> Knobs:
         """A copy with ``values`` changed; InputError on an unknown name or a bad value."""
@@ -1236,6 +1257,11 @@ KNOB_GUIDES: Mapping[str, KnobGuide] = {
                 why="only while loads stay under the rate that sparsed bench link shows",
             ),
         ),
+    ),
+    "profiler": KnobGuide(
+        rises="what status, why, metrics and the tuner know",
+        falls="tokens a second, by what benchmarks/profiler_overhead.py measures",
+        bounded_by="nothing",
     ),
     "page_size": KnobGuide(
         rises="rate of the link for each page",
