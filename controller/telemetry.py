@@ -140,7 +140,7 @@ class Senses:
         self._exporter.observe_steps(stats.recent_step_s)
         host = self._fresh_host()
         snapshot = self._window.close(
-            stats, ended_at=time.time(), host=host, hbm=self._hbm_use(host)
+            stats, ended_at=time.time(), host=host, hbm=self._hbm_use(stats, host)
         )
         if snapshot is not None:
             self._windows.append(snapshot)
@@ -183,7 +183,12 @@ class Senses:
         is_fresh = read_s is not None and time.monotonic() - read_s <= STALE_S
         return self._host if is_fresh else HostGauges()
 
-    def _hbm_use(self, host: HostGauges) -> HbmUse | None:
+    def _hbm_use(self, stats: EngineStats, host: HostGauges) -> HbmUse | None:
         if self._gpu_plan is None:
             return None
-        return occupancy(self._gpu_plan, host, weights_bytes=self._weights_bytes)
+        return occupancy(
+            self._gpu_plan,
+            host,
+            weights_bytes=self._weights_bytes,
+            peak_bytes=stats.hbm_peak_bytes,
+        )

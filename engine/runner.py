@@ -35,6 +35,7 @@ from sparsed.engine.assembly import (
     measure_link,
 )
 from sparsed.engine.batch import DecodeRow, PromptChunk, StepPlan
+from sparsed.engine.device_memory import DeviceMemory
 from sparsed.engine.draws import draw_step
 from sparsed.engine.fetch_times import UNTIMED, FetchTimes, TimedStep
 from sparsed.engine.in_place_costs import REPEATS, WARM_UPS, OverheadMeter, make_meter
@@ -74,6 +75,7 @@ class Runner:
         started = time.perf_counter()
         self._device = torch.device(spec.device)
         self._step = 0
+        self._memory = DeviceMemory(self._device, free_bytes=spec.hbm_free_bytes)
         self.decoder = load_decoder(
             spec.model,
             device=self._device,
@@ -238,9 +240,10 @@ class Runner:
         self.steps.record_all(lambda _frac: None)
 
     def stats(self) -> EngineStats:
-        """Counters and gauges of the tiers; the caller adds those of requests and steps."""
+        """Counters and gauges of tiers and device; the caller adds those of requests and steps."""
         self.recall.collect()
-        return self._tier_stats.read(self.steps.tiered if self.steps else None)
+        tiers = self._tier_stats.read(self.steps.tiered if self.steps else None)
+        return replace(tiers, hbm_peak_bytes=self._memory.peak_bytes())
 
     def _make_facts(
         self, link: LinkProbe, *, calibration: LinkCalibration | None, load_s: float

@@ -183,6 +183,7 @@ def _hbm_lines(use: HbmUse) -> Iterator[tuple[str, object]]:
         ("rest of the engine", use.rest_bytes),
         ("other processes", use.others_bytes),
         ("free", use.free_bytes),
+        ("peak of the engine", use.peak_bytes),
     ):
         if size_bytes is not None:
             yield f"HBM, {owner}", gib(size_bytes)

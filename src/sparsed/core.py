@@ -585,6 +585,7 @@ class EngineSpec:
     calibration: LinkCalibration | None = None  # None: the engine makes one, unless on a CPU
     service: Service = field(default_factory=Service)
     cache_dir: str | None = None  # where what is learned of a model is kept; None: nowhere
+    hbm_free_bytes: int = 0  # of the device, before an engine was on it; 0: not known, or a CPU
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -996,15 +997,35 @@ class EngineStats:
     working_set_pages: int = 0  # used in the newest 12 steps of each lane, all requests
     working_set_bytes: int = 0
     metadata_bytes: int = 0  # summaries of pages, of all frames in use
+    hbm_peak_bytes: int = 0  # most that this engine has had of the device; 0 on a CPU
     recent_step_s: tuple[float, ...] = ()  # durations of the steps since the last report
     recent_quality: tuple[QualityEvent, ...] = ()  # since the last report
     knobs: Knobs | None = None
     applying: KnobProgress | None = None  # None: the newest knobs are in force
 
 
+class NvmlFault(StrEnum):
+    """Why the driver's library did not answer."""
+
+    NOT_SUPPORTED = "not-supported"  # by this GPU
+    NO_PERMISSION = "no-permission"
+    NO_FUNCTION = "no-function"  # the driver or the binding is older
+    GPU_LOST = "gpu-lost"
+    FAILED = "failed"  # anything else, perhaps only this time
+
+
+class PcieCounter(StrEnum):
+    """What the GPU counts the traffic of its link with."""
+
+    GPM = "gpm"  # Hopper and later: a rate between two samples
+    FIELDS = "fields"  # bytes since some moment
+    THROUGHPUT = "throughput"  # of 20 ms, which misses bursts
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HostGauges:
-    """psutil's and NVML's view. None: the source does not exist or did not answer."""
+    """psutil's and NVML's view. None: the source does not exist or did not answer. All are of
+    ``read_at``; rates of the link are means of ``pcie_interval_s`` before it."""
 
     process_rss_bytes: int | None = None  # controller and engine together
     process_cpu_frac: float | None = None  # of one core
@@ -1020,6 +1041,10 @@ class HostGauges:
     gpu_own_bytes: int | None = None  # of the engine, as the driver counts it
     gpu_others_bytes: int | None = None  # of all other processes
     read_at: float | None = None  # seconds since the epoch; None: never read
+    pcie_counter: PcieCounter | None = None
+    pcie_interval_s: float | None = None
+    pcie_fault: NvmlFault | None = None  # why there is no rate
+    gpu_fault: NvmlFault | None = None  # why there is no memory of the GPU
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -1036,6 +1061,7 @@ class HbmUse:
     rest_bytes: int | None  # of the engine: CUDA context, graphs, activations, unused reserve
     others_bytes: int | None  # other processes
     free_bytes: int | None
+    peak_bytes: int | None = None  # most that the engine has had in all; None: not told yet
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
