@@ -58,6 +58,7 @@ class EngineLink:
         self.board = KnobBoard(plan.spec.knobs, sources=plan.sources)
         self._log_progress = ProgressLog()
         self._senses = senses
+        senses.switch(plan.spec.knobs.is_profiled)
         self._on_snapshot = on_snapshot
         self._tell_lost = on_lost
         self._answers: dict[int, asyncio.Future[KnobsApplied]] = {}  # by the id of the change
@@ -169,6 +170,7 @@ class EngineLink:
         self.board.answered(answer.change_id)
         if answer.error is None:
             self.board.take(answer.knobs)  # also when the caller has stopped waiting
+            self._senses.switch(answer.knobs.is_profiled)
         waiting = self._answers.get(answer.change_id)
         if waiting is not None and not waiting.done():
             waiting.set_result(answer)

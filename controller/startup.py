@@ -123,6 +123,7 @@ def prepare(
             link=link,
             calibration=find_calibration(link) if link else None,
             cache_dir=str(config.cache_dir),
+            hbm_free_bytes=0 if device == "cpu" else machine.hbm_free_bytes,
         ),
         model=model,
         model_id=resolved.model_id,

@@ -60,8 +60,9 @@ class Senses:
     """Window and metrics of the engine, gauges of the host. Lives on the event loop.
 
     ``read`` gives what a scrape shows; it is asked only by ``metrics``. ``gpu_plan``: what is
-    planned for the memory of a GPU, None on a CPU. ``horizon_s``: see ``Window``. Gauges that are older than ``STALE_S`` are left
-    out of windows, and ``faults`` says so.
+    planned for the memory of a GPU, None on a CPU. ``horizon_s``: see ``Window``. Gauges that are
+    older than ``STALE_S`` are left out of windows, and ``faults`` says so. While it is switched off
+    there are no windows and no gauges, and requests alone are counted.
     """
 
     def __init__(
@@ -81,6 +82,8 @@ class Senses:
         self._gpu_plan = gpu_plan
         self._weights_bytes = gpu_plan.weights_bytes if gpu_plan else 0
         self._windows: deque[Snapshot] = deque(maxlen=NUM_WINDOWS)
+        self._is_on = True
+        self._is_resuming = False
         self._refused: Counter[RefusalReason] = Counter()
 
     @property
@@ -98,17 +101,31 @@ class Senses:
 
     @property
     def snapshot(self) -> Snapshot | None:
-        """The last window; None when the engine has not reported for three seconds."""
-        return self._window.latest()
+        """The last window; None when the engine has not reported for three seconds, or while
+        switched off."""
+        return self._window.latest() if self._is_on else None
 
     @property
     def windows(self) -> tuple[Snapshot, ...]:
         """The last windows, the oldest first, however old they are."""
         return tuple(self._windows)
 
+    def switch(self, is_on: bool) -> None:
+        """Measure from now on, or no longer."""
+        if is_on == self._is_on:
+            return
+        self._is_on, self._is_resuming = is_on, is_on
+        self._windows.clear()
+        if is_on:  # reports and gauges are due from now on
+            now_s = time.monotonic()
+            self._reported_s = self._reported_s and now_s
+            self._host, self._host_read_s = HostGauges(), self._host_read_s and now_s
+
     @property
     def faults(self) -> tuple[str, ...]:
         """Sources that have fallen silent, in words. Call it while an engine runs."""
+        if not self._is_on:
+            return ()
         sources = (
             ("the engine has not reported", self._reported_s),
             ("the gauges of host and GPU have not been read", self._host_read_s),
@@ -122,9 +139,13 @@ class Senses:
         self._reported_s = time.monotonic()
 
     def on_stats(self, stats: EngineStats) -> Snapshot | None:
-        """Close the window with the engine's report of this second."""
+        """Close the window with the engine's report of this second; None where that was none."""
         self._has_report = True
         self._reported_s = time.monotonic()
+        if not self._is_on or self._is_resuming:
+            self._is_resuming = False
+            self._window.skip(stats)
+            return None
         for event in stats.recent_quality:
             reads = "everything" if event.is_dense else f"{event.token_budget} tokens"
             logger.warning(
@@ -136,7 +157,7 @@ class Senses:
         self._exporter.observe_steps(stats.recent_step_s)
         host = self._fresh_host()
         snapshot = self._window.close(
-            stats, ended_at=time.time(), host=host, hbm=self._hbm_use(host)
+            stats, ended_at=time.time(), host=host, hbm=self._hbm_use(stats, host)
         )
         if snapshot is not None:
             self._windows.append(snapshot)
@@ -160,16 +181,21 @@ class Senses:
     async def watch_host(
         self, read_pids: Callable[[], Iterable[int]], *, gpu_index: int | None
     ) -> None:
-        """Read the gauges once a second, until cancelled; on a thread, for NVML may block."""
+        """Read the gauges once a second, until cancelled; on a thread, for NVML may block. Rates
+        are since the reading before, so the first one after a pause is not kept."""
         loop = asyncio.get_running_loop()
         with (
             ThreadPoolExecutor(max_workers=1, thread_name_prefix="gauges") as thread,
             open_gauges(read_pids, gpu_index=gpu_index, clock=time.monotonic) as read,
         ):
+            has_paused = False
             while True:
-                gauges = await loop.run_in_executor(thread, read)
-                self._host = replace(gauges, read_at=time.time())
-                self._host_read_s = time.monotonic()
+                if self._is_on:
+                    gauges = await loop.run_in_executor(thread, read)
+                    kept = HostGauges() if has_paused else gauges
+                    self._host = replace(kept, read_at=time.time())
+                    self._host_read_s = time.monotonic()
+                has_paused = not self._is_on
                 await asyncio.sleep(GAUGES_PERIOD_S)
 
     def _fresh_host(self) -> HostGauges:
@@ -177,7 +203,12 @@ class Senses:
         is_fresh = read_s is not None and time.monotonic() - read_s <= STALE_S
         return self._host if is_fresh else HostGauges()
 
-    def _hbm_use(self, host: HostGauges) -> HbmUse | None:
+    def _hbm_use(self, stats: EngineStats, host: HostGauges) -> HbmUse | None:
         if self._gpu_plan is None:
             return None
-        return occupancy(self._gpu_plan, host, weights_bytes=self._weights_bytes)
+        return occupancy(
+            self._gpu_plan,
+            host,
+            weights_bytes=self._weights_bytes,
+            peak_bytes=stats.hbm_peak_bytes,
+        )

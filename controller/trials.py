@@ -26,6 +26,7 @@ from sparsed.core import (
     KnobsApplied,
     KnobValue,
     Measurement,
+    Profiling,
     StartError,
     TokenBatch,
     TrialStatus,
@@ -127,7 +128,8 @@ class EngineBench:
 
     async def _bring_up(self, values: Mapping[str, KnobValue]) -> None:
         try:
-            knobs = self._plan.spec.knobs.with_values(values)
+            always = {"profiler": Profiling.ON.value}  # a trial is a measurement
+            knobs = self._plan.spec.knobs.with_values({**values, **always})
         except InputError as error:
             raise TrialFailed(str(error), status=TrialStatus.INVALID_CONFIG) from error
         if self._supervisor is not None and knobs == self._knobs:

@@ -15,6 +15,7 @@ from sparsed.controller.startup import StartPlan
 from sparsed.core import (
     DTYPE_BYTES,
     AcceptanceDecision,
+    Bound,
     Ceilings,
     Direction,
     EngineFacts,
@@ -38,6 +39,7 @@ from sparsed.tuner.remedies import remedies
 from sparsed.tuner.roofline import ENGINE_COSTS, StepLoad, prompt_flop, step_time
 
 NUM_SHOWN: Final = 5  # of what was advised, of what was tried, and of what was rolled out
+OFF: Final = "the profiler is off; to turn it on: sparsed knobs set profiler=on"
 ENDS: Final = (RolloutState.SUCCESS, RolloutState.REVERTED, RolloutState.EXPIRED)
 
 
@@ -54,6 +56,8 @@ async def explain(
     when what was tried cannot be read."""
     now = time.time()
     verdict = judge(windows, ceilings(plan, fresh(windows, now=now), facts=facts), now=now)
+    if not knobs.is_profiled:
+        verdict = Verdict(bound=Bound.UNKNOWN, reason=OFF)
     found = await asyncio.to_thread(_with_history, store, plan.key, verdict, knobs=knobs)
     return replace(found, load=load)
 
@@ -138,7 +142,7 @@ def _with_history(store: Store, key: ProfileKey, verdict: Verdict, *, knobs: Kno
     ended = [one for one in store.list_rollouts(key) if one.state in ENDS]
     return Explanation(
         verdict=verdict,
-        remedies=remedies(verdict, knobs),
+        remedies=remedies(verdict, knobs) if knobs.is_profiled else (),
         advised=store.list_decisions(key)[:NUM_SHOWN],
         tried=tuple(_change(one) for one in tested[:NUM_SHOWN]),
         rollouts=tuple(ended[:NUM_SHOWN]),

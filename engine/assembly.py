@@ -28,7 +28,7 @@ from sparsed.engine.models.dummy import DUMMY_PREFIX, dummy_config
 from sparsed.engine.models.weights import load_weights, random_weights
 from sparsed.engine.recorder import CudaRecorder
 from sparsed.engine.sparse.learned import find_basis
-from sparsed.engine.sparse.replay import SelectionTrace
+from sparsed.engine.sparse.replay import SelectionTrace, load_trace
 from sparsed.engine.sparse.selectors import make_selector
 from sparsed.engine.step_decoder import StepDecoder
 from sparsed.engine.step_graphs import GraphTarget, ladder, most_pages
@@ -103,6 +103,20 @@ def make_cache(
             verifier=Verifier(spec.verify_kv, num_page_rows=num_page_rows, device=device),
         ),
         knobs=knobs,
+    )
+
+
+def make_trace(spec: EngineSpec, kv: KVCache) -> SelectionTrace | None:
+    """The selections to be replayed in place of the model's own."""
+    if spec.selection_trace is None:
+        return None
+    return load_trace(
+        Path(spec.selection_trace),
+        page_size=kv.geometry.page_size,
+        token_budget=spec.knobs.token_budget,
+        num_layers=kv.geometry.num_layers,
+        num_heads=kv.geometry.num_kv_heads,
+        device=kv.arena.pages_NX.device,
     )
 
 

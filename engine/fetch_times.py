@@ -113,10 +113,11 @@ class _Pending(NamedTuple):
 class FetchTimes:
     """Times the fetches of some steps: ``steps`` of them were read so far, in which attention stood
     still for ``exposed_s``. What is known of their rate, ``transfer`` uses for steps that were not
-    timed. One thread, one stream, one timed step at a time."""
+    timed; with ``is_on`` false none is. One thread, one stream, one timed step at a time."""
 
     def __init__(self, transfer: Transfer, *, device: torch.device) -> None:
         self.stride = 1 if device.type == "cpu" else STRIDE
+        self.is_on = True
         self.steps = 0
         self.exposed_s = 0.0
         self._transfer = transfer
@@ -126,7 +127,7 @@ class FetchTimes:
     def is_turn(self, step: int) -> bool:
         """Whether ``step`` is to be timed."""
         self.collect()
-        return step % self.stride == 0 and self._pending is None
+        return self.is_on and step % self.stride == 0 and self._pending is None
 
     def add(self, step: TimedStep) -> None:
         """A timed step was queued."""

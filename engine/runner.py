@@ -6,13 +6,21 @@ import os
 import time
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from sparsed.core import EngineFacts, EngineSpec, EngineStats, Knobs, SparseMethod
+from sparsed.core import (
+    NO_RECALL,
+    EngineFacts,
+    EngineSpec,
+    EngineStats,
+    Knobs,
+    LinkCalibration,
+    LinkProbe,
+    SparseMethod,
+)
 from sparsed.engine.assembly import (
     Progress,
     device_name,
@@ -23,20 +31,20 @@ from sparsed.engine.assembly import (
     make_attention,
     make_cache,
     make_steps,
+    make_trace,
     measure_link,
 )
 from sparsed.engine.batch import DecodeRow, PromptChunk, StepPlan
+from sparsed.engine.device_memory import DeviceMemory
 from sparsed.engine.draws import draw_step
 from sparsed.engine.fetch_times import UNTIMED, FetchTimes, TimedStep
 from sparsed.engine.in_place_costs import REPEATS, WARM_UPS, OverheadMeter, make_meter
-from sparsed.engine.kvcache.cache import KVCache
 from sparsed.engine.kvcache.rebalance import Rebalancer
 from sparsed.engine.kvcache.upload import upload
 from sparsed.engine.measure.ceilings import copy_bytes_per_s_within
 from sparsed.engine.measure.clock import Clock
 from sparsed.engine.recall import RecallSampler
 from sparsed.engine.recorder import Drawn
-from sparsed.engine.sparse.replay import SelectionTrace, load_trace
 from sparsed.engine.step_decoder import StepDecoder
 from sparsed.engine.step_input import StepRow
 from sparsed.engine.tier_stats import TierStats
@@ -67,6 +75,7 @@ class Runner:
         started = time.perf_counter()
         self._device = torch.device(spec.device)
         self._step = 0
+        self._memory = DeviceMemory(self._device, free_bytes=spec.hbm_free_bytes)
         self.decoder = load_decoder(
             spec.model,
             device=self._device,
@@ -77,7 +86,7 @@ class Runner:
         config = self.decoder.config
         self.vocab_size = config.vocab_size
         self.kv = make_cache(spec, self.decoder, pool_fd=pool_fd, on_progress=on_progress)
-        self._trace = _load_trace(spec, self.kv)
+        self._trace = make_trace(spec, self.kv)
         self.attention = make_attention(spec, self.kv, trace=self._trace)
         self.fetch_times = FetchTimes(self.kv.transfer, device=self._device)
         self._tier_stats = TierStats(
@@ -94,20 +103,13 @@ class Runner:
         if self.runs_ahead:  # now, while the arena holds nothing
             clock = Clock(self._device)
             self._copy_bytes_per_s = copy_bytes_per_s_within(self.kv.arena.pages_NX, clock)
+        self._profile(spec.knobs)
         self.steps = self._make_steps() if self.runs_ahead else None
         if self.steps is not None:
             self.steps.record_all(partial(on_progress, "capturing decode graphs"))
             warm_up(self, spec.knobs, on_progress=on_progress)
-        self.facts = EngineFacts(
-            pid=os.getpid(),
-            device_name=device_name(self._device),
-            weights_bytes=self.decoder.weights.num_bytes,
-            load_s=time.perf_counter() - started,
-            link=link,
-            versions=library_versions(),
-            copies=self.kv.transfer.ways.entries(block_bytes=self.kv.geometry.layer_bytes),
-            calibration=calibration,
-            selection_trace=spec.selection_trace,
+        self.facts = self._make_facts(
+            link, calibration=calibration, load_s=time.perf_counter() - started
         )
 
     @property
@@ -220,6 +222,7 @@ class Runner:
     def apply(self, knobs: Knobs) -> None:
         """Take the knobs that were asked for last."""
         self.kv.apply(knobs)
+        self._profile(knobs)
         self._spec = replace(self._spec, knobs=knobs)
         if self.steps is not None:
             self.steps.graphs.switch()
@@ -237,9 +240,31 @@ class Runner:
         self.steps.record_all(lambda _frac: None)
 
     def stats(self) -> EngineStats:
-        """Counters and gauges of the tiers; the caller adds those of requests and steps."""
+        """Counters and gauges of tiers and device; the caller adds those of requests and steps."""
         self.recall.collect()
-        return self._tier_stats.read(self.steps.tiered if self.steps else None)
+        tiers = self._tier_stats.read(self.steps.tiered if self.steps else None)
+        return replace(tiers, hbm_peak_bytes=self._memory.peak_bytes())
+
+    def _make_facts(
+        self, link: LinkProbe, *, calibration: LinkCalibration | None, load_s: float
+    ) -> EngineFacts:
+        return EngineFacts(
+            pid=os.getpid(),
+            device_name=device_name(self._device),
+            weights_bytes=self.decoder.weights.num_bytes,
+            load_s=load_s,
+            link=link,
+            versions=library_versions(),
+            copies=self.kv.transfer.ways.entries(block_bytes=self.kv.geometry.layer_bytes),
+            calibration=calibration,
+            selection_trace=self._spec.selection_trace,
+        )
+
+    def _profile(self, knobs: Knobs) -> None:
+        """Sample recall and time fetches of the steps to come, or neither."""
+        stride = self._spec.recall_stride if knobs.is_profiled else NO_RECALL
+        self.attention.tiers.recall_stride = stride
+        self.fetch_times.is_on = knobs.is_profiled
 
     def _make_meter(self) -> OverheadMeter | None:
         """What learns when requests that might select attend in place, anew for other steps; a
@@ -321,17 +346,3 @@ def _logits_index(chunk: PromptChunk, *, first: int) -> range:
     """Places in the step, whose chunk begins at ``first``, of positions that need logits."""
     offset = first - chunk.start
     return range(max(chunk.logits_from, chunk.start) + offset, chunk.end + offset)
-
-
-def _load_trace(spec: EngineSpec, kv: KVCache) -> SelectionTrace | None:
-    """The selections to be replayed in place of the model's own."""
-    if spec.selection_trace is None:
-        return None
-    return load_trace(
-        Path(spec.selection_trace),
-        page_size=kv.geometry.page_size,
-        token_budget=spec.knobs.token_budget,
-        num_layers=kv.geometry.num_layers,
-        num_heads=kv.geometry.num_kv_heads,
-        device=kv.arena.pages_NX.device,
-    )

@@ -2,9 +2,10 @@
 
 The controller binds the endpoint and sends an EngineSpec; the worker loads, says how far it is,
 and answers with EngineReady, or with EngineFailed and its exit code. Then it takes requests and
-knobs between steps and sends a TokenBatch per step, EngineStats every second and, from a thread
-of its own, a Heartbeat every second. An error in a step ends the process with a traceback, after
-an EngineFailed that says what kind of error it was.
+knobs between steps and sends a TokenBatch per step, EngineStats every second (with the profiler
+off only while knobs are being applied) and, from a thread of its own, a Heartbeat every second. An
+error in a step ends the process with a traceback, after an EngineFailed that says what kind of
+error it was.
 """
 
 from __future__ import annotations
@@ -144,6 +145,7 @@ class Worker:
         self._clock = clock
         self._stats_due = time.monotonic()
         self._changes: list[int] = []  # of knobs, that are not answered
+        self._told_applying = False  # in the last report
         self._stopping = False
 
     def serve(self, stopped: threading.Event) -> None:
@@ -206,9 +208,13 @@ class Worker:
             self._link.send(batch)
 
     def _send_stats_if_due(self) -> None:
-        if time.monotonic() >= self._stats_due:
+        if time.monotonic() < self._stats_due:
+            return
+        is_applying = self._engine.applying is not None
+        if self._engine.knobs.is_profiled or is_applying or self._told_applying:
             self._link.send(self._engine.stats())
-            self._stats_due = time.monotonic() + STATS_S
+            self._told_applying = is_applying
+        self._stats_due = time.monotonic() + STATS_S
 
 
 def main(argv: Sequence[str] | None = None) -> ExitCode:

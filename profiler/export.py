@@ -121,7 +121,7 @@ class _TelemetryCollector:
         if telemetry.snapshot is not None:
             yield from _engine_gauges(telemetry.snapshot)
             yield from _host_gauges(telemetry.snapshot.host)
-            yield _hbm_gauge(telemetry.snapshot.hbm)
+            yield from _hbm_gauges(telemetry.snapshot.hbm)
 
 
 def _counters(telemetry: Telemetry) -> Iterator[Metric]:
@@ -250,16 +250,22 @@ def _host_gauges(host: HostGauges) -> Iterator[Metric]:
     )
 
 
-def _hbm_gauge(use: HbmUse | None) -> Metric:
+def _hbm_gauges(use: HbmUse | None) -> Iterator[Metric]:
     family = GaugeMetricFamily(
         "sparsed_hbm_bytes",
         "Device memory by owner; those of the hot tier as planned.",
         labels=["owner"],
     )
     for item in fields(HbmUse):
-        if use is not None and (value := getattr(use, item.name)) is not None:
+        is_owner = item.name != "peak_bytes"
+        if is_owner and use is not None and (value := getattr(use, item.name)) is not None:
             family.add_metric([item.name.removesuffix("_bytes").replace("_", "-")], value)
-    return family
+    yield family
+    yield _gauge(
+        "hbm_peak_bytes",
+        "Most device memory that the engine has had.",
+        use.peak_bytes if use is not None else None,
+    )
 
 
 def _gauge(

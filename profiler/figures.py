@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from math import isfinite
 from typing import Self
 
-from sparsed.core import Bound, Ceilings, Evidence, HostGauges, Snapshot, WaitReason
+from sparsed.core import Bound, Ceilings, Evidence, HostGauges, NvmlFault, Snapshot, WaitReason
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,16 +103,23 @@ class Figures:
 
     def missing(self) -> tuple[str, ...]:
         """Figures that a rule would have looked at, in words."""
-        is_gpu = self.ceilings.is_gpu
+        is_gpu, host = self.ceilings.is_gpu, self.newest.host
         gaps = (
             (self.ceilings.h2d_bytes_per_s is None, "calibrated rate of the link"),
             (is_gpu and self.exposed_share is None, "timed step that fetches in these windows"),
-            (is_gpu and self.others_link_share is None, "PCIe counter of the GPU"),
-            (is_gpu and self.gpu_share is None, "utilisation of the GPU"),
+            (
+                is_gpu and self.others_link_share is None,
+                f"PCIe counter of the GPU{_why(host.pcie_fault)}",
+            ),
+            (is_gpu and self.gpu_share is None, f"utilisation of the GPU{_why(host.gpu_fault)}"),
             (self.host_cpu_share is None, "gauges of the host"),
             (is_gpu and not self.parts, "rates of this GPU's memory and products"),
         )
         return tuple(words for is_missing, words in gaps if is_missing)
+
+
+def _why(fault: NvmlFault | None) -> str:
+    return f" ({fault})" if fault else ""
 
 
 def _parts(

@@ -73,6 +73,13 @@ class Window:
         snapshot = self._latest = replace(snapshot, context=context)
         return snapshot
 
+    def skip(self, stats: EngineStats) -> None:
+        """Take a report whose time belongs to no window: nobody looked. The next begins here."""
+        self._totals = advance(self._totals, before=self._last, now=stats)
+        self._last = stats
+        self._span = Span(self._totals, started_s=self._clock())
+        self._latest = None
+
     def latest(self) -> Snapshot | None:
         """The last window; None once three intervals have passed without a new report."""
         age_s = self._clock() - self._span.started_s

@@ -103,6 +103,8 @@ def _lines(now: DaemonStatus) -> Iterator[tuple[str, object]]:
     if now.facts and now.facts.selection_trace:
         yield "selections", f"replayed from {now.facts.selection_trace}"
     yield "tuner", now.tuner_mode.value
+    if not now.knobs.is_profiled:
+        yield "profiler", "off: what follows is as it was last reported"
     yield "engine restarts", now.engine_restarts
     yield "failed requests", now.requests_failed
     yield "lost writes", now.store_lost_writes
@@ -181,6 +183,7 @@ def _hbm_lines(use: HbmUse) -> Iterator[tuple[str, object]]:
         ("rest of the engine", use.rest_bytes),
         ("other processes", use.others_bytes),
         ("free", use.free_bytes),
+        ("peak of the engine", use.peak_bytes),
     ):
         if size_bytes is not None:
             yield f"HBM, {owner}", gib(size_bytes)

@@ -72,7 +72,7 @@ def _option(name: str, metavar: str, help: str, *, is_switch: bool = False) -> F
 
 def _knob_flag(spec: KnobSpec) -> Flag:
     fixed = "from the machine" if spec.default is None else str(spec.default)
-    unit = "NAME" if spec.name == "sparse_method" else spec.unit.upper()
+    unit = spec.unit.upper() or "NAME"
     return Flag(
         name=spec.name,
         metavar=unit,
@@ -82,6 +82,7 @@ def _knob_flag(spec: KnobSpec) -> Flag:
 
 
 KNOB_FLAGS = tuple(_knob_flag(spec) for spec in KNOB_SPECS)
+TRIAL_FLAGS = tuple(flag for flag in KNOB_FLAGS if flag.name != "profiler")  # always measured
 MODEL_FLAGS = (
     _option(
         "model",

@@ -8,13 +8,13 @@ from typing import Annotated
 
 import typer
 
-from sparsed.controller.cli.flags import KNOB_FLAGS, MODEL_FLAGS, takes
+from sparsed.controller.cli.flags import MODEL_FLAGS, TRIAL_FLAGS, takes
 from sparsed.controller.cli.start import ConfigOption, one_model
 from sparsed.controller.config import load_config
 from sparsed.core import InputError, Objective, SearchMethod
 
 
-@takes(*MODEL_FLAGS, *KNOB_FLAGS)
+@takes(*MODEL_FLAGS, *TRIAL_FLAGS)
 def tune(
     model_argument: Annotated[
         str | None, typer.Argument(metavar="[MODEL]", show_default=False, help="As --model.")

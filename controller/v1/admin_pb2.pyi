@@ -127,6 +127,22 @@ class CopyPath(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     COPY_PATH_STAGED: _ClassVar[CopyPath]
     COPY_PATH_MEMCPY: _ClassVar[CopyPath]
 
+class NvmlFault(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    NVML_FAULT_UNSPECIFIED: _ClassVar[NvmlFault]
+    NVML_FAULT_NOT_SUPPORTED: _ClassVar[NvmlFault]
+    NVML_FAULT_NO_PERMISSION: _ClassVar[NvmlFault]
+    NVML_FAULT_NO_FUNCTION: _ClassVar[NvmlFault]
+    NVML_FAULT_GPU_LOST: _ClassVar[NvmlFault]
+    NVML_FAULT_FAILED: _ClassVar[NvmlFault]
+
+class PcieCounter(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    PCIE_COUNTER_UNSPECIFIED: _ClassVar[PcieCounter]
+    PCIE_COUNTER_GPM: _ClassVar[PcieCounter]
+    PCIE_COUNTER_FIELDS: _ClassVar[PcieCounter]
+    PCIE_COUNTER_THROUGHPUT: _ClassVar[PcieCounter]
+
 class RolloutState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     ROLLOUT_STATE_UNSPECIFIED: _ClassVar[RolloutState]
@@ -250,6 +266,16 @@ COPY_PATH_COPY_ENGINE: CopyPath
 COPY_PATH_BATCHED: CopyPath
 COPY_PATH_STAGED: CopyPath
 COPY_PATH_MEMCPY: CopyPath
+NVML_FAULT_UNSPECIFIED: NvmlFault
+NVML_FAULT_NOT_SUPPORTED: NvmlFault
+NVML_FAULT_NO_PERMISSION: NvmlFault
+NVML_FAULT_NO_FUNCTION: NvmlFault
+NVML_FAULT_GPU_LOST: NvmlFault
+NVML_FAULT_FAILED: NvmlFault
+PCIE_COUNTER_UNSPECIFIED: PcieCounter
+PCIE_COUNTER_GPM: PcieCounter
+PCIE_COUNTER_FIELDS: PcieCounter
+PCIE_COUNTER_THROUGHPUT: PcieCounter
 ROLLOUT_STATE_UNSPECIFIED: RolloutState
 ROLLOUT_STATE_ACTIVE: RolloutState
 ROLLOUT_STATE_VERIFYING: RolloutState
@@ -475,7 +501,7 @@ class CopyTotal(_message.Message):
     def __init__(self, direction: _Optional[_Union[Direction, str]] = ..., path: _Optional[_Union[CopyPath, str]] = ..., num_bytes: _Optional[int] = ..., seconds: _Optional[float] = ...) -> None: ...
 
 class EngineStats(_message.Message):
-    __slots__ = ("steps", "step_s", "prompt_tokens", "generated_tokens", "requests_finished", "hot_hits", "hot_misses", "evicted_pages", "overflow_pages", "h2d_bytes", "h2d_s", "d2h_bytes", "d2h_s", "recall_sum", "recall_samples", "num_running", "num_waiting", "hot_used_bytes", "hot_total_bytes", "dram_used_bytes", "dram_total_bytes", "recent_step_s", "knobs", "verify_checked_pages", "verify_mismatches", "copies", "working_set_pages", "working_set_bytes", "metadata_bytes", "foreseen_pages", "spills", "restores", "quality_raises", "quality_dense", "waits", "refusals", "num_spilled", "waiting", "recent_quality", "wasted_pages", "exposed_s", "timed_steps", "applying")
+    __slots__ = ("steps", "step_s", "prompt_tokens", "generated_tokens", "requests_finished", "hot_hits", "hot_misses", "evicted_pages", "overflow_pages", "h2d_bytes", "h2d_s", "d2h_bytes", "d2h_s", "recall_sum", "recall_samples", "num_running", "num_waiting", "hot_used_bytes", "hot_total_bytes", "dram_used_bytes", "dram_total_bytes", "recent_step_s", "knobs", "verify_checked_pages", "verify_mismatches", "copies", "working_set_pages", "working_set_bytes", "metadata_bytes", "foreseen_pages", "spills", "restores", "quality_raises", "quality_dense", "waits", "refusals", "num_spilled", "waiting", "recent_quality", "wasted_pages", "exposed_s", "timed_steps", "applying", "hbm_peak_bytes")
     STEPS_FIELD_NUMBER: _ClassVar[int]
     STEP_S_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -519,6 +545,7 @@ class EngineStats(_message.Message):
     EXPOSED_S_FIELD_NUMBER: _ClassVar[int]
     TIMED_STEPS_FIELD_NUMBER: _ClassVar[int]
     APPLYING_FIELD_NUMBER: _ClassVar[int]
+    HBM_PEAK_BYTES_FIELD_NUMBER: _ClassVar[int]
     steps: int
     step_s: float
     prompt_tokens: int
@@ -562,7 +589,8 @@ class EngineStats(_message.Message):
     exposed_s: float
     timed_steps: int
     applying: KnobProgress
-    def __init__(self, steps: _Optional[int] = ..., step_s: _Optional[float] = ..., prompt_tokens: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., requests_finished: _Optional[int] = ..., hot_hits: _Optional[int] = ..., hot_misses: _Optional[int] = ..., evicted_pages: _Optional[int] = ..., overflow_pages: _Optional[int] = ..., h2d_bytes: _Optional[int] = ..., h2d_s: _Optional[float] = ..., d2h_bytes: _Optional[int] = ..., d2h_s: _Optional[float] = ..., recall_sum: _Optional[float] = ..., recall_samples: _Optional[int] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., hot_used_bytes: _Optional[int] = ..., hot_total_bytes: _Optional[int] = ..., dram_used_bytes: _Optional[int] = ..., dram_total_bytes: _Optional[int] = ..., recent_step_s: _Optional[_Iterable[float]] = ..., knobs: _Optional[_Union[Knobs, _Mapping]] = ..., verify_checked_pages: _Optional[int] = ..., verify_mismatches: _Optional[int] = ..., copies: _Optional[_Iterable[_Union[CopyTotal, _Mapping]]] = ..., working_set_pages: _Optional[int] = ..., working_set_bytes: _Optional[int] = ..., metadata_bytes: _Optional[int] = ..., foreseen_pages: _Optional[int] = ..., spills: _Optional[int] = ..., restores: _Optional[int] = ..., quality_raises: _Optional[int] = ..., quality_dense: _Optional[int] = ..., waits: _Optional[_Iterable[_Union[WaitCount, _Mapping]]] = ..., refusals: _Optional[_Iterable[_Union[RefusalCount, _Mapping]]] = ..., num_spilled: _Optional[int] = ..., waiting: _Optional[_Iterable[_Union[WaitingRequest, _Mapping]]] = ..., recent_quality: _Optional[_Iterable[_Union[QualityEvent, _Mapping]]] = ..., wasted_pages: _Optional[int] = ..., exposed_s: _Optional[float] = ..., timed_steps: _Optional[int] = ..., applying: _Optional[_Union[KnobProgress, _Mapping]] = ...) -> None: ...
+    hbm_peak_bytes: int
+    def __init__(self, steps: _Optional[int] = ..., step_s: _Optional[float] = ..., prompt_tokens: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., requests_finished: _Optional[int] = ..., hot_hits: _Optional[int] = ..., hot_misses: _Optional[int] = ..., evicted_pages: _Optional[int] = ..., overflow_pages: _Optional[int] = ..., h2d_bytes: _Optional[int] = ..., h2d_s: _Optional[float] = ..., d2h_bytes: _Optional[int] = ..., d2h_s: _Optional[float] = ..., recall_sum: _Optional[float] = ..., recall_samples: _Optional[int] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., hot_used_bytes: _Optional[int] = ..., hot_total_bytes: _Optional[int] = ..., dram_used_bytes: _Optional[int] = ..., dram_total_bytes: _Optional[int] = ..., recent_step_s: _Optional[_Iterable[float]] = ..., knobs: _Optional[_Union[Knobs, _Mapping]] = ..., verify_checked_pages: _Optional[int] = ..., verify_mismatches: _Optional[int] = ..., copies: _Optional[_Iterable[_Union[CopyTotal, _Mapping]]] = ..., working_set_pages: _Optional[int] = ..., working_set_bytes: _Optional[int] = ..., metadata_bytes: _Optional[int] = ..., foreseen_pages: _Optional[int] = ..., spills: _Optional[int] = ..., restores: _Optional[int] = ..., quality_raises: _Optional[int] = ..., quality_dense: _Optional[int] = ..., waits: _Optional[_Iterable[_Union[WaitCount, _Mapping]]] = ..., refusals: _Optional[_Iterable[_Union[RefusalCount, _Mapping]]] = ..., num_spilled: _Optional[int] = ..., waiting: _Optional[_Iterable[_Union[WaitingRequest, _Mapping]]] = ..., recent_quality: _Optional[_Iterable[_Union[QualityEvent, _Mapping]]] = ..., wasted_pages: _Optional[int] = ..., exposed_s: _Optional[float] = ..., timed_steps: _Optional[int] = ..., applying: _Optional[_Union[KnobProgress, _Mapping]] = ..., hbm_peak_bytes: _Optional[int] = ...) -> None: ...
 
 class WaitCount(_message.Message):
     __slots__ = ("reason", "count")
@@ -611,7 +639,7 @@ class KnobProgress(_message.Message):
     def __init__(self, names: _Optional[_Iterable[str]] = ..., frac: _Optional[float] = ...) -> None: ...
 
 class HostGauges(_message.Message):
-    __slots__ = ("process_rss_bytes", "process_cpu_frac", "host_cpu_frac", "host_free_bytes", "gpu_used_bytes", "gpu_total_bytes", "gpu_util_frac", "pcie_h2d_bytes_per_s", "pcie_d2h_bytes_per_s", "pcie_generation", "pcie_width", "gpu_own_bytes", "gpu_others_bytes", "read_at")
+    __slots__ = ("process_rss_bytes", "process_cpu_frac", "host_cpu_frac", "host_free_bytes", "gpu_used_bytes", "gpu_total_bytes", "gpu_util_frac", "pcie_h2d_bytes_per_s", "pcie_d2h_bytes_per_s", "pcie_generation", "pcie_width", "gpu_own_bytes", "gpu_others_bytes", "read_at", "pcie_counter", "pcie_interval_s", "pcie_fault", "gpu_fault")
     PROCESS_RSS_BYTES_FIELD_NUMBER: _ClassVar[int]
     PROCESS_CPU_FRAC_FIELD_NUMBER: _ClassVar[int]
     HOST_CPU_FRAC_FIELD_NUMBER: _ClassVar[int]
@@ -626,6 +654,10 @@ class HostGauges(_message.Message):
     GPU_OWN_BYTES_FIELD_NUMBER: _ClassVar[int]
     GPU_OTHERS_BYTES_FIELD_NUMBER: _ClassVar[int]
     READ_AT_FIELD_NUMBER: _ClassVar[int]
+    PCIE_COUNTER_FIELD_NUMBER: _ClassVar[int]
+    PCIE_INTERVAL_S_FIELD_NUMBER: _ClassVar[int]
+    PCIE_FAULT_FIELD_NUMBER: _ClassVar[int]
+    GPU_FAULT_FIELD_NUMBER: _ClassVar[int]
     process_rss_bytes: int
     process_cpu_frac: float
     host_cpu_frac: float
@@ -640,7 +672,11 @@ class HostGauges(_message.Message):
     gpu_own_bytes: int
     gpu_others_bytes: int
     read_at: float
-    def __init__(self, process_rss_bytes: _Optional[int] = ..., process_cpu_frac: _Optional[float] = ..., host_cpu_frac: _Optional[float] = ..., host_free_bytes: _Optional[int] = ..., gpu_used_bytes: _Optional[int] = ..., gpu_total_bytes: _Optional[int] = ..., gpu_util_frac: _Optional[float] = ..., pcie_h2d_bytes_per_s: _Optional[float] = ..., pcie_d2h_bytes_per_s: _Optional[float] = ..., pcie_generation: _Optional[int] = ..., pcie_width: _Optional[int] = ..., gpu_own_bytes: _Optional[int] = ..., gpu_others_bytes: _Optional[int] = ..., read_at: _Optional[float] = ...) -> None: ...
+    pcie_counter: PcieCounter
+    pcie_interval_s: float
+    pcie_fault: NvmlFault
+    gpu_fault: NvmlFault
+    def __init__(self, process_rss_bytes: _Optional[int] = ..., process_cpu_frac: _Optional[float] = ..., host_cpu_frac: _Optional[float] = ..., host_free_bytes: _Optional[int] = ..., gpu_used_bytes: _Optional[int] = ..., gpu_total_bytes: _Optional[int] = ..., gpu_util_frac: _Optional[float] = ..., pcie_h2d_bytes_per_s: _Optional[float] = ..., pcie_d2h_bytes_per_s: _Optional[float] = ..., pcie_generation: _Optional[int] = ..., pcie_width: _Optional[int] = ..., gpu_own_bytes: _Optional[int] = ..., gpu_others_bytes: _Optional[int] = ..., read_at: _Optional[float] = ..., pcie_counter: _Optional[_Union[PcieCounter, str]] = ..., pcie_interval_s: _Optional[float] = ..., pcie_fault: _Optional[_Union[NvmlFault, str]] = ..., gpu_fault: _Optional[_Union[NvmlFault, str]] = ...) -> None: ...
 
 class WorkloadContext(_message.Message):
     __slots__ = ("span_s", "num_requests", "requests_per_s", "input_tokens_p50", "input_tokens_p95", "output_tokens_p50", "output_tokens_p95", "concurrency", "hot_hit_frac", "h2d_bytes_per_token", "h2d_gb_per_s", "hbm_free_bytes", "attention_recall")
@@ -673,7 +709,7 @@ class WorkloadContext(_message.Message):
     def __init__(self, span_s: _Optional[float] = ..., num_requests: _Optional[int] = ..., requests_per_s: _Optional[float] = ..., input_tokens_p50: _Optional[float] = ..., input_tokens_p95: _Optional[float] = ..., output_tokens_p50: _Optional[float] = ..., output_tokens_p95: _Optional[float] = ..., concurrency: _Optional[float] = ..., hot_hit_frac: _Optional[float] = ..., h2d_bytes_per_token: _Optional[float] = ..., h2d_gb_per_s: _Optional[float] = ..., hbm_free_bytes: _Optional[int] = ..., attention_recall: _Optional[float] = ...) -> None: ...
 
 class HbmUse(_message.Message):
-    __slots__ = ("weights_bytes", "hot_pages_bytes", "summaries_bytes", "tables_bytes", "staging_bytes", "prefill_buffer_bytes", "rest_bytes", "others_bytes", "free_bytes")
+    __slots__ = ("weights_bytes", "hot_pages_bytes", "summaries_bytes", "tables_bytes", "staging_bytes", "prefill_buffer_bytes", "rest_bytes", "others_bytes", "free_bytes", "peak_bytes")
     WEIGHTS_BYTES_FIELD_NUMBER: _ClassVar[int]
     HOT_PAGES_BYTES_FIELD_NUMBER: _ClassVar[int]
     SUMMARIES_BYTES_FIELD_NUMBER: _ClassVar[int]
@@ -683,6 +719,7 @@ class HbmUse(_message.Message):
     REST_BYTES_FIELD_NUMBER: _ClassVar[int]
     OTHERS_BYTES_FIELD_NUMBER: _ClassVar[int]
     FREE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    PEAK_BYTES_FIELD_NUMBER: _ClassVar[int]
     weights_bytes: int
     hot_pages_bytes: int
     summaries_bytes: int
@@ -692,7 +729,8 @@ class HbmUse(_message.Message):
     rest_bytes: int
     others_bytes: int
     free_bytes: int
-    def __init__(self, weights_bytes: _Optional[int] = ..., hot_pages_bytes: _Optional[int] = ..., summaries_bytes: _Optional[int] = ..., tables_bytes: _Optional[int] = ..., staging_bytes: _Optional[int] = ..., prefill_buffer_bytes: _Optional[int] = ..., rest_bytes: _Optional[int] = ..., others_bytes: _Optional[int] = ..., free_bytes: _Optional[int] = ...) -> None: ...
+    peak_bytes: int
+    def __init__(self, weights_bytes: _Optional[int] = ..., hot_pages_bytes: _Optional[int] = ..., summaries_bytes: _Optional[int] = ..., tables_bytes: _Optional[int] = ..., staging_bytes: _Optional[int] = ..., prefill_buffer_bytes: _Optional[int] = ..., rest_bytes: _Optional[int] = ..., others_bytes: _Optional[int] = ..., free_bytes: _Optional[int] = ..., peak_bytes: _Optional[int] = ...) -> None: ...
 
 class Snapshot(_message.Message):
     __slots__ = ("ended_at", "window_s", "steps", "step_p50_s", "step_p95_s", "step_p99_s", "prompt_tokens_per_s", "generated_tokens_per_s", "hot_hit_frac", "miss_bytes_per_step", "h2d_bytes", "d2h_bytes", "h2d_gb_per_s", "d2h_gb_per_s", "attention_recall", "num_running", "num_waiting", "hot_used_frac", "dram_used_frac", "requests_finished", "ttft_p50_s", "ttft_p95_s", "tpot_p50_s", "tpot_p95_s", "host", "knobs", "misses_per_step", "working_set_pages", "working_set_bytes", "metadata_bytes", "step_s", "selected_pages_per_step", "exposed_s_per_step", "waiting", "hbm", "context")

@@ -6,14 +6,18 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from sparsed.core import HostGauges
-from sparsed.profiler.collectors.nvml import NvmlSession
+from sparsed.profiler.collectors.nvml import MEMORY, NvmlSession
 from sparsed.profiler.collectors.pcie import choose_pcie
+
+HANDLE = "nvmlDeviceGetHandleByIndex"
 
 
 class GpuCollector:
     """Memory, utilisation, PCIe rates and link state of GPU ``index`` (the driver's count).
 
-    ``read_pids`` names our processes, to tell their memory from that of others. Use it inside the ``open_nvml`` block that gave the session.
+    ``read_pids`` names our processes, to tell their memory from that of others. Use it inside the
+    ``open_nvml`` block that gave the session. What the driver does not answer is None, and typed
+    where it concerns memory or the link; nothing raises.
     """
 
     def __init__(
@@ -26,7 +30,7 @@ class GpuCollector:
     ) -> None:
         self._nvml = nvml
         self._read_pids = read_pids
-        self._handle = nvml.call("nvmlDeviceGetHandleByIndex", index)
+        self._handle = nvml.call(HANDLE, index)
         self._pcie = choose_pcie(nvml, self._handle, clock=clock)
 
     def fill(self, gauges: HostGauges) -> HostGauges:
@@ -41,6 +45,10 @@ class GpuCollector:
             gpu_util_frac=busy.gpu / 100 if busy is not None else None,
             pcie_h2d_bytes_per_s=rates.h2d_bytes_per_s if rates else None,
             pcie_d2h_bytes_per_s=rates.d2h_bytes_per_s if rates else None,
+            pcie_interval_s=rates.interval_s if rates else None,
+            pcie_counter=self._pcie.counter,
+            pcie_fault=None if rates else self._pcie.fault,
+            gpu_fault=None if memory else self._nvml.fault(HANDLE, MEMORY),
             pcie_generation=self._nvml.call("nvmlDeviceGetCurrPcieLinkGeneration", self._handle),
             pcie_width=self._nvml.call("nvmlDeviceGetCurrPcieLinkWidth", self._handle),
             gpu_own_bytes=shares.own_bytes if shares else None,

@@ -6,6 +6,10 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
 
+from sparsed.core import NvmlFault
+
+MEMORY = "nvmlDeviceGetMemoryInfo"
+_LASTING = (NvmlFault.NOT_SUPPORTED, NvmlFault.NO_PERMISSION, NvmlFault.NO_FUNCTION)
 _PROCESS_LISTS = (
     "nvmlDeviceGetComputeRunningProcesses",
     "nvmlDeviceGetGraphicsRunningProcesses",
@@ -38,29 +42,49 @@ class ProcessMemory(NamedTuple):
 class NvmlSession:
     """Calls by name. A call that the driver, the GPU or the binding does not offer is tried
     once and answers None from then on; one that fails for the moment answers None this time.
+    ``fault`` tells why. Nothing of it raises.
     """
 
     def __init__(self, library: NvmlLibrary) -> None:
         self.library = library
         self._missing: set[str] = set()
+        self._faults: dict[str, NvmlFault] = {}
 
     def call(self, name: str, *arguments: object) -> Any:
         """The call's result; None if it is not to be had."""
         if name in self._missing:
             return None
         try:
-            return getattr(self.library, name)(*arguments)
+            result = getattr(self.library, name)(*arguments)
         except AttributeError:  # an older binding
-            self._missing.add(name)
+            self._note(name, NvmlFault.NO_FUNCTION)
         except self.library.NVMLError as error:
-            if getattr(error, "value", None) in self._lasting_errors():
-                self._missing.add(name)
+            self._note(name, self.typed(getattr(error, "value", None)))
+        else:
+            self._faults.pop(name, None)
+            return result
         return None
+
+    def fault(self, *names: str) -> NvmlFault | None:
+        """Why the first of these calls that failed when it was last tried did; None: none did."""
+        return next((self._faults[name] for name in names if name in self._faults), None)
+
+    def typed(self, code: int | None) -> NvmlFault:
+        """What an error code of the library says."""
+        library = self.library
+        known = {
+            library.NVML_ERROR_NOT_SUPPORTED: NvmlFault.NOT_SUPPORTED,
+            library.NVML_ERROR_NO_PERMISSION: NvmlFault.NO_PERMISSION,
+            library.NVML_ERROR_FUNCTION_NOT_FOUND: NvmlFault.NO_FUNCTION,
+            library.NVML_ERROR_ARGUMENT_VERSION_MISMATCH: NvmlFault.NO_FUNCTION,
+            library.NVML_ERROR_GPU_IS_LOST: NvmlFault.GPU_LOST,
+        }
+        return NvmlFault.FAILED if code is None else known.get(code, NvmlFault.FAILED)
 
     def memory(self, handle: object) -> GpuMemory | None:
         """Version 2 of the call; version 1, on old drivers, counts reserved memory as used."""
         version = getattr(self.library, "nvmlMemory_v2", None)
-        info = self.call("nvmlDeviceGetMemoryInfo", handle, version) if version else None
+        info = self.call(MEMORY, handle, version) if version else None
         if info is None:
             info = self._memory_v1(handle)
         return GpuMemory(info.total, info.used, info.free) if info is not None else None
@@ -78,18 +102,17 @@ class NvmlSession:
 
     def _memory_v1(self, handle: object) -> Any:
         try:  # not through ``call``, which remembers by name and would mix the versions up
-            return self.library.nvmlDeviceGetMemoryInfo(handle)
-        except self.library.NVMLError:
+            info = self.library.nvmlDeviceGetMemoryInfo(handle)
+        except self.library.NVMLError as error:
+            self._faults[MEMORY] = self.typed(getattr(error, "value", None))
             return None
+        self._faults.pop(MEMORY, None)
+        return info
 
-    def _lasting_errors(self) -> tuple[int, ...]:
-        library = self.library
-        return (
-            library.NVML_ERROR_NOT_SUPPORTED,
-            library.NVML_ERROR_NO_PERMISSION,
-            library.NVML_ERROR_FUNCTION_NOT_FOUND,
-            library.NVML_ERROR_ARGUMENT_VERSION_MISMATCH,
-        )
+    def _note(self, name: str, fault: NvmlFault) -> None:
+        self._faults[name] = fault
+        if fault in _LASTING:
+            self._missing.add(name)
 
 
 @contextmanager

@@ -90,6 +90,13 @@ class SparseMethod(StrEnum):
     QUEST = "quest"
 
 
+class Profiling(StrEnum):
+    """Whether the daemon measures while it serves."""
+
+    ON = "on"
+    OFF = "off"
+
+
 class KnobClass(StrEnum):
     """When a change takes effect: between two steps, or in a new process."""
 
@@ -222,6 +229,15 @@ KNOB_SPECS: tuple[KnobSpec, ...] = (
         "calibration found",
     ),
     KnobSpec(
+        name="profiler",
+        unit="",
+        klass=KnobClass.HOT,
+        default=Profiling.ON.value,
+        choices=tuple(word.value for word in Profiling),
+        help="off: no windows, samples of attention recall, timed fetches or gauges, so no advice, "
+        "no recall floor, and gauges are absent",
+    ),
+    KnobSpec(
         name="page_size",
         unit="tokens",
         klass=KnobClass.RESTART,
@@ -312,6 +328,7 @@ class Knobs:
     max_model_len: int
     copy_programs: int | None = None
     residency_watermark: float = 0.1
+    profiler: str = Profiling.ON.value
 
     def __post_init__(self) -> None:
         for spec in KNOB_SPECS:
@@ -334,6 +351,10 @@ class Knobs:
                 f"{self.page_size} tokens; raise token_budget or lower page_size",
                 field="token_budget",
             )
+
+    @property
+    def is_profiled(self) -> bool:
+        return self.profiler == Profiling.ON
 
     def with_values(self, values: Mapping[str, KnobValue]) -> Knobs:
         """A copy with ``values`` changed; InputError on an unknown name or a bad value."""
@@ -578,6 +599,7 @@ class EngineSpec:
     calibration: LinkCalibration | None = None  # None: the engine makes one, unless on a CPU
     service: Service = field(default_factory=Service)
     cache_dir: str | None = None  # where what is learned of a model is kept; None: nowhere
+    hbm_free_bytes: int = 0  # of the device, before an engine was on it; 0: not known, or a CPU
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -990,15 +1012,35 @@ class EngineStats:
     working_set_pages: int = 0  # used in the newest 12 steps of each lane, all requests
     working_set_bytes: int = 0
     metadata_bytes: int = 0  # summaries of pages, of all frames in use
+    hbm_peak_bytes: int = 0  # most that this engine has had of the device; 0 on a CPU
     recent_step_s: tuple[float, ...] = ()  # durations of the steps since the last report
     recent_quality: tuple[QualityEvent, ...] = ()  # since the last report
     knobs: Knobs | None = None
     applying: KnobProgress | None = None  # None: the newest knobs are in force
 
 
+class NvmlFault(StrEnum):
+    """Why the driver's library did not answer."""
+
+    NOT_SUPPORTED = "not-supported"  # by this GPU
+    NO_PERMISSION = "no-permission"
+    NO_FUNCTION = "no-function"  # the driver or the binding is older
+    GPU_LOST = "gpu-lost"
+    FAILED = "failed"  # anything else, perhaps only this time
+
+
+class PcieCounter(StrEnum):
+    """What the GPU counts the traffic of its link with."""
+
+    GPM = "gpm"  # Hopper and later: a rate between two samples
+    FIELDS = "fields"  # bytes since some moment
+    THROUGHPUT = "throughput"  # of 20 ms, which misses bursts
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HostGauges:
-    """psutil's and NVML's view. None: the source does not exist or did not answer."""
+    """psutil's and NVML's view. None: the source does not exist or did not answer. All are of
+    ``read_at``; rates of the link are means of ``pcie_interval_s`` before it."""
 
     process_rss_bytes: int | None = None  # controller and engine together
     process_cpu_frac: float | None = None  # of one core
@@ -1014,6 +1056,10 @@ class HostGauges:
     gpu_own_bytes: int | None = None  # of the engine, as the driver counts it
     gpu_others_bytes: int | None = None  # of all other processes
     read_at: float | None = None  # seconds since the epoch; None: never read
+    pcie_counter: PcieCounter | None = None
+    pcie_interval_s: float | None = None
+    pcie_fault: NvmlFault | None = None  # why there is no rate
+    gpu_fault: NvmlFault | None = None  # why there is no memory of the GPU
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -1030,6 +1076,7 @@ class HbmUse:
     rest_bytes: int | None  # of the engine: CUDA context, graphs, activations, unused reserve
     others_bytes: int | None  # other processes
     free_bytes: int | None
+    peak_bytes: int | None = None  # most that the engine has had in all; None: not told yet
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -1275,6 +1322,11 @@ KNOB_GUIDES: Mapping[str, KnobGuide] = {
                 why="only while loads stay under the rate that sparsed bench link shows",
             ),
         ),
+    ),
+    "profiler": KnobGuide(
+        rises="what status, why, metrics and the tuner know",
+        falls="tokens a second, by what benchmarks/profiler_overhead.py measures",
+        bounded_by="nothing",
     ),
     "page_size": KnobGuide(
         rises="rate of the link for each page",

@@ -41,6 +41,8 @@ ENUMS = (
     core.WaitReason,
     core.RefusalReason,
     core.Bound,
+    core.NvmlFault,
+    core.PcieCounter,
     core.DecisionState,
     TunerMode,
     ProfileStatus,

@@ -283,6 +283,63 @@ def test_old_gauges_are_dropped_from_windows_and_a_fault(clock: Clock, plan: Sta
     assert last.hbm.weights_bytes == 77
 
 
+def test_what_happens_while_the_profiler_is_off_is_in_no_window_and_no_fault(
+    clock: Clock,
+) -> None:
+    senses = make_senses()
+    senses.on_engine_ready(weights_bytes=1)
+    report(senses, clock, steps=10)
+    senses.switch(False)
+    assert senses.snapshot is None and senses.windows == ()
+    clock.now_s += 100 * STALE_S
+    assert senses.faults == ()
+    assert senses.on_stats(EngineStats(steps=500)) is None  # one that was under way
+    senses.switch(True)
+    assert senses.faults == ()
+    clock.now_s += 50.0
+    assert senses.on_stats(EngineStats(steps=9000, recent_step_s=(1.0,) * 9)) is None
+    window = report(senses, clock, steps=9007)
+    assert window.steps == 7 and window.step_p50_s is None
+    assert senses.totals.steps == 9007
+
+
+def test_an_explanation_says_that_the_profiler_is_off(plan: StartPlan) -> None:
+    knobs = replace(plan.spec.knobs, profiler="off")
+    found = asyncio.run(
+        explain(InMemoryProfileStore(), plan, (), knobs=knobs, facts=FACTS, load=LoadState())
+    )
+    assert "knobs set profiler=on" in found.verdict.reason
+    assert found.remedies == ()
+
+
+def test_gauges_are_not_read_while_the_profiler_is_off(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(telemetry, "GAUGES_PERIOD_S", 0.01)
+    senses, num_read = make_senses(), 0
+
+    def read_pids() -> tuple[int, ...]:
+        nonlocal num_read
+        num_read += 1
+        return ()
+
+    async def watch_and_switch() -> None:
+        watch = asyncio.create_task(senses.watch_host(read_pids, gpu_index=None))
+        senses.switch(False)
+        await asyncio.sleep(0.1)
+        assert num_read == 0
+        senses.switch(True)
+        while num_read < 3:
+            await asyncio.sleep(0.01)
+        watch.cancel()
+        await asyncio.wait({watch})
+
+    asyncio.run(watch_and_switch())
+    clock.now_s += 1.0
+    senses.on_stats(EngineStats(steps=1))
+    assert report(senses, clock, steps=2).host.host_free_bytes is not None
+
+
 def test_the_senses_keep_a_few_windows(clock: Clock) -> None:
     senses = make_senses()
     for steps in range(1, 30):

@@ -131,6 +131,25 @@ def test_a_runner_tells_what_was_sampled(make_spec: MakeSpec, make_steps: MakeSt
     assert sum(len(row.recalls) for row in runner.kv.rows.values()) == 3
 
 
+@pytest.mark.parametrize("queued", [False, True])
+def test_with_the_profiler_off_nothing_is_sampled_or_timed(
+    make_spec: MakeSpec, make_steps: MakeSteps, queued: bool
+) -> None:
+    spec = make_spec(page_size=8, token_budget=256, lane_blocks=11)
+    runner = prefilled(replace(spec, recall_stride=1))
+    runner.steps = make_steps(runner) if queued else None
+    told = []
+    for turns, word in ((range(3), "off"), (range(3, 6), "on"), (range(6, 9), "off")):
+        runner.apply(replace(spec.knobs, profiler=word))
+        for turn in turns:
+            runner.run(StepPlan(chunks=(), decodes=tuple(decodes_of(runner, turn))))
+        stats = runner.stats()
+        told.append((stats.recall_samples, stats.timed_steps))
+    assert told[0] == (0, 0)
+    assert told[1][0] > 0 and told[1][1] == 3
+    assert told[2] == told[1]
+
+
 def test_the_warm_up_reads_what_a_sample_would_and_counts_no_recall(make_spec: MakeSpec) -> None:
     runner = prefilled(make_spec(page_size=8, token_budget=256))
     before, row = runner.stats(), min(runner.kv.rows)

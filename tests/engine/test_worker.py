@@ -265,6 +265,20 @@ def test_it_reports_every_second_while_idle(loaded: Controller) -> None:
     assert beat.step_id > 40
 
 
+def test_with_the_profiler_off_it_reports_nothing(loaded: Controller) -> None:
+    loaded.send(ApplyKnobs(change_id=9, knobs=replace(KNOBS, profiler="off")))
+    assert loaded.wait_for(KnobsApplied).knobs.profiler == "off"
+    loaded.seen.clear()
+    loaded.send(request("unseen", max_tokens=20))
+    assert len(loaded.outputs("unseen")) == 20
+    for _ in range(3):
+        loaded.wait_for(Heartbeat)
+    assert not [message for message in loaded.seen if isinstance(message, EngineStats)]
+    loaded.send(ApplyKnobs(change_id=10, knobs=KNOBS))
+    loaded.wait_for(KnobsApplied)
+    assert loaded.wait_for(EngineStats).generated_tokens > 20
+
+
 def test_interrupts_are_for_the_controller_and_shutdown_is_clean(loaded: Controller) -> None:
     assert loaded.process is not None
     loaded.process.send_signal(signal.SIGINT)

@@ -102,11 +102,11 @@ def test_gpm_rates_come_from_two_samples(make_nvml: MakeNvml) -> None:
     source = GpmPcie(NvmlSession(nvml), "gpu0", clock=clock)
     assert source.read() is None
     nvml.received, nvml.sent, clock.now_s = 5, 2, 1.0
-    assert source.read() == PcieRates(h2d_bytes_per_s=5 << 20, d2h_bytes_per_s=2 << 20)
+    assert source.read() == PcieRates(5 << 20, 2 << 20, 1.0)
     clock.now_s = 1.01
     assert source.read() is None  # shorter than the counter's own window
     nvml.received, clock.now_s = 6, 2.0
-    assert source.read() == PcieRates(h2d_bytes_per_s=1 << 20, d2h_bytes_per_s=0)
+    assert source.read() == PcieRates(1 << 20, 0, 1.0)
 
 
 def test_field_rates_are_growth_over_time_and_survive_one_wrap(make_nvml: MakeNvml) -> None:
@@ -114,9 +114,9 @@ def test_field_rates_are_growth_over_time_and_survive_one_wrap(make_nvml: MakeNv
     source = FieldPcie(NvmlSession(nvml), "gpu0", clock=clock)
     assert source.read() is None
     nvml.received, nvml.sent, clock.now_s = (1 << 32) - 100, 50, 2.0
-    assert source.read() == PcieRates(((1 << 32) - 100) / 2, 25.0)
+    assert source.read() == PcieRates(((1 << 32) - 100) / 2, 25.0, 2.0)
     nvml.received, clock.now_s = 300, 4.0
-    assert source.read() == PcieRates(200.0, 0.0)
+    assert source.read() == PcieRates(200.0, 0.0, 2.0)
 
 
 def test_a_wide_field_that_goes_back_was_reset(make_nvml: MakeNvml) -> None:
@@ -127,13 +127,13 @@ def test_a_wide_field_that_goes_back_was_reset(make_nvml: MakeNvml) -> None:
     nvml.received, clock.now_s = 10, 1.0
     assert source.read() is None
     nvml.received, clock.now_s = 30, 2.0
-    assert source.read() == PcieRates(20.0, 0.0)
+    assert source.read() == PcieRates(20.0, 0.0, 1.0)
 
 
 def test_throughput_is_in_kilobytes(make_nvml: MakeNvml) -> None:
     nvml = make_nvml()
     nvml.received, nvml.sent = 7, 3
-    assert ThroughputPcie(NvmlSession(nvml), "gpu0").read() == PcieRates(7000.0, 3000.0)
+    assert ThroughputPcie(NvmlSession(nvml), "gpu0").read() == PcieRates(7000.0, 3000.0, 0.02)
 
 
 @pytest.mark.parametrize(

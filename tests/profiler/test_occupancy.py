@@ -43,9 +43,17 @@ def test_the_parts_of_the_engine_are_what_the_driver_counts_for_it(
     assert use.free_bytes == 7
 
 
+@given(SIZES, SIZES)
+def test_the_peak_is_never_under_what_the_driver_counts_now(told: int, own: int) -> None:
+    host = HostGauges(gpu_own_bytes=own)
+    use = occupancy(plan(hot_pages_bytes=1), host, weights_bytes=2, peak_bytes=told)
+    assert use.peak_bytes == (max(told, own) or None)
+
+
 def test_what_the_driver_does_not_tell_is_absent() -> None:
     use = occupancy(plan(hot_pages_bytes=1), HostGauges(), weights_bytes=2)
     assert (use.rest_bytes, use.others_bytes, use.free_bytes) == (None, None, None)
+    assert use.peak_bytes is None
 
 
 def test_a_driver_that_counts_less_leaves_no_rest() -> None:

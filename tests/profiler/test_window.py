@@ -155,7 +155,7 @@ def test_every_counter_of_the_engine_is_carried() -> None:
     gauges = {
         *("num_running", "num_waiting", "hot_used_bytes", "hot_total_bytes"),
         *("dram_used_bytes", "dram_total_bytes", "recent_step_s", "knobs"),
-        *("working_set_pages", "working_set_bytes", "metadata_bytes"),
+        *("working_set_pages", "working_set_bytes", "metadata_bytes", "hbm_peak_bytes"),
         *("num_spilled", "waiting", "recent_quality", "applying"),
     }
     names = {item.name for item in dataclasses.fields(EngineStats)}
