@@ -8,6 +8,9 @@ from typing import Final
 # Without a target: a step waits for the link at most twice as long as it computes. Beyond that a
 # further request costs the others more tokens than it draws.
 DEFAULT_MULTIPLE: Final = 3.0
+# With a target near a step, or below it: a step may wait for the link by so much of itself. Less
+# would serve one request after the other, and meet such a target no more than that.
+LEAST_SLACK: Final = 0.1
 LEARNING_RATE: Final = 0.05
 LEAST_SHARE: Final = 0.5  # of a step that is its own, whatever is said to have been missed
 
@@ -34,7 +37,7 @@ class Pace:
         if self.step_s is None:
             return None
         target_s = self.target_s or DEFAULT_MULTIPLE * self.step_s
-        return max(0.0, target_s - self.step_s)
+        return max(LEAST_SLACK * self.step_s, target_s - self.step_s)
 
     def slack_pages(self, *, bytes_per_s: float | None, page_bytes: int) -> float | None:
         """The same in pages of the link's rate, None where that is not known."""

@@ -56,7 +56,9 @@ def complain(message: str) -> None:
 
 
 def gib(size_bytes: float) -> str:
-    return f"{size_bytes / (1 << 30):.2f} GiB"
+    """A size in words: below a tenth of a GiB in MiB."""
+    mib = size_bytes / (1 << 20)
+    return f"{mib:.2f} MiB" if 0 < mib < 102.4 else f"{mib / 1024:.2f} GiB"
 
 
 def values_in_words(values: Mapping[str, KnobValue]) -> str:

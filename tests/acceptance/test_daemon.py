@@ -218,7 +218,7 @@ def test_why_follows_what_the_daemon_does(daemon: StartDaemon) -> None:
         assert found.verdict.bound is Bound.CAPACITY
         assert found.remedies[0].knob == "max_num_seqs" and found.tried == ()
         numbers = {item.name: item.value for item in found.verdict.evidence}
-        assert numbers["requests waiting"] == 1 and numbers["mean step"] > 0
+        assert numbers["waiting"] == 1 and numbers["mean step"] > 0
         assert numbers["calibrated rate of the link"] > 0
     for thread in (*threads, second):
         thread.join(60)

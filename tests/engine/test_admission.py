@@ -22,7 +22,7 @@ from sparsed.engine.admission import (
 )
 from sparsed.engine.breaker import GOOD_SAMPLES, MARGIN, MAX_RAISES, Breaker, judge
 from sparsed.engine.hit_curve import MissCurve
-from sparsed.engine.pace import DEFAULT_MULTIPLE, Pace
+from sparsed.engine.pace import DEFAULT_MULTIPLE, LEAST_SLACK, Pace
 from sparsed.engine.preemption import (
     PRESSURE,
     SETTLE_STEPS,
@@ -175,7 +175,7 @@ def test_slack_is_what_the_target_leaves() -> None:
     assert pace.slack_pages(bytes_per_s=1e9, page_bytes=1000) == pytest.approx(20_000)
     assert pace.slack_pages(bytes_per_s=None, page_bytes=1000) is None
     tight = Pace(target_s=0.008).note(0.010, miss_s=0.0)
-    assert tight.slack_s == 0
+    assert tight.slack_s == pytest.approx(LEAST_SLACK * 0.010), "a target below a step is no stop"
     for _ in range(300):
         pace = pace.note(0.050, miss_s=0.030)
     assert pace.step_s == pytest.approx(0.025), "half a step is its own at least"
