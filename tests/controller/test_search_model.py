@@ -88,6 +88,7 @@ def start_plan(
         key=ProfileKey(hardware="any", model="dummy", dtype="bfloat16"),
         profile="none",
         sources={},
+        versions={},
     )
 
 

@@ -377,7 +377,7 @@ def test_an_unsampled_floor_is_broken(sparse_steps: float, is_feasible: bool) ->
 
 @pytest.mark.parametrize("objective", list(Objective))
 def test_what_a_gpu_told_of_memory_and_link_is_a_slack(objective: Objective) -> None:
-    told = measurement(hbm_peak_frac=0.9, link_busy_frac=0.99, sparse_steps=0)
+    told = measurement(hbm_peak_frac=0.9, link_busy_frac=0.99, sparse_steps=0, hot_peak_bytes=1)
     verdict = judge(told, objective=objective, slo=Slo())
     assert verdict.status is TrialStatus.OK, "a busy link breaks no promise"
     trial = replace(finished(), metrics=verdict.metrics)
