@@ -12,6 +12,7 @@ Shape legend: S steps, L lanes, K selected pages.
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 import torch
+from report import environment
 
 from sparsed.core import (
     BLOCK_TOKENS,
@@ -185,11 +187,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("recordings", nargs="+", type=Path)
     parser.add_argument("--residencies", nargs="+", type=int, default=RESIDENCIES)
+    parser.add_argument("--output", type=Path, help="write the shares as JSON")
     options = parser.parse_args(arguments)
+    rows: list[dict[str, object]] = []
     for path in options.recordings:
         recording = read_recording(path)
+        header = recording.header
         for residency in options.residencies:
-            print(f"{recording.header.text:16} {residency}x {compare(recording, residency)}")
+            shares = compare(recording, residency)
+            print(f"{header.text:16} {residency}x {shares}")
+            row = {"model": header.model, "text": header.text, "residency": residency}
+            rows.append({**row, **shares._asdict()})
+    if options.output is not None:
+        options.output.write_text(json.dumps({**environment(), "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -107,8 +107,8 @@ def can_start(plan: StartPlan, knobs: Knobs) -> bool:
 
 
 def hot_tokens(plan: StartPlan) -> int:
-    """Tokens of whole requests that the hot tier of ``plan`` has blocks for."""
-    return plan.spec.plan.num_blocks // plan.model.shape.num_lanes * BLOCK_TOKENS
+    """Tokens of whole requests that the hot tier of ``plan`` has blocks for; one block is nobody's."""
+    return (plan.spec.plan.num_blocks - 1) // plan.model.shape.num_lanes * BLOCK_TOKENS
 
 
 def memory_limit(plan: StartPlan) -> MemoryLimit:
