@@ -67,10 +67,11 @@ def _has_room(name: str, move: KnobMove, knobs: Knobs) -> bool:
 def _limits(knobs: Knobs) -> Mapping[str, tuple[float, float | None]]:
     """Ranges that other knobs narrow, as ``Knobs`` checks them."""
     token_budget, page_size = KNOBS_BY_NAME["token_budget"], knobs.page_size
+    fitting = [size for size in PAGE_SIZES if 4 * size <= knobs.token_budget]
     most_tokens = token_budget.maximum if knobs.hbm_budget is None else knobs.hbm_budget
     return {
         "token_budget": (max(token_budget.minimum or 0, 4 * page_size), most_tokens),
         "hbm_budget": (knobs.token_budget, KNOBS_BY_NAME["hbm_budget"].maximum),
         "max_num_active_seqs": (1, knobs.max_num_seqs),
-        "page_size": (min(PAGE_SIZES), min(max(PAGE_SIZES), knobs.token_budget // 4)),
+        "page_size": (min(PAGE_SIZES), max(fitting)),
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from sparsed.core import (
@@ -121,6 +121,7 @@ def test_what_has_no_room_or_no_effect_is_left_out(
     st.one_of(st.none(), st.integers(256, 32768)),
     st.integers(1, 1024),
 )
+@example(Bound.LINK, None, 260, 64, None, 1)  # four pages of 65 would fit, but the next size is 128
 def test_a_small_move_of_every_remedy_is_allowed(
     bound: Bound,
     limit: WaitReason | None,
