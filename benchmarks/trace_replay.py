@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -55,11 +55,9 @@ class Daemon:
     def wait_until_ready(self) -> None:
         deadline_s = time.monotonic() + READY_S
         while time.monotonic() < deadline_s and self._process.poll() is None:
-            try:
+            with suppress(httpx.TransportError):  # nobody listens yet
                 if httpx.get(f"{self.url}/ready", timeout=5.0).status_code == 200:
                     return
-            except httpx.TransportError:
-                pass
             time.sleep(0.2)
         raise SystemExit("the daemon did not become ready")
 

@@ -74,7 +74,7 @@ class RolloutLog:
                 case Keep():
                     await asyncio.to_thread(self._store.keep_regimes, self._key, action.regimes)
                 case Apply():
-                    pass
+                    pass  # the host applies; there is nothing to keep of it
                 case _:
                     await asyncio.to_thread(self._store.note_rollout, self._key, action.record)
 

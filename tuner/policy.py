@@ -35,10 +35,8 @@ class Crash(StrEnum):
     OOM_DEVICE = "oom_device"
     OOM_HOST_PINNED = "oom_host_pinned"
     CUDA_ERROR = "cuda_error"
-    XID = "xid"
     TIMEOUT = "timeout"
     INVALID_CONFIG = "invalid_config"
-    SATURATED = "saturated"
     ENGINE_BUG = "engine_bug"
     INTERRUPTED = "interrupted"
 
@@ -49,7 +47,6 @@ TEACHING_CRASHES: Final = frozenset(
         Crash.OOM_DEVICE,
         Crash.OOM_HOST_PINNED,
         Crash.CUDA_ERROR,
-        Crash.XID,
         Crash.TIMEOUT,
         Crash.INVALID_CONFIG,
     }

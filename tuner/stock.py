@@ -14,8 +14,8 @@ from skopt.space import Integer
 from sparsed.core import KnobValue
 from sparsed.tuner.policy import Observation, RandomSearch, Suggestion, best_observed
 from sparsed.tuner.space import SearchSpace
+from sparsed.tuner.surrogate import PENALTY_LOG
 
-PENALTY_LOG: Final = 0.5  # an infeasible point is taught as this much below the worst score
 NUM_INITIAL: Final = 10  # random points first: the library's default
 
 

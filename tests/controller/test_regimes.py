@@ -157,7 +157,7 @@ def test_a_slow_link_degrades_the_daemon_and_its_profile(
     )
 
     async def apply(values: Any) -> None:
-        raise AssertionError(f"in mode advise nothing is applied, but {values}")
+        assert not values, "in mode advise nothing is applied"
 
     async def scenario() -> None:
         tuner = LiveTuner(
@@ -168,7 +168,6 @@ def test_a_slow_link_degrades_the_daemon_and_its_profile(
             read_failures=lambda: 0,
             read_facts=lambda: control.now.facts,
         )
-        tuner._rollout._apply = lambda values: apply(values) if values else asyncio.sleep(0)  # type: ignore[misc]  # a seam
         serving = asyncio.create_task(tuner.serve())
         loaded = replace(
             control.now.snapshot,

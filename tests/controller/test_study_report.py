@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -169,12 +170,10 @@ def test_a_study_is_found_by_its_number_and_as_the_last() -> None:
         ({"seed": 2}, "seed 1, now 2"),
     ],
 )
-def test_another_question_is_refused_with_what_differs(
-    changes: dict[str, object], words: str
-) -> None:
+def test_another_question_is_refused_with_what_differs(changes: dict[str, Any], words: str) -> None:
     store = InMemoryProfileStore()
     number = begun(store)
-    question = replace(QUESTION, **changes)  # type: ignore[arg-type]  # fields by name
+    question = replace(QUESTION, **changes)
     with pytest.raises(InputError, match=words) as caught:
         find_study(store, str(number), question=question)
     assert caught.value.field == "resume"
