@@ -8,8 +8,9 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import serving
 
-from sparsed.core import HostGauges, Platform, Slo, Snapshot
+from sparsed.core import HostGauges, Platform, Slo
 from sparsed.tuner.drift import (
     NUM_REFERENCE,
     SUSTAINED_S,
@@ -21,34 +22,7 @@ from sparsed.tuner.drift import (
     watch_link,
 )
 
-SNAPSHOT = Snapshot(
-    ended_at=0.0,
-    window_s=1.0,
-    steps=10,
-    step_p50_s=0.1,
-    step_p95_s=0.2,
-    step_p99_s=0.3,
-    prompt_tokens_per_s=0.0,
-    generated_tokens_per_s=50.0,
-    hot_hit_frac=0.9,
-    misses_per_step=16.0,
-    miss_bytes_per_step=10.0,
-    h2d_bytes=100,
-    d2h_bytes=10,
-    h2d_gb_per_s=1.0,
-    d2h_gb_per_s=1.0,
-    attention_recall=0.9,
-    num_running=4,
-    num_waiting=0,
-    hot_used_frac=0.5,
-    dram_used_frac=0.1,
-    working_set_pages=640,
-    working_set_bytes=640 << 12,
-    metadata_bytes=4096,
-    requests_finished=1,
-    ttft_p95_s=0.5,
-    tpot_p95_s=0.02,
-)
+SNAPSHOT = replace(serving.SNAPSHOT, ended_at=0.0, knobs=None)
 WINDOW_S = 5.0
 KNOBS = {"token_budget": 2048}
 SLO = Slo(tpot_s=0.1)

@@ -9,16 +9,15 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import serving
 
 from sparsed.core import (
     AcceptanceRule,
     HostGauges,
-    Knobs,
     KnobValue,
     RolloutReason,
     RolloutState,
     Slo,
-    Snapshot,
     TunerMode,
     WorkloadContext,
 )
@@ -43,48 +42,7 @@ from sparsed.tuner.rollout_state import (
     Tripped,
 )
 
-KNOBS = Knobs(
-    token_budget=2048,
-    hbm_budget=None,
-    max_num_active_seqs=4,
-    prefill_chunk=512,
-    page_size=32,
-    sparse_method="cuboid-mean",
-    dense_layers=0,
-    max_num_seqs=16,
-    kv_hbm_gib=1.0,
-    kv_dram_gib=1.0,
-    max_model_len=8192,
-)
-SNAPSHOT = Snapshot(
-    ended_at=0.0,
-    window_s=1.0,
-    steps=10,
-    step_p50_s=0.1,
-    step_p95_s=0.2,
-    step_p99_s=0.3,
-    prompt_tokens_per_s=0.0,
-    generated_tokens_per_s=50.0,
-    hot_hit_frac=0.9,
-    misses_per_step=16.0,
-    miss_bytes_per_step=10.0,
-    h2d_bytes=100,
-    d2h_bytes=10,
-    h2d_gb_per_s=1.0,
-    d2h_gb_per_s=1.0,
-    attention_recall=0.9,
-    num_running=4,
-    num_waiting=0,
-    hot_used_frac=0.5,
-    dram_used_frac=0.1,
-    working_set_pages=640,
-    working_set_bytes=640 << 12,
-    metadata_bytes=4096,
-    requests_finished=1,
-    ttft_p95_s=0.5,
-    tpot_p95_s=0.02,
-    step_s=0.8,
-)
+SNAPSHOT = replace(serving.SNAPSHOT, ended_at=0.0, step_s=0.8)
 CHAT = WorkloadContext(
     span_s=60.0, num_requests=60, requests_per_s=1.0, input_tokens_p50=500.0, input_tokens_p95=900.0
 )
@@ -115,18 +73,18 @@ class World:
     def __init__(self, controls: Controls = AUTO, regimes: Regimes | None = None) -> None:
         self.state = Rollout(
             controls=controls,
-            base=live_values(KNOBS),
+            base=live_values(serving.KNOBS),
             versions={"torch": "2"},
             regimes=regimes or Regimes(),
         )
         self.at = 1000.0
-        self.in_force = KNOBS
+        self.in_force = serving.KNOBS
         self.load = CHAT
         self.draw = random.Random(0)
         self.num_failed = 0
         self.marked = False
         self.good: Mapping[str, KnobValue] = {}
-        self.proved = [KNOBS]
+        self.proved = [serving.KNOBS]
         self.settles: list[Settle] = []
         self.records: list[tuple[RolloutState, RolloutReason]] = []
         self.settled_at: dict[float, int | None] = {}  # regime by tick; None: on its way
@@ -214,7 +172,7 @@ def copy_of(world: World) -> World:
 
 def test_each_load_has_what_was_verified_for_it(tuned: World) -> None:
     chat, documents = tuned.state.regimes.known
-    base = live_values(KNOBS)
+    base = live_values(serving.KNOBS)
     assert chat.incumbent == {**base, **FOR_CHAT}
     assert documents.incumbent == {**base, **FOR_CHAT, **FOR_DOCUMENTS}, "as it was tested"
     assert chat.versions == {"torch": "2"} and chat.verified_at
@@ -240,7 +198,7 @@ def test_a_load_without_an_incumbent_has_the_last_known_good(tuned: World) -> No
     assert world.in_force.prefill_chunk == 512
     world.serve(40, replace(CHAT, requests_per_s=64.0))
     assert world.state.regimes.current == 3
-    assert live_values(world.in_force) == {**live_values(KNOBS), **tuned.good}
+    assert live_values(world.in_force) == {**live_values(serving.KNOBS), **tuned.good}
     world = World()
     world.serve(40, CHAT)
     world.in_force = world.in_force.with_values({"token_budget": 1024})  # an operator
@@ -340,7 +298,7 @@ def test_another_load_ends_a_test_without_a_verdict() -> None:
     world.load = DOCUMENTS
     world.until(RolloutReason.REGIME_CHANGED, seconds=10)
     assert world.records[-1] == (RolloutState.EXPIRED, RolloutReason.REGIME_CHANGED)
-    assert world.in_force == KNOBS and not world.marked and world.state.failed == ()
+    assert world.in_force == serving.KNOBS and not world.marked and world.state.failed == ()
     world.serve(5)
     world.propose(FOR_CHAT)
     assert world.state.candidate is not None
@@ -410,7 +368,7 @@ def test_a_test_under_way_is_undone_before_the_fall_back() -> None:
     world = under_test()
     actions = world.tell(Drifted(at=world.at, reason="slow link", values=SAFE))
     assert [type(action) for action in actions] == [Apply, Settle, Apply, Settle]
-    assert world.in_force == KNOBS.with_values(SAFE) and not world.marked
+    assert world.in_force == serving.KNOBS.with_values(SAFE) and not world.marked
 
 
 def test_whatever_comes_it_stays_on_what_is_proved_and_counts_one_load() -> None:
