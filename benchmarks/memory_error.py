@@ -1,0 +1,347 @@
+"""How far the memory that is planned on a GPU is from the most that a loaded daemon takes of it.
+
+Run from the root, on a machine that does nothing else: ``PYTHONPATH=benchmarks python
+benchmarks/memory_error.py --output FILE.json``. Every point (``--points``, values of knobs and of the load
+with commas between them) starts a daemon, which is sized, not told how much it may take; requests of the
+worst shapes fill its chunks, its batch and its tiers, some with logprobs, some with penalties. Says by point
+what was predicted, the peak that the daemon tells, the peak that the driver tells, and who has it.
+``--device cpu`` does the same where there is no device memory, so that nothing is measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Final, Self
+
+import httpx
+from report import environment
+from trace_replay import Daemon, running
+
+from sparsed.controller.config import load_config
+from sparsed.controller.startup import StartPlan, prepare
+from sparsed.core import GIB, KNOBS_BY_NAME
+from sparsed.engine.planner import workspace_bytes
+from sparsed.profiler.collectors.nvml import NvmlSession, open_nvml
+from sparsed.tuner.roofline import HbmPeak, hbm_peak
+
+MODEL: Final = {"cuda": "dummy:llama-3.1-8b", "cpu": "dummy:tiny"}
+POINTS: Final = {
+    "cuda": """
+        kv_hbm_gib=18,prefill_chunk=2048,max_num_seqs=64,prompt=1024,requests=64
+        kv_hbm_gib=6,prefill_chunk=2048,max_num_seqs=8,prompt=32000,requests=4
+        kv_hbm_gib=40,prefill_chunk=32768,max_num_seqs=8,prompt=32768,requests=3
+        kv_hbm_gib=18,prefill_chunk=8192,max_num_seqs=8,page_size=32,prompt=32768,requests=4
+        kv_hbm_gib=6,prefill_chunk=8192,max_num_seqs=1,page_size=16,prompt=32768,requests=1
+        prefill_chunk=8192,max_num_seqs=64,prompt=4096,requests=30
+    """,
+    "cpu": """
+        kv_hbm_gib=0.05,prefill_chunk=256,max_num_seqs=4,prompt=600,requests=4
+        kv_hbm_gib=0.05,prefill_chunk=512,max_num_seqs=1,page_size=16,prompt=700,requests=2
+    """,
+}
+DRAM_GIB: Final = {"cuda": "18", "cpu": "0.1"}  # pinning more would take most of the time
+LOAD: Final = {"prompt": 512, "requests": 1, "output": 48}  # what of a point is no knob
+ALL_LOGPROBS: Final = 400  # tokens of a prompt whose every position is asked for
+SAMPLE_S: Final = 0.1
+SETTLE_S: Final = 1.5  # the engine reports every second
+REQUEST_S: Final = 200.0
+MAX_ERROR: Final = 0.03
+MAX_UNDER: Final = 0.01
+
+# Both at one instant, in a process with a CUDA context and nothing else.
+BOTH_FREE: Final = """
+import json, sys, torch
+from sparsed.profiler.collectors.nvml import open_nvml
+with open_nvml() as nvml:
+    handle = nvml.call("nvmlDeviceGetHandleByIndex", int(sys.argv[1]))
+    before = nvml.memory(handle).free_bytes
+    torch.cuda.set_device(int(sys.argv[1]))
+    torch.cuda.synchronize()
+    cuda, total = torch.cuda.mem_get_info()
+    memory = nvml.memory(handle)
+    print(json.dumps({"cuda_free_bytes": cuda, "cuda_total_bytes": total,
+        "nvml_free_bytes": memory.free_bytes, "nvml_total_bytes": memory.total_bytes,
+        "nvml_used_bytes": memory.used_bytes, "context_bytes": before - memory.free_bytes}))
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """A configuration and what it is loaded with: prompts and outputs in tokens."""
+
+    knobs: dict[str, str]
+    prompt: int
+    requests: int
+    output: int
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """``name=value,...``; ValueError naming what is neither a knob nor of the load."""
+        pairs = dict(pair.split("=", 1) for pair in text.split(","))
+        if unknown := pairs.keys() - KNOBS_BY_NAME.keys() - LOAD.keys():
+            raise ValueError(f"{text}: no such knob: {', '.join(sorted(unknown))}")
+        load = {name: int(pairs.pop(name, default)) for name, default in LOAD.items()}
+        return cls(knobs=pairs, **load)
+
+    def flags(self, options: argparse.Namespace) -> dict[str, str]:
+        dram = DRAM_GIB[options.device.partition(":")[0]]
+        named = {"model": options.model, "device": options.device, "kv_dram_gib": dram}
+        return named | self.knobs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seen:
+    """What the driver told while a point was measured, bytes of device memory in use by all."""
+
+    before_bytes: int | None  # no daemon
+    ready_bytes: int | None = None  # the daemon has started and warmed up
+    peak_bytes: int | None = None
+    own_peak_bytes: int | None = None  # of the engine alone; None: the driver does not tell
+
+
+class Driver:
+    """Samples the driver's counts beside the load; nothing is told where there is none."""
+
+    def __init__(self, nvml: NvmlSession | None, *, index: int | None) -> None:
+        self.peak_bytes = 0
+        self.own_peak_bytes = 0
+        self.pid: int | None = None
+        self._nvml = nvml
+        self._handle = None
+        if nvml is not None and index is not None:
+            self._handle = nvml.call("nvmlDeviceGetHandleByIndex", index)
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+
+    def used_bytes(self) -> int | None:
+        if self._nvml is None or self._handle is None:
+            return None
+        memory = self._nvml.memory(self._handle)
+        return memory.total_bytes - memory.free_bytes if memory else None
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._end.wait(SAMPLE_S):
+            self.peak_bytes = max(self.peak_bytes, self.used_bytes() or 0)
+            if self._nvml is not None and self._handle is not None and self.pid is not None:
+                own = self._nvml.process_memory(self._handle, own_pids=[self.pid])
+                self.own_peak_bytes = max(self.own_peak_bytes, own.own_bytes if own else 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One point, measured. ``told_bytes``: the peak that the engine tells, 0 on a CPU."""
+
+    point: Point
+    predicted: HbmPeak
+    told_bytes: int
+    weights_bytes: int  # as loaded
+    seen: Seen
+    context_bytes: int | None
+    failures: Sequence[str] = field(default=())
+
+    @property
+    def error(self) -> float | None:
+        """Predicted over measured, less one; below 0 it takes more than was planned."""
+        return self.predicted.total_bytes / self.told_bytes - 1 if self.told_bytes else None
+
+    def owners(self) -> dict[str, int | None]:
+        """What was measured by owner; the parts of the KV memory are what they were given."""
+        plan, seen = self.predicted, self.seen
+        known = plan.total_bytes - plan.workspace_bytes - plan.weights_bytes + self.weights_bytes
+        at_ready = grown = None
+        if seen.ready_bytes is not None and seen.before_bytes is not None:
+            at_ready = seen.ready_bytes - seen.before_bytes - known - (self.context_bytes or 0)
+            grown = self.told_bytes - (seen.ready_bytes - seen.before_bytes)
+        return {
+            "weights": self.weights_bytes,
+            "hot pages": plan.hot_pages_bytes,
+            "summaries and tables": plan.summaries_bytes + plan.tables_bytes,
+            "staging and prompt buffer": plan.staging_bytes + plan.prefill_buffer_bytes,
+            "CUDA context": self.context_bytes,
+            "graphs, warm-up, libraries": at_ready,
+            "more under load": grown,
+            "all but weights and KV memory": self.told_bytes - known if self.told_bytes else None,
+        }
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self) | {"error_frac": self.error, "owners": self.owners()}
+
+
+def start_plan(point: Point, options: argparse.Namespace) -> StartPlan:
+    config = load_config(flags=dict(point.flags(options)), environment={}, file=None)
+    return prepare(replace(config, no_profile=True), progress=lambda _phase, _frac: None)
+
+
+def predict(plan: StartPlan) -> HbmPeak:
+    knobs, shape = plan.spec.knobs, plan.model.shape
+    workspace = workspace_bytes(
+        shape, dtype=plan.spec.dtype, chunk=knobs.prefill_chunk, num_seqs=knobs.max_num_seqs
+    )
+    return hbm_peak(plan.spec.plan, workspace_bytes=workspace)
+
+
+def bodies(point: Point, *, model: str) -> Iterator[list[dict[str, Any]]]:
+    """Requests by rounds, each sent at once: the batch full, then what the host samples."""
+    plain = {"model": model, "max_tokens": point.output, "ignore_eos": True}
+
+    def prompts(count: int, size: int) -> list[dict[str, Any]]:
+        return [
+            plain | {"prompt": [1 + (at * (number + 3)) % 400 for at in range(size)]}
+            for number in range(count)
+        ]
+
+    yield prompts(point.requests, point.prompt)
+    short = prompts(point.requests, min(point.prompt, ALL_LOGPROBS))
+    yield [body | {"presence_penalty": 0.5, "logprobs": 5} for body in short]
+    yield [short[0] | {"echo": True, "logprobs": 5}]
+
+
+def load(daemon: Daemon, point: Point) -> list[str]:
+    """Send it; what was refused or failed, in words."""
+    model = httpx.get(f"{daemon.url}/v1/models").json()["data"][0]["id"]
+
+    def send(body: dict[str, Any]) -> str | None:
+        answer = httpx.post(f"{daemon.url}/v1/completions", json=body, timeout=REQUEST_S)
+        return None if answer.status_code == 200 else f"{answer.status_code}: {answer.text[:200]}"
+
+    failures = []
+    with ThreadPoolExecutor(max_workers=max(1, point.requests)) as pool:
+        for round_ in bodies(point, model=model):
+            failures += [found for found in pool.map(send, round_) if found]
+    time.sleep(SETTLE_S)
+    return failures
+
+
+def measure(
+    point: Point, options: argparse.Namespace, *, index: int | None, context_bytes: int | None
+) -> Row:
+    plan = start_plan(point, options)
+    named = [[f"--{name.replace('_', '-')}", value] for name, value in point.flags(options).items()]
+    flags = [word for pair in named for word in pair] + ["--no-profile"]
+    with driver(index) as counts:
+        before = counts.used_bytes()
+        with running(flags) as daemon:
+            ready = counts.used_bytes()
+            facts = daemon.status()["facts"]
+            counts.pid = facts["pid"]
+            failures = load(daemon, point)
+            told = daemon.status()["stats"]["hbm_peak_bytes"]
+    peak = counts.peak_bytes - before if before is not None else None
+    return Row(
+        point=point,
+        predicted=predict(plan),
+        told_bytes=told,
+        weights_bytes=facts["weights_bytes"],
+        seen=Seen(
+            before_bytes=before,
+            ready_bytes=ready,
+            peak_bytes=peak,
+            own_peak_bytes=counts.own_peak_bytes or None,
+        ),
+        context_bytes=context_bytes,
+        failures=failures,
+    )
+
+
+@contextmanager
+def driver(index: int | None) -> Iterator[Driver]:
+    with open_nvml() as nvml, Driver(nvml, index=index) as counts:
+        yield counts
+
+
+def both_free(index: int) -> dict[str, int]:
+    """Free memory as CUDA and as the driver tell it, and what a bare CUDA context takes."""
+    command = (sys.executable, "-c", BOTH_FREE, str(index))
+    text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    told: dict[str, int] = json.loads(text)
+    return told
+
+
+def gib(num_bytes: int | None) -> str:
+    return "-" if num_bytes is None else f"{num_bytes / GIB:.3f}"
+
+
+def tell(row: Row) -> None:
+    error = "not measured: no device memory" if row.error is None else f"error {row.error:+.2%}"
+    print(f"\n{row.point}")
+    print(
+        f"GiB: predicted {gib(row.predicted.total_bytes)}, told by the engine "
+        f"{gib(row.told_bytes or None)}, by the driver {gib(row.seen.peak_bytes)} "
+        f"(the engine alone {gib(row.seen.own_peak_bytes)}): {error}"
+    )
+    for owner, num_bytes in row.owners().items():
+        print(f"  {owner:32}{gib(num_bytes):>9}")
+    print(f"  {'planned for all but those':32}{gib(row.predicted.workspace_bytes):>9}")
+    for failure in row.failures:
+        print(f"  failed: {failure}")
+    sys.stdout.flush()
+
+
+def faults(rows: Sequence[Row]) -> list[str]:
+    """Points beyond the target."""
+    found = []
+    for row in rows:
+        found += [f"{row.point}: {failure}" for failure in row.failures]
+        if row.error is not None and not -MAX_UNDER <= row.error <= MAX_ERROR:
+            found.append(f"{row.point}: {row.error:+.2%}")
+    return found
+
+
+def parse_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", default="cuda:0", help="cuda:N or cpu")
+    parser.add_argument("--model", help="default: a dummy of 8B, on a CPU a tiny one")
+    parser.add_argument("--points", nargs="+", help="default: six on a GPU, two on a CPU")
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+    kind = options.device.partition(":")[0]
+    options.model = options.model or MODEL[kind]
+    options.points = [Point.parse(text) for text in options.points or POINTS[kind].split()]
+    return options
+
+
+def main() -> None:
+    options = parse_options()
+    kind, _, number = options.device.partition(":")
+    index = None if kind == "cpu" else int(number or 0)
+    free = both_free(index) if index is not None else {}
+    print(f"free memory by both: {free}" if free else "on a CPU device memory is emulated")
+    started_s, rows = time.monotonic(), []
+    for point in options.points:
+        context_bytes = free.get("context_bytes")
+        rows.append(measure(point, options, index=index, context_bytes=context_bytes))
+        tell(rows[-1])
+    result = environment() | {
+        "free": free,
+        "rows": [row.as_json() for row in rows],
+        "seconds": time.monotonic() - started_s,
+        "faults": faults(rows),
+    }
+    print(*result["faults"], sep="\n")
+    if options.output:
+        options.output.write_text(json.dumps(result, indent=1, default=dict) + "\n")
+    raise SystemExit(bool(result["faults"]))
+
+
+if __name__ == "__main__":
+    main()
