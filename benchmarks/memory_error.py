@@ -14,16 +14,15 @@ import argparse
 import json
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, Self
 
 import httpx
+from driver_memory import both_free, driver, phases
 from report import environment
 from trace_replay import Daemon, running
 
@@ -31,7 +30,6 @@ from sparsed.controller.config import load_config
 from sparsed.controller.startup import StartPlan, prepare
 from sparsed.core import GIB, KNOBS_BY_NAME
 from sparsed.engine.planner import workspace_bytes
-from sparsed.profiler.collectors.nvml import NvmlSession, open_nvml
 from sparsed.tuner.roofline import HbmPeak, hbm_peak
 
 MODEL: Final = {"cuda": "dummy:llama-3.1-8b", "cpu": "dummy:tiny"}
@@ -52,27 +50,10 @@ POINTS: Final = {
 DRAM_GIB: Final = {"cuda": "18", "cpu": "0.1"}  # pinning more would take most of the time
 LOAD: Final = {"prompt": 512, "requests": 1, "output": 48}  # what of a point is no knob
 ALL_LOGPROBS: Final = 400  # tokens of a prompt whose every position is asked for
-SAMPLE_S: Final = 0.1
 SETTLE_S: Final = 1.5  # the engine reports every second
 REQUEST_S: Final = 200.0
 MAX_ERROR: Final = 0.03
 MAX_UNDER: Final = 0.01
-
-# Both at one instant, in a process with a CUDA context and nothing else.
-BOTH_FREE: Final = """
-import json, sys, torch
-from sparsed.profiler.collectors.nvml import open_nvml
-with open_nvml() as nvml:
-    handle = nvml.call("nvmlDeviceGetHandleByIndex", int(sys.argv[1]))
-    before = nvml.memory(handle).free_bytes
-    torch.cuda.set_device(int(sys.argv[1]))
-    torch.cuda.synchronize()
-    cuda, total = torch.cuda.mem_get_info()
-    memory = nvml.memory(handle)
-    print(json.dumps({"cuda_free_bytes": cuda, "cuda_total_bytes": total,
-        "nvml_free_bytes": memory.free_bytes, "nvml_total_bytes": memory.total_bytes,
-        "nvml_used_bytes": memory.used_bytes, "context_bytes": before - memory.free_bytes}))
-"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,84 +82,49 @@ class Point:
 
 @dataclass(frozen=True, kw_only=True)
 class Seen:
-    """What the driver told while a point was measured, bytes of device memory in use by all."""
+    """Bytes of device memory that a daemon took as it was measured. ``phases``: of everybody, less
+    what was in use before, at the end of each phase, the last of which is the load at its most;
+    ``own_peak_bytes``: the driver's count for the engine alone, None where it has none."""
 
-    before_bytes: int | None  # no daemon
-    ready_bytes: int | None = None  # the daemon has started and warmed up
-    peak_bytes: int | None = None
-    own_peak_bytes: int | None = None  # of the engine alone; None: the driver does not tell
+    told_bytes: int = 0  # the peak that the engine tells, 0 on a CPU
+    weights_bytes: int = 0  # as loaded
+    phases: dict[str, int] = field(default_factory=dict)
+    own_peak_bytes: int | None = None
+    failures: tuple[str, ...] = ()
 
-
-class Driver:
-    """Samples the driver's counts beside the load; nothing is told where there is none."""
-
-    def __init__(self, nvml: NvmlSession | None, *, index: int | None) -> None:
-        self.peak_bytes = 0
-        self.own_peak_bytes = 0
-        self.pid: int | None = None
-        self._nvml = nvml
-        self._handle = None
-        if nvml is not None and index is not None:
-            self._handle = nvml.call("nvmlDeviceGetHandleByIndex", index)
-        self._end = threading.Event()
-        self._thread = threading.Thread(target=self._run)
-
-    def used_bytes(self) -> int | None:
-        if self._nvml is None or self._handle is None:
-            return None
-        memory = self._nvml.memory(self._handle)
-        return memory.total_bytes - memory.free_bytes if memory else None
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._end.set()
-        self._thread.join()
-
-    def _run(self) -> None:
-        while not self._end.wait(SAMPLE_S):
-            self.peak_bytes = max(self.peak_bytes, self.used_bytes() or 0)
-            if self._nvml is not None and self._handle is not None and self.pid is not None:
-                own = self._nvml.process_memory(self._handle, own_pids=[self.pid])
-                self.own_peak_bytes = max(self.own_peak_bytes, own.own_bytes if own else 0)
+    @property
+    def peak_bytes(self) -> int | None:
+        return max(self.phases.values(), default=None)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One point, measured. ``told_bytes``: the peak that the engine tells, 0 on a CPU."""
+    """One point, measured. ``context_bytes``: of a process that does nothing on the device."""
 
     point: Point
     predicted: HbmPeak
-    told_bytes: int
-    weights_bytes: int  # as loaded
     seen: Seen
     context_bytes: int | None
-    failures: Sequence[str] = field(default=())
 
     @property
     def error(self) -> float | None:
         """Predicted over measured, less one; below 0 it takes more than was planned."""
-        return self.predicted.total_bytes / self.told_bytes - 1 if self.told_bytes else None
+        told = self.seen.told_bytes
+        return self.predicted.total_bytes / told - 1 if told else None
 
     def owners(self) -> dict[str, int | None]:
         """What was measured by owner; the parts of the KV memory are what they were given."""
         plan, seen = self.predicted, self.seen
-        known = plan.total_bytes - plan.workspace_bytes - plan.weights_bytes + self.weights_bytes
-        at_ready = grown = None
-        if seen.ready_bytes is not None and seen.before_bytes is not None:
-            at_ready = seen.ready_bytes - seen.before_bytes - known - (self.context_bytes or 0)
-            grown = self.told_bytes - (seen.ready_bytes - seen.before_bytes)
+        kv_bytes = plan.total_bytes - plan.workspace_bytes - plan.weights_bytes
+        rest = seen.told_bytes - kv_bytes - seen.weights_bytes
         return {
-            "weights": self.weights_bytes,
+            "weights": seen.weights_bytes,
             "hot pages": plan.hot_pages_bytes,
             "summaries and tables": plan.summaries_bytes + plan.tables_bytes,
             "staging and prompt buffer": plan.staging_bytes + plan.prefill_buffer_bytes,
             "CUDA context": self.context_bytes,
-            "graphs, warm-up, libraries": at_ready,
-            "more under load": grown,
-            "all but weights and KV memory": self.told_bytes - known if self.told_bytes else None,
+            "the rest, context included": rest if seen.told_bytes else None,
+            "the rest, as planned": plan.workspace_bytes,
         }
 
     def as_json(self) -> dict[str, Any]:
@@ -230,49 +176,31 @@ def load(daemon: Daemon, point: Point) -> list[str]:
     return failures
 
 
-def measure(
-    point: Point, options: argparse.Namespace, *, index: int | None, context_bytes: int | None
-) -> Row:
-    plan = start_plan(point, options)
-    named = [[f"--{name.replace('_', '-')}", value] for name, value in point.flags(options).items()]
-    flags = [word for pair in named for word in pair] + ["--no-profile"]
+def measure(plan: StartPlan, point: Point, flags: list[str], *, index: int | None) -> Seen:
+    """Start a daemon, load it, and end it; one that does not get ready is a failure."""
     with driver(index) as counts:
         before = counts.used_bytes()
-        with running(flags) as daemon:
-            ready = counts.used_bytes()
-            facts = daemon.status()["facts"]
-            counts.pid = facts["pid"]
-            failures = load(daemon, point)
-            told = daemon.status()["stats"]["hbm_peak_bytes"]
-    peak = counts.peak_bytes - before if before is not None else None
-    return Row(
-        point=point,
-        predicted=predict(plan),
+        try:
+            with running(flags) as daemon:
+                ready_at, log = time.time(), daemon.state_dir / "daemon.log"
+                used = phases(log, counts.samples, ready_at=ready_at)
+                facts = daemon.status()["facts"]
+                counts.pid = facts["pid"]
+                failures = load(daemon, point)
+                told = daemon.status()["stats"]["hbm_peak_bytes"]
+                warnings = [line for line in log.read_text().splitlines() if " ERROR " in line]
+        except (SystemExit, subprocess.CalledProcessError, httpx.HTTPError) as error:
+            return Seen(failures=(f"no daemon: {error}",))
+    loaded = [num_bytes for at, num_bytes in counts.samples if at > ready_at]
+    if loaded:
+        used["load"] = max(loaded)
+    return Seen(
         told_bytes=told,
         weights_bytes=facts["weights_bytes"],
-        seen=Seen(
-            before_bytes=before,
-            ready_bytes=ready,
-            peak_bytes=peak,
-            own_peak_bytes=counts.own_peak_bytes or None,
-        ),
-        context_bytes=context_bytes,
-        failures=failures,
+        phases={name: num_bytes - (before or 0) for name, num_bytes in used.items()},
+        own_peak_bytes=counts.own_peak_bytes or None,
+        failures=(*failures, *warnings),
     )
-
-
-@contextmanager
-def driver(index: int | None) -> Iterator[Driver]:
-    with open_nvml() as nvml, Driver(nvml, index=index) as counts:
-        yield counts
-
-
-def both_free(index: int) -> dict[str, int]:
-    """Free memory as CUDA and as the driver tell it, and what a bare CUDA context takes."""
-    command = (sys.executable, "-c", BOTH_FREE, str(index))
-    text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    told: dict[str, int] = json.loads(text)
-    return told
 
 
 def gib(num_bytes: int | None) -> str:
@@ -284,13 +212,14 @@ def tell(row: Row) -> None:
     print(f"\n{row.point}")
     print(
         f"GiB: predicted {gib(row.predicted.total_bytes)}, told by the engine "
-        f"{gib(row.told_bytes or None)}, by the driver {gib(row.seen.peak_bytes)} "
+        f"{gib(row.seen.told_bytes or None)}, by the driver {gib(row.seen.peak_bytes)} "
         f"(the engine alone {gib(row.seen.own_peak_bytes)}): {error}"
     )
     for owner, num_bytes in row.owners().items():
-        print(f"  {owner:32}{gib(num_bytes):>9}")
-    print(f"  {'planned for all but those':32}{gib(row.predicted.workspace_bytes):>9}")
-    for failure in row.failures:
+        print(f"  {owner:36}{gib(num_bytes):>9}")
+    for phase, num_bytes in row.seen.phases.items():
+        print(f"  in use after: {phase:22}{gib(num_bytes):>9}")
+    for failure in row.seen.failures:
         print(f"  failed: {failure}")
     sys.stdout.flush()
 
@@ -299,7 +228,7 @@ def faults(rows: Sequence[Row]) -> list[str]:
     """Points beyond the target."""
     found = []
     for row in rows:
-        found += [f"{row.point}: {failure}" for failure in row.failures]
+        found += [f"{row.point}: {failure}" for failure in row.seen.failures]
         if row.error is not None and not -MAX_UNDER <= row.error <= MAX_ERROR:
             found.append(f"{row.point}: {row.error:+.2%}")
     return found
@@ -328,9 +257,13 @@ def main() -> None:
     print(f"free memory by both: {free}" if free else "on a CPU device memory is emulated")
     started_s, rows = time.monotonic(), []
     for point in options.points:
+        plan, flags = start_plan(point, options), point.flags(options)
+        words = [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
+        seen = measure(plan, point, [*words, "--no-profile"], index=index)
         context_bytes = free.get("context_bytes")
-        rows.append(measure(point, options, index=index, context_bytes=context_bytes))
-        tell(rows[-1])
+        row = Row(point=point, predicted=predict(plan), seen=seen, context_bytes=context_bytes)
+        tell(row)
+        rows.append(row)
     result = environment() | {
         "free": free,
         "rows": [row.as_json() for row in rows],
@@ -339,7 +272,7 @@ def main() -> None:
     }
     print(*result["faults"], sep="\n")
     if options.output:
-        options.output.write_text(json.dumps(result, indent=1, default=dict) + "\n")
+        options.output.write_text(json.dumps(result, indent=1) + "\n")
     raise SystemExit(bool(result["faults"]))
 
 
