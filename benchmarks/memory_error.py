@@ -270,7 +270,7 @@ def main() -> None:
         "seconds": time.monotonic() - started_s,
         "faults": faults(rows),
     }
-    print(*result["faults"], sep="\n")
+    print(*faults(rows), sep="\n")
     if options.output:
         options.output.write_text(json.dumps(result, indent=1) + "\n")
     raise SystemExit(bool(result["faults"]))
