@@ -76,17 +76,13 @@ class Decoder:
         """
         hidden_ND = F.embedding(tokens_N, self.weights.embedding_VD)
         tables = self.rope.tables(positions_N, lengths_N=lengths_N, dtype=hidden_ND.dtype)
-        for number, layer in enumerate(self.weights.layers):
+        for number in range(len(self.weights.layers)):
             if foresee is not None and number + 1 < len(self.weights.layers):
                 after = self.weights.layers[number + 1]
                 normed_ND = self._norm(hidden_ND, after.input_norm_D)
                 foresee(number + 1, partial(self._query, normed_ND, after, tables))
-            normed_ND = self._norm(hidden_ND, layer.input_norm_D)
             q_NHD = None if queries_LNHD is None else queries_LNHD[number]
-            o_NHD = attend(number, *self._project(normed_ND, layer, tables, q_NHD=q_NHD))
-            layer.output.add_to(hidden_ND, o_NHD.flatten(1))
-            gate_up = layer.gate_up(self._norm(hidden_ND, layer.post_norm_D))
-            layer.down.add_to(hidden_ND, silu_mul(gate_up))
+            self._run_layer(number, hidden_ND, attend, tables=tables, q_NHD=q_NHD)
         return hidden_ND
 
     @torch.inference_mode()
@@ -94,6 +90,32 @@ class Decoder:
         """(n, V) float32, of rows of what ``forward`` returned; ``out`` takes them if given."""
         logits_nV = self.weights.head(self._norm(hidden_nD, self.weights.norm_D))
         return logits_nV.float() if out is None else out.copy_(logits_nV)
+
+    def _run_layer(
+        self,
+        number: int,
+        hidden_ND: Tensor,
+        attend: Attend,
+        *,
+        tables: tuple[Tensor, Tensor],
+        q_NHD: Tensor | None,
+    ) -> None:
+        """Add attention and MLP of a layer to the hidden states. Nothing on the way has a name, which
+        would keep it while the next one is made: of a large chunk each is hundreds of MiB, and
+        ``planner.workspace_bytes`` counts on it."""
+        layer = self.weights.layers[number]
+        layer.output.add_to(
+            hidden_ND,
+            attend(
+                number,
+                *self._project(
+                    self._norm(hidden_ND, layer.input_norm_D), layer, tables, q_NHD=q_NHD
+                ),
+            ).flatten(1),
+        )
+        layer.down.add_to(
+            hidden_ND, silu_mul(layer.gate_up(self._norm(hidden_ND, layer.post_norm_D)))
+        )
 
     def _project(
         self,
