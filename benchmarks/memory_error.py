@@ -29,7 +29,7 @@ from trace_replay import Daemon, running
 from sparsed.controller.config import load_config
 from sparsed.controller.startup import StartPlan, prepare
 from sparsed.core import GIB, KNOBS_BY_NAME
-from sparsed.engine.planner import workspace_bytes
+from sparsed.engine.workspace import Workspace, plan_workspace
 from sparsed.tuner.roofline import HbmPeak, hbm_peak
 
 MODEL: Final = {"cuda": "dummy:llama-3.1-8b", "cpu": "dummy:tiny"}
@@ -103,6 +103,7 @@ class Row:
 
     point: Point
     predicted: HbmPeak
+    workspace: Workspace  # what of it is neither weights nor KV memory
     seen: Seen
     context_bytes: int | None
 
@@ -117,6 +118,7 @@ class Row:
         plan, seen = self.predicted, self.seen
         kv_bytes = plan.total_bytes - plan.workspace_bytes - plan.weights_bytes
         rest = seen.told_bytes - kv_bytes - seen.weights_bytes
+        planned = {f"planned: {name[:-6]}": size for name, size in asdict(self.workspace).items()}
         return {
             "weights": seen.weights_bytes,
             "hot pages": plan.hot_pages_bytes,
@@ -125,6 +127,7 @@ class Row:
             "CUDA context": self.context_bytes,
             "the rest, context included": rest if seen.told_bytes else None,
             "the rest, as planned": plan.workspace_bytes,
+            **planned,
         }
 
     def as_json(self) -> dict[str, Any]:
@@ -134,14 +137,6 @@ class Row:
 def start_plan(point: Point, options: argparse.Namespace) -> StartPlan:
     config = load_config(flags=dict(point.flags(options)), environment={}, file=None)
     return prepare(replace(config, no_profile=True), progress=lambda _phase, _frac: None)
-
-
-def predict(plan: StartPlan) -> HbmPeak:
-    knobs, shape = plan.spec.knobs, plan.model.shape
-    workspace = workspace_bytes(
-        shape, dtype=plan.spec.dtype, chunk=knobs.prefill_chunk, num_seqs=knobs.max_num_seqs
-    )
-    return hbm_peak(plan.spec.plan, workspace_bytes=workspace)
 
 
 def bodies(point: Point, *, model: str) -> Iterator[list[dict[str, Any]]]:
@@ -176,7 +171,7 @@ def load(daemon: Daemon, point: Point) -> list[str]:
     return failures
 
 
-def measure(plan: StartPlan, point: Point, flags: list[str], *, index: int | None) -> Seen:
+def measure(point: Point, flags: list[str], *, index: int | None) -> Seen:
     """Start a daemon, load it, and end it; one that does not get ready is a failure."""
     with driver(index) as counts:
         before = counts.used_bytes()
@@ -259,9 +254,16 @@ def main() -> None:
     for point in options.points:
         plan, flags = start_plan(point, options), point.flags(options)
         words = [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
-        seen = measure(plan, point, [*words, "--no-profile"], index=index)
+        seen = measure(point, [*words, "--no-profile"], index=index)
         context_bytes = free.get("context_bytes")
-        row = Row(point=point, predicted=predict(plan), seen=seen, context_bytes=context_bytes)
+        needed = plan_workspace(plan.spec.knobs, shape=plan.model.shape, dtype=plan.spec.dtype)
+        row = Row(
+            point=point,
+            predicted=hbm_peak(plan.spec.plan, workspace_bytes=needed.total_bytes),
+            workspace=needed,
+            seen=seen,
+            context_bytes=context_bytes,
+        )
         tell(row)
         rows.append(row)
     result = environment() | {

@@ -30,7 +30,8 @@ from sparsed.core import (
     Workload,
 )
 from sparsed.engine.hit_curve import Learned
-from sparsed.engine.planner import plan_memory, workspace_bytes
+from sparsed.engine.planner import plan_memory
+from sparsed.engine.workspace import plan_workspace
 from sparsed.tuner.beliefs import Expectation, Prior, expect_nothing
 from sparsed.tuner.constrained import MemoryLimit
 from sparsed.tuner.objective import ANSWER_TOKENS, MAX_HBM_FRAC, MAX_LINK_BUSY_FRAC
@@ -215,11 +216,9 @@ class Roofline:
 def _peak_bytes(plan: StartPlan, knobs: Knobs) -> int:
     """InputError of the planner where not one request fits."""
     shape, dtype = plan.model.shape, plan.spec.dtype
-    workspace = workspace_bytes(
-        shape, dtype=dtype, chunk=knobs.prefill_chunk, num_seqs=knobs.max_num_seqs
-    )
+    workspace = plan_workspace(knobs, shape=shape, dtype=dtype)
     memory = plan_memory(knobs, shape=shape, dtype=dtype)
-    return hbm_peak(memory, workspace_bytes=workspace).total_bytes
+    return hbm_peak(memory, workspace_bytes=workspace.total_bytes).total_bytes
 
 
 def _asked(knobs: Knobs) -> dict[str, KnobValue]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from sparsed.controller.startup import StartPlan
 from sparsed.core import InputError, Profile, ProfileStatus
-from sparsed.engine.planner import workspace_bytes
+from sparsed.engine.workspace import plan_workspace
 from sparsed.tuner.engines import DeviceMemory
 from sparsed.tuner.export import ENGINE_OF, FORMAT_BY_SUFFIX, render_profile
 
@@ -26,17 +26,12 @@ def _device_memory(plan: StartPlan) -> DeviceMemory | None:
     if not plan.machine.hbm_total_bytes:
         return None
     shape, spec = plan.model.shape, plan.spec
-    scratch_bytes = workspace_bytes(
-        shape,
-        dtype=spec.dtype,
-        chunk=spec.knobs.prefill_chunk,
-        num_seqs=spec.knobs.max_num_seqs,
-    )
+    workspace = plan_workspace(spec.knobs, shape=shape, dtype=spec.dtype)
     try:
         return DeviceMemory(
             device_bytes=plan.machine.hbm_total_bytes,
             weights_bytes=spec.plan.weights_bytes,
-            workspace_bytes=scratch_bytes,
+            workspace_bytes=workspace.total_bytes,
             kv_bytes=spec.plan.hot_bytes,
         )
     except InputError:

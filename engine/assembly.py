@@ -22,6 +22,7 @@ from sparsed.engine.kvcache.hbm import HotArena
 from sparsed.engine.kvcache.tables import PageTables
 from sparsed.engine.kvcache.transfer import Transfer, probe_link
 from sparsed.engine.kvcache.verify import Verifier
+from sparsed.engine.measure.ceilings import give_back_memory
 from sparsed.engine.models.config import load_config
 from sparsed.engine.models.decoder import Decoder
 from sparsed.engine.models.dummy import DUMMY_PREFIX, dummy_config
@@ -69,6 +70,7 @@ def make_cache(
         learning = partial(on_progress, "learning the basis of keys")
         basis = find_basis(spec, decoder, geometry=geometry, on_progress=learning)
     on_progress("allocating both KV tiers", 0.0)
+    give_back_memory(device)  # what loading and learning took on the way
     tables = PageTables(
         geometry,
         num_rows=knobs.max_num_seqs,

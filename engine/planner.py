@@ -23,12 +23,12 @@ from sparsed.core import (
     check_knob_values,
 )
 from sparsed.engine.kvcache.geometry import Geometry, num_frames
+from sparsed.engine.workspace import workspace
 
 STAGING_TOKENS = 8192  # of one layer: earlier pages on their way to the attention of a chunk
 SLOT_BYTES = 8  # owner and age of a slot
 MAX_NUM_SEQS = {"cpu": 16, "cuda": 64}
 HBM_USE_FRAC = 0.92  # of what is free after the weights and the workspace
-HBM_WORKSPACE_BYTES = 3 * GIB // 2  # the CUDA context, graphs, library workspaces
 DRAM_USE_FRAC = 0.8  # of what is free (after the weights, on a CPU)
 CPU_HOT_FRAC = 0.4  # of the memory both tiers share on a CPU
 TABLES_FRAC = 0.25  # most of the hot tier that rows may take with their tables
@@ -55,16 +55,24 @@ def resolve_knobs(
     values: dict[str, KnobValue] = {spec.name: spec.default for spec in KNOB_SPECS} | asked
     kind = device.partition(":")[0]
     num_seqs = int(asked.get("max_num_seqs") or MAX_NUM_SEQS[kind])
-    workspace = workspace_bytes(
-        shape, dtype=dtype, chunk=int(values["prefill_chunk"] or 0), num_seqs=num_seqs
-    )
-    hot_free, dram_free = _free_bytes(shape, machine, kind=kind, dtype=dtype, workspace=workspace)
     length = _max_model_len(asked.get("max_model_len"), shape)
+    values["page_size"] = asked.get("page_size") or _page_size(values)
+    needed = workspace(
+        shape,
+        dtype=dtype,
+        chunk=int(values["prefill_chunk"] or 0),
+        num_seqs=num_seqs,
+        page_size=int(values["page_size"] or 0),
+        max_tokens=length,
+        selects=values["sparse_method"] != SparseMethod.DENSE,
+    )
+    hot_free, dram_free = _free_bytes(
+        shape, machine, kind=kind, dtype=dtype, workspace=needed.total_bytes
+    )
     wanted = num_seqs * num_frames(length) * BLOCK_TOKENS * shape.kv_bytes_per_token(dtype)
     values["kv_dram_gib"] = asked.get("kv_dram_gib") or _gib(min(dram_free, wanted))
     values["kv_hbm_gib"] = asked.get("kv_hbm_gib") or _gib(min(hot_free, wanted * 1.25 + GIB / 4))
     values["max_model_len"] = length
-    values["page_size"] = asked.get("page_size") or _page_size(values)
     values["max_num_seqs"] = num_seqs
     values["max_num_active_seqs"] = asked.get("max_num_active_seqs") or num_seqs
     knobs = Knobs(**values)  # type: ignore[arg-type]  # every value was checked by its KnobSpec
@@ -115,15 +123,6 @@ def plan_memory(knobs: Knobs, *, shape: ModelShape, dtype: str) -> MemoryPlan:
         num_blocks=num_blocks,
         num_frames=frames,
     )
-
-
-def workspace_bytes(shape: ModelShape, *, dtype: str, chunk: int, num_seqs: int) -> int:
-    """Device memory besides weights and KV. A prompt token takes the most on its way through an
-    MLP: gate, up and their product, and some hidden states; a decoding request has a row of
-    logits, as the model gives them and in float32."""
-    element = DTYPE_BYTES[dtype]
-    per_token = (3 * shape.intermediate_size + 8 * shape.hidden_size) * element
-    return HBM_WORKSPACE_BYTES + chunk * per_token + num_seqs * shape.vocab_size * (element + 4)
 
 
 def _num_frames(knobs: Knobs, geometry: Geometry) -> int:

@@ -25,13 +25,12 @@ from sparsed.engine.in_place_costs import OverheadMeter, is_of_hot_pages
 from sparsed.engine.kvcache.cache import KVCache
 from sparsed.engine.models.decoder import Decoder
 from sparsed.engine.recorder import Drawn, Recorded, Recorder
-from sparsed.engine.step_graphs import GraphKey, GraphTarget, StepGraphs
+from sparsed.engine.step_graphs import GraphKey, GraphTarget, StepGraphs, graph_sizes
 from sparsed.engine.step_input import (
     MIN_SPLIT_TOKENS,
     InputBuffer,
     StepInput,
     StepRow,
-    graph_sizes,
 )
 from sparsed.engine.step_seal import StepSeal
 from sparsed.engine.tiered import Step, TieredAttention

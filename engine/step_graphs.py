@@ -10,11 +10,13 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from typing import Final, Generic, NamedTuple, TypeVar
 
 from sparsed.core import KNOBS_BY_NAME
 from sparsed.engine.kvcache.link_policy import CopyChoice
 
+GRAPH_STEPS: Final = ((8, 8), (64, 16), (128, 32), (256, 64))  # from that batch on, in steps of
 SLICE_S: Final = 0.005  # of recording between two steps; one graph, if that takes longer
 MAX_BUDGET: Final = int(KNOBS_BY_NAME["token_budget"].maximum or 0)
 IN_PLACE: Final = (True, False, False)  # as in GraphKey
@@ -48,6 +50,14 @@ class GraphTarget(NamedTuple):
 
     counts: tuple[int, ...]
     load: CopyChoice
+
+
+def graph_sizes(max_rows: int) -> list[int]:
+    """Batch sizes with a graph of their own: each step pads little, and there are not many."""
+    sizes = {1, 2, 4, max_rows}
+    for (first, step), (last, _) in pairwise((*GRAPH_STEPS, (max_rows, 0))):
+        sizes |= set(range(first, min(last, max_rows) + 1, step))
+    return sorted(size for size in sizes if size <= max_rows)
 
 
 def most_pages(*, page_size: int, max_tokens: int) -> int:

@@ -7,7 +7,6 @@ attention, X anything.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -23,7 +22,6 @@ from sparsed.kernels.sample import DrawPlan
 MIN_SPLIT_TOKENS, MAX_SPLIT_TOKENS = 256, 2048
 SPLITS = 32  # a request's tokens are cut into about so many items, as far as the bounds allow
 NUM_BUFFERS = 3  # host buffers in turn: a step is filled in while others are on their way
-GRAPH_STEPS = ((8, 8), (64, 16), (128, 32), (256, 64))  # from that batch size on, in steps of
 NUM_SCALARS = 2  # items, step
 NUM_SECTIONS = 7  # besides the words of draws
 
@@ -134,14 +132,6 @@ def _words(row: StepRow) -> tuple[int, ...]:
     decode = row.decode
     token = -1 if decode.token is None else decode.token
     return token, decode.row, decode.position, row.in_place, row.num_full, row.num_selected
-
-
-def graph_sizes(max_rows: int) -> list[int]:
-    """Batch sizes with a graph of their own: each step pads little, and there are not many."""
-    sizes = {1, 2, 4, max_rows}
-    for (first, step), (last, _) in pairwise((*GRAPH_STEPS, (max_rows, 0))):
-        sizes |= set(range(first, min(last, max_rows) + 1, step))
-    return sorted(size for size in sizes if size <= max_rows)
 
 
 def cut_items(lengths_B: Ints) -> tuple[Ints, Ints]:

@@ -9,6 +9,7 @@ from sparsed.engine.assembly import Progress
 from sparsed.engine.attention import Attention
 from sparsed.engine.batch import DecodeRow, PromptChunk, StepPlan
 from sparsed.engine.kvcache.cache import KVCache
+from sparsed.engine.measure.ceilings import give_back_memory
 from sparsed.engine.models.decoder import Decoder
 from sparsed.engine.recall import RecallSampler
 from sparsed.engine.recorder import Drawn
@@ -43,6 +44,7 @@ def warm_up(runner: Runs, knobs: Knobs, *, on_progress: Progress) -> None:
     config = runner.decoder.config
     group = config.num_heads // config.num_kv_heads
     runner.attention.warm_up(chunk, max_tokens=knobs.max_model_len, group=group)
+    give_back_memory(kv.arena.pages_NX.device)  # segments of other sizes than chunks ask for
     on_progress("warming up", 0.5)
     length = NUM_CHUNKS * chunk
     row = kv.add(length + NUM_STEPS, method=SparseMethod.DENSE, token_budget=None)

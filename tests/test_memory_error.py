@@ -14,6 +14,7 @@ from driver_memory import Driver, phases
 from memory_error import Point, Row, Seen
 
 from sparsed.core import GIB
+from sparsed.engine.workspace import Workspace
 from sparsed.tuner.roofline import HbmPeak
 
 PLANNED = HbmPeak(
@@ -27,10 +28,20 @@ PLANNED = HbmPeak(
 )
 
 
+WORKSPACE = Workspace(
+    driver_bytes=GIB,
+    graphs_bytes=GIB // 4,
+    steps_bytes=GIB // 4,
+    sampling_bytes=GIB // 4,
+    prompt_bytes=GIB // 4,
+)
+
+
 def row(told_bytes: int, **seen: object) -> Row:
     return Row(
         point=Point(knobs={}, prompt=1, requests=1, output=1),
         predicted=PLANNED,
+        workspace=WORKSPACE,
         seen=Seen(told_bytes=told_bytes, weights_bytes=16 * GIB, **seen),  # type: ignore[arg-type]
         context_bytes=GIB // 2,
     )
@@ -59,6 +70,7 @@ def test_errors_beyond_the_target_are_faults(told_gib: float, is_fault: bool) ->
 def test_what_is_neither_weights_nor_kv_memory_is_the_rest() -> None:
     owners = row(37 * GIB).owners()
     assert owners.pop("the rest, as planned") == 2 * GIB
+    assert sum(owners.pop(name) or 0 for name in [*owners] if name.startswith("planned")) == 2 * GIB
     assert owners.pop("CUDA context") == GIB // 2
     assert owners["the rest, context included"] == 3 * GIB
     assert sum(size or 0 for size in owners.values()) == 37 * GIB

@@ -34,7 +34,8 @@ from sparsed.engine.hit_curve import Learned
 from sparsed.engine.kvcache.geometry import Geometry, num_frames
 from sparsed.engine.measure.points import weights_read_bytes
 from sparsed.engine.pace import Pace
-from sparsed.engine.planner import plan_memory, resolve_knobs, workspace_bytes
+from sparsed.engine.planner import plan_memory, resolve_knobs
+from sparsed.engine.workspace import plan_workspace
 from sparsed.tuner.queueing import Job, Service, at_rate, full_batch
 from sparsed.tuner.roofline import (
     HbmPeak,
@@ -157,12 +158,7 @@ class Configuration:
             lane_blocks=self.lane_blocks,
             learned=place.learned,
         )
-        self.workspace_bytes = workspace_bytes(
-            place.shape,
-            dtype=place.dtype,
-            chunk=self.knobs.prefill_chunk,
-            num_seqs=self.knobs.max_num_seqs,
-        )
+        self.workspace = plan_workspace(self.knobs, shape=place.shape, dtype=place.dtype)
         self.rows = self.knobs.max_num_active_seqs
         self.limits = self._find_limits()
 
@@ -231,7 +227,7 @@ class Configuration:
         seen = service or most
         load, step = self._best(seen.requests)
         pages = seen.requests * self.claim.curve.selected
-        peak = hbm_peak(self.memory, workspace_bytes=self.workspace_bytes)
+        peak = hbm_peak(self.memory, workspace_bytes=self.workspace.total_bytes)
         return Forecast(
             method=self.method.value,
             knobs=replace(self.knobs, max_num_active_seqs=most.requests),

@@ -102,7 +102,7 @@ class Decoder:
     ) -> None:
         """Add attention and MLP of a layer to the hidden states. Nothing on the way has a name, which
         would keep it while the next one is made: of a large chunk each is hundreds of MiB, and
-        ``planner.workspace_bytes`` counts on it."""
+        ``engine/workspace.py`` counts on it."""
         layer = self.weights.layers[number]
         layer.output.add_to(
             hidden_ND,

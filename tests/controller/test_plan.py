@@ -30,7 +30,8 @@ from sparsed.core import (
 from sparsed.engine.hit_curve import Learned
 from sparsed.engine.kvcache.geometry import num_frames
 from sparsed.engine.models.dummy import dummy_config
-from sparsed.engine.planner import plan_memory, resolve_knobs, workspace_bytes
+from sparsed.engine.planner import plan_memory, resolve_knobs
+from sparsed.engine.workspace import plan_workspace
 
 LLAMA = dummy_config("dummy:llama-3.1-8b").shape
 HOST = MachineFacts(
@@ -83,9 +84,7 @@ def test_memory_is_the_planners(asked: dict[str, KnobValue]) -> None:
         dtype="bfloat16",
     )
     plan = plan_memory(knobs, shape=LLAMA, dtype="bfloat16")
-    workspace = workspace_bytes(
-        LLAMA, dtype="bfloat16", chunk=knobs.prefill_chunk, num_seqs=knobs.max_num_seqs
-    )
+    workspace = plan_workspace(knobs, shape=LLAMA, dtype="bfloat16").total_bytes
     assert replace(told.knobs, max_num_active_seqs=knobs.max_num_active_seqs) == knobs
     assert told.hbm_peak_bytes == plan.weights_bytes + plan.hot_bytes + workspace
     assert told.hbm_peak_bytes < HOST.hbm_total_bytes

@@ -39,7 +39,8 @@ from sparsed.core import (
 )
 from sparsed.engine.hit_curve import Learned
 from sparsed.engine.models.dummy import dummy_config
-from sparsed.engine.planner import plan_memory, resolve_knobs, workspace_bytes
+from sparsed.engine.planner import plan_memory, resolve_knobs
+from sparsed.engine.workspace import plan_workspace
 from sparsed.tuner.constrained import ConstrainedSearch
 from sparsed.tuner.policy import Constraint, Observation
 from sparsed.tuner.space import build_space
@@ -194,9 +195,7 @@ def test_a_bound_on_what_a_request_keeps_misses_more() -> None:
 def test_memory_is_the_planners_with_a_margin() -> None:
     plan = start_plan(kv_hbm_gib=58.0)
     limit, knobs, shape = memory_limit(plan), plan.spec.knobs, LLAMA.shape
-    workspace = workspace_bytes(
-        shape, dtype="bfloat16", chunk=knobs.prefill_chunk, num_seqs=knobs.max_num_seqs
-    )
+    workspace = plan_workspace(knobs, shape=shape, dtype="bfloat16").total_bytes
     used = plan.spec.plan.weights_bytes + plan.spec.plan.hot_bytes + workspace
     assert limit.predict({}) == used
     assert limit.limit_bytes == HOST.hbm_free_bytes

@@ -19,6 +19,7 @@ from sparsed.engine.kvcache.rebalance import ROUND_STEPS
 from sparsed.engine.recorder import Drawn, Recorded
 from sparsed.engine.runner import Runner
 from sparsed.engine.step_decoder import StepDecoder
+from sparsed.engine.step_graphs import graph_sizes
 from sparsed.engine.step_input import (
     MAX_SPLIT_TOKENS,
     MIN_SPLIT_TOKENS,
@@ -26,7 +27,6 @@ from sparsed.engine.step_input import (
     InputBuffer,
     StepRow,
     cut_items,
-    graph_sizes,
 )
 from sparsed.kernels.sample import DrawPlan
 

@@ -15,10 +15,10 @@ from sparsed.engine.step_graphs import (
     GraphKey,
     GraphTarget,
     StepGraphs,
+    graph_sizes,
     ladder,
     most_pages,
 )
-from sparsed.engine.step_input import graph_sizes
 
 PAGE_SIZE, MAX_TOKENS, MAX_ROWS = 8, 1 << 17, 12
 SIZES = graph_sizes(MAX_ROWS)

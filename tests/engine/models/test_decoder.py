@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,12 @@ import torch.nn.functional as F
 from safetensors.numpy import load_file
 from torch import Tensor
 
+from sparsed.engine.models import decoder as decoder_module
 from sparsed.engine.models.config import FAMILIES, load_config
 from sparsed.engine.models.decoder import Decoder
 from sparsed.engine.models.rope_config import ROPE_KINDS
 from sparsed.engine.models.weights import load_weights
+from sparsed.kernels.gate import silu_mul
 
 TinyCheckpoint = Callable[..., Path]
 PROMPT_TOKENS = 150  # beyond the 64 positions before scaling, so that each RoPE variant acts
@@ -225,3 +228,37 @@ class TestSmolLM2:
         tokens = greedy(decoder, prompt, count=64, chunk=3)
         assert tokens == oracle_greedy(smollm2, prompt, count=64)
         assert tokenizer.decode(tokens).startswith(" Paris")
+
+
+def test_a_layer_keeps_nothing_of_what_was_computed_on_its_way(
+    tiny_checkpoint: TinyCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When a layer attends, nothing of the layer before it but the hidden states is alive; when
+    gate and up are made, nothing of the attention."""
+    made: list[weakref.ref[Tensor]] = []
+
+    def noted(x: Tensor) -> Tensor:
+        made.append(weakref.ref(x))
+        return x
+
+    def alive() -> int:
+        return sum(ref() is not None for ref in made)
+
+    def attend(_layer: int, q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor, /) -> Tensor:
+        assert alive() == 0
+        for tensor in (q_NHD, k_NKD, v_NKD):
+            noted(tensor)
+        return noted(torch.zeros_like(q_NHD))
+
+    def gated(gate_up_NF: Tensor) -> Tensor:
+        assert alive() == 0
+        return noted(silu_mul(noted(gate_up_NF)))
+
+    monkeypatch.setattr(decoder_module, "silu_mul", gated)
+    directory = tiny_checkpoint("llama")
+    config = load_config(directory)
+    weights = load_weights(
+        directory, config=config, device=torch.device("cpu"), dtype=torch.float32
+    )
+    Decoder(config, weights).forward(torch.arange(20), torch.arange(20), attend)
+    assert len(made) == config.num_layers * 6
