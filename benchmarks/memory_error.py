@@ -36,7 +36,7 @@ MODEL: Final = {"cuda": "dummy:llama-3.1-8b", "cpu": "dummy:tiny"}
 POINTS: Final = {
     "cuda": """
         kv_hbm_gib=18,prefill_chunk=2048,max_num_seqs=64,prompt=1024,requests=64
-        kv_hbm_gib=6,prefill_chunk=2048,max_num_seqs=8,prompt=32000,requests=4
+        kv_hbm_gib=6,prefill_chunk=2048,max_num_seqs=8,prompt=32000,requests=3
         kv_hbm_gib=40,prefill_chunk=32768,max_num_seqs=8,prompt=32768,requests=3
         kv_hbm_gib=18,prefill_chunk=8192,max_num_seqs=8,page_size=32,prompt=32768,requests=4
         kv_hbm_gib=6,prefill_chunk=8192,max_num_seqs=1,page_size=16,prompt=32768,requests=1
@@ -48,7 +48,7 @@ POINTS: Final = {
     """,
 }
 DRAM_GIB: Final = {"cuda": "18", "cpu": "0.1"}  # pinning more would take most of the time
-LOAD: Final = {"prompt": 512, "requests": 1, "output": 48}  # what of a point is no knob
+LOAD: Final = {"prompt": 512, "requests": 1, "output": 32}  # what of a point is no knob
 ALL_LOGPROBS: Final = 400  # tokens of a prompt whose every position is asked for
 SETTLE_S: Final = 1.5  # the engine reports every second
 REQUEST_S: Final = 200.0

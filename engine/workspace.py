@@ -18,7 +18,7 @@ from sparsed.engine.step_graphs import IN_PLACE, SELECTING, graph_sizes, most_pa
 FLOAT32: Final = 4
 INT32: Final = 4
 INT64: Final = 8
-DRIVER_BYTES: Final = 1024 << 20  # context, modules of all libraries and kernels, their handles
+DRIVER_BYTES: Final = 1152 << 20  # context, modules of all libraries and kernels, their handles
 GRAPH_BYTES: Final = 5 << 20  # of a recorded step, besides what it computes on the way
 PRODUCTS_BYTES: Final = 32 << 20  # of cuBLAS, for each stream it has been called on
 TOKEN_INDEX_BYTES: Final = 64  # ids, positions, offsets and logits' places of a prompt token

@@ -50,7 +50,7 @@ def row(told_bytes: int, **seen: object) -> Row:
 def test_a_point_is_knobs_and_a_load() -> None:
     point = Point.parse("kv_hbm_gib=6,page_size=16,prompt=32000,requests=4")
     assert point == Point(
-        knobs={"kv_hbm_gib": "6", "page_size": "16"}, prompt=32000, requests=4, output=48
+        knobs={"kv_hbm_gib": "6", "page_size": "16"}, prompt=32000, requests=4, output=32
     )
     with pytest.raises(ValueError, match="kv_hmb_gib"):
         Point.parse("kv_hmb_gib=6")

@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from segments import MIB, Chunks, Segments
 
 from sparsed.core import PAGE_SIZES, ModelShape
 from sparsed.engine.models.dummy import dummy_config
@@ -100,3 +101,60 @@ def test_coarse_pages_take_less_to_rank() -> None:
     logits = 64 * LLAMA.num_heads * 131_072 * 4
     fine, coarse = (of(num_seqs=64, page_size=size).steps_bytes for size in (8, 32))
     assert fine - coarse > logits // 8 - logits // 32 > 0
+
+
+@pytest.mark.parametrize("chunk", [2048, 8192, 32_768])
+@pytest.mark.parametrize("narrow", [False, True])
+def test_a_prompt_reserves_what_is_planned(chunk: int, narrow: bool) -> None:
+    """By the rules of torch's allocator: never more, and not much less."""
+    shape = replace(LLAMA, intermediate_size=1024) if narrow else LLAMA
+    planned = chunk * prompt_token_bytes(shape, ELEMENT)
+    reserved = _reserved(
+        shape, chunk=chunk, lengths=[(chunk, at) for at in range(0, 131_072, chunk)]
+    )
+    assert reserved <= planned + MIB * 24, "small tensors share segments"
+    assert reserved > 0.9 * planned
+
+
+@given(
+    sizes=st.sampled_from(
+        (
+            (1024, 3072, 16, 8, 128),
+            (2048, 8192, 32, 8, 64),
+            (2560, 9728, 32, 8, 128),
+            (3584, 18_944, 28, 4, 128),
+            (4096, 12_288, 32, 8, 128),
+            (5120, 25_600, 64, 8, 128),
+            (8192, 28_672, 64, 8, 128),
+        )
+    ),
+    lengths=st.lists(
+        st.tuples(st.integers(1, 4096), st.sampled_from((0, 100, 5000, 30_000))), max_size=8
+    ),
+)
+def test_no_order_of_chunks_reserves_much_more(
+    sizes: tuple[int, ...], lengths: list[tuple[int, int]]
+) -> None:
+    """Of models as they are published; of the small ones segments of 20 MiB are a part."""
+    hidden, inner, heads, kv_heads, dim = sizes
+    shape = replace(
+        LLAMA,
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=dim,
+    )
+    planned = 4096 * prompt_token_bytes(shape, ELEMENT)
+    reserved = _reserved(shape, chunk=4096, lengths=[(4096, 30_000), *lengths])
+    assert reserved <= 1.05 * planned + 64 * MIB
+
+
+def _reserved(shape: ModelShape, *, chunk: int, lengths: list[tuple[int, int]]) -> int:
+    """By chunks of (tokens, context), after a warm-up as the engine's: a chunk, and its second."""
+    memory = Segments()
+    chunks = Chunks(shape=shape, dtype="bfloat16", piece_tokens=8192)
+    for num_tokens, context in [(chunk, 0), (chunk, chunk), *lengths]:
+        chunks.run(memory, num_tokens=num_tokens, context=context)
+    assert memory.held == 0 and memory.peak_held <= memory.reserved
+    return memory.reserved
