@@ -8,13 +8,22 @@ import os
 import sys
 from asyncio.subprocess import PIPE, Process
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import msgspec
 
 from sparsed.controller.control import TunerState
-from sparsed.core import Decision, ProfileKey, Slo, Snapshot, TrialResult, TunerMode
+from sparsed.core import (
+    Decision,
+    ProfileKey,
+    RolloutRecord,
+    Slo,
+    Snapshot,
+    TrialResult,
+    TunerMode,
+    Verdict,
+)
 from sparsed.db.store import Store, StoreError
 from sparsed.tuner.messages import Answer, LiveContext
 
@@ -31,7 +40,8 @@ class TunerHost:
 
     Lives on the event loop. The process starts with the first question, which takes
     ``num_windows`` windows with work in them: an idle daemon never pays for it. ``on_decision``
-    gets every answer, also one that was given before.
+    gets every answer, also one that was given before. ``judge``: what binds in some windows;
+    ``read_failed``: candidates that are not to be tested again now.
     """
 
     def __init__(
@@ -42,6 +52,8 @@ class TunerHost:
         slo: Slo | None = None,
         mode: TunerMode = TunerMode.ADVISE,
         num_windows: int = NUM_WINDOWS,
+        judge: Callable[[Sequence[Snapshot]], Verdict],
+        read_failed: Callable[[], tuple[RolloutRecord, ...]] = tuple,
         on_decision: Callable[[Decision], None] = lambda decision: None,
     ) -> None:
         self._store: Final = store
@@ -49,6 +61,8 @@ class TunerHost:
         self._slo: Final = slo or Slo()
         self._mode = mode
         self._windows: deque[Snapshot] = deque(maxlen=num_windows)
+        self._judge: Final = judge
+        self._read_failed: Final = read_failed
         self._on_decision: Final = on_decision
         self._num_observations = 0
         self._decisions: deque[Decision] = deque(maxlen=MAX_DECISIONS)
@@ -97,7 +111,13 @@ class TunerHost:
     async def _ask(self, windows: tuple[Snapshot, ...]) -> None:
         try:
             trials = await asyncio.to_thread(self._latest_trials)
-            question = LiveContext(windows=windows, trials=trials, slo=self._slo)
+            question = LiveContext(
+                windows=windows,
+                trials=trials,
+                slo=self._slo,
+                verdict=self._judge(windows),
+                failed=self._read_failed(),
+            )
             decision = await self._exchange(question)
             if self._is_news(decision):
                 self._decisions.appendleft(decision)
