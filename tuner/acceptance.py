@@ -41,7 +41,7 @@ WORSE: Final = {
     Guard.QUALITY: DecisionReason.QUALITY_WORSE,
 }
 FLOOR_FRAC: Final = 1e-2  # of the largest value: what zero counts as, for it has no logarithm
-BROKEN_FRAC: Final = 1e-2  # of the figure: what a window is worth that just misses a target
+BROKEN_FRAC: Final = 1e-2  # of the best: what a window is worth that just misses a target
 SD_OF_MAD: Final = 1.4826  # of normal noise
 
 Values = Mapping[str, KnobValue]
@@ -161,9 +161,10 @@ def _lacks_figures(window: AcceptanceWindow, rule: AcceptanceRule) -> bool:
 
 
 def _test(pairs: Sequence[_Pair], *, rule: AcceptanceRule) -> AcceptanceVerdict:
+    best = max(_figure(window, rule) for pair in pairs for window in pair)
     gains = _log_ratios(
-        [_merit(pair.candidate, rule) for pair in pairs],
-        [_merit(pair.incumbent, rule) for pair in pairs],
+        [_merit(pair.candidate, rule, best=best) for pair in pairs],
+        [_merit(pair.incumbent, rule, best=best) for pair in pairs],
     )
     p, hl, cv = p_greater(gains), hodges_lehmann(gains), _noise(gains)
     bounds = {guard: _loss_bound(pairs, guard, rule=rule) for guard in rule.guards}
@@ -181,14 +182,17 @@ def _test(pairs: Sequence[_Pair], *, rule: AcceptanceRule) -> AcceptanceVerdict:
     )
 
 
-def _merit(window: AcceptanceWindow, rule: AcceptanceRule) -> float:
-    """What counts of a window beside its partner. Among those that miss a target the nearer one to
-    it is better, so that a repair may take several changes."""
-    figure = window.metrics.get(rule.metric) or 0.0
+def _merit(window: AcceptanceWindow, rule: AcceptanceRule, *, best: float) -> float:
+    """What counts of a window beside its partner. Of those that miss a target the nearest to it is
+    worth most, at most ``BROKEN_FRAC`` of the best one, so that a repair may take several changes."""
     if window.status is TrialStatus.OK:
-        return figure
+        return _figure(window, rule)
     excesses = [(window.metrics.get(guard) or 0.0) / at for guard, at in rule.targets.items() if at]
-    return BROKEN_FRAC * figure / max([1.0, *excesses])
+    return BROKEN_FRAC * best / max([1.0, *excesses])
+
+
+def _figure(window: AcceptanceWindow, rule: AcceptanceRule) -> float:
+    return window.metrics.get(rule.metric) or 0.0
 
 
 def _reason(

@@ -97,7 +97,7 @@ def is_missing_targets(state: Rollout) -> bool:
 def exploring_s(rule: RolloutRule) -> float:
     """Seconds for which a whole test has its candidate in force, at the most."""
     return sum(
-        slot_seconds(slot, rule) + rule.max_gap_s
+        slot_seconds(slot, rule) + rule.lag_s
         for slot in paired_slots(rule.acceptance.num_pairs)
         if slot.is_candidate
     )

@@ -215,7 +215,7 @@ def _wait(state: Rollout, *, at: float, rule: RolloutRule) -> Step:
 def _canary(state: Rollout, event: Ticked, *, failures: int, rule: RolloutRule, slo: Slo) -> Step:
     candidate, at = state.candidate, event.at
     assert candidate is not None
-    if state.explored_s + rule.max_gap_s > rule.max_explored_frac * state.busy_s:
+    if state.explored_s + rule.lag_s > rule.max_explored_frac * state.busy_s:
         return end(state, RolloutReason.BUDGET_SPENT, at=at, rule=rule)
     if state.fresh_at is None or at - state.fresh_at > rule.max_gap_s:
         return end(state, RolloutReason.STALE_DATA, at=at, rule=rule)

@@ -34,7 +34,8 @@ Values = Mapping[str, KnobValue]
 class RolloutRule:
     """Times in seconds. InputError for a rule under which no candidate could ever be tested.
 
-    ``max_gap_s``: without a new window of the profiler for longer, the data are stale.
+    ``max_gap_s``: without a new window of the profiler for longer, the data are stale; a long step
+    of prompts is no silence. ``lag_s``: of a change to come into force, with the window in which it does.
     ``max_explored_frac``: of the busy time; ``slo_budget_frac``: of the windows of about the last
     ``slo_horizon_s`` that may break a target. ``hbm_soft_frac``: of the memory of the GPU.
     ``max_queue_growth``: waiting requests more than when the candidate's turn began. ``dwell_s``:
@@ -52,7 +53,8 @@ class RolloutRule:
     cooldown_s: float = 600.0
     max_cooldown_s: float = 86400.0
     quarantine_s: float = 86400.0
-    max_gap_s: float = 3.0
+    max_gap_s: float = 10.0
+    lag_s: float = 3.0
     max_explored_frac: float = 0.05
     slo_budget_frac: float = 0.01
     slo_horizon_s: float = 3600.0
@@ -68,7 +70,7 @@ class RolloutRule:
         return self.dwell_s / 2
 
     def __post_init__(self) -> None:
-        for name in ("window_s", "washout_s", "max_gap_s", "max_explored_frac", "dwell_s"):
+        for name in ("window_s", "washout_s", "max_gap_s", "lag_s", "max_explored_frac", "dwell_s"):
             if not getattr(self, name) > 0:
                 raise InputError(f"{name} is not above 0; give a number above 0", field=name)
 

@@ -273,7 +273,7 @@ def test_of_two_that_miss_a_target_the_nearer_one_is_better(
             status=TrialStatus.SLO_BROKEN,
             metrics={**item.metrics, "tpot_p95_s": tpot_s if item.values == B else 0.2},
         )
-        for item in pairs([0.9 * ratio for ratio in noisy(1.0)])
+        for item in pairs([0.8 * ratio for ratio in noisy(1.0)])
     ]
     rule = replace(RULE, targets={Guard.TPOT: 0.1})
     assert verdict_on(windows, rule=rule).reason is reason

@@ -249,7 +249,7 @@ def test_a_regression_on_probation_moves_the_good_back_and_doubles_the_wait() ->
 def test_stale_and_idle_windows_end_a_test_without_a_verdict() -> None:
     world = canary()
     world.until_candidate_runs()
-    world.at += 10
+    world.at += RULE.max_gap_s + 1
     world.tell(Ticked(at=world.at, snapshot=None))
     assert world.records[-1] == (RolloutState.EXPIRED, RolloutReason.STALE_DATA)
     world = canary()
