@@ -11,10 +11,11 @@ from asyncio.subprocess import Process
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import zmq.asyncio
 
-from sparsed.core import EngineReady, EngineSpec, Heartbeat, Shutdown
+from sparsed.core import EngineReady, EngineSpec, FailureCause, Heartbeat, Shutdown
 from sparsed.engine.wire import FromEngine, ToEngine, decode, encode
 
 WATCH_PERIOD_S = 0.5
@@ -29,6 +30,13 @@ class WatchLimits:
     silence_s: float = 10.0
     loading_silence_s: float = 300.0
     step_s: float = 300.0
+
+
+class Ending(NamedTuple):
+    """Why a process is gone: in words, and as far as the words tell, what kind of reason."""
+
+    reason: str
+    cause: FailureCause
 
 
 class EngineProcess:
@@ -90,18 +98,18 @@ class EngineProcess:
     def send(self, message: ToEngine) -> None:
         self._outbox.put_nowait(encode(message))
 
-    async def run(self) -> str:
+    async def run(self) -> Ending:
         """Pass messages both ways until the process is gone, killing it if it hangs.
 
-        Returns why it ended, in words. All it said before is delivered first.
+        Returns why it ended. All it said before is delivered first.
         """
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._read())
                 writer = group.create_task(self._write())
-                reason = await self._watch()
+                ending = await self._watch()
                 writer.cancel()
-            return reason
+            return ending
         finally:
             self._kill()
             self._socket.close(linger=0)
@@ -137,7 +145,7 @@ class EngineProcess:
         self._ready |= isinstance(message, EngineReady)
         self._on_message(message)
 
-    async def _watch(self) -> str:
+    async def _watch(self) -> Ending:
         ticked_s = time.monotonic()
         while not await self._gone_within(WATCH_PERIOD_S):
             now_s = time.monotonic()
@@ -147,8 +155,8 @@ class EngineProcess:
             if hang := self._hang():
                 self._kill()
                 await self._process.wait()
-                return hang
-        return _exit_in_words(self._process.returncode)
+                return Ending(hang, FailureCause.HANG)
+        return _ending(self._process.returncode)
 
     async def _gone_within(self, timeout_s: float) -> bool:
         try:
@@ -181,8 +189,12 @@ def worker_environment() -> dict[str, str]:
     return environment
 
 
-def _exit_in_words(returncode: int | None) -> str:
+def _ending(returncode: int | None) -> Ending:
+    """The kernel ends a process that takes too much memory by SIGKILL."""
     assert returncode is not None
     if returncode >= 0:
-        return f"it exited with status {returncode}"
-    return f"it was killed by {signal.Signals(-returncode).name}"
+        return Ending(f"it exited with status {returncode}", FailureCause.OTHER)
+    by = signal.Signals(-returncode)
+    is_memory = by is signal.SIGKILL
+    cause = FailureCause.HOST_MEMORY if is_memory else FailureCause.OTHER
+    return Ending(f"it was killed by {by.name}", cause)

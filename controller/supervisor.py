@@ -15,13 +15,14 @@ from typing import Any
 
 import zmq.asyncio
 
-from sparsed.controller.engine_process import EngineProcess, WatchLimits
+from sparsed.controller.engine_process import Ending, EngineProcess, WatchLimits
 from sparsed.core import (
     EngineFacts,
     EngineFailed,
     EngineReady,
     EngineSpec,
     ExitCode,
+    FailureCause,
     Knobs,
     KnobsApplied,
     StartError,
@@ -40,7 +41,7 @@ class Supervisor:
 
     Lives on the event loop; the caller holds the lock of ``run_dir``. ``on_message`` gets every
     message but heartbeats, ``EngineReady`` of every new process included; ``on_lost`` gets the
-    reason, once for each process that ended unasked.
+    reason, once for each process that ended unasked; ``cause`` is what kind of reason it was.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class Supervisor:
         self._deaths_s: deque[float] = deque()
         self._stopping = False
         self.restarts = 0
+        self.cause = FailureCause.OTHER  # of the latest end
 
     async def start(self) -> EngineFacts:
         """Start the engine and wait until it is loaded.
@@ -137,10 +139,13 @@ class Supervisor:
             limits=self._limits,
         )
         try:
-            reason = await self._engine.run()
+            ending = await self._engine.run()
         finally:
             self._engine = None
-        return self._failure.message if self._failure else reason
+        if self._failure is not None:
+            ending = Ending(self._failure.message, self._failure.cause)
+        self.cause = ending.cause
+        return ending.reason
 
     def _receive(self, message: FromEngine) -> None:
         if isinstance(message, EngineFailed):
@@ -161,8 +166,10 @@ class Supervisor:
         if self._facts.done():
             return
         if self._failure is None:
-            raise StartError(f"the engine could not start: {reason}", code=ExitCode.SOFTWARE)
-        raise StartError(self._failure.message, code=_exit_code(self._failure.exit_code))
+            raise StartError(
+                f"the engine could not start: {reason}", code=ExitCode.SOFTWARE, cause=self.cause
+            )
+        raise StartError(reason, code=_exit_code(self._failure.exit_code), cause=self.cause)
 
     def _back_off_s(self, reason: str) -> float:
         """Seconds before the next try. StartError when there have been too many."""

@@ -5,20 +5,21 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Final
 
 from sparsed.controller.config import DaemonConfig
 from sparsed.controller.prompts import PromptSource
 from sparsed.controller.startup import StartPlan, prepare
 from sparsed.controller.supervisor import Supervisor
+from sparsed.controller.trial_window import TrialWindow, link_rate
 from sparsed.controller.workload import ServiceTimes, reordered, to_messages
 from sparsed.core import (
     KNOB_SPECS,
     AddRequest,
     ApplyKnobs,
     EngineStats,
-    FinishReason,
+    FailureCause,
     InputError,
     KnobClass,
     Knobs,
@@ -27,17 +28,25 @@ from sparsed.core import (
     Measurement,
     StartError,
     TokenBatch,
-    TokenOutput,
     TrialStatus,
     Workload,
     WorkloadRequest,
 )
 from sparsed.engine.wire import FromEngine
+from sparsed.profiler.device_memory import open_device_memory
 from sparsed.tuner.objective import TrialFailed
 
 PROBE_INPUT_TOKENS: Final = 512
 PROBE_OUTPUT_TOKENS: Final = 16
 START_DEADLINE_S: Final = 300.0
+STATUSES: Final = {
+    FailureCause.DEVICE_MEMORY: TrialStatus.OUT_OF_MEMORY,
+    FailureCause.HOST_MEMORY: TrialStatus.HOST_OUT_OF_MEMORY,
+    FailureCause.DEVICE: TrialStatus.DEVICE_ERROR,
+    FailureCause.CONFIG: TrialStatus.INVALID_CONFIG,
+    FailureCause.HANG: TrialStatus.TIMEOUT,
+    FailureCause.OTHER: TrialStatus.ENGINE_ERROR,
+}
 STOP_TIMEOUT_S: Final = 5.0
 RESTART_KNOBS: Final = tuple(spec.name for spec in KNOB_SPECS if spec.klass is KnobClass.RESTART)
 
@@ -60,7 +69,8 @@ class EngineBench:
         self._num_windows = 0
         self._num_changes = 0  # of knobs, of running engines
         self._recall_stride = plan.spec.recall_stride
-        self._calibration = plan.spec.calibration
+        self.calibration = plan.spec.calibration  # of the link, as far as it is known by now
+        self._link_bytes_per_s: float | None = None  # of the running engine
         self.versions: Mapping[str, str] = {}
 
     async def probe(self) -> ServiceTimes:
@@ -142,7 +152,7 @@ class EngineBench:
                 replace(
                     spec,
                     recall_stride=self._recall_stride,
-                    calibration=self._calibration or spec.calibration,
+                    calibration=self.calibration or spec.calibration,
                 ),
                 run_dir=config.state_dir.run_dir,
                 on_message=self._receive,
@@ -151,12 +161,18 @@ class EngineBench:
             async with asyncio.timeout(START_DEADLINE_S):
                 facts = await self._supervisor.start()
             self.versions = facts.versions
-            self._calibration = facts.calibration or self._calibration
+            self.calibration = facts.calibration or self.calibration
+            self._link_bytes_per_s = link_rate(facts)
         except InputError as error:
             raise TrialFailed(str(error), status=TrialStatus.INVALID_CONFIG) from error
-        except (StartError, TimeoutError) as error:
+        except StartError as error:
             await self.close()
-            raise TrialFailed(str(error) or "slow start", status=_status(str(error))) from error
+            raise TrialFailed(str(error), status=STATUSES[error.cause]) from error
+        except TimeoutError:
+            await self.close()
+            raise TrialFailed(
+                f"it was not loaded after {START_DEADLINE_S:.0f} s", status=TrialStatus.TIMEOUT
+            ) from None
 
     async def _apply(self, knobs: Knobs) -> bool:
         assert self._supervisor is not None
@@ -175,8 +191,10 @@ class EngineBench:
     async def _next(self) -> FromEngine:
         message = await self._inbox.get()
         if isinstance(message, str):
+            assert self._supervisor is not None
+            status = STATUSES[self._supervisor.cause]
             await self.close()
-            raise TrialFailed(f"the engine was lost: {message}", status=_status(message))
+            raise TrialFailed(f"the engine was lost: {message}", status=status)
         return message
 
     # one window
@@ -191,102 +209,41 @@ class EngineBench:
             prefix=f"window-{self._num_windows}",
         )
         before = self._stats
-        window = _Window(started_s=time.monotonic())
+        window = TrialWindow(started_s=time.monotonic())
         sender = asyncio.create_task(self._send(messages, workload=workload, window=window))
         try:
-            while len(window.done) < len(messages):
-                message = await self._next()
-                if isinstance(message, TokenBatch):
-                    window.take(message)
-                elif isinstance(message, EngineStats):
-                    window.hot_peak_bytes = max(window.hot_peak_bytes, message.hot_used_bytes)
+            with open_device_memory(self._gpu_index) as read_frac:
+                while len(window.done) < len(messages):
+                    message = await self._next()
+                    if isinstance(message, TokenBatch):
+                        window.take(message)
+                    elif isinstance(message, EngineStats):
+                        window.look(message, hbm_frac=read_frac())
+                window.look(self._stats, hbm_frac=read_frac())
         finally:
             sender.cancel()
         window.ended_s = time.monotonic()
         while self._stats.generated_tokens < before.generated_tokens + window.num_tokens:
             await self._next()  # the counters that hold the last step
-        return window.measurement(before=before, after=self._stats)
+        return window.measurement(
+            before=before, after=self._stats, link_bytes_per_s=self._link_bytes_per_s
+        )
+
+    @property
+    def _gpu_index(self) -> int | None:
+        kind, _, index = self._plan.spec.device.partition(":")
+        return int(index) if kind == "cuda" else None
 
     async def _send(
-        self, messages: tuple[AddRequest, ...], *, workload: Workload, window: _Window
+        self, messages: tuple[AddRequest, ...], *, workload: Workload, window: TrialWindow
     ) -> None:
         for message, request in zip(messages, workload.requests, strict=True):
             wait_s = window.started_s + request.arrival_s - time.monotonic()
             await asyncio.sleep(max(0.0, wait_s))
-            window.timings[message.request_id] = _Timing(sent_s=time.monotonic())
+            window.expect(message.request_id, sent_s=time.monotonic())
             assert self._supervisor is not None
             self._supervisor.send(message)
 
 
-@dataclass(slots=True)
-class _Timing:
-    """One request; times of this process's monotonic clock."""
-
-    sent_s: float
-    first_s: float = 0.0
-    last_s: float = 0.0
-    num_tokens: int = 0
-
-    @property
-    def tpot_s(self) -> float:
-        return (self.last_s - self.first_s) / max(1, self.num_tokens - 1)
-
-
-@dataclass(slots=True)
-class _Window:
-    """Everything seen of one window so far."""
-
-    started_s: float
-    ended_s: float = 0.0
-    hot_peak_bytes: int = 0
-    sparse_steps: int = 0
-    timings: dict[str, _Timing] = field(default_factory=dict)
-    done: set[str] = field(default_factory=set)
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(timing.num_tokens for timing in self.timings.values())
-
-    def take(self, batch: TokenBatch) -> None:
-        now_s = time.monotonic()
-        for output in batch.outputs:
-            if timing := self.timings.get(output.request_id):
-                self._take_one(output, timing=timing, now_s=now_s)
-
-    def _take_one(self, output: TokenOutput, *, timing: _Timing, now_s: float) -> None:
-        if output.token_id is not None:
-            timing.first_s = timing.first_s or now_s
-            timing.last_s, timing.num_tokens = now_s, timing.num_tokens + 1
-        if output.finish_reason is FinishReason.ERROR:
-            reason = output.error or "a request failed"
-            raise TrialFailed(reason, status=_status(reason))
-        if output.finish_reason is not None:
-            self.done.add(output.request_id)
-            self.sparse_steps += output.sparse.sparse_steps if output.sparse else 0
-
-    def measurement(self, *, before: EngineStats, after: EngineStats) -> Measurement:
-        timings = self.timings.values()
-        samples = after.recall_samples - before.recall_samples
-        hits, misses = after.hot_hits - before.hot_hits, after.hot_misses - before.hot_misses
-        recall = (after.recall_sum - before.recall_sum) / samples if samples else None
-        return Measurement(
-            duration_s=self.ended_s - self.started_s,
-            output_tokens=self.num_tokens,
-            ttft_s=tuple(timing.first_s - timing.sent_s for timing in timings),
-            tpot_s=tuple(timing.tpot_s for timing in timings),
-            sparse_steps=self.sparse_steps,
-            attention_recall=recall,
-            hot_hit_frac=hits / (hits + misses) if hits + misses else None,
-            h2d_bytes=after.h2d_bytes - before.h2d_bytes,
-            hot_peak_bytes=max(self.hot_peak_bytes, after.hot_used_bytes),
-        )
-
-
 def _needs_restart(running: Knobs, wanted: Knobs) -> bool:
     return any(getattr(running, name) != getattr(wanted, name) for name in RESTART_KNOBS)
-
-
-def _status(reason: str) -> TrialStatus:
-    """The kernel ends a process that takes too much memory by SIGKILL; torch says it in words."""
-    memory = "memory" in reason or "SIGKILL" in reason
-    return TrialStatus.OUT_OF_MEMORY if memory else TrialStatus.ENGINE_ERROR

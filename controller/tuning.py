@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Final
 
@@ -15,6 +15,7 @@ from rich.console import Console
 from sparsed import __version__
 from sparsed.controller.config import DaemonConfig
 from sparsed.controller.prompts import prompt_source
+from sparsed.controller.search_model import can_start, hot_tokens, search_model
 from sparsed.controller.startup import StartPlan, prepare
 from sparsed.controller.state_dir import StateLock
 from sparsed.controller.study_log import StudyLog
@@ -217,18 +218,31 @@ class _Tune:
         log: StudyLog,
     ) -> StudyOutcome:
         options, knobs = self._options, self._plan.spec.knobs
+        model = search_model(
+            self._plan,
+            workload,
+            objective=options.objective,
+            slo=self._slo,
+            calibration=self.bench.calibration,
+        )
+        if options.method is SearchMethod.CONSTRAINED:
+            self._console.print(model.description)
         plan = StudyPlan(
             space=build_space(
                 knobs,
                 auto_hbm_budget=_auto_hbm_budget(self._plan),
                 fixed=set(options.config.knobs),
                 workload=workload,
+                hot_tokens=hot_tokens(self._plan),
+                is_planned=cache(partial(can_start, self._plan)),
             ),
             objective=options.objective,
             slo=self._slo,
             num_trials=options.trials,
             method=options.method,
             seed=options.config.seed,
+            prior=model.prior,
+            memory=model.memory,
         )
         with StudyProgress(self._console, plan=plan, previous=previous) as progress:
 

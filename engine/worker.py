@@ -3,7 +3,8 @@
 The controller binds the endpoint and sends an EngineSpec; the worker loads, says how far it is,
 and answers with EngineReady, or with EngineFailed and its exit code. Then it takes requests and
 knobs between steps and sends a TokenBatch per step, EngineStats every second and, from a thread
-of its own, a Heartbeat every second. An error in a step ends the process with a traceback.
+of its own, a Heartbeat every second. An error in a step ends the process with a traceback, after
+an EngineFailed that says what kind of error it was.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from sparsed.core import (
     EngineReady,
     EngineSpec,
     ExitCode,
+    FailureCause,
     Heartbeat,
     InputError,
     KnobsApplied,
@@ -36,6 +38,7 @@ from sparsed.core import (
     Shutdown,
     StartError,
 )
+from sparsed.engine.failures import cause_of, in_words
 from sparsed.engine.process import die_with_parent
 from sparsed.engine.wire import Message, decode, encode
 
@@ -224,8 +227,15 @@ def main(argv: Sequence[str] | None = None) -> ExitCode:
         engine = _load(link, pool_fd=arguments.pool_fd, stopped=stopped)
         Worker(link, engine=engine, clock=clock).serve(stopped)
     except StartError as error:
-        link.send(EngineFailed(message=str(error), exit_code=error.code))
+        link.send(EngineFailed(message=str(error), exit_code=error.code, cause=error.cause))
         return error.code
+    except Exception as error:
+        link.send(
+            EngineFailed(
+                message=in_words(error), exit_code=ExitCode.SOFTWARE, cause=cause_of(error)
+            )
+        )
+        raise
     finally:
         link.close()
     return ExitCode.OK
@@ -246,11 +256,10 @@ def _load(link: Link, *, pool_fd: int | None, stopped: threading.Event) -> Engin
     except StartError:
         raise
     except InputError as error:
-        raise StartError(str(error), code=error.code) from error
+        raise StartError(str(error), code=error.code, cause=FailureCause.CONFIG) from error
     except Exception as error:
         traceback.print_exc()
-        words = str(error).strip().splitlines() or ["no message"]
-        raise StartError(f"{type(error).__name__}: {words[0]}", code=ExitCode.SOFTWARE) from error
+        raise StartError(in_words(error), code=ExitCode.SOFTWARE, cause=cause_of(error)) from error
     link.send(EngineReady(facts=facts))
     return engine
 

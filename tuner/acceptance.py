@@ -27,6 +27,8 @@ from sparsed.tuner.signed_rank import hodges_lehmann, p_greater, upper_bound
 
 BROKEN: Final = (
     TrialStatus.OUT_OF_MEMORY,
+    TrialStatus.HOST_OUT_OF_MEMORY,
+    TrialStatus.DEVICE_ERROR,
     TrialStatus.INVALID_CONFIG,
     TrialStatus.TIMEOUT,
     TrialStatus.ENGINE_ERROR,

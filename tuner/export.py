@@ -265,7 +265,8 @@ def _header(profile: Profile) -> tuple[str, ...]:
 
 
 def _losses(profile: Profile, flags: Mapping[str, KnobValue]) -> tuple[str, ...]:
-    lost = [name for name in ("token_budget", "hbm_budget") if name in profile.values]
+    ours = ("token_budget", "hbm_budget", "residency_watermark")
+    lost = [name for name in ours if name in profile.values]
     notes = [
         "# flag names change between versions: compare with --help of the installed one",
         "# the gain was measured with sparsed, and says nothing about this engine",

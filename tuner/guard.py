@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from sparsed.core import Knobs, KnobValue
+from sparsed.core import KNOBS_BY_NAME, Knobs, KnobValue
 from sparsed.tuner.space import SearchSpace
 
 
@@ -25,7 +25,9 @@ def clip(values: Mapping[str, KnobValue], *, space: SearchSpace) -> dict[str, Kn
     for ladder in space.ladders:
         value = values.get(ladder.name)
         if isinstance(value, int | float):
-            clipped[ladder.name] = int(min(max(value, ladder.rungs[0]), ladder.rungs[-1]))
+            bounded = min(max(value, ladder.rungs[0]), ladder.rungs[-1])
+            is_whole = KNOBS_BY_NAME[ladder.name].integer
+            clipped[ladder.name] = int(bounded) if is_whole else bounded
         elif ladder.name in values:
             clipped[ladder.name] = value
     return clipped

@@ -15,9 +15,13 @@ METRICS: Final = {
     Objective.GOODPUT: "goodput_requests_per_s",
 }
 LEAST_LOSS: Final = 1e-3  # of attention: a floor nearer to 1 cannot be told from 1
+MAX_HBM_FRAC: Final = 1.0  # of the device, all its users together
+MAX_LINK_BUSY_FRAC: Final = 0.9
 LEAST_SCORE: Final = 1e-9  # of a run that gave nothing: its logarithm must be finite
 CRASHES: Final = {
     TrialStatus.OUT_OF_MEMORY: Crash.OOM_DEVICE,
+    TrialStatus.HOST_OUT_OF_MEMORY: Crash.OOM_HOST_PINNED,
+    TrialStatus.DEVICE_ERROR: Crash.CUDA_ERROR,
     TrialStatus.INVALID_CONFIG: Crash.INVALID_CONFIG,
     TrialStatus.TIMEOUT: Crash.TIMEOUT,
     TrialStatus.ENGINE_ERROR: Crash.ENGINE_BUG,
@@ -71,6 +75,8 @@ def describe(measurement: Measurement, *, slo: Slo) -> dict[str, float]:
         "hot_hit_frac": measurement.hot_hit_frac,
         "h2d_bytes": float(measurement.h2d_bytes),
         "hot_peak_bytes": float(measurement.hot_peak_bytes),
+        "hbm_peak_frac": measurement.hbm_peak_frac,
+        "link_busy_frac": measurement.link_busy_frac,
         "errors": float(measurement.errors),
     }
     return {
@@ -96,7 +102,7 @@ def window_metrics(measurement: Measurement, *, slo: Slo) -> dict[str, float | N
 
 def observe(trial: TrialResult, *, objective: Objective, slo: Slo) -> Observation:
     """What a search may learn of a trial, also of one that missed its targets."""
-    if crash := _crash(trial):
+    if crash := CRASHES.get(trial.status):
         return Observation(values=trial.values, objective=None, crash=crash)
     score = max(trial.metrics.get(METRICS[objective], 0.0), LEAST_SCORE)
     return Observation(
@@ -110,8 +116,15 @@ def slacks(
     metrics: Mapping[str, float], *, objective: Objective, slo: Slo
 ) -> dict[Constraint, float]:
     """Figure over target minus one, of every target that the objective holds a run against;
-    quality is the attention lost over what may be lost."""
+    quality is the attention lost over what may be lost. Device memory and the link where a GPU
+    told of them."""
     found: dict[Constraint, float] = {}
+    for constraint, name, limit in (
+        (Constraint.HBM, "hbm_peak_frac", MAX_HBM_FRAC),
+        (Constraint.LINK, "link_busy_frac", MAX_LINK_BUSY_FRAC),
+    ):
+        if name in metrics:
+            found[constraint] = metrics[name] / limit - 1.0
     if objective is not Objective.GOODPUT:
         for constraint, name, target in (
             (Constraint.TTFT, "ttft_p95_s", slo.ttft_s),
@@ -130,19 +143,6 @@ def percentile(values: Sequence[float], frac: float) -> float | None:
     if not values:
         return None
     return sorted(values)[max(0, math.ceil(frac * len(values)) - 1)]
-
-
-def _crash(trial: TrialResult) -> Crash | None:
-    """By the status; what it does not tell apart, by the words of the driver."""
-    crash = CRASHES.get(trial.status)
-    reason = trial.reason.lower()
-    if crash is Crash.OOM_DEVICE and ("pinned" in reason or "host" in reason):
-        return Crash.OOM_HOST_PINNED
-    if crash is not Crash.ENGINE_BUG:
-        return crash
-    if "xid" in reason:
-        return Crash.XID
-    return Crash.CUDA_ERROR if "cuda error" in reason else crash
 
 
 def _num_good(measurement: Measurement, *, slo: Slo) -> int:

@@ -19,7 +19,9 @@ from sparsed.core import (
     WindowStage,
 )
 from sparsed.tuner.acceptance import BROKEN, worth
-from sparsed.tuner.constrained import ConstrainedSearch
+from sparsed.tuner.beliefs import Prior, expect_nothing
+from sparsed.tuner.candidates import pick_candidates
+from sparsed.tuner.constrained import ConstrainedSearch, MemoryLimit
 from sparsed.tuner.explain import explain
 from sparsed.tuner.objective import OutOfTime, TrialFailed, Verdict, judge, observe
 from sparsed.tuner.policy import GridSearch, Observation, RandomSearch, SearchBackend
@@ -50,7 +52,9 @@ SEARCH_TIME_FRAC: Final = 0.4  # of the time there is: a search without a test p
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StudyPlan:
-    """``num_trials`` is the budget of each arm; a trial is ``num_repeats`` measurements."""
+    """``num_trials`` is the budget of each arm; a trial is ``num_repeats`` measurements.
+    ``prior`` and ``memory``: what an analytic model of this machine says, for the constrained
+    search."""
 
     space: SearchSpace
     objective: Objective
@@ -59,6 +63,8 @@ class StudyPlan:
     seed: int
     method: SearchMethod = SearchMethod.CONSTRAINED
     num_repeats: int = NUM_REPEATS
+    prior: Prior = expect_nothing
+    memory: MemoryLimit | None = None
 
     @property
     def arms(self) -> tuple[str, ...]:
@@ -160,8 +166,7 @@ class _Study:
 
     def search(self, left_frac: Callable[[], float]) -> None:
         """All arms in turn, so that a drifting machine treats them alike, while there is time."""
-        space, seed = self._plan.space, self._plan.seed
-        backends = {arm: _backend(arm, space=space, seed=seed) for arm in self._plan.arms}
+        backends = {arm: _backend(arm, self._plan) for arm in self._plan.arms}
         try:
             for turn in range(self._plan.num_trials):
                 for arm, backend in backends.items():
@@ -172,14 +177,14 @@ class _Study:
             self._was_cut = True
 
     def verify(self, record: Callable[[AcceptanceWindow], None]) -> StudyOutcome:
-        """The best few and the default again, in other arrival orders; then the one whose worst
-        run is the best against the default, in pairs."""
+        """What the search recommends, the next best and the default again, in other arrival
+        orders; then the one whose worst run is the best against the default, in pairs."""
         if not any(trial.score is not None for trial in self._trials):
             return self.outcome("no configuration met its targets; the default stays")
         candidates = self._candidates()
         if not candidates:
             cut = " in the time that the search had" if self._was_cut else ""
-            return self.outcome(f"nothing scored above the default{cut}; the default stays")
+            return self.outcome(f"nothing is better than the default{cut}; the default stays")
         verification = Verification(
             self._measure,
             objective=self._plan.objective,
@@ -213,14 +218,18 @@ class _Study:
         )
 
     def _candidates(self) -> list[TrialResult]:
-        """The best few that scored above the default, each configuration once, the best first."""
-        bar = self.default.score or 0.0
-        above = [trial for trial in self._trials if (trial.score or 0.0) > bar]
-        chosen: list[TrialResult] = []
-        for trial in sorted(above, key=lambda trial: trial.score or 0.0, reverse=True):
-            if trial.values not in [self.default.values, *(other.values for other in chosen)]:
-                chosen.append(trial)
-        return chosen[:NUM_CANDIDATES]
+        """What the search recommends by all that was observed, and the next best."""
+        incumbent = self._plan.space.default_values
+        backend = _backend(self._plan.arms[0], self._plan)
+        observed = [self._observe(trial) for trial in self._trials]
+        return pick_candidates(
+            self._trials,
+            space=self._plan.space,
+            default=self.default.values,
+            recommended=backend.recommend(observed, incumbent=incumbent).values,
+            keeps_limits=lambda trial: self._observe(trial).is_feasible,
+            most=NUM_CANDIDATES,
+        )
 
     def _try_next(self, arm: str, backend: SearchBackend, *, turn: int) -> None:
         if len(self._of_arm(arm)) > turn:
@@ -267,9 +276,10 @@ class _Study:
         self._record(trial)
 
 
-def _backend(arm: str, *, space: SearchSpace, seed: int) -> SearchBackend:
+def _backend(arm: str, plan: StudyPlan) -> SearchBackend:
+    space, seed = plan.space, plan.seed
     if arm == BAYES:
-        return ConstrainedSearch(space=space, seed=seed)
+        return ConstrainedSearch(space=space, seed=seed, prior=plan.prior, memory=plan.memory)
     if arm == ARMS[SearchMethod.SKOPT]:
         return StockSearch(space=space, seed=seed)
     if arm == ARMS[SearchMethod.GRID]:

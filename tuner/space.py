@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Final
 
-from sparsed.core import KNOBS_BY_NAME, InputError, Knobs, KnobValue, Workload
+from sparsed.core import (
+    BLOCK_TOKENS,
+    KNOBS_BY_NAME,
+    InputError,
+    Knobs,
+    KnobValue,
+    SparseMethod,
+    Workload,
+)
 
 MIN_PREFILL_CHUNK: Final = 128  # smaller chunks cost a step each and are never worth a trial
+WATERMARKS: Final = (0.02, 0.05, 0.1, 0.2, 0.3)  # of the hot tier
 
 RESTART_KNOBS: Final = frozenset({"page_size"})
 
@@ -26,7 +35,7 @@ class Ladder:
     """
 
     name: str
-    rungs: tuple[int, ...]
+    rungs: tuple[float, ...]
     auto_rung: int | None = None
 
     def nearest(self, value: KnobValue) -> int:
@@ -39,12 +48,20 @@ class Ladder:
         return None if self.rungs[rung] == self.auto_rung else self.rungs[rung]
 
 
+def anything(knobs: Knobs) -> bool:
+    """Where nobody knows the machine."""
+    return True
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SearchSpace:
-    """The ladders around ``default``; knobs without a ladder keep the default's value."""
+    """The ladders around ``default``; knobs without a ladder keep the default's value.
+    ``is_planned``: whether an engine with such knobs could be started at all; whoever knows the
+    machine tells."""
 
     default: Knobs
     ladders: tuple[Ladder, ...]
+    is_planned: Callable[[Knobs], bool] = anything
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -70,17 +87,17 @@ class SearchSpace:
         return {ladder.name: ladder.value(int(rung)) for ladder, rung in pairs}
 
     def contains(self, point: Point) -> bool:
-        """Whether every rung exists and the knobs agree with each other."""
+        """Whether every rung exists and the point is valid."""
         pairs = zip(self.ladders, point, strict=True)
         return all(0 <= rung < len(ladder.rungs) for ladder, rung in pairs) and self.is_valid(point)
 
     def is_valid(self, point: Point) -> bool:
-        """Whether the knobs agree with each other."""
+        """Whether the knobs agree with each other and an engine could start with them."""
         try:
-            self.default.with_values(self.decode(point))
+            knobs = self.default.with_values(self.decode(point))
         except InputError:
             return False
-        return True
+        return self.is_planned(knobs)
 
     def points(self) -> Iterator[Point]:
         """Every valid point."""
@@ -94,13 +111,17 @@ def build_space(
     auto_hbm_budget: int,
     fixed: AbstractSet[str] = frozenset(),
     workload: Workload | None = None,
+    hot_tokens: int | None = None,
+    is_planned: Callable[[Knobs], bool] = anything,
 ) -> SearchSpace:
-    """The offline space: page size, both budgets, active sequences, prefill chunk.
+    """The offline space: page size, both budgets, active sequences, prefill chunk, and the
+    watermark of residency where the workload is more than the hot tier keeps whole.
 
     ``auto_hbm_budget``: tokens the closed form gives with ``default``. ``fixed``: knobs to leave
     alone. ``workload``: what trials run; a limit that it never reaches is not tried, for nothing
-    would be learned of it. Bounds are those of the knobs, cut to the model's length and the
-    start-up capacity; the default is always on a rung.
+    would be learned of it. ``hot_tokens``: of whole requests that the hot tier has room for; None:
+    not known, and the watermark stays. ``is_planned``: as in ``SearchSpace``. Bounds are those of
+    the knobs, cut to the model's length and the start-up capacity; the default is always on a rung.
     """
     longest = default.max_model_len
     caps = {
@@ -115,8 +136,30 @@ def build_space(
         ladders.append(_ladder(name, cap=cap, default=getattr(default, name), auto=auto))
     if workload is not None:
         ladders = [_within_reach(ladder, default=default, workload=workload) for ladder in ladders]
+    if workload is not None and hot_tokens is not None:
+        ladders += _watermarks(default, workload=workload, hot_tokens=hot_tokens)
     free = (ladder for ladder in ladders if ladder.name not in fixed and len(ladder.rungs) > 1)
-    return SearchSpace(default=default, ladders=tuple(free))
+    return SearchSpace(default=default, ladders=tuple(free), is_planned=is_planned)
+
+
+def _watermarks(default: Knobs, *, workload: Workload, hot_tokens: int) -> list[Ladder]:
+    """None where the largest requests that may run at once are whole with the default's: a higher
+    watermark would only take pages from them. None for dense attention either, which keeps all."""
+    sizes = sorted(
+        (_in_blocks(item.input_tokens + item.output_tokens) for item in workload.requests),
+        reverse=True,
+    )
+    kept_tokens = (1.0 - default.residency_watermark) * hot_tokens
+    is_dense = default.sparse_method == SparseMethod.DENSE
+    if is_dense or sum(sizes[: default.max_num_seqs]) <= kept_tokens:
+        return []
+    rungs = {*WATERMARKS, default.residency_watermark} - {0.0}  # of which there is no logarithm
+    return [Ladder(name="residency_watermark", rungs=tuple(sorted(rungs)))]
+
+
+def _in_blocks(num_tokens: int) -> int:
+    """Tokens of the blocks that so many take."""
+    return -(-num_tokens // BLOCK_TOKENS) * BLOCK_TOKENS
 
 
 def live_space(current: Knobs) -> SearchSpace:

@@ -92,8 +92,9 @@ def tune(
     """Search for the best configuration of a model on this machine, and keep the profile.
 
     Owns the machine while it runs. Knobs given as flags are fixed; Ctrl-C keeps what was measured.
-    The best three and the default are measured again in five other arrival orders; the one whose
-    worst run is the best is then tested against the default, in 32 pairs of windows.
+    What the search recommends, the next best (three in all) and the default are measured again in
+    five other arrival orders; the one whose worst run is the best is then tested against the
+    default, in 32 pairs of windows.
     """
     from sparsed.controller.tuning import TuneOptions, run_tune
 

@@ -184,11 +184,30 @@ class Configuration:
             rows=self.rows,
         )
 
+    @property
+    def job(self) -> Job:
+        """A request of the traffic with nothing beside it."""
+        return Job(
+            prompt_s=prompt_time_s(
+                self.place.shape, self.place.gpu, num_tokens=self.traffic.context
+            ),
+            chunks=self.traffic.context / self.knobs.prefill_chunk,
+            output_tokens=self.traffic.output_tokens,
+        )
+
+    @property
+    def request_blocks(self) -> int:
+        """Blocks of a lane that one request may hold."""
+        budget = self.knobs.hbm_budget
+        return self.lane_blocks if budget is None else min(num_frames(budget), self.lane_blocks)
+
     def misses(self, requests: int) -> float:
         """Pages that those requests miss in a step if the hot tier is theirs alone."""
         if self.method is SparseMethod.DENSE:
             return 0.0
-        return expected_misses([self.claim] * requests, self._room(requests))
+        theirs = requests * self.request_blocks * self.geometry.page_rows_per_frame
+        room = replace(self._room(requests), hot_pages=min(self.hot_pages, theirs))
+        return expected_misses([self.claim] * requests, room)
 
     def step(self, requests: int) -> StepTime:
         """A decode step of ``requests``, halfway through their outputs."""
@@ -196,13 +215,7 @@ class Configuration:
 
     def forecast(self, requests: int) -> Forecast:
         """With at most ``requests`` at once: so many, or what the traffic's rate makes of it."""
-        job = Job(
-            prompt_s=prompt_time_s(
-                self.place.shape, self.place.gpu, num_tokens=self.traffic.context
-            ),
-            chunks=self.traffic.context / self.knobs.prefill_chunk,
-            output_tokens=self.traffic.output_tokens,
-        )
+        job = self.job
         most = full_batch(job, requests=requests, step_s=self.step(requests).step_s)
         service: Service | None = most
         if self.traffic.rate_per_s is not None:
@@ -245,7 +258,8 @@ class Configuration:
 
     def _best(self, requests: int) -> tuple[StepLoad, StepTime]:
         """Selecting, or attending in place where all is hot and that is faster."""
-        hot = requests * num_frames(self.traffic.request_tokens) <= self.lane_blocks
+        blocks = num_frames(self.traffic.request_tokens)
+        hot = requests * blocks <= self.lane_blocks and blocks <= self.request_blocks
         loads = [self._dense_load(requests)]
         if self.method is not SparseMethod.DENSE and self._selects:
             selecting = self._sparse_load(requests)

@@ -20,6 +20,7 @@ from sparsed.core import (
     GpuRates,
     InputError,
     KnobValue,
+    LinkCalibration,
     MachineFacts,
     ModelShape,
 )
@@ -62,7 +63,7 @@ def plan(
     place = Place(
         shape=model.shape,
         dtype=dtype,
-        gpu=_with_calibration(config, options, machine, gpu, shape=model.shape, dtype=dtype),
+        gpu=_with_known_link(config, options, machine, gpu, shape=model.shape, dtype=dtype),
         machine=machine,
         learned=replace(Learned(), miss_frac=options.miss_frac),
     )
@@ -146,7 +147,7 @@ def _find_gpu(config: DaemonConfig, options: PlanOptions) -> tuple[GpuRates, Mac
     )
 
 
-def _with_calibration(
+def _with_known_link(
     config: DaemonConfig,
     options: PlanOptions,
     machine: MachineFacts,
@@ -155,12 +156,19 @@ def _with_calibration(
     shape: ModelShape,
     dtype: str,
 ) -> GpuRates:
-    """The rate of this machine's link, if a daemon has measured it."""
+    """With the rate of this machine's link, if a daemon has measured it."""
     key = link_key(machine) if options.gpu is None else None
     calibration = calibrations_of(config.state_dir)(key) if key else None
     if calibration is None:
         return gpu
     page_size = int(config.knobs.get("page_size") or PAGE_TOKENS)
+    return with_calibration(gpu, calibration, shape=shape, dtype=dtype, page_size=page_size)
+
+
+def with_calibration(
+    gpu: GpuRates, calibration: LinkCalibration, *, shape: ModelShape, dtype: str, page_size: int
+) -> GpuRates:
+    """``gpu`` with the link as it was measured for such pages; unchanged where no kernel was."""
     entry = choose_copy(
         calibration,
         direction=Direction.H2D,

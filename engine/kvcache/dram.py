@@ -9,7 +9,7 @@ import weakref
 import torch
 from torch import Tensor
 
-from sparsed.core import ExitCode, StartError
+from sparsed.core import ExitCode, FailureCause, StartError
 from sparsed.engine.cuda_driver import CudaDriver
 from sparsed.engine.kvcache.geometry import Geometry
 from sparsed.engine.kvcache.pages import FreeList
@@ -111,6 +111,7 @@ def _map_memory(num_bytes: int, pool_fd: int | None) -> tuple[mmap.mmap, int]:
             f"cannot map {num_bytes / 2**30:.1f} GiB for the DRAM tier ({error.strerror}): "
             "lower kv_dram_gib or free memory",
             code=ExitCode.UNAVAILABLE,
+            cause=FailureCause.HOST_MEMORY,
         ) from error
     finally:
         if own:

@@ -13,7 +13,7 @@ from typing import Final, Protocol
 
 import numpy as np
 
-from sparsed.core import GIB, ExitCode, StartError
+from sparsed.core import GIB, ExitCode, FailureCause, StartError
 from sparsed.engine.cuda_driver import CudaError
 
 MAX_CHUNK_BYTES: Final = 2 * GIB  # of one registration; drivers refuse very large ones
@@ -92,6 +92,7 @@ def check_memory(num_bytes: int, *, allocated_bytes: int, root: Path = Path("/")
             f"the DRAM tier takes {num_bytes / GIB:.1f} GiB and {free / GIB:.1f} GiB of memory "
             "are free: lower kv_dram_gib or free memory",
             code=ExitCode.UNAVAILABLE,
+            cause=FailureCause.HOST_MEMORY,
         )
 
 
@@ -110,6 +111,7 @@ def _register(registrar: Registrar, address: int, size: int, *, pinned: int, tot
             f"cannot pin the DRAM tier beyond {pinned / GIB:.1f} of {total / GIB:.1f} GiB "
             f"({error}): {cause}",
             code=ExitCode.UNAVAILABLE,
+            cause=FailureCause.HOST_MEMORY,
         ) from error
 
 

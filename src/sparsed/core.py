@@ -54,12 +54,26 @@ class CapacityError(InputError):
     """A request that can never fit: longer than the model, the hot tier or the DRAM tier."""
 
 
+class FailureCause(StrEnum):
+    """Why an engine process ended or never started, as far as it says something of its knobs."""
+
+    DEVICE_MEMORY = "device-memory"
+    HOST_MEMORY = "host-memory"  # also what could not be pinned
+    DEVICE = "device"  # a call of the driver failed for another reason
+    CONFIG = "config"  # what was asked for is wrong or does not fit
+    HANG = "hang"
+    OTHER = "other"
+
+
 class StartError(Exception):
     """Start-up cannot go on; the message is one line for the user, ``code`` the exit status."""
 
-    def __init__(self, message: str, *, code: ExitCode) -> None:
+    def __init__(
+        self, message: str, *, code: ExitCode, cause: FailureCause = FailureCause.OTHER
+    ) -> None:
         super().__init__(message)
         self.code = code
+        self.cause = cause
 
 
 # --------------------------------------------------------------------------------------------
@@ -845,10 +859,11 @@ class EngineReady:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineFailed:
-    """The engine could not start; it exits after saying so."""
+    """The engine could not start or go on; it exits after saying so."""
 
     message: str
     exit_code: int
+    cause: FailureCause = FailureCause.OTHER
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -1332,7 +1347,9 @@ class SearchMethod(StrEnum):
 
 class TrialStatus(StrEnum):
     OK = "ok"
-    OUT_OF_MEMORY = "out_of_memory"
+    OUT_OF_MEMORY = "out_of_memory"  # of the device
+    HOST_OUT_OF_MEMORY = "host_out_of_memory"
+    DEVICE_ERROR = "device_error"
     SLO_BROKEN = "slo_broken"
     RECALL_BROKEN = "recall_broken"
     INVALID_CONFIG = "invalid_config"
@@ -1372,7 +1389,10 @@ class Workload:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Measurement:
-    """What one run of a workload under one configuration gave. Lists are per request."""
+    """What one run of a workload under one configuration gave. Lists are per request.
+    ``hbm_peak_frac``: of the device's memory, everybody's use, as often as the driver was asked;
+    ``link_busy_frac``: bytes loaded over what the link carries at its calibrated rate. None: there
+    is no GPU, or it does not say."""
 
     duration_s: float
     output_tokens: int
@@ -1384,6 +1404,8 @@ class Measurement:
     h2d_bytes: int
     hot_peak_bytes: int
     errors: int = 0
+    hbm_peak_frac: float | None = None
+    link_busy_frac: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -23,6 +23,7 @@ from sparsed.core import (
     EngineSpec,
     EngineStats,
     ExitCode,
+    FailureCause,
     KnobsApplied,
     SamplingParams,
     StartError,
@@ -95,6 +96,7 @@ def test_an_engine_that_is_killed_or_hangs_comes_back(
         second = (await watcher.until(EngineReady)).facts
         assert second.pid != facts.pid
         assert watcher.lost == ["it was killed by SIGKILL"]
+        assert watcher.supervisor.cause is FailureCause.HOST_MEMORY
         watcher.supervisor.send(request("one"))
         (again,) = (await watcher.until(TokenBatch)).outputs
         assert again.token_id == first.token_id
@@ -103,6 +105,7 @@ def test_an_engine_that_is_killed_or_hangs_comes_back(
         os.kill(second.pid, signal.SIGSTOP)
         third = (await watcher.until(EngineReady)).facts
         assert watcher.lost[1].startswith("it was silent for")
+        assert watcher.supervisor.cause is FailureCause.HANG
         assert not psutil.pid_exists(second.pid)
         assert watcher.supervisor.restarts == 2
         await watcher.supervisor.stop(10.0)

@@ -26,6 +26,7 @@ from sparsed.core import (
     EngineSpec,
     EngineStats,
     ExitCode,
+    FailureCause,
     FinishReason,
     Heartbeat,
     Knobs,
@@ -279,7 +280,7 @@ def test_an_unknown_model_is_a_failure_with_words_and_a_status(tmp_path: Path) -
         failing.spawn()
         failing.send(replace(SPEC, model="dummy:nonsense"))
         failed = failing.wait_for(EngineFailed)
-        assert "nonsense" in failed.message
+        assert "nonsense" in failed.message and failed.cause is FailureCause.CONFIG
         assert failed.exit_code == failing.exit_status() == ExitCode.USAGE
 
 
@@ -289,6 +290,8 @@ def test_an_error_in_its_own_logic_ends_the_process(tmp_path: Path) -> None:
         broken.send(SPEC)
         for _ in range(2):
             broken.send(request("twice", max_tokens=1500))
+        failed = broken.wait_for(EngineFailed)
+        assert failed.cause is FailureCause.OTHER and "twice is unfinished" in failed.message
         assert broken.exit_status() == 1
         assert "twice is unfinished" in broken.last_words()
 

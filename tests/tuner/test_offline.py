@@ -23,6 +23,8 @@ from sparsed.core import (
     TrialStatus,
     WindowStage,
 )
+from sparsed.tuner.beliefs import Expectation
+from sparsed.tuner.constrained import MemoryLimit
 from sparsed.tuner.objective import OutOfTime, TrialFailed, window_metrics
 from sparsed.tuner.offline import StudyOutcome, StudyPlan, run_study
 from sparsed.tuner.space import build_space
@@ -121,6 +123,38 @@ def study(
     )
     assert tuple(windows) == (outcome.comparison.windows if outcome.comparison else ())
     return outcome, recorded
+
+
+def test_what_is_known_beforehand_reaches_the_constrained_search_alone() -> None:
+    """A prior that calls for one knob, and a memory that holds few requests."""
+
+    def expect(values: Mapping[str, KnobValue]) -> Expectation:
+        chunk = DEFAULT.with_values(values).prefill_chunk
+        return Expectation(objective=-abs(chunk - 1024) / 512)
+
+    def need(values: Mapping[str, KnobValue]) -> float:
+        return float(DEFAULT.with_values(values).max_num_active_seqs)
+
+    limit = MemoryLimit(predict=need, limit_bytes=3.0, margin_bytes=1.0)
+    recorded: list[TrialResult] = []
+    run_study(
+        SyntheticEngine(),
+        plan=replace(plan(num_trials=6), prior=expect, memory=limit),
+        record=recorded.append,
+        record_window=lambda window: None,
+        left_frac=lambda: 1.0,
+    )
+    active = {
+        arm: [
+            DEFAULT.with_values(trial.values).max_num_active_seqs
+            for trial in recorded
+            if trial.arm == arm
+        ]
+        for arm in ("bayes", "random")
+    }
+    assert len(active["bayes"]) == 6 and max(active["bayes"]) <= 2 < max(active["random"])
+    tried = [trial.values["prefill_chunk"] for trial in recorded if trial.arm == "bayes"]
+    assert set(tried[1:]) <= {768, 1024, 1536}, tried
 
 
 def reason_of(outcome: StudyOutcome) -> DecisionReason | None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsed.core import (
+    BLOCK_TOKENS,
     KNOBS_BY_NAME,
     Knobs,
     KnobValue,
@@ -20,10 +22,12 @@ from sparsed.core import (
     Workload,
     WorkloadRequest,
 )
+from sparsed.tuner.constrained import ConstrainedSearch
 from sparsed.tuner.guard import guard
 from sparsed.tuner.objective import judge, observe
-from sparsed.tuner.policy import Constraint, Crash
-from sparsed.tuner.space import build_space, half_octaves
+from sparsed.tuner.policy import Constraint, Crash, GridSearch, Observation, RandomSearch
+from sparsed.tuner.space import WATERMARKS, build_space, half_octaves
+from sparsed.tuner.stock import StockSearch
 
 DEFAULT = Knobs(
     token_budget=2048,
@@ -98,6 +102,82 @@ def test_the_default_stays_whatever_the_workload(sizes: list[tuple[int, int]]) -
     space = build_space(DEFAULT, auto_hbm_budget=5000, workload=load(*sizes))
     assert space.decode(space.encode({})) == space.default_values
     assert space.contains(space.encode({}))
+
+
+@settings(max_examples=50)
+@given(
+    sizes=st.lists(st.tuples(st.integers(1, 9000), st.integers(1, 500)), min_size=1, max_size=40),
+    hot_tokens=st.integers(128, 300_000),
+)
+def test_the_watermark_is_tried_where_requests_are_not_kept_whole_anyway(
+    sizes: list[tuple[int, int]], hot_tokens: int
+) -> None:
+    space = build_space(DEFAULT, auto_hbm_budget=5000, workload=load(*sizes), hot_tokens=hot_tokens)
+    blocks = sorted((math.ceil(sum(size) / BLOCK_TOKENS) for size in sizes), reverse=True)
+    needed = BLOCK_TOKENS * sum(blocks[: DEFAULT.max_num_seqs])
+    assert ("residency_watermark" in space.names) == (needed > 0.9 * hot_tokens)
+    assert space.decode(space.encode({})) == space.default_values
+    for ladder in space.ladders:
+        for rung in range(len(ladder.rungs)):
+            assert ladder.nearest(ladder.value(rung)) == rung
+
+
+@pytest.mark.parametrize(
+    ("knobs", "fixed", "hot_tokens", "rungs"),
+    [
+        (DEFAULT, frozenset(), 4096, WATERMARKS),
+        (DEFAULT, frozenset(), None, None),
+        (DEFAULT, {"residency_watermark"}, 4096, None),
+        (DEFAULT.with_values({"sparse_method": "dense"}), frozenset(), 4096, None),
+        (DEFAULT.with_values({"residency_watermark": 0.15}), frozenset(), 4096, {0.15}),
+        (DEFAULT.with_values({"residency_watermark": 0.0}), {"residency_watermark"}, 9, None),
+    ],
+)
+def test_the_ladder_of_the_watermark(
+    knobs: Knobs, fixed: set[str], hot_tokens: int | None, rungs: set[float] | None
+) -> None:
+    space = build_space(
+        knobs,
+        auto_hbm_budget=5000,
+        fixed=fixed,
+        workload=load(*[(7000, 100)] * 4),
+        hot_tokens=hot_tokens,
+    )
+    found = {ladder.name: ladder.rungs for ladder in space.ladders}.get("residency_watermark")
+    assert (found is None) == (rungs is None)
+    if found is not None and rungs is not None:
+        assert set(found) == {*rungs, *WATERMARKS}
+        assert guard({"residency_watermark": 0.29}, current=knobs, space=space) == {
+            "residency_watermark": 0.2
+        }
+
+
+def test_a_configuration_that_no_engine_could_start_with_is_not_in_the_space() -> None:
+    def has_room(knobs: Knobs) -> bool:
+        return knobs.page_size < 64
+
+    space = build_space(
+        DEFAULT,
+        auto_hbm_budget=5000,
+        fixed={"hbm_budget", "token_budget", "prefill_chunk"},
+        is_planned=has_room,
+    )
+    pages = {space.decode(point)["page_size"] for point in space.points()}
+    assert pages == {8, 16, 32}
+    backends = (
+        ConstrainedSearch(space=space, seed=1, num_initial=4),
+        RandomSearch(space=space, seed=1),
+        GridSearch(space=space, seed=1),
+        StockSearch(space=space, seed=1),
+    )
+    for backend in backends:
+        observations: list[Observation] = []
+        for num_left in range(12, 0, -1):
+            found = backend.suggest(observations, incumbent={}, num_left=num_left)
+            if found is None:
+                break
+            assert found.values["page_size"] in pages
+            observations.append(Observation(values=found.values, objective=0.0))
 
 
 proposals = st.fixed_dictionaries(
@@ -205,11 +285,10 @@ def finished(
 @pytest.mark.parametrize(
     ("status", "reason", "crash"),
     [
-        (TrialStatus.OUT_OF_MEMORY, "CUDA out of memory", Crash.OOM_DEVICE),
-        (TrialStatus.OUT_OF_MEMORY, "cannot register pinned memory", Crash.OOM_HOST_PINNED),
-        (TrialStatus.ENGINE_ERROR, "CUDA error: misaligned address", Crash.CUDA_ERROR),
-        (TrialStatus.ENGINE_ERROR, "NVRM: Xid 79", Crash.XID),
-        (TrialStatus.ENGINE_ERROR, "KeyError: 3", Crash.ENGINE_BUG),
+        (TrialStatus.OUT_OF_MEMORY, "", Crash.OOM_DEVICE),
+        (TrialStatus.HOST_OUT_OF_MEMORY, "", Crash.OOM_HOST_PINNED),
+        (TrialStatus.DEVICE_ERROR, "an illegal memory access", Crash.CUDA_ERROR),
+        (TrialStatus.ENGINE_ERROR, "pinned memory, CUDA error, Xid 79", Crash.ENGINE_BUG),
         (TrialStatus.TIMEOUT, "", Crash.TIMEOUT),
         (TrialStatus.INVALID_CONFIG, "", Crash.INVALID_CONFIG),
         (TrialStatus.INTERRUPTED, "", Crash.INTERRUPTED),
@@ -246,3 +325,19 @@ def test_an_unsampled_floor_is_broken(sparse_steps: float, is_feasible: bool) ->
     trial = finished(sparse_steps=sparse_steps)
     seen = observe(trial, objective=Objective.THROUGHPUT, slo=Slo(min_recall=0.9))
     assert seen.is_feasible is is_feasible
+
+
+@pytest.mark.parametrize("objective", list(Objective))
+def test_what_a_gpu_told_of_memory_and_link_is_a_slack(objective: Objective) -> None:
+    told = measurement(hbm_peak_frac=0.9, link_busy_frac=0.99, sparse_steps=0)
+    verdict = judge(told, objective=objective, slo=Slo())
+    assert verdict.status is TrialStatus.OK, "a busy link breaks no promise"
+    trial = replace(finished(), metrics=verdict.metrics)
+    seen = observe(trial, objective=objective, slo=Slo())
+    assert seen.slacks == {
+        Constraint.HBM: pytest.approx(-0.1),
+        Constraint.LINK: pytest.approx(0.1),
+    }
+    assert not seen.is_feasible
+    untold = judge(measurement(), objective=objective, slo=Slo())
+    assert not {"hbm_peak_frac", "link_busy_frac"} & set(untold.metrics)
