@@ -67,6 +67,7 @@ async def run(config: DaemonConfig) -> int:
                 find_verified=store.find_verified,
                 find_calibration=store.find_calibration,
                 find_tuned=partial(tuned_values, store),
+                find_profiles=store.list_profiles,
             )
             log_plan(plan)
             daemon = Daemon(config, plan, store=store, store_fault=fault, started_s=started_s)
@@ -158,8 +159,8 @@ class Daemon:
         facts = await self._engine.supervisor.start()
         await asyncio.to_thread(keep_calibration, self._store, facts.calibration)
         seconds = time.monotonic() - self._started_s
-        name = self._model_ids[0]
-        print(f"sparsed ready: model={name} {self._url} in {seconds:.1f} s", flush=True)
+        who = f"model={self._model_ids[0]} {self._url}"
+        print(f"sparsed ready: {who} in {seconds:.1f} s", flush=True)
         await self._engine.supervisor.wait()
 
     async def _watch_host(self) -> None:
@@ -290,9 +291,8 @@ class Daemon:
         return DaemonState.DEGRADED if self._reasons() else DaemonState.SERVING
 
     def _reasons(self) -> tuple[str, ...]:
-        lost = self._writer.lost_writes
         reasons = [self._store_fault] if self._store_fault else []
-        if lost:
+        if lost := self._writer.lost_writes:
             reasons.append(f"the store lost {lost} writes; is the disk full?")
         if broken := self._senses.totals.verify_mismatches:
             reasons.append(f"{broken} KV pages differed after a copy; see the log")

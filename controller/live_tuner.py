@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from sparsed.controller.control import KnobSource, TunerState, TunerVerb
+from sparsed.controller.recovery import verdict_on
 from sparsed.controller.rollout_host import RolloutHost
 from sparsed.controller.startup import StartPlan
 from sparsed.controller.tuner_host import TunerHost
@@ -51,6 +52,7 @@ class LiveTuner:
         read_failures: Callable[[], int],
         kill_file: Path,
     ) -> None:
+        self._unproved = plan.unproved
         self._starts_tuned = KnobSource.TUNER in plan.sources.values()
         self._rollout = RolloutHost(
             store,
@@ -84,6 +86,8 @@ class LiveTuner:
     def on_snapshot(self, snapshot: Snapshot) -> None:
         self._advice.on_snapshot(snapshot)
         self._rollout.on_snapshot(snapshot)
+        if self._advice.state().mode is TunerMode.AUTO:
+            self._prove_start()
 
     def on_engine_lost(self, reason: str) -> Values | None:
         """What the next engine is to begin with, where the dead one had a candidate."""
@@ -149,6 +153,18 @@ class LiveTuner:
     def _on_decision(self, decision: Decision) -> None:
         if decision.values and self._advice.state().mode is TunerMode.AUTO:
             self._rollout.propose(decision.values, initiated_by=TUNER)
+
+    def _prove_start(self) -> None:
+        """What the start took unproved is the first candidate, until there is a verdict on it."""
+        unproved = self._unproved
+        if unproved is None or self._rollout.has_candidate:
+            return
+        if verdict_on(unproved.profile, self._rollout.records) is not None:
+            self._unproved = None
+            return
+        self._rollout.propose(
+            unproved.config_to, initiated_by=unproved.profile, against=unproved.config_from
+        )
 
     def _approve(self) -> None:
         advice = self._advice.state().decisions

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Final
 
-from sparsed.core import KnobValue, ProfileKey
+from sparsed.core import KnobValue, ProfileKey, RolloutReason, RolloutRecord, RolloutState
 from sparsed.db.store import RolloutStore, StoreError
 
 MAX_CRASHES: Final = 3  # in a row
@@ -25,12 +25,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TunedValues:
-    """Hot knobs for a start: the last known good, those of safe mode, or none."""
+    """Hot knobs for a start: the last known good, those of safe mode, or none. ``records``: what
+    became of candidates, newest first."""
 
     values: Mapping[str, KnobValue] = field(default_factory=dict)
     is_safe: bool = False
     moved_at: float = 0.0
     why: str = ""
+    records: tuple[RolloutRecord, ...] = ()
 
 
 def recover(store: RolloutStore, *, at: float) -> None:
@@ -63,10 +65,22 @@ def tuned_values(store: RolloutStore, key: ProfileKey) -> TunedValues:
     if store.controls().safe_since is not None:
         why = "safe mode after crashes; see: sparsed tuner revive"
         return TunedValues(values=SAFE_VALUES, is_safe=True, why=why)
-    good = store.find_good(key)
+    good, records = store.find_good(key), store.list_rollouts(key)
     if good is None:
-        return TunedValues()
+        return TunedValues(records=records)
     values = "; ".join(f"{name}={value}" for name, value in good.values.items())
     return TunedValues(
-        values=good.values, moved_at=good.moved_at, why=f"the last known good: {values}"
+        values=good.values,
+        moved_at=good.moved_at,
+        why=f"the last known good: {values}",
+        records=records,
     )
+
+
+def verdict_on(name: str, records: Iterable[RolloutRecord]) -> RolloutRecord | None:
+    """The last verdict on what was initiated by ``name``; ``records`` are the newest first. None:
+    no test of it has come to one."""
+    own = (item for item in records if item.initiated_by == name)
+    verdicts = (RolloutState.SUCCESS, RolloutState.REVERTED)
+    passed = RolloutReason.COMMITTED
+    return next((item for item in own if item.state in verdicts or item.reason is passed), None)

@@ -110,6 +110,10 @@ class RolloutHost:
         return not (self._state.is_testing or self._owed or self._batches.qsize())
 
     @property
+    def has_candidate(self) -> bool:
+        return self._state.candidate is not None
+
+    @property
     def explored_frac(self) -> float:
         return self._state.explored_s / self._state.busy_s if self._state.busy_s else 0.0
 
@@ -127,10 +131,14 @@ class RolloutHost:
         failures = self._read_failures()
         self._tell(Ticked(at=self._clock(), snapshot=snapshot, num_failed=failures))
 
-    def propose(self, values: Values, *, initiated_by: str) -> bool:
-        """Whether ``values`` became the candidate: not while there is one, nor against pins."""
+    def propose(self, values: Values, *, initiated_by: str, against: Values | None = None) -> bool:
+        """Whether ``values`` became the candidate: not while there is one, nor against pins.
+        ``against``: as in ``Proposed``."""
         before = self._state.candidate
-        self._tell(Proposed(at=self._clock(), values=values, initiated_by=initiated_by))
+        event = Proposed(
+            at=self._clock(), values=values, initiated_by=initiated_by, against=against
+        )
+        self._tell(event)
         return before is None and self._state.candidate is not None
 
     def set_mode(self, mode: TunerMode) -> None:
@@ -294,7 +302,7 @@ class RolloutHost:
             key=self._key,
             config_from=record.config_from,
             config_to=record.config_to,
-            rule=self._rule.acceptance,
+            rule=settle.rule,
             verdict=settle.verdict,
             windows=settle.windows,
             initiated_by=record.initiated_by,

@@ -13,15 +13,22 @@ from sparsed.controller.control import KnobSource
 from sparsed.controller.links import link_key
 from sparsed.controller.lookups import (
     FindCalibration,
+    FindProfiles,
     FindTuned,
     FindVerified,
+    all_profiles_of,
     calibrations_of,
+    profiles_of,
+    tuned_of,
 )
 from sparsed.controller.selection_trace import find_selection_trace
 from sparsed.controller.start_values import (
+    Finders,
     Sized,
     choose_values,
     find_sources,
+    find_unproved,
+    platform_here,
     size_values,
     warn_of_mismatch,
 )
@@ -39,6 +46,7 @@ from sparsed.core import (
     ProfileKey,
     Service,
     SparseMethod,
+    UnprovedValues,
     VerifyMode,
 )
 from sparsed.engine.admission import mandatory_blocks
@@ -68,6 +76,7 @@ class StartPlan:
     key: ProfileKey
     profile: str  # which profile was taken and why, or why none
     sources: Mapping[str, KnobSource]  # of every knob
+    unproved: UnprovedValues | None = None  # None: nothing is in force that needs a test
 
     @property
     def gpu_plan(self) -> MemoryPlan | None:
@@ -82,13 +91,19 @@ def prepare(
     find_verified: FindVerified | None = None,
     find_calibration: FindCalibration | None = None,
     find_tuned: FindTuned | None = None,
+    find_profiles: FindProfiles | None = None,
 ) -> StartPlan:
     """Resolve model, device, profile, knobs and memory. Reads files, may fetch a model: blocks.
 
-    ``find_verified``, ``find_calibration`` and ``find_tuned`` None: profiles, calibrations and
-    what the live tuner left are read from the database of the state directory, if any.
+    ``find_...`` None: profiles, calibrations and what the live tuner left are read from the
+    database of the state directory, if any.
     Errors: InputError naming the field that is wrong or does not fit.
     """
+    finders = Finders(
+        verified=find_verified or profiles_of(config.state_dir),
+        profiles=find_profiles or all_profiles_of(config.state_dir),
+        tuned=find_tuned or tuned_of(config.state_dir),
+    )
     resolved, model = find_model(config, progress=progress)
     device, machine = find_device(config.device)
     link = None if device == "cpu" else link_key(machine)
@@ -97,7 +112,8 @@ def prepare(
     key = ProfileKey(hardware=machine.fingerprint, model=resolved.model_id, dtype=dtype)
     warn_of_mismatch(config, key)
     size = partial(_size, shape=model.shape, machine=machine, device=device, dtype=dtype)
-    chosen = choose_values(config, key, find_verified=find_verified, find_tuned=find_tuned)
+    here = platform_here(key, model.shape, machine)
+    chosen = choose_values(config, here, finders=finders)
     sized, chosen = size_values(size, config.knobs, chosen=chosen)
     return StartPlan(
         spec=EngineSpec(
@@ -124,6 +140,7 @@ def prepare(
         key=key,
         profile=chosen.why,
         sources=find_sources(config, chosen=chosen),
+        unproved=find_unproved(size, config.knobs, chosen=chosen, knobs=sized.knobs),
     )
 
 

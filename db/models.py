@@ -123,6 +123,7 @@ class ProfileRow(Base):
     winner_scores: Mapped[list[Any]] = mapped_column(JSON)
     created_at: Mapped[float]
     pinned: Mapped[bool]
+    shape: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
 
 
 class LinkCalibrationRow(Base):

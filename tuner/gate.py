@@ -31,7 +31,7 @@ def forbidden(candidate: Candidate, controls: Controls) -> RolloutReason | None:
         return RolloutReason.FROZEN
     if controls.pins & candidate.config_to.keys():
         return RolloutReason.PINNED
-    is_own = candidate.initiated_by == TUNER
+    is_own = candidate.initiated_by == TUNER or candidate.stands
     allowed = (TunerMode.AUTO,) if is_own else (TunerMode.ADVISE, TunerMode.AUTO)
     return None if controls.mode in allowed else RolloutReason.SWITCHED_OFF
 
@@ -85,11 +85,13 @@ def _holds(state: Rollout, candidate: Candidate, rule: RolloutRule, *, at: float
     busy_s, recent_s = state.recent_busy_s, state.recent_s
     if busy_s < max(rule.min_busy_s, rule.min_busy_frac * recent_s):
         yield "too little traffic"
+    if state.snapshot is not None and is_over_hbm(state.snapshot, rule):
+        yield "the GPU's memory is over the soft limit"
+    if candidate.stands:  # in force anyway: to wait is no safer than to find out
+        return
     if state.recent_broken_s > rule.slo_budget_frac * recent_s:
         yield "the error budget of the targets is spent"
     needed_s = state.explored_s + exploring_s(rule)
     if needed_s > rule.max_explored_frac * state.busy_s:
         missing_s = needed_s / rule.max_explored_frac - state.busy_s
         yield f"the time to explore is not earned yet: {missing_s:.0f} s of traffic more"
-    if state.snapshot is not None and is_over_hbm(state.snapshot, rule):
-        yield "the GPU's memory is over the soft limit"

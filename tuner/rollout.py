@@ -49,6 +49,7 @@ from sparsed.tuner.rollout_state import (
     Ticked,
     Tripped,
     Values,
+    rule_of,
     slot_seconds,
 )
 from sparsed.tuner.schedule import Slot
@@ -91,18 +92,27 @@ def resume(good: Values, records: tuple[RolloutRecord, ...], *, rule: RolloutRul
 
 
 def _propose(state: Rollout, event: Proposed) -> Step:
-    knobs = state.snapshot.knobs if state.snapshot else None
-    if state.candidate is not None or knobs is None:
+    snapshot = state.snapshot
+    knobs = snapshot.knobs if snapshot else None
+    if state.candidate is not None or snapshot is None or knobs is None:
         return state, ()
-    values = limit(event.values, current=knobs, pins=state.controls.pins)
+    if event.against is None:
+        values = limit(event.values, current=knobs, pins=state.controls.pins)
+        before: Values = {name: getattr(knobs, name) for name in values}
+    else:
+        values = {n: v for n, v in event.values.items() if n not in state.controls.pins}
+        before = {name: event.against[name] for name in values}
+        if not has(snapshot, values):
+            return state, ()
     if not values or is_quarantined(values, state, at=event.at):
         return state, ()
     candidate = Candidate(
         phase=Phase.WAITING,
-        config_from={name: getattr(knobs, name) for name in values},
+        config_from=before,
         config_to=values,
         initiated_by=event.initiated_by,
         since=event.at,
+        stands=event.against is not None,
     )
     if forbidden(candidate, state.controls):
         return state, ()
@@ -142,7 +152,12 @@ def _tick(state: Rollout, event: Ticked, *, rule: RolloutRule, slo: Slo) -> Step
 def _observe(state: Rollout, event: Ticked, *, rule: RolloutRule, slo: Slo) -> Rollout:
     elapsed_s = max(0.0, event.at - state.at) if state.at is not None else 0.0
     candidate = state.candidate
-    explores = state.is_testing and candidate is not None and slot_of(candidate, rule).is_candidate
+    explores = (
+        state.is_testing
+        and candidate is not None
+        and not candidate.stands
+        and slot_of(candidate, rule).is_candidate
+    )
     state = replace(
         state,
         at=event.at,
@@ -170,19 +185,24 @@ def _wait(state: Rollout, *, at: float, rule: RolloutRule) -> Step:
     assert candidate is not None
     if at - candidate.since > rule.expiry_s:
         return end(state, RolloutReason.WAITED_TOO_LONG, at=at, rule=rule)
-    if state.snapshot is not None and not has(state.snapshot, candidate.config_from):
+    in_force = candidate.config_to if candidate.stands else candidate.config_from
+    if state.snapshot is not None and not has(state.snapshot, in_force):
         return end(state, RolloutReason.OVERTAKEN, at=at, rule=rule)
     if hold(state, candidate, rule, at=at) is not None:
         return state, ()
     candidate = replace(candidate, phase=Phase.CANARY, since=at, turn_since=at)
     mark = Mark(record=record_of(candidate, RolloutState.VERIFYING, RolloutReason.CANARY, at=at))
-    return replace(state, candidate=candidate), (mark,)
+    state = replace(state, candidate=candidate)
+    if not candidate.stands:
+        return state, (mark,)
+    return state, (mark, Apply(values=candidate.config_from, needs_marker=True))
 
 
 def _canary(state: Rollout, event: Ticked, *, failures: int, rule: RolloutRule, slo: Slo) -> Step:
     candidate, at = state.candidate, event.at
     assert candidate is not None
-    if state.explored_s + rule.max_gap_s > rule.max_explored_frac * state.busy_s:
+    spent_s = state.explored_s + rule.max_gap_s
+    if not candidate.stands and spent_s > rule.max_explored_frac * state.busy_s:
         return end(state, RolloutReason.BUDGET_SPENT, at=at, rule=rule)
     if state.fresh_at is None or at - state.fresh_at > rule.max_gap_s:
         return end(state, RolloutReason.STALE_DATA, at=at, rule=rule)
@@ -196,7 +216,8 @@ def _canary(state: Rollout, event: Ticked, *, failures: int, rule: RolloutRule, 
     state = replace(state, candidate=candidate)
     if (reason := trip(candidate, snapshot, rule)) is not None:
         return end(state, reason, at=at, rule=rule)
-    if state.recent_broken_s > rule.slo_budget_frac * state.recent_s:
+    is_broken = state.recent_broken_s > rule.slo_budget_frac * state.recent_s
+    if is_broken and not candidate.stands:
         return end(state, RolloutReason.BUDGET_SPENT, at=at, rule=rule)
     if (candidate.turn_s or 0.0) < slot_seconds(slot_of(candidate, rule), rule):
         return state, ()
@@ -235,7 +256,7 @@ def _close_window(state: Rollout, *, at: float, rule: RolloutRule, slo: Slo) -> 
     if not slot.is_discarded:
         windows = (*windows, _window(candidate, slot, at=at, rule=rule, slo=slo))
     candidate = replace(candidate, windows=windows, seen=(), failures=0, turn_since=at)
-    if candidate.turn + 1 == len(slots(rule.acceptance.num_pairs)):
+    if candidate.turn + 1 == len(slots(rule_of(candidate, rule).num_pairs)):
         return _judge(replace(state, candidate=candidate), at=at, rule=rule)
     before, candidate = slot, replace(candidate, turn=candidate.turn + 1, turn_s=0.0)
     if slot_of(candidate, rule).is_candidate is before.is_candidate:
@@ -268,7 +289,7 @@ def _judge(state: Rollout, *, at: float, rule: RolloutRule) -> Step:
     assert candidate is not None
     verdict = decide(
         candidate.windows,
-        rule=rule.acceptance,
+        rule=rule_of(candidate, rule),
         config_from=candidate.config_from,
         config_to=candidate.config_to,
     )
@@ -278,7 +299,13 @@ def _judge(state: Rollout, *, at: float, rule: RolloutRule) -> Step:
         return end(state, reason, at=at, rule=rule, verdict=verdict)
     good = {**state.good, **candidate.config_to}
     record = record_of(candidate, RolloutState.VERIFYING, RolloutReason.COMMITTED, at=at)
-    settle = Settle(record=record, good=good, verdict=verdict, windows=candidate.windows)
+    settle = Settle(
+        record=record,
+        rule=rule_of(candidate, rule),
+        good=good,
+        verdict=verdict,
+        windows=candidate.windows,
+    )
     tested = [item for item in candidate.windows if item.values == candidate.config_to]
     on_probation = replace(
         candidate,

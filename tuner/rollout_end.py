@@ -24,6 +24,7 @@ from sparsed.tuner.rollout_state import (
     RolloutRule,
     Settle,
     Values,
+    rule_of,
 )
 from sparsed.tuner.schedule import Slot, paired_slots
 
@@ -43,7 +44,6 @@ FAULTS: Final = frozenset(
 )
 # On probation the candidate is the last known good, and everything else leaves it there.
 ROLL_BACK: Final = FAULTS | {RolloutReason.KILLED, RolloutReason.STORE_FAILED}
-VERDICTS: Final = frozenset({RolloutReason.NOT_BETTER, RolloutReason.APPLY_FAILED})
 
 Step = tuple[Rollout, tuple[Action, ...]]
 
@@ -92,15 +92,28 @@ def end(
     if candidate.phase is not Phase.CANARY and not rolls_back:
         return state, (Note(record=record),)
     windows = candidate.windows if verdict else ()
-    settle = Settle(record=record, good=good, verdict=verdict, windows=windows)
-    return state, (Apply(values=candidate.config_from), settle)
+    settle = Settle(
+        record=record,
+        rule=rule_of(candidate, rule),
+        good=good,
+        verdict=verdict,
+        windows=windows,
+    )
+    stays = candidate.stands and not is_reverted
+    before = candidate.config_to if stays else candidate.config_from
+    return state, (Apply(values=before), settle)
 
 
 def _is_to_blame(candidate: Candidate, reason: RolloutReason, *, rule: RolloutRule) -> bool:
-    """What trips while the former values run, their wash-out past, is not the candidate's."""
-    if candidate.phase is not Phase.CANARY or reason in VERDICTS:
+    """What trips while the former values run, their wash-out past, is not the candidate's. Where
+    it stands, those are not proved either, and it has to answer for its own windows alone."""
+    if candidate.phase is not Phase.CANARY or reason is RolloutReason.NOT_BETTER:
         return candidate.phase is not Phase.WAITING
     slot = slot_of(candidate, rule)
+    if candidate.stands:
+        return slot.is_candidate
+    if reason is RolloutReason.APPLY_FAILED:
+        return True
     return slot.is_candidate or (slot.is_discarded and candidate.turn > 0)
 
 
@@ -125,7 +138,7 @@ def record_of(
 
 
 def slot_of(candidate: Candidate, rule: RolloutRule) -> Slot:
-    return slots(rule.acceptance.num_pairs)[candidate.turn]
+    return slots(rule_of(candidate, rule).num_pairs)[candidate.turn]
 
 
 def wanted(candidate: Candidate, rule: RolloutRule) -> Values:

@@ -26,6 +26,9 @@ Values = Mapping[str, KnobValue]
 class RolloutRule:
     """Times in seconds. InputError for a rule under which no candidate could ever be tested.
 
+    ``acceptance``: of what is to take the place of what runs; ``harmless``: of what a start took
+    unproved, which need not be better than what the start would take without it.
+
     ``max_gap_s``: without a new window of the profiler for longer, the data are stale.
     ``max_explored_frac``: of the busy time; ``slo_budget_frac``: of the windows of about the last
     ``slo_horizon_s`` that may break a target. ``hbm_soft_frac``: of the memory of the GPU.
@@ -34,6 +37,11 @@ class RolloutRule:
 
     acceptance: AcceptanceRule = field(
         default_factory=lambda: AcceptanceRule(metric="output_tokens_per_s")
+    )
+    harmless: AcceptanceRule = field(
+        default_factory=lambda: AcceptanceRule(
+            metric="output_tokens_per_s", num_pairs=8, needs_gain=False
+        )
     )
     window_s: float = 60.0
     washout_s: float = 30.0
@@ -78,7 +86,8 @@ class Phase(StrEnum):
 class Candidate:
     """``turn``: which slot of the paired test runs; ``turn_s``: seconds of it, from the first
     window in which its knobs were in force, None before. ``good_before``: the last known good
-    that probation falls back to."""
+    that probation falls back to. ``stands``: ``config_to`` was in force before the test, from the
+    start on, and is in force again after it unless something is wrong with it."""
 
     phase: Phase
     config_from: Values
@@ -96,6 +105,7 @@ class Candidate:
     usual: tuple[float, float] | None = None  # log of the time per token: mean, deviation
     excess: float = 0.0  # the cumulated sum of probation
     good_before: Values = field(default_factory=dict)
+    stands: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -130,11 +140,13 @@ class Rollout:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Proposed:
-    """Advice to be tested; ``initiated_by`` is the tuner or an operator."""
+    """Advice to be tested; ``initiated_by`` is the tuner or an operator. ``against``: it is no
+    advice, but what the start took unproved, to be tested against these."""
 
     at: float
     values: Values
     initiated_by: str
+    against: Values | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -194,15 +206,20 @@ class Apply:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Settle:
     """Record, clear the marker and, with ``good``, move the last known good: one transaction.
-    ``verdict`` with ``windows``: the evidence, to be kept beside it."""
+    ``verdict`` by ``rule`` with ``windows``: the evidence, to be kept beside it."""
 
     record: RolloutRecord
+    rule: AcceptanceRule
     good: Values | None = None
     verdict: AcceptanceVerdict | None = None
     windows: tuple[AcceptanceWindow, ...] = ()
 
 
 Action = Note | Mark | Apply | Settle
+
+
+def rule_of(candidate: Candidate, rule: RolloutRule) -> AcceptanceRule:
+    return rule.harmless if candidate.stands else rule.acceptance
 
 
 def slot_seconds(slot: Slot, rule: RolloutRule) -> float:

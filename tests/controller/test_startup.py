@@ -11,11 +11,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sparsed.controller import startup
+from sparsed.controller import start_values, startup
 from sparsed.controller.config import DaemonConfig
 from sparsed.controller.control import KnobSource
 from sparsed.controller.lookups import FindTuned
 from sparsed.controller.recovery import SAFE_VALUES, TunedValues
+from sparsed.controller.start_values import installed_versions
 from sparsed.controller.startup import StartPlan, describe_plan, num_fitting, prepare
 from sparsed.core import (
     GIB,
@@ -27,6 +28,9 @@ from sparsed.core import (
     Profile,
     ProfileKey,
     ProfileStatus,
+    RolloutReason,
+    RolloutRecord,
+    RolloutState,
     SparseMethod,
 )
 from sparsed.db import open_store
@@ -86,7 +90,7 @@ def test_a_profile_fills_in_what_was_not_asked_for(plan_start: PlanStart) -> Non
 
     def find(key: ProfileKey) -> Profile:
         asked.append(key)
-        return profile(token_budget=512, page_size=16)
+        return replace(profile(token_budget=512, page_size=16), key=key)
 
     plan = plan_start(find_verified=find, page_size=64)
     assert asked == [plan.key]
@@ -108,7 +112,8 @@ def test_a_draft_in_a_config_file_claims_nothing(configure: Callable[..., Daemon
 
 
 def test_a_profile_that_does_not_fit_is_left_out(plan_start: PlanStart) -> None:
-    plan = plan_start(find_verified=lambda key: profile(max_num_active_seqs=8), max_num_seqs=4)
+    too_many = profile(max_num_active_seqs=8)
+    plan = plan_start(find_verified=lambda key: replace(too_many, key=key), max_num_seqs=4)
     assert plan.spec.knobs.max_num_active_seqs == 4
     assert plan.profile.startswith("none: #7 does not fit this start (max_num_active_seqs=8")
     assert plan.sources["max_num_active_seqs"] is KnobSource.MACHINE
@@ -224,13 +229,19 @@ def good(**values: KnobValue) -> FindTuned:
 
 
 def start_on(
-    configure: Configure, profile: Profile | None, tuned: FindTuned, **flags: object
+    configure: Configure,
+    profile: Profile | None,
+    tuned: FindTuned,
+    *,
+    others: tuple[Profile, ...] = (),
+    **flags: object,
 ) -> Any:
     return prepare(
         configure(**flags),
         progress=lambda phase, frac: None,
-        find_verified=lambda key: profile,
+        find_verified=lambda key: profile and replace(profile, key=key),
         find_tuned=tuned,
+        find_profiles=lambda: others,
     )
 
 
@@ -270,3 +281,106 @@ def test_safe_mode_takes_neither(configure: Configure) -> None:
     plan = start_on(configure, profile(token_budget=512), safe, kv_hbm_gib=0.03)
     assert plan.spec.knobs.with_values(SAFE_VALUES) == plan.spec.knobs
     assert plan.profile == "none: safe mode"
+
+
+def nothing(key: ProfileKey) -> TunedValues:
+    return TunedValues()
+
+
+OLD = {"torch": "1.0.0", "triton": "1.0"}
+
+
+def test_a_profile_of_these_versions_is_used_as_it_is(configure: Configure) -> None:
+    tuned = replace(profile(token_budget=512), versions=installed_versions())
+    plan = start_on(configure, tuned, nothing)
+    assert plan.spec.knobs.token_budget == 512
+    assert "; exact: same hardware" in plan.profile
+    assert plan.unproved is None
+
+
+def test_a_profile_of_other_versions_is_used_and_to_be_tested(configure: Configure) -> None:
+    old = replace(profile(token_budget=512, page_size=16, prefill_chunk=256), versions=OLD)
+    plan = start_on(configure, old, nothing, prefill_chunk=1024)
+    assert (plan.spec.knobs.token_budget, plan.spec.knobs.page_size) == (512, 16)
+    assert "; compatible: torch: tuned on 1.0.0" in plan.profile
+    assert "unverified here" in plan.profile
+    assert plan.unproved is not None and plan.unproved.profile.startswith("profile #7, ")
+    # What was asked for is no part of it, nor what waits for a restart.
+    assert plan.unproved.config_to == {"token_budget": 512}
+    assert plan.unproved.config_from == {"token_budget": 2048}
+
+
+def test_a_pin_needs_no_test(configure: Configure) -> None:
+    old = replace(profile(token_budget=512), versions=OLD, pinned=True)
+    plan = start_on(configure, old, nothing)
+    assert plan.spec.knobs.token_budget == 512 and "; compatible: " in plan.profile
+    assert plan.unproved is None
+
+
+@pytest.mark.parametrize(
+    ("state", "reason", "budget"),
+    [
+        (RolloutState.REVERTED, RolloutReason.NOT_BETTER, 2048),
+        (RolloutState.REVERTED, RolloutReason.CRASHED, 2048),
+        (RolloutState.VERIFYING, RolloutReason.COMMITTED, 512),
+        (RolloutState.SUCCESS, RolloutReason.PROBATION_PASSED, 512),
+    ],
+)
+def test_a_verdict_on_a_profile_outlives_the_daemon(
+    configure: Configure, state: RolloutState, reason: RolloutReason, budget: int
+) -> None:
+    old = replace(profile(token_budget=512), versions=OLD)
+    first = start_on(configure, old, nothing)
+    assert first.unproved is not None
+    record = RolloutRecord(
+        state=state,
+        reason=reason,
+        config_from=first.unproved.config_from,
+        config_to=first.unproved.config_to,
+        initiated_by=first.unproved.profile,
+        at=1.0,
+    )
+    ended = replace(record, state=RolloutState.EXPIRED, reason=RolloutReason.SHUT_DOWN)
+
+    def tuned(key: ProfileKey) -> TunedValues:
+        return TunedValues(records=(ended, record))
+
+    plan = start_on(configure, old, tuned)
+    assert plan.spec.knobs.token_budget == budget
+    assert plan.unproved is None
+    assert ("reverted" in plan.profile) is (budget == 2048)
+    pinned = start_on(configure, replace(old, pinned=True), tuned)
+    assert pinned.spec.knobs.token_budget == 512
+
+
+def test_a_profile_of_elsewhere_is_named_and_never_applied(configure: Configure) -> None:
+    here = start_on(configure, None, nothing)
+    key = replace(here.key, model="another")
+    near = replace(profile(token_budget=512), key=key, shape=here.model.shape)
+    plan = start_on(configure, None, nothing, others=(near,))
+    assert plan.spec.knobs == here.spec.knobs
+    assert plan.profile.startswith("none: no verified one for dummy:tiny")
+    assert "sparsed tune begins from #7" in plan.profile
+    assert "transfer: model: tuned on another, this is dummy:tiny" in plan.profile
+    assert plan.unproved is None
+
+
+def test_a_seed_of_this_place_is_compatible_at_the_most(
+    configure: Configure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = start_on(configure, None, nothing)
+    seed = replace(
+        profile(token_budget=512),
+        key=here.key,
+        versions=installed_versions(),
+        profile_id=None,
+        seed="tiny-cpu",
+    )
+    monkeypatch.setattr(start_values, "load_seeds", lambda: (seed,))
+    plan = start_on(configure, None, nothing)
+    assert plan.spec.knobs.token_budget == 512
+    assert plan.profile.startswith("tiny-cpu, verified for dummy:tiny")
+    assert "compatible: it ships with sparsed" in plan.profile
+    assert plan.unproved is not None and plan.unproved.config_to == {"token_budget": 512}
+    own = replace(profile(token_budget=1024), versions=installed_versions())
+    assert start_on(configure, own, nothing).spec.knobs.token_budget == 1024

@@ -34,6 +34,7 @@ def test_every_released_schema_upgrades_and_reads(dump: Path, tmp_path: Path) ->
     profile = store.find_verified(KEY)
     assert profile is not None
     assert profile.values == {"hbm_budget": None, "token_budget": 1024}
+    assert (profile.shape is not None and profile.shape.num_layers == 30) is (dump.stem >= "0007")
     (trial,) = store.list_trials(key=KEY)
     assert (trial.score, trial.metrics) == (2.0, {"duration_s": 3.0})
     assert store.list_decisions(KEY)[0].reason == "asset"
