@@ -123,6 +123,7 @@ class LiveTuner:
             case TunerVerb.APPROVE:
                 self._approve()
             case TunerVerb.REJECT:
+                self._unproved = None  # not proposed again
                 self._rollout.trip(RolloutReason.REJECTED)
             case TunerVerb.PIN | TunerVerb.UNPIN:
                 await self._rollout.keep(controls)

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -473,3 +473,121 @@ class AnyOrder(RuleBasedStateMachine):
 
 AnyOrder.TestCase.settings = settings(max_examples=25, stateful_step_count=25, deadline=None)
 test_any_order = AnyOrder.TestCase
+
+
+# ---- what a start took unproved ----------------------------------------------------------------
+
+TAKEN = KNOBS.with_values(BETTER)
+DEFAULTS = {"max_num_active_seqs": 4}
+
+
+def standing(gain: float = 1.0, *, seconds: int = 10) -> World:
+    """A daemon that has begun with values of a profile from elsewhere."""
+    world = World()
+    world.gain, world.in_force = gain, TAKEN
+    world.once_proved.append(TAKEN)
+    world.serve(seconds)
+    propose_taken(world)
+    return world
+
+
+def propose_taken(world: World) -> None:
+    event = Proposed(at=world.at, values=BETTER, initiated_by="profile #1", against=dict(DEFAULTS))
+    world.tell(event)
+
+
+def test_what_a_start_took_is_kept_if_it_does_no_harm() -> None:
+    world = standing(gain=1.0)
+    world.tick()
+    assert world.phase is Phase.CANARY, "no time to explore is needed: it runs anyway"
+    assert world.marked and world.in_force == KNOBS, "the default has the first window"
+    world.serve(120)
+    assert world.phase is Phase.PROBATION or world.records[-1][0] is RolloutState.SUCCESS
+    assert (RolloutState.VERIFYING, RolloutReason.COMMITTED) in world.records
+    assert world.good == BETTER and world.in_force == TAKEN
+    assert world.state.explored_s == 0.0
+
+
+def test_what_a_start_took_goes_if_it_does_harm() -> None:
+    world = standing(gain=0.9)
+    world.serve(120)
+    assert world.records[-1] == (RolloutState.REVERTED, RolloutReason.NOT_BETTER)
+    assert world.in_force == KNOBS and world.good == {} and not world.marked
+
+
+def test_what_a_start_took_answers_for_its_own_windows_alone() -> None:
+    for in_own_window in (False, True):
+        world = standing()
+        world.tick()
+        while (world.in_force == TAKEN) is not in_own_window:
+            world.tick()
+        world.tick()
+        world.tick(num_waiting=99)
+        state = RolloutState.REVERTED if in_own_window else RolloutState.EXPIRED
+        assert world.records[-1] == (state, RolloutReason.QUEUE_GROWTH)
+        assert world.in_force == (KNOBS if in_own_window else TAKEN)
+        assert world.good == {}
+
+
+def test_missed_targets_do_not_keep_it_from_its_test() -> None:
+    world = World()
+    world.in_force = TAKEN
+    world.once_proved.append(TAKEN)
+    for _ in range(20):
+        world.tick(tpot_p95_s=0.2)
+    propose_taken(world)
+    world.tick()
+    assert world.marked and world.phase is Phase.CANARY
+    while world.in_force != TAKEN:
+        world.tick()
+    for _ in range(3):
+        world.tick(tpot_p95_s=0.2)
+    assert world.records[-1] == (RolloutState.REVERTED, RolloutReason.SLO_BREACH)
+    assert world.in_force == KNOBS
+
+
+def test_it_is_tested_only_while_it_is_in_force_and_in_auto() -> None:
+    world = World()
+    world.serve(10)
+    propose_taken(world)
+    assert world.phase is None, "the default runs"
+    world = standing()
+    world.tell(Steered(at=world.at, controls=Controls(mode=TunerMode.ADVISE)))
+    assert world.phase is None and world.in_force == TAKEN
+    propose_taken(world)
+    assert world.phase is None
+
+
+@given(
+    gain=st.sampled_from([0.8, 1.0, 1.3]),
+    faults=st.lists(
+        st.tuples(
+            st.integers(0, 40),
+            st.sampled_from(["", "queue", "breach", "died", "memory", "overtaken", "killed"]),
+        ),
+        max_size=6,
+    ),
+)
+def test_without_a_pass_it_is_never_the_last_known_good(
+    gain: float, faults: list[tuple[int, str]]
+) -> None:
+    trips = {
+        "died": RolloutReason.ENGINE_DIED,
+        "memory": RolloutReason.OUT_OF_MEMORY,
+        "overtaken": RolloutReason.OVERTAKEN,
+        "killed": RolloutReason.KILLED,
+    }
+    world = standing(gain)
+    for seconds, fault in faults:
+        world.serve(seconds)
+        if fault in trips:
+            world.tell(Tripped(at=world.at, reason=trips[fault]))
+        else:
+            figures = {"queue": {"num_waiting": 99}, "breach": {"tpot_p95_s": 0.2}}.get(fault, {})
+            world.tick(**figures)
+        passed = (RolloutState.VERIFYING, RolloutReason.COMMITTED) in world.records
+        reverted = any(state is RolloutState.REVERTED for state, _ in world.records)
+        assert passed or world.good == {}
+        if not world.state.is_testing:
+            assert not world.marked
+            assert world.in_force == (KNOBS if reverted else TAKEN)
