@@ -1,4 +1,4 @@
-"""What kind of error ended the engine, by its type. Loads nothing of what raises it."""
+"""What kind of error ended the engine, by its type, else by how its message begins. Loads nothing of what raises it."""
 
 from __future__ import annotations
 

@@ -6,6 +6,8 @@ import os
 
 # Before anything imports torch: idle OpenMP threads must sleep, not spin beside other processes.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Gaussian processes of a few points are slower with every further thread.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks the hub for anything
 
 from collections.abc import Callable

@@ -309,7 +309,7 @@ def test_killed_at_every_write_it_starts_on_the_last_known_good(tmp_path: Path) 
         capture_output=True,
         text=True,
         check=True,
-        env=os.environ,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
     )
     *killed, last = map(json.loads, done.stdout.splitlines())
     whole = last["reached"][:-1]

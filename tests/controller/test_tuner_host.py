@@ -8,10 +8,10 @@ import signal
 from dataclasses import replace
 
 import pytest
+from serving import KNOBS, SNAPSHOT
 
 from sparsed.controller.tuner_host import TunerHost
 from sparsed.core import (
-    Knobs,
     Objective,
     ProfileKey,
     Slo,
@@ -24,46 +24,6 @@ from sparsed.core import (
 from sparsed.db.memory import InMemoryProfileStore
 
 KEY = ProfileKey(hardware="cpu:x:2:4GiB", model="tiny", dtype="float32")
-KNOBS = Knobs(
-    token_budget=2048,
-    hbm_budget=None,
-    max_num_active_seqs=4,
-    prefill_chunk=512,
-    page_size=32,
-    sparse_method="cuboid-mean",
-    dense_layers=0,
-    max_num_seqs=16,
-    kv_hbm_gib=1.0,
-    kv_dram_gib=1.0,
-    max_model_len=8192,
-)
-WINDOW = Snapshot(
-    ended_at=100.0,
-    window_s=1.0,
-    steps=10,
-    step_p50_s=0.1,
-    step_p95_s=0.2,
-    step_p99_s=0.3,
-    prompt_tokens_per_s=0.0,
-    generated_tokens_per_s=50.0,
-    hot_hit_frac=0.9,
-    misses_per_step=16.0,
-    miss_bytes_per_step=10.0,
-    h2d_bytes=100,
-    d2h_bytes=10,
-    h2d_gb_per_s=1.0,
-    d2h_gb_per_s=1.0,
-    attention_recall=0.9,
-    num_running=4,
-    num_waiting=0,
-    hot_used_frac=0.5,
-    dram_used_frac=0.1,
-    working_set_pages=640,
-    working_set_bytes=640 << 12,
-    metadata_bytes=4096,
-    requests_finished=1,
-    knobs=KNOBS,
-)
 
 
 def store_with_trials() -> InMemoryProfileStore:
@@ -93,7 +53,7 @@ def store_with_trials() -> InMemoryProfileStore:
     return store
 
 
-def feed(host: TunerHost, num_windows: int, window: Snapshot = WINDOW) -> None:
+def feed(host: TunerHost, num_windows: int, window: Snapshot = SNAPSHOT) -> None:
     for second in range(num_windows):
         host.on_snapshot(replace(window, ended_at=window.ended_at + second))
 
@@ -156,10 +116,10 @@ def test_modes_decide_what_is_collected() -> None:
 def test_windows_of_other_knobs_and_idle_ones_do_not_count_together() -> None:
     async def scenario() -> None:
         host = TunerHost(InMemoryProfileStore(), KEY, num_windows=3)
-        feed(host, 5, replace(WINDOW, steps=0))
+        feed(host, 5, replace(SNAPSHOT, steps=0))
         assert host.state().num_observations == 0
         feed(host, 2)
-        feed(host, 2, replace(WINDOW, knobs=replace(KNOBS, token_budget=1024)))
+        feed(host, 2, replace(SNAPSHOT, knobs=replace(KNOBS, token_budget=1024)))
         assert host._question is None
         await host.close()
 

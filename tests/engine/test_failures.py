@@ -1,4 +1,4 @@
-"""What ended an engine is told by the type of the error, not by any word in it."""
+"""What ended an engine is told by the type of the error or the beginning of its message."""
 
 from __future__ import annotations
 
