@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Final
 
 from sparsed.controller.plan.forecast import Configuration, Place, Traffic
@@ -36,6 +37,7 @@ from sparsed.tuner.objective import MAX_HBM_FRAC, MAX_LINK_BUSY_FRAC
 from sparsed.tuner.policy import Constraint
 from sparsed.tuner.queueing import all_at_once
 from sparsed.tuner.roofline import hbm_peak
+from sparsed.tuner.space import SearchSpace, build_space
 
 # The planner's sum was never held against a measured peak; the default leaves more than this.
 MARGIN_FRAC: Final = 0.02  # of the device's memory
@@ -93,6 +95,26 @@ def can_start(plan: StartPlan, knobs: Knobs) -> bool:
 def hot_tokens(plan: StartPlan) -> int:
     """Tokens of whole requests that the hot tier of ``plan`` has blocks for."""
     return plan.spec.plan.num_blocks // plan.model.shape.num_lanes * BLOCK_TOKENS
+
+
+def search_space(plan: StartPlan, workload: Workload, *, fixed: AbstractSet[str]) -> SearchSpace:
+    """What trials of ``workload`` may change; ``fixed``: knobs that the user has decided."""
+    return build_space(
+        plan.spec.knobs,
+        auto_hbm_budget=_auto_hbm_budget(plan),
+        fixed=fixed,
+        workload=workload,
+        hot_tokens=hot_tokens(plan),
+        is_planned=cache(partial(can_start, plan)),
+    )
+
+
+def _auto_hbm_budget(plan: StartPlan) -> int:
+    """Tokens of a lane that the closed form gives: an even share of the arena."""
+    lane_blocks = plan.spec.plan.num_blocks // plan.model.shape.num_lanes
+    knobs = plan.spec.knobs
+    share = lane_blocks * BLOCK_TOKENS // knobs.max_num_active_seqs
+    return min(max(share, knobs.token_budget), knobs.max_model_len)
 
 
 def memory_limit(plan: StartPlan) -> MemoryLimit:

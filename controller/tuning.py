@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -15,13 +15,14 @@ from rich.console import Console
 from sparsed import __version__
 from sparsed.controller.config import DaemonConfig
 from sparsed.controller.prompts import prompt_source
-from sparsed.controller.search_model import can_start, hot_tokens, search_model
+from sparsed.controller.search_model import search_model, search_space
 from sparsed.controller.startup import StartPlan, prepare
 from sparsed.controller.state_dir import StateLock
 from sparsed.controller.study_log import StudyLog
 from sparsed.controller.time_budget import TimeBudget
 from sparsed.controller.trials import EngineBench
 from sparsed.controller.tuning_report import StudyProgress, print_outcome
+from sparsed.controller.warm_start import find_beginning
 from sparsed.controller.workload import (
     ServiceTimes,
     expected_s,
@@ -30,7 +31,6 @@ from sparsed.controller.workload import (
     recall_stride,
 )
 from sparsed.core import (
-    BLOCK_TOKENS,
     AcceptanceWindow,
     ExitCode,
     InputError,
@@ -50,7 +50,6 @@ from sparsed.engine.planner import workspace_bytes
 from sparsed.tuner.export import FORMAT_BY_SUFFIX, DeviceMemory, render_profile
 from sparsed.tuner.objective import OutOfTime, TrialFailed
 from sparsed.tuner.offline import NUM_REPEATS, StudyOutcome, StudyPlan, run_study
-from sparsed.tuner.space import build_space
 from sparsed.tuner.verification import Measure
 
 EXIT_INTERRUPTED: Final = 130  # as a shell reports Ctrl-C
@@ -156,6 +155,8 @@ class _Tune:
         outcome = self._search(measure, previous=previous, workload=workload, log=log)
         profile = self._profile(outcome, workload=workload)
         print_outcome(self._console, outcome, objective=self._options.objective)
+        if outcome.dropped_warm:
+            self._console.print("the trials spoke against the profile of elsewhere: dropped")
         if outcome.comparison is not None:
             log.record_decision(outcome.comparison)
         self._export(profile)
@@ -217,7 +218,7 @@ class _Tune:
         workload: Workload,
         log: StudyLog,
     ) -> StudyOutcome:
-        options, knobs = self._options, self._plan.spec.knobs
+        options = self._options
         model = search_model(
             self._plan,
             workload,
@@ -227,15 +228,17 @@ class _Tune:
         )
         if options.method is SearchMethod.CONSTRAINED:
             self._console.print(model.description)
+        space = search_space(self._plan, workload, fixed=set(options.config.knobs))
+        beginning = find_beginning(
+            self._plan,
+            self._store,
+            space=space,
+            objective=options.objective,
+            is_wanted=not options.config.no_profile,
+        )
+        self._console.print(beginning.description)
         plan = StudyPlan(
-            space=build_space(
-                knobs,
-                auto_hbm_budget=_auto_hbm_budget(self._plan),
-                fixed=set(options.config.knobs),
-                workload=workload,
-                hot_tokens=hot_tokens(self._plan),
-                is_planned=cache(partial(can_start, self._plan)),
-            ),
+            space=space,
             objective=options.objective,
             slo=self._slo,
             num_trials=options.trials,
@@ -243,6 +246,8 @@ class _Tune:
             seed=options.config.seed,
             prior=model.prior,
             memory=model.memory,
+            warm=beginning.warm,
+            first=beginning.first,
         )
         with StudyProgress(self._console, plan=plan, previous=previous) as progress:
 
@@ -280,6 +285,7 @@ class _Tune:
             winner_scores=outcome.winner_scores if verified else (),
             versions=self._versions,
             created_at=time.time(),
+            shape=self._plan.model.shape,
         )
         if not verified:
             return profile
@@ -309,14 +315,6 @@ class _Tune:
 
     def _say_progress(self, phase: str, frac: float) -> None:
         self._console.print(f"{phase}, {100 * frac:.0f} %")
-
-
-def _auto_hbm_budget(plan: StartPlan) -> int:
-    """Tokens of a lane that the closed form gives: an even share of the arena."""
-    lane_blocks = plan.spec.plan.num_blocks // plan.model.shape.num_lanes
-    knobs = plan.spec.knobs
-    share = lane_blocks * BLOCK_TOKENS // knobs.max_num_active_seqs
-    return min(max(share, knobs.token_budget), knobs.max_model_len)
 
 
 def _device_memory(plan: StartPlan) -> DeviceMemory | None:
