@@ -25,6 +25,11 @@ def load_seeds(folder: Traversable = SEEDS) -> tuple[Profile, ...]:
     return tuple(_load(item) for item in sorted(found, key=lambda item: item.name))
 
 
+def find_seed(name: str) -> Profile | None:
+    """The profile of this name that ships with the package."""
+    return next((profile for profile in load_seeds() if profile.seed == name), None)
+
+
 def _load(file: Traversable) -> Profile:
     try:
         profile = parse_profile(file.read_text(encoding="utf-8"))

@@ -84,7 +84,7 @@ def installed_versions() -> dict[str, str]:
     return versions
 
 
-def platform_here(key: ProfileKey, shape: ModelShape, machine: MachineFacts) -> Platform:
+def platform_here(key: ProfileKey, shape: ModelShape | None, machine: MachineFacts) -> Platform:
     rates = rates_of(machine.gpu_name) if machine.gpu_name else None
     return Platform(key=key, shape=shape, versions=installed_versions(), rates=rates)
 

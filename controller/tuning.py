@@ -218,6 +218,28 @@ class _Tune:
         workload: Workload,
         log: StudyLog,
     ) -> StudyOutcome:
+        plan = self._study_plan(workload)
+        with StudyProgress(self._console, plan=plan, previous=previous) as progress:
+
+            def record(trial: TrialResult) -> None:
+                log.record_trial(trial)
+                progress.show(trial)
+
+            def record_window(window: AcceptanceWindow) -> None:
+                log.record_window(window)
+                progress.show_window(window)
+
+            return run_study(
+                measure,
+                plan=plan,
+                record=record,
+                record_window=record_window,
+                left_frac=lambda: self._budget.left_frac,
+                previous=previous,
+            )
+
+    def _study_plan(self, workload: Workload) -> StudyPlan:
+        """What is known beforehand, each part told to the user."""
         options = self._options
         model = search_model(
             self._plan,
@@ -237,7 +259,7 @@ class _Tune:
             is_wanted=not options.config.no_profile,
         )
         self._console.print(beginning.description)
-        plan = StudyPlan(
+        return StudyPlan(
             space=space,
             objective=options.objective,
             slo=self._slo,
@@ -249,24 +271,6 @@ class _Tune:
             warm=beginning.warm,
             first=beginning.first,
         )
-        with StudyProgress(self._console, plan=plan, previous=previous) as progress:
-
-            def record(trial: TrialResult) -> None:
-                log.record_trial(trial)
-                progress.show(trial)
-
-            def record_window(window: AcceptanceWindow) -> None:
-                log.record_window(window)
-                progress.show_window(window)
-
-            return run_study(
-                measure,
-                plan=plan,
-                record=record,
-                record_window=record_window,
-                left_frac=lambda: self._budget.left_frac,
-                previous=previous,
-            )
 
     def _profile(self, outcome: StudyOutcome, *, workload: Workload) -> Profile | None:
         """The verified winner, stored; else the default as a draft, which is not. None without

@@ -87,7 +87,9 @@ class ConstrainedSearch:
         beliefs = self._learn(observations)
         sound = self._sound(observations)
         centre = self._best(beliefs, sound + self._warm_point(observations), home=home)
-        if num_left <= NUM_CONFIRMING and centre != home and 0 < tried[centre] < MIN_REPEATS:
+        if centre not in tried:
+            return self._suggestion(centre, "the best of a profile of elsewhere, carried over")
+        if num_left <= NUM_CONFIRMING and centre != home and tried[centre] < MIN_REPEATS:
             return self._suggestion(centre, "once more, before it is recommended")
         generator = random.Random(f"{self.seed}:{len(observations)}")
         return self._improve(
@@ -188,7 +190,7 @@ class ConstrainedSearch:
         self, centre: Point, *, radius: float, seen: set[Point], generator: random.Random
     ) -> list[Point]:
         """Points of the trust region that fit memory, steps of one or two knobs among them."""
-        near = [point for point in (centre, *neighbours(self.space, centre)) if point not in seen]
+        near = [point for point in neighbours(self.space, centre) if point not in seen]
         drawn = draw(
             self.space,
             generator=generator,
