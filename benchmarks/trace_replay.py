@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
@@ -76,11 +76,15 @@ class Daemon:
 
 
 @contextmanager
-def running(flags: list[str]) -> Iterator[Daemon]:
+def running(
+    flags: list[str], *, prepare: Callable[[Path], None] = lambda state_dir: None
+) -> Iterator[Daemon]:
+    """A daemon that is ready, in a state directory that ``prepare`` has seen before it."""
     with tempfile.TemporaryDirectory() as directory, socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
         free.close()
+        prepare(Path(directory))
         where = ("--port", str(port), "--state-dir", directory)
         log = (Path(directory) / "daemon.log").open("wb")
         process = subprocess.Popen((*SPARSED, "start", *where, *flags), stdout=log, stderr=log)
