@@ -20,6 +20,7 @@ from sparsed.core import (
     Slo,
     TunerControls,
     TunerMode,
+    UnprovedValues,
 )
 from sparsed.db.memory import InMemoryProfileStore
 from sparsed.tuner.rollout_state import Values
@@ -152,3 +153,44 @@ def test_safe_mode_is_degraded_until_it_is_lifted(play: Play, store: InMemoryPro
         assert tuner.reasons() == () and store.controls().safe_since is None
 
     play(scenario)
+
+
+def test_what_the_start_took_unproved_is_the_first_candidate_of_auto(
+    plan_start: Callable[..., StartPlan],
+    control: Any,
+    store: InMemoryProfileStore,
+    tmp_path: Path,
+) -> None:
+    snapshot = control.now.snapshot
+    taken = {"token_budget": snapshot.knobs.token_budget}
+    unproved = UnprovedValues(
+        profile="profile #1", config_from={"token_budget": 4096}, config_to=taken
+    )
+    plan = replace(plan_start(no_profile=True), unproved=unproved)
+
+    async def apply(values: Values) -> None:
+        raise AssertionError(f"nothing was to be applied, but {values}")
+
+    async def scenario() -> None:
+        tuner = LiveTuner(
+            store,
+            plan,
+            slo=Slo(),
+            apply=apply,
+            read_failures=lambda: 0,
+            kill_file=tmp_path / "tuner.kill",
+        )
+        tuner.on_snapshot(snapshot)
+        assert tuner.state().rollouts == (), "in mode advise nothing is tested"
+        tuner.set_mode(TunerMode.AUTO)
+        tuner.on_snapshot(snapshot)
+        (record,) = tuner.state().rollouts
+        assert (record.initiated_by, record.config_to) == ("profile #1", taken)
+        tuner._on_decision(ADVICE)
+        assert len(tuner.state().rollouts) == 1, "advice waits for its turn"
+        await say(tuner, TunerVerb.REJECT)
+        tuner.on_snapshot(snapshot)
+        assert tuner.state().rollouts[0].reason is RolloutReason.REJECTED
+        await tuner.close()
+
+    asyncio.run(scenario())
