@@ -258,7 +258,8 @@ class _Tune:
             objective=options.objective,
             is_wanted=not options.config.no_profile,
         )
-        self._console.print(beginning.description)
+        if beginning.warm is None or options.method is SearchMethod.CONSTRAINED:
+            self._console.print(beginning.description)  # no other search takes anything over
         return StudyPlan(
             space=space,
             objective=options.objective,
