@@ -16,6 +16,7 @@ from sparsed.db.store import Store
 logger = logging.getLogger(__name__)
 
 FindVerified = Callable[[ProfileKey], Profile | None]
+FindProfiles = Callable[[], tuple[Profile, ...]]
 FindTuned = Callable[[ProfileKey], TunedValues]
 FindCalibration = Callable[[LinkKey], LinkCalibration | None]
 
@@ -24,6 +25,14 @@ def profiles_of(state_dir: StateDir) -> FindVerified:
     def find(key: ProfileKey) -> Profile | None:
         with _database(state_dir) as store:
             return store.find_verified(key) if store else None
+
+    return find
+
+
+def all_profiles_of(state_dir: StateDir) -> FindProfiles:
+    def find() -> tuple[Profile, ...]:
+        with _database(state_dir) as store:
+            return store.list_profiles() if store else ()
 
     return find
 

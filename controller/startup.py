@@ -10,20 +10,27 @@ from pathlib import Path
 
 from sparsed.controller.config import DaemonConfig
 from sparsed.controller.control import KnobSource
-from sparsed.controller.links import link_key, platform_versions
+from sparsed.controller.links import link_key
 from sparsed.controller.lookups import (
     FindCalibration,
+    FindProfiles,
     FindTuned,
     FindVerified,
+    all_profiles_of,
     calibrations_of,
+    profiles_of,
+    tuned_of,
 )
 from sparsed.controller.selection_trace import find_selection_trace
 from sparsed.controller.start_values import (
+    Finders,
     Sized,
     choose_values,
     find_sources,
+    site_here,
     size_values,
     warn_of_mismatch,
+    with_unproved,
 )
 from sparsed.controller.tokenizer import Tokenizer
 from sparsed.core import (
@@ -39,6 +46,7 @@ from sparsed.core import (
     ProfileKey,
     Service,
     SparseMethod,
+    UnprovedProfile,
     VerifyMode,
 )
 from sparsed.engine.admission import mandatory_blocks
@@ -72,6 +80,7 @@ class StartPlan:
     stale: str = ""  # what was measured on another platform and left out, in words
     profile_id: int | None = None  # of the profile that was taken, if it is in the store
     stale_profile_id: int | None = None
+    unproved: UnprovedProfile | None = None  # for the live tuner to try first
 
     @property
     def gpu_plan(self) -> MemoryPlan | None:
@@ -86,13 +95,19 @@ def prepare(
     find_verified: FindVerified | None = None,
     find_calibration: FindCalibration | None = None,
     find_tuned: FindTuned | None = None,
+    find_profiles: FindProfiles | None = None,
 ) -> StartPlan:
     """Resolve model, device, profile, knobs and memory. Reads files, may fetch a model: blocks.
 
-    ``find_verified``, ``find_calibration`` and ``find_tuned`` None: profiles, calibrations and
-    what the live tuner left are read from the database of the state directory, if any.
+    ``find_...`` None: profiles, calibrations and what the live tuner left are read from the
+    database of the state directory, if any.
     Errors: InputError naming the field that is wrong or does not fit.
     """
+    finders = Finders(
+        verified=find_verified or profiles_of(config.state_dir),
+        profiles=find_profiles or all_profiles_of(config.state_dir),
+        tuned=find_tuned or tuned_of(config.state_dir),
+    )
     resolved, model = find_model(config, progress=progress)
     device, machine = find_device(config.device)
     link = None if device == "cpu" else link_key(machine)
@@ -101,11 +116,11 @@ def prepare(
     key = ProfileKey(hardware=machine.fingerprint, model=resolved.model_id, dtype=dtype)
     warn_of_mismatch(config, key)
     size = partial(_size, shape=model.shape, machine=machine, device=device, dtype=dtype)
-    versions = platform_versions(machine)
-    chosen = choose_values(
-        config, key, find_verified=find_verified, find_tuned=find_tuned, versions=versions
+    here = site_here(key, model.shape, machine)
+    sized, chosen = size_values(
+        size, config.knobs, chosen=choose_values(config, here, finders=finders)
     )
-    sized, chosen = size_values(size, config.knobs, chosen=chosen)
+    chosen = with_unproved(chosen, here=here, knobs=sized.knobs, given=config.knobs.keys())
     return StartPlan(
         spec=EngineSpec(
             model=f"dummy:{resolved.dummy}" if resolved.dummy else str(resolved.path),
@@ -132,10 +147,11 @@ def prepare(
         key=key,
         profile=chosen.why,
         sources=find_sources(config, chosen=chosen),
-        versions=versions,
+        versions=here.versions,
         stale=chosen.stale,
         profile_id=chosen.profile.profile_id if chosen.profile else None,
         stale_profile_id=chosen.stale_profile_id,
+        unproved=chosen.unproved,
     )
 
 

@@ -14,7 +14,15 @@ from typing import Final
 import msgspec
 
 from sparsed.controller.control import TunerState
-from sparsed.core import Decision, ProfileKey, Slo, Snapshot, TrialResult, TunerMode
+from sparsed.core import (
+    Decision,
+    ProfileKey,
+    Slo,
+    Snapshot,
+    TrialResult,
+    TunerMode,
+    UnprovedProfile,
+)
 from sparsed.db.store import Store, StoreError
 from sparsed.tuner.messages import Answer, LiveContext
 
@@ -31,7 +39,8 @@ class TunerHost:
 
     Lives on the event loop. The process starts with the first question, which takes
     ``num_windows`` windows with work in them: an idle daemon never pays for it. ``on_decision``
-    gets every answer, also one that was given before.
+    gets every answer, also one that was given before. ``read_unproved``: the profile to be tested
+    before anything else, if there is one now.
     """
 
     def __init__(
@@ -43,6 +52,7 @@ class TunerHost:
         mode: TunerMode = TunerMode.ADVISE,
         num_windows: int = NUM_WINDOWS,
         on_decision: Callable[[Decision], None] = lambda decision: None,
+        read_unproved: Callable[[], UnprovedProfile | None] = lambda: None,
     ) -> None:
         self._store: Final = store
         self._key: Final = key
@@ -50,6 +60,7 @@ class TunerHost:
         self._mode = mode
         self._windows: deque[Snapshot] = deque(maxlen=num_windows)
         self._on_decision: Final = on_decision
+        self._read_unproved: Final = read_unproved
         self._num_observations = 0
         self._decisions: deque[Decision] = deque(maxlen=MAX_DECISIONS)
         self._process: Process | None = None
@@ -97,7 +108,12 @@ class TunerHost:
     async def _ask(self, windows: tuple[Snapshot, ...]) -> None:
         try:
             trials = await asyncio.to_thread(self._latest_trials)
-            question = LiveContext(windows=windows, trials=trials, slo=self._slo)
+            question = LiveContext(
+                windows=windows,
+                trials=trials,
+                slo=self._slo,
+                unproved=self._read_unproved(),
+            )
             decision = await self._exchange(question)
             if self._is_news(decision):
                 self._decisions.appendleft(decision)

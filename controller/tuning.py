@@ -24,6 +24,7 @@ from sparsed.controller.time_budget import TimeBudget
 from sparsed.controller.trials import EngineBench
 from sparsed.controller.tuning_export import export_profile
 from sparsed.controller.tuning_report import StudyProgress, print_outcome
+from sparsed.controller.warm_start import find_beginning
 from sparsed.controller.workload import (
     ServiceTimes,
     describe_workload,
@@ -168,6 +169,8 @@ class _Tune:
         outcome = self._search(measure, previous=previous, workload=workload, log=log)
         profile = self._profile(outcome, workload=workload)
         print_outcome(self._console, outcome, objective=self._options.objective)
+        if outcome.dropped_warm:
+            self._console.print("the trials spoke against the profile of elsewhere: dropped")
         if outcome.comparison is not None:
             log.record_decision(outcome.comparison)
         self._export(profile)
@@ -243,26 +246,7 @@ class _Tune:
         workload: Workload,
         log: StudyLog,
     ) -> StudyOutcome:
-        options = self._options
-        model = search_model(
-            self._plan,
-            workload,
-            objective=options.objective,
-            slo=self._slo,
-            calibration=self.bench.calibration,
-        )
-        if options.method is SearchMethod.CONSTRAINED:
-            self._console.print(model.description)
-        plan = StudyPlan(
-            space=self._space(workload),
-            objective=options.objective,
-            slo=self._slo,
-            num_trials=options.trials,
-            method=options.method,
-            seed=options.config.seed,
-            prior=model.prior,
-            memory=model.memory,
-        )
+        plan = self._study_plan(workload)
         with StudyProgress(self._console, plan=plan, previous=previous) as progress:
 
             def record(trial: TrialResult) -> None:
@@ -282,6 +266,41 @@ class _Tune:
                 previous=previous,
             )
 
+    def _study_plan(self, workload: Workload) -> StudyPlan:
+        """What is known beforehand, each part told to the user."""
+        options = self._options
+        model = search_model(
+            self._plan,
+            workload,
+            objective=options.objective,
+            slo=self._slo,
+            calibration=self.bench.calibration,
+        )
+        if options.method is SearchMethod.CONSTRAINED:
+            self._console.print(model.description)
+        space = self._space(workload)
+        beginning = find_beginning(
+            self._plan,
+            self._store,
+            space=space,
+            objective=options.objective,
+            is_wanted=not options.config.no_profile,
+        )
+        if beginning.warm is None or options.method is SearchMethod.CONSTRAINED:
+            self._console.print(beginning.description)  # no other search takes anything over
+        return StudyPlan(
+            space=space,
+            objective=options.objective,
+            slo=self._slo,
+            num_trials=options.trials,
+            method=options.method,
+            seed=options.config.seed,
+            prior=model.prior,
+            memory=model.memory,
+            warm=beginning.warm,
+            first=beginning.first,
+        )
+
     def _profile(self, outcome: StudyOutcome, *, workload: Workload) -> Profile | None:
         """The verified winner, stored; else the default as a draft, which is not. None without
         a default that ran."""
@@ -299,6 +318,7 @@ class _Tune:
             winner_scores=outcome.winner_scores if verified else (),
             versions=self._versions,
             created_at=time.time(),
+            shape=self._plan.model.shape,
         )
         if not verified:
             return profile

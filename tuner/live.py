@@ -7,7 +7,16 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean, median
 from typing import Final
 
-from sparsed.core import KNOBS_BY_NAME, Decision, Knobs, KnobValue, TrialResult, TrialStatus
+from sparsed.core import (
+    KNOBS_BY_NAME,
+    Decision,
+    InputError,
+    Knobs,
+    KnobValue,
+    TrialResult,
+    TrialStatus,
+    UnprovedProfile,
+)
 from sparsed.tuner.guard import guard
 from sparsed.tuner.messages import LiveContext
 from sparsed.tuner.policy import neighbours
@@ -30,7 +39,9 @@ def propose(context: LiveContext) -> Decision:
     live_score = fmean(window.generated_tokens_per_s for window in context.windows)
     values: Mapping[str, KnobValue] = {}
     ratio = 1.0
-    if len(busy) < MIN_BUSY_FRAC * len(context.windows):
+    if first := try_profile(context.unproved, current=current):
+        values, reason = first
+    elif len(busy) < MIN_BUSY_FRAC * len(context.windows):
         reason = "too little traffic to learn from"
     elif repair := repair_targets(context, current=current):
         values, reason = repair
@@ -43,6 +54,19 @@ def propose(context: LiveContext) -> Decision:
         predicted_score=live_score * ratio if ratio != 1.0 else None,
         current_score=live_score,
     )
+
+
+def try_profile(profile: UnprovedProfile | None, *, current: Knobs) -> Change | None:
+    """What a profile measured on other versions sets otherwise, all of it: to be shown no worse.
+    None if nothing is left of it, or it does not fit what is in force."""
+    if profile is None:
+        return None
+    values = {n: value for n, value in profile.values.items() if value != getattr(current, n)}
+    try:
+        current.with_values(values)
+    except InputError:
+        return None
+    return (values, f"{profile.name}, to be proved first: {profile.why}") if values else None
 
 
 def repair_targets(context: LiveContext, *, current: Knobs) -> Change | None:

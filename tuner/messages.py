@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sparsed.core import Decision, Slo, Snapshot, TrialResult
+from sparsed.core import Decision, Slo, Snapshot, TrialResult, UnprovedProfile
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LiveContext:
     """One question. ``windows``: consecutive, oldest first, all under the same knobs;
-    ``trials``: of one study of this hardware and model, maybe none."""
+    ``trials``: of one study of this hardware and model, maybe none; ``unproved``: what is to be
+    tested before anything else."""
 
     windows: tuple[Snapshot, ...]
     trials: tuple[TrialResult, ...]
     slo: Slo
+    unproved: UnprovedProfile | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -177,9 +177,8 @@ def _show(state: TunerState, output: Output) -> None:
     for line in load_in_words(state.load):
         print(line)
     for record in state.rollouts:
-        print(
-            f"{record.state}: {_change(record.config_to)}: {record.reason}, by {record.initiated_by}"
-        )
+        who = f"by {record.initiated_by}" + (f", {record.profile}" if record.profile else "")
+        print(f"{record.state}: {_change(record.config_to)}: {record.reason}, {who}")
     for decision in state.decisions:
         print(f"advice: {_change(decision.values) or 'hold'}: {decision.reason}")
 

@@ -334,3 +334,32 @@ def test_every_reason_has_words(reason: DecisionReason) -> None:
     for verdict in (whole, bare):
         words = explain(verdict, rule=RULE)
         assert words.partition(":")[0] in {"accepted", "rejected", "held"}
+
+
+NO_HARM = AcceptanceRule(metric=RULE.metric, num_pairs=8, needs_gain=False)
+
+
+@pytest.mark.parametrize(
+    ("gain", "reason"),
+    [
+        (1.0, DecisionReason.ACCEPTED),
+        (0.99, DecisionReason.ACCEPTED),
+        (0.96, DecisionReason.METRIC_WORSE),
+        (1.2, DecisionReason.ACCEPTED),
+    ],
+)
+def test_where_no_gain_is_needed_it_must_be_shown_to_be_no_worse(
+    gain: float, reason: DecisionReason
+) -> None:
+    verdict = verdict_on(pairs(noisy(gain, num_pairs=8, sd=0.01)), NO_HARM)
+    assert verdict.reason is reason
+    assert RULE.metric in verdict.loss_bounds
+    words = explain(verdict, rule=NO_HARM)
+    assert ("no worse" in words) is (reason is DecisionReason.ACCEPTED)
+
+
+def test_guards_hold_where_no_gain_is_needed() -> None:
+    windows = pairs(noisy(1.1, num_pairs=8, sd=0.01), **{Guard.TPOT.value: 0.03})
+    assert verdict_on(windows, NO_HARM).reason is DecisionReason.TPOT_WORSE
+    noise = pairs([0.8, 1.25] * 4)
+    assert verdict_on(noise, NO_HARM).reason is DecisionReason.NOISY

@@ -11,7 +11,16 @@ from dataclasses import replace
 import msgspec
 import pytest
 
-from sparsed.core import Decision, Knobs, KnobValue, Slo, Snapshot, TrialResult, TrialStatus
+from sparsed.core import (
+    Decision,
+    Knobs,
+    KnobValue,
+    Slo,
+    Snapshot,
+    TrialResult,
+    TrialStatus,
+    UnprovedProfile,
+)
 from sparsed.tuner.live import propose
 from sparsed.tuner.messages import Answer, LiveContext
 
@@ -60,10 +69,16 @@ WINDOW = Snapshot(
 
 
 def advise(
-    *, slo: Slo | None = None, trials: Sequence[TrialResult] = (), **changes: object
+    *,
+    slo: Slo | None = None,
+    trials: Sequence[TrialResult] = (),
+    unproved: UnprovedProfile | None = None,
+    **changes: object,
 ) -> Decision:
     window = replace(WINDOW, **changes)  # type: ignore[arg-type]  # fields by name
-    context = LiveContext(windows=(window,) * 4, trials=tuple(trials), slo=slo or Slo())
+    context = LiveContext(
+        windows=(window,) * 4, trials=tuple(trials), slo=slo or Slo(), unproved=unproved
+    )
     return propose(context)
 
 
@@ -133,9 +148,29 @@ def test_infeasible_trials_alone_are_no_ground_for_advice() -> None:
     assert decision.reason.startswith("too few trials")
 
 
+def test_a_compatible_profile_comes_before_anything_else() -> None:
+    profile = UnprovedProfile(
+        name="profile #1 on torch 2",
+        values={"max_num_active_seqs": 12, "prefill_chunk": 128, "token_budget": 2048},
+        why="torch 1 -> 2",
+    )
+    whole = {"max_num_active_seqs": 12, "prefill_chunk": 128}
+    decision = advise(slo=Slo(tpot_s=0.05), trials=RISING, unproved=profile)
+    assert decision.values == whole, "however many rungs away"
+    assert decision.reason == "profile #1 on torch 2, to be proved first: torch 1 -> 2"
+    assert decision.predicted_score is None
+    assert advise(unproved=profile, steps=0).values == whole
+    in_force = KNOBS.with_values(whole)
+    assert "run fewer" in advise(slo=Slo(tpot_s=0.05), unproved=profile, knobs=in_force).reason
+    for values in ({}, {"max_num_active_seqs": KNOBS.max_num_seqs + 1}):
+        left = replace(profile, values=values)
+        assert advise(trials=RISING, unproved=left).values == advise(trials=RISING).values
+
+
 @pytest.mark.slow
 def test_the_process_says_the_same() -> None:
-    context = LiveContext(windows=(WINDOW,) * 3, trials=tuple(RISING), slo=Slo())
+    profile = UnprovedProfile(name="profile #1", values={"hbm_budget": None}, why="torch 1 -> 2")
+    context = LiveContext(windows=(WINDOW,) * 3, trials=tuple(RISING), slo=Slo(), unproved=profile)
     line = msgspec.json.encode(context) + b"\n"
     done = subprocess.run(
         [sys.executable, "-m", "sparsed.tuner.optimizer"],
