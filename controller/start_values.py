@@ -11,7 +11,7 @@ from sparsed import __version__
 from sparsed.controller.config import DaemonConfig
 from sparsed.controller.control import KnobSource
 from sparsed.controller.links import platform_versions
-from sparsed.controller.lookups import FindProfiles, FindTuned, FindVerified
+from sparsed.controller.lookups import Finders
 from sparsed.controller.plan.gpus import rates_of
 from sparsed.controller.recovery import TunedValues, verdict_on
 from sparsed.controller.seeds import load_seeds
@@ -68,16 +68,6 @@ class Chosen:
         return f"{', '.join(self.left_out)}: measured on another platform; run: sparsed tune"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Finders:
-    """Where values are looked for. ``verified``: the profile of a key; ``profiles``: all that are
-    stored; ``tuned``: what the live tuner left."""
-
-    verified: FindVerified
-    profiles: FindProfiles
-    tuned: FindTuned
-
-
 def warn_of_mismatch(config: DaemonConfig, key: ProfileKey) -> None:
     """Values tuned elsewhere are obeyed, but not without a word."""
     if config.tuned_for is not None:
@@ -130,7 +120,16 @@ def _profile_in_words(profile: Profile) -> str:
     return f"{name} for {profile.key.model} on {profile.workload}{evidence}{values}"
 
 
-def choose_values(config: DaemonConfig, here: Site, *, finders: Finders) -> Chosen:
+def find_values(
+    size: Size, config: DaemonConfig, here: Site, *, finders: Finders
+) -> tuple[Sized, Chosen]:
+    """What a start takes, sized, and where all of it comes from."""
+    chosen = _choose_values(config, here, finders=finders)
+    sized, chosen = _size_values(size, config.knobs, chosen=chosen)
+    return sized, _with_unproved(chosen, here=here, knobs=sized.knobs, given=config.knobs.keys())
+
+
+def _choose_values(config: DaemonConfig, here: Site, *, finders: Finders) -> Chosen:
     """The last known good of the live tuner goes over the profile that it began from: one that is
     pinned or newer replaces it. In safe mode neither is taken. What was measured on other versions
     than these is left out, unless an operator has pinned it."""
@@ -183,7 +182,7 @@ def _name_of_test(profile: Profile, here: Site) -> str:
     return f"profile {profile.name} on {', '.join(versions)}"
 
 
-def with_unproved(chosen: Chosen, *, here: Site, knobs: Knobs, given: AbstractSet[str]) -> Chosen:
+def _with_unproved(chosen: Chosen, *, here: Site, knobs: Knobs, given: AbstractSet[str]) -> Chosen:
     """With what of the compatible profile the live tuner may set: knobs of its own that are
     otherwise in ``knobs``, those of this start, and not among the ``given`` ones."""
     if chosen.compatible is None:
@@ -207,7 +206,7 @@ def with_unproved(chosen: Chosen, *, here: Site, knobs: Knobs, given: AbstractSe
     return replace(chosen, why=why, unproved=unproved)
 
 
-def size_values(
+def _size_values(
     size: Size,
     explicit: Mapping[str, KnobValue],
     *,

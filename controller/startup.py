@@ -16,21 +16,16 @@ from sparsed.controller.lookups import (
     FindProfiles,
     FindTuned,
     FindVerified,
-    all_profiles_of,
     calibrations_of,
-    profiles_of,
-    tuned_of,
+    finders_of,
 )
 from sparsed.controller.selection_trace import find_selection_trace
 from sparsed.controller.start_values import (
-    Finders,
     Sized,
-    choose_values,
     find_sources,
+    find_values,
     site_here,
-    size_values,
     warn_of_mismatch,
-    with_unproved,
 )
 from sparsed.controller.tokenizer import Tokenizer
 from sparsed.core import (
@@ -103,10 +98,8 @@ def prepare(
     database of the state directory, if any.
     Errors: InputError naming the field that is wrong or does not fit.
     """
-    finders = Finders(
-        verified=find_verified or profiles_of(config.state_dir),
-        profiles=find_profiles or all_profiles_of(config.state_dir),
-        tuned=find_tuned or tuned_of(config.state_dir),
+    finders = finders_of(
+        config.state_dir, verified=find_verified, profiles=find_profiles, tuned=find_tuned
     )
     resolved, model = find_model(config, progress=progress)
     device, machine = find_device(config.device)
@@ -117,10 +110,7 @@ def prepare(
     warn_of_mismatch(config, key)
     size = partial(_size, shape=model.shape, machine=machine, device=device, dtype=dtype)
     here = site_here(key, model.shape, machine)
-    sized, chosen = size_values(
-        size, config.knobs, chosen=choose_values(config, here, finders=finders)
-    )
-    chosen = with_unproved(chosen, here=here, knobs=sized.knobs, given=config.knobs.keys())
+    sized, chosen = find_values(size, config, here, finders=finders)
     return StartPlan(
         spec=EngineSpec(
             model=f"dummy:{resolved.dummy}" if resolved.dummy else str(resolved.path),
