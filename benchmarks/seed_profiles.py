@@ -2,8 +2,8 @@
 
 Run from the root: ``PYTHONPATH=src:benchmarks python benchmarks/seed_profiles.py --name llama-3.1-8b-h100``. Tunes
 a model of known shape with random weights (``sparsed tune``, in a state directory of its own, without any
-other profile) and writes the verified winner to ``db/seeds/NAME.json``, from where starts and searches of
-this GPU take it; prints the file. Weights say nothing of quality, so ``page_size`` and ``token_budget`` are
+other profile) and writes the verified winner to ``db/seeds/NAME.json``, from where live tuners and searches
+of this GPU take it; prints the file. Weights say nothing of quality, so ``page_size`` and ``token_budget`` are
 fixed at their defaults: what is searched changes speed alone. Exits with 1, and writes nothing, where the
 default stays. About seven minutes with the default options.
 """

@@ -2,10 +2,11 @@
 
 Run from the root, on a machine that does nothing else: ``PYTHONPATH=src:benchmarks python
 benchmarks/warm_start.py --profile FILE --output FILE``; about five minutes. ``--profile`` is what ``sparsed tune
---objective goodput --export FILE.json`` found on this machine; without it, one is made of ``--values``, which
-nobody verified. Two daemons serve the same closed loop of clients, each in a state directory of its own: one
-that finds the profile (warm), for 60 s and as long again, whose second half is the final goodput; and one in
-mode auto that finds nothing (cold), for as long. ``--time-scale`` divides these times.
+--objective goodput --export FILE.json`` found on this machine, with these versions: of others it would be left
+out; without it, one is made of ``--values``, which nobody verified. Two daemons serve the same closed loop of
+clients, each in a state directory of its own: one that finds the profile (warm), for 60 s and as long again,
+whose second half is the final goodput; and one in mode auto that finds nothing (cold), for as long.
+``--time-scale`` divides these times.
 
 Prints the share of the final goodput that each reached in the first 60 s (target of warm: 90 %), and when
 the cold one first reached 90 % for a sixth of the time, if it did. Goodput: requests that kept both targets,
