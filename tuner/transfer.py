@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, NamedTuple
 
 from sparsed.core import (
@@ -83,12 +83,13 @@ def match(there: Site, here: Site) -> ProfileMatch:
 def match_profile(profile: Profile, here: Site, *, rates_of: RatesOf) -> ProfileMatch:
     """As ``match``; what ships with the package, and what is stale, is compatible at the most."""
     found = match(site_of(profile, rates_of=rates_of), here)
+    if profile.seed is not None and found.level is MatchLevel.COMPATIBLE:
+        return replace(found, why=f"{SHIPPED}; {found.why}")
     doubt = STALE if profile.status is ProfileStatus.STALE else ""
     doubt = SHIPPED if profile.seed is not None else doubt
-    if not doubt or found.level not in (MatchLevel.EXACT, MatchLevel.COMPATIBLE):
+    if not doubt or found.level is not MatchLevel.EXACT:
         return found
-    whys = [doubt] if found.level is MatchLevel.EXACT else [doubt, found.why]
-    return ProfileMatch(level=MatchLevel.COMPATIBLE, why="; ".join(whys))
+    return ProfileMatch(level=MatchLevel.COMPATIBLE, why=doubt)
 
 
 def nearest(profiles: Sequence[Profile], here: Site, *, rates_of: RatesOf) -> Found | None:
