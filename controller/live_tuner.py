@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 
 from sparsed.controller.config import DaemonConfig
@@ -13,7 +13,7 @@ from sparsed.controller.recovery import SAFE_VALUES, verdict_on
 from sparsed.controller.rollout_host import PERIOD_S, RolloutHost
 from sparsed.controller.startup import StartPlan
 from sparsed.controller.tuner_host import TunerHost
-from sparsed.controller.why import platform_of
+from sparsed.controller.why import platform_of, verdict_of
 from sparsed.core import (
     KNOBS_BY_NAME,
     Decision,
@@ -24,6 +24,7 @@ from sparsed.core import (
     Snapshot,
     TunerMode,
     UnprovedProfile,
+    Verdict,
 )
 from sparsed.db.store import Store, StoreError
 from sparsed.tuner.drift import LinkWatch, link_drift, watch_link
@@ -82,8 +83,10 @@ class LiveTuner:
             plan.key,
             slo=slo,
             mode=mode,
-            on_decision=self._on_decision,
+            judge=self._judge,
+            read_failed=lambda: self._rollout.quarantined,
             read_unproved=self._read_unproved,
+            on_decision=self._on_decision,
         )
         self._rollout.set_mode(mode)
 
@@ -198,6 +201,9 @@ class LiveTuner:
             await asyncio.to_thread(self._store.mark_stale, profile_id)
         except StoreError as error:
             logger.warning("profile #%d is not marked as stale: %s", profile_id, error)
+
+    def _judge(self, windows: Sequence[Snapshot]) -> Verdict:
+        return verdict_of(self._plan, windows, facts=self._read_facts())
 
     def _on_decision(self, decision: Decision) -> None:
         if decision.values and self._advice.state().mode is TunerMode.AUTO:

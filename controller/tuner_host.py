@@ -8,7 +8,7 @@ import os
 import sys
 from asyncio.subprocess import PIPE, Process
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import msgspec
@@ -17,11 +17,13 @@ from sparsed.controller.control import TunerState
 from sparsed.core import (
     Decision,
     ProfileKey,
+    RolloutRecord,
     Slo,
     Snapshot,
     TrialResult,
     TunerMode,
     UnprovedProfile,
+    Verdict,
 )
 from sparsed.db.store import Store, StoreError
 from sparsed.tuner.messages import Answer, LiveContext
@@ -39,8 +41,9 @@ class TunerHost:
 
     Lives on the event loop. The process starts with the first question, which takes
     ``num_windows`` windows with work in them: an idle daemon never pays for it. ``on_decision``
-    gets every answer, also one that was given before. ``read_unproved``: the profile to be tested
-    before anything else, if there is one now.
+    gets every answer, also one that was given before. ``judge``: what binds in some windows;
+    ``read_failed``: candidates that are not to be tested again now; ``read_unproved``: the profile
+    to be tested before anything else, if there is one now.
     """
 
     def __init__(
@@ -51,6 +54,8 @@ class TunerHost:
         slo: Slo | None = None,
         mode: TunerMode = TunerMode.ADVISE,
         num_windows: int = NUM_WINDOWS,
+        judge: Callable[[Sequence[Snapshot]], Verdict],
+        read_failed: Callable[[], tuple[RolloutRecord, ...]] = tuple,
         on_decision: Callable[[Decision], None] = lambda decision: None,
         read_unproved: Callable[[], UnprovedProfile | None] = lambda: None,
     ) -> None:
@@ -59,6 +64,8 @@ class TunerHost:
         self._slo: Final = slo or Slo()
         self._mode = mode
         self._windows: deque[Snapshot] = deque(maxlen=num_windows)
+        self._judge: Final = judge
+        self._read_failed: Final = read_failed
         self._on_decision: Final = on_decision
         self._read_unproved: Final = read_unproved
         self._num_observations = 0
@@ -113,6 +120,8 @@ class TunerHost:
                 trials=trials,
                 slo=self._slo,
                 unproved=self._read_unproved(),
+                verdict=self._judge(windows),
+                failed=self._read_failed(),
             )
             decision = await self._exchange(question)
             if self._is_news(decision):
