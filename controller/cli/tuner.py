@@ -70,7 +70,8 @@ def reject(
     reason: ReasonOption = "",
 ) -> None:
     """End the candidate that waits or is tested, and go back to the values before it. One that is
-    on probation stays."""
+    on probation stays. The values of a compatible profile, advised or tested, do not come again
+    on these versions."""
     _steer(state_dir, TunerVerb.REJECT, output, reason=reason)
 
 
