@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import re
 import sys
 from asyncio.subprocess import PIPE, Process
 from collections import deque
@@ -32,6 +33,7 @@ NUM_WINDOWS: Final = 30  # of one question
 MAX_DEATHS: Final = 3  # of the optimizer, then advice ends
 MAX_LINE_BYTES: Final = 1 << 24
 MAX_DECISIONS: Final = 50  # shown
+FIGURES: Final = re.compile(r"[\d.,]+")
 
 logger = logging.getLogger(__name__)
 
@@ -174,5 +176,12 @@ class TunerHost:
         return trials[begins:]
 
     def _is_news(self, decision: Decision) -> bool:
-        last = self._decisions[0] if self._decisions else None
-        return last is None or (last.values, last.reason) != (decision.values, decision.reason)
+        """Whether it says anything but the same with other figures."""
+        if not self._decisions:
+            return True
+        last = self._decisions[0]
+        return (last.values, _words(last)) != (decision.values, _words(decision))
+
+
+def _words(decision: Decision) -> str:
+    return FIGURES.sub("", decision.reason)
