@@ -168,7 +168,8 @@ def _test(pairs: Sequence[_Pair], *, rule: AcceptanceRule) -> AcceptanceVerdict:
     )
     p, hl, cv = p_greater(gains), hodges_lehmann(gains), _noise(gains)
     bounds = {guard: _loss_bound(pairs, guard, rule=rule) for guard in rule.guards}
-    reason = _reason(p=p, hl=hl, cv=cv, bounds=bounds, rule=rule)
+    loss = upper_bound([-gain for gain in gains], alpha=rule.guard_alpha)
+    reason = _reason(p=p, hl=hl, cv=cv, loss=loss, bounds=bounds, rule=rule)
     return AcceptanceVerdict(
         state=_state(reason),
         reason=reason,
@@ -178,7 +179,8 @@ def _test(pairs: Sequence[_Pair], *, rule: AcceptanceRule) -> AcceptanceVerdict:
         ci_hi=upper_bound(gains, alpha=rule.alpha),
         p=p,
         cv=cv,
-        loss_bounds={guard.value: bound for guard, bound in bounds.items()},
+        loss_bounds={guard.value: bound for guard, bound in bounds.items()}
+        | ({} if rule.needs_gain else {rule.metric: loss}),
     )
 
 
@@ -196,14 +198,22 @@ def _figure(window: AcceptanceWindow, rule: AcceptanceRule) -> float:
 
 
 def _reason(
-    *, p: float, hl: float, cv: float, bounds: Mapping[Guard, float], rule: AcceptanceRule
+    *,
+    p: float,
+    hl: float,
+    cv: float,
+    loss: float,
+    bounds: Mapping[Guard, float],
+    rule: AcceptanceRule,
 ) -> DecisionReason:
     if cv > rule.max_cv_frac:
         return DecisionReason.NOISY
-    if p >= rule.alpha:
+    if rule.needs_gain and p >= rule.alpha:
         return DecisionReason.NO_GAIN
-    if hl <= math.log1p(rule.min_effect_frac):
+    if rule.needs_gain and hl <= math.log1p(rule.min_effect_frac):
         return DecisionReason.SMALL_EFFECT
+    if not rule.needs_gain and loss >= math.log1p(rule.max_loss_frac):
+        return DecisionReason.METRIC_WORSE
     for guard, bound in bounds.items():
         is_errors = guard is Guard.ERRORS
         if bound >= math.log1p(rule.max_error_frac if is_errors else rule.max_loss_frac):
