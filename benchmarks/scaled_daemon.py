@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import signal
 import subprocess
 import sys
 import tempfile
@@ -33,25 +34,35 @@ SCALED: Final = (
 )  # fmt: skip
 MIN_WINDOW_S: Final = 2.0
 STOP_S: Final = 60.0
+MAX_REQUESTS: Final = 30_000  # of a load that goes by time
+EXPLORED_FRAC: Final = RolloutRule().max_explored_frac  # as shipped
 
 
-def scaled(rule: RolloutRule, *, time_scale: float, num_pairs: int) -> RolloutRule:
-    """``rule`` with its durations divided by ``time_scale``; ``num_pairs`` of windows a test."""
+def scaled(
+    rule: RolloutRule, *, time_scale: float, num_pairs: int, explored_frac: float
+) -> RolloutRule:
+    """``rule`` with its durations divided by ``time_scale``; ``num_pairs`` of windows a test, of
+    which ``explored_frac`` of the busy time may be spent on candidates."""
     times = {name: getattr(rule, name) / time_scale for name in SCALED}
     times["window_s"] = max(MIN_WINDOW_S, times["window_s"])
     acceptance = replace(rule.acceptance, num_pairs=num_pairs)
-    return replace(rule, acceptance=acceptance, **times)
+    return replace(rule, acceptance=acceptance, max_explored_frac=explored_frac, **times)
 
 
 @contextmanager
 def scaled_daemon(
-    state_dir: Path, flags: list[str], *, time_scale: float, num_pairs: int
+    state_dir: Path,
+    flags: list[str],
+    *,
+    time_scale: float,
+    num_pairs: int,
+    explored_frac: float = EXPLORED_FRAC,
 ) -> Iterator[Daemon]:
     """Running and ready; stopped at the end. Its log is ``daemon.log`` of ``state_dir``."""
     port = free_port()
     command = (
-        sys.executable, __file__, "--time-scale", str(time_scale), "--pairs", str(num_pairs), "--",
-        *flags, "--port", str(port), "--state-dir", str(state_dir),
+        sys.executable, __file__, "--time-scale", str(time_scale), "--pairs", str(num_pairs),
+        "--explored-frac", str(explored_frac), "--", *flags, "--port", str(port), "--state-dir", str(state_dir),
     )  # fmt: skip
     with (state_dir / "daemon.log").open("ab") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log)
@@ -79,8 +90,35 @@ def study(state_dir: Path, flags: list[str], *, num_trials: int, search_s: float
     subprocess.run(command, check=True)
 
 
+def serve_for(
+    daemon: Daemon, *, seconds: float, clients: int, lengths: tuple[str, str], targets: list[str]
+) -> Any:
+    """Keep ``clients`` requests under way for ``seconds`` without a pause; the result of ``bench
+    serve``. ``lengths``, ``targets``: its flags for tokens and for goodput."""
+    with tempfile.TemporaryDirectory() as directory:
+        command = bench_serve(daemon, num=MAX_REQUESTS, clients=clients, lengths=lengths)
+        command += ["--output-dir", directory, *targets]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            process.wait(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGINT)  # it writes what it has
+        process.wait(timeout=STOP_S)
+        return json.loads((Path(directory) / "result.json").read_text())
+
+
+def bench_serve(
+    daemon: Daemon, *, num: int, clients: int, lengths: tuple[Any, Any], seed: int = 0
+) -> list[str]:
+    return [
+        *SPARSED, "bench", "serve", "--url", daemon.url, "--num-prompts", str(num),
+        "--request-rate", "inf", "--max-concurrency", str(clients), "--warmup", "0",
+        "--input-len", str(lengths[0]), "--output-len", str(lengths[1]), "--seed", str(seed),
+    ]  # fmt: skip
+
+
 def load(
-    daemon: Daemon, *, seconds: float, clients: int, lengths: tuple[int, int], targets: list[str]
+    daemon: Daemon, *, seconds: float, clients: int, lengths: tuple[Any, Any], targets: list[str]
 ) -> list[Any]:
     """Keep ``clients`` requests under way for ``seconds``; (seconds since the begin, report) of
     each round of ``bench serve``. ``targets``: its flags for goodput."""
@@ -88,12 +126,10 @@ def load(
     started_s = time.monotonic()
     while (at_s := time.monotonic() - started_s) < seconds:
         with tempfile.TemporaryDirectory() as directory:
-            command = (
-                *SPARSED, "bench", "serve", "--url", daemon.url, "--num-prompts", str(4 * clients),
-                "--request-rate", "inf", "--max-concurrency", str(clients), "--warmup", "0",
-                "--input-len", str(lengths[0]), "--output-len", str(lengths[1]),
-                "--seed", str(len(rounds)), "--output-dir", directory, *targets,
-            )  # fmt: skip
+            command = bench_serve(
+                daemon, num=4 * clients, clients=clients, lengths=lengths, seed=len(rounds)
+            )
+            command += ["--output-dir", directory, *targets]
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
             summary = json.loads((Path(directory) / "result.json").read_text())["summary"]
         rounds.append((at_s, summary))
@@ -106,11 +142,17 @@ def main() -> None:
     )
     parser.add_argument("--time-scale", type=float, required=True)
     parser.add_argument("--pairs", type=int, default=32)
+    parser.add_argument("--explored-frac", type=float, default=EXPLORED_FRAC)
     parser.add_argument("flags", nargs="*")
     options = parser.parse_args()
     config = load_config(flags=knob_flags(options.flags), environment={}, file=None)
     rule = live_rule(config.slo, dwell_s=config.regime_dwell_s)
-    rule = scaled(rule, time_scale=options.time_scale, num_pairs=options.pairs)
+    rule = scaled(
+        rule,
+        time_scale=options.time_scale,
+        num_pairs=options.pairs,
+        explored_frac=options.explored_frac,
+    )
     raise SystemExit(asyncio.run(run(config, rule=rule)))
 
 

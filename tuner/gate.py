@@ -14,6 +14,7 @@ from sparsed.tuner.rollout_state import (
     Rollout,
     RolloutRule,
     Values,
+    rule_of,
     slot_seconds,
 )
 from sparsed.tuner.schedule import paired_slots
@@ -21,6 +22,8 @@ from sparsed.tuner.space import live_space
 from sparsed.tuner.tripwire import is_over_hbm
 
 TUNER: Final = "auto"  # who initiated what no operator approved
+OPERATOR: Final = "operator"
+MISSING_FRAC: Final = 0.5  # of the windows that tell: then a target is missed for good
 BREAKDOWNS: Final = (
     RolloutReason.CRASHED,
     RolloutReason.ENGINE_DIED,
@@ -53,12 +56,19 @@ def limit(values: Values, *, current: Knobs, pins: frozenset[str]) -> dict[str, 
 def is_quarantined(values: Values, state: Rollout, *, at: float) -> bool:
     """Whether every knob of a candidate that failed under this load, or broke down under any,
     would go as far as it did, or further."""
-    return any(
-        until > at
-        and _concerns(record, state)
-        and all(_reaches(values.get(name), name, record) for name in record.config_to)
-        for record, until in state.failed
+    return any(goes_as_far(values, record) for record in quarantined(state, at=at))
+
+
+def quarantined(state: Rollout, *, at: float) -> tuple[RolloutRecord, ...]:
+    """Candidates that failed under this load, or broke down under any, not long ago."""
+    return tuple(
+        record for record, until in state.failed if until > at and _concerns(record, state)
     )
+
+
+def goes_as_far(values: Values, record: RolloutRecord) -> bool:
+    """Whether ``values`` change every knob of ``record`` as far as it did, or further."""
+    return all(_reaches(values.get(name), name, record) for name in record.config_to)
 
 
 def _concerns(record: RolloutRecord, state: Rollout) -> bool:
@@ -75,11 +85,22 @@ def _reaches(value: KnobValue, name: str, record: RolloutRecord) -> bool:
     return now >= bad if bad > was else now <= bad
 
 
-def exploring_s(rule: RolloutRule) -> float:
+def is_budget_spent(state: Rollout, rule: RolloutRule) -> bool:
+    """Whether more windows missed a target lately than may."""
+    return state.recent_broken_s > rule.slo_budget_frac * state.recent_s
+
+
+def is_missing_targets(state: Rollout) -> bool:
+    """Whether what runs misses its targets in most of the windows that tell: then there is no budget
+    to protect, and no better way out than a test."""
+    return state.recent_broken_s > MISSING_FRAC * state.recent_told_s
+
+
+def exploring_s(rule: RolloutRule, *, num_pairs: int) -> float:
     """Seconds for which a whole test has its candidate in force, at the most."""
     return sum(
-        slot_seconds(slot, rule) + rule.max_gap_s
-        for slot in paired_slots(rule.acceptance.num_pairs)
+        slot_seconds(slot, rule) + rule.lag_s
+        for slot in paired_slots(num_pairs)
         if slot.is_candidate
     )
 
@@ -103,9 +124,9 @@ def _holds(state: Rollout, candidate: Candidate, rule: RolloutRule, *, at: float
     busy_s, recent_s = state.recent_busy_s, state.recent_s
     if busy_s < max(rule.min_busy_s, rule.min_busy_frac * recent_s):
         yield "too little traffic"
-    if state.recent_broken_s > rule.slo_budget_frac * recent_s:
+    if is_budget_spent(state, rule) and not is_missing_targets(state):
         yield "the error budget of the targets is spent"
-    needed_s = state.explored_s + exploring_s(rule)
+    needed_s = state.explored_s + exploring_s(rule, num_pairs=rule_of(candidate, rule).num_pairs)
     if needed_s > rule.max_explored_frac * state.busy_s:
         missing_s = needed_s / rule.max_explored_frac - state.busy_s
         yield f"the time to explore is not earned yet: {missing_s:.0f} s of traffic more"

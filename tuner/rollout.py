@@ -21,12 +21,20 @@ from sparsed.core import (
     WindowStage,
 )
 from sparsed.tuner.acceptance import decide
-from sparsed.tuner.gate import forbidden, hold, is_quarantined, limit
+from sparsed.tuner.gate import (
+    forbidden,
+    hold,
+    is_budget_spent,
+    is_missing_targets,
+    is_quarantined,
+    limit,
+)
 from sparsed.tuner.rollout_end import (
     FAULTS,
     Step,
     cool_down,
     end,
+    evidence_of,
     has,
     not_in_force,
     record_of,
@@ -39,6 +47,7 @@ from sparsed.tuner.rollout_regime import (
     abroad,
     fall_back,
     follow,
+    free_of,
     switch,
     watch_switch,
     with_proved,
@@ -59,10 +68,11 @@ from sparsed.tuner.rollout_state import (
     Ticked,
     Tripped,
     Values,
+    rule_of,
     slot_seconds,
 )
 from sparsed.tuner.schedule import Slot
-from sparsed.tuner.targets import breaks_target
+from sparsed.tuner.targets import breaks_target, tells_of_targets
 from sparsed.tuner.tripwire import (
     CUSUM_LIMIT,
     count,
@@ -107,7 +117,10 @@ def _propose(state: Rollout, event: Proposed) -> Step:
     knobs = state.snapshot.knobs if state.snapshot else None
     if state.candidate is not None or knobs is None:
         return state, ()
-    values = limit(event.values, current=knobs, pins=state.controls.pins)
+    if event.profile:
+        values = free_of(event.values, state.controls, knobs=knobs)
+    else:
+        values = limit(event.values, current=knobs, pins=state.controls.pins)
     if not values or is_quarantined(values, state, at=event.at):
         return state, ()
     candidate = Candidate(
@@ -117,6 +130,7 @@ def _propose(state: Rollout, event: Proposed) -> Step:
         initiated_by=event.initiated_by,
         since=event.at,
         regime_id=state.regimes.current,
+        profile=event.profile,
     )
     if forbidden(candidate, state.controls):
         return state, ()
@@ -176,6 +190,7 @@ def _observe(state: Rollout, event: Ticked, *, rule: RolloutRule, slo: Slo) -> R
         return state
     kept, seconds = exp(-snapshot.window_s / rule.slo_horizon_s), snapshot.window_s
     busy_s = seconds if snapshot.steps else 0.0
+    told_s = seconds if tells_of_targets(snapshot, slo) else 0.0
     broken_s = seconds if breaks_target(snapshot, slo) else 0.0
     return replace(
         state,
@@ -184,6 +199,7 @@ def _observe(state: Rollout, event: Ticked, *, rule: RolloutRule, slo: Slo) -> R
         busy_s=state.busy_s + busy_s,
         recent_s=kept * state.recent_s + seconds,
         recent_busy_s=kept * state.recent_busy_s + busy_s,
+        recent_told_s=kept * state.recent_told_s + told_s,
         recent_broken_s=kept * state.recent_broken_s + broken_s,
     )
 
@@ -197,7 +213,8 @@ def _wait(state: Rollout, *, at: float, rule: RolloutRule) -> Step:
         return end(state, RolloutReason.OVERTAKEN, at=at, rule=rule)
     if hold(state, candidate, rule, at=at) is not None:
         return state, ()
-    candidate = replace(candidate, phase=Phase.CANARY, since=at, turn_since=at)
+    repairs = is_missing_targets(state)
+    candidate = replace(candidate, phase=Phase.CANARY, since=at, turn_since=at, repairs=repairs)
     mark = Mark(record=record_of(candidate, RolloutState.VERIFYING, RolloutReason.CANARY, at=at))
     return replace(state, candidate=candidate), (mark,)
 
@@ -205,7 +222,7 @@ def _wait(state: Rollout, *, at: float, rule: RolloutRule) -> Step:
 def _canary(state: Rollout, event: Ticked, *, failures: int, rule: RolloutRule, slo: Slo) -> Step:
     candidate, at = state.candidate, event.at
     assert candidate is not None
-    if state.explored_s + rule.max_gap_s > rule.max_explored_frac * state.busy_s:
+    if state.explored_s + rule.lag_s > rule.max_explored_frac * state.busy_s:
         return end(state, RolloutReason.BUDGET_SPENT, at=at, rule=rule)
     if state.fresh_at is None or at - state.fresh_at > rule.max_gap_s:
         return end(state, RolloutReason.STALE_DATA, at=at, rule=rule)
@@ -219,7 +236,7 @@ def _canary(state: Rollout, event: Ticked, *, failures: int, rule: RolloutRule, 
     state = replace(state, candidate=candidate)
     if (reason := trip(candidate, snapshot, rule)) is not None:
         return end(state, reason, at=at, rule=rule)
-    if state.recent_broken_s > rule.slo_budget_frac * state.recent_s:
+    if is_budget_spent(state, rule) and not candidate.repairs:
         return end(state, RolloutReason.BUDGET_SPENT, at=at, rule=rule)
     if state.regimes.elsewhere is not None:
         return abroad(state, snapshot, at=at, rule=rule)
@@ -240,7 +257,7 @@ def _close_window(state: Rollout, *, at: float, rule: RolloutRule, slo: Slo) -> 
     candidate = replace(
         candidate, windows=windows, seen=(), failures=0, foreign_s=0.0, turn_since=at
     )
-    if candidate.turn + 1 == len(slots(rule.acceptance.num_pairs)):
+    if candidate.turn + 1 == len(slots(rule_of(candidate, rule).num_pairs)):
         return _judge(replace(state, candidate=candidate), at=at, rule=rule)
     before, candidate = slot, replace(candidate, turn=candidate.turn + 1, turn_s=0.0)
     if slot_of(candidate, rule).is_candidate is before.is_candidate:
@@ -273,7 +290,7 @@ def _judge(state: Rollout, *, at: float, rule: RolloutRule) -> Step:
     assert candidate is not None
     verdict = decide(
         candidate.windows,
-        rule=rule.acceptance,
+        rule=rule_of(candidate, rule),
         config_from=candidate.config_from,
         config_to=candidate.config_to,
     )
@@ -287,8 +304,7 @@ def _judge(state: Rollout, *, at: float, rule: RolloutRule) -> Step:
     settle = Settle(
         record=record,
         good=state.good,
-        verdict=verdict,
-        windows=candidate.windows,
+        evidence=evidence_of(candidate, verdict, rule=rule),
         regime=state.regimes.standing,
     )
     tested = [item for item in candidate.windows if item.values == candidate.config_to]
