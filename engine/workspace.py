@@ -18,7 +18,7 @@ from sparsed.engine.step_graphs import IN_PLACE, SELECTING, graph_sizes, most_pa
 FLOAT32: Final = 4
 INT32: Final = 4
 INT64: Final = 8
-DRIVER_BYTES: Final = 1152 << 20  # context, modules of all libraries and kernels, their handles
+DRIVER_BYTES: Final = 1024 << 20  # context, modules of all libraries and kernels, their handles
 GRAPH_BYTES: Final = 5 << 20  # of a recorded step, besides what it computes on the way
 PRODUCTS_BYTES: Final = 32 << 20  # of cuBLAS, for each stream it has been called on
 TOKEN_INDEX_BYTES: Final = 64  # ids, positions, offsets and logits' places of a prompt token
@@ -104,10 +104,12 @@ def prompt_token_bytes(shape: ModelShape, element: int) -> int:
 
 def _prompt_bytes(shape: ModelShape, element: int, *, chunk: int) -> int:
     """All logprobs of a prompt come from few tokens at a time, each with a row of logits in the
-    model's dtype and twice in float32; of a large chunk they fit what its MLP has freed."""
-    logprobs = LOGPROBS_CHUNK_TOKENS * shape.vocab_size * (element + 2 * FLOAT32)
-    freed = chunk * 2 * shape.intermediate_size * element
-    return chunk * prompt_token_bytes(shape, element) + max(0, logprobs - freed)
+    model's dtype and three times in float32; of a large chunk they fit what its MLP has freed, but
+    for what is left at the end of a segment."""
+    logits = LOGPROBS_CHUNK_TOKENS * shape.vocab_size
+    freed = max(0, chunk * 2 * shape.intermediate_size * element - logits * FLOAT32)
+    logprobs = max(0, logits * (element + 3 * FLOAT32) - freed)
+    return chunk * prompt_token_bytes(shape, element) + logprobs
 
 
 def _trail_bytes(shape: ModelShape, element: int) -> int:

@@ -14,9 +14,12 @@ from driver_memory import Driver, phases
 from memory_error import Point, Row, Seen
 
 from sparsed.core import GIB
-from sparsed.engine.workspace import Workspace
+from sparsed.engine.models.dummy import dummy_config
+from sparsed.engine.planner import PAGE_TOKENS
+from sparsed.engine.workspace import Workspace, workspace
 from sparsed.tuner.roofline import HbmPeak
 
+RESULTS = Path(memory_error.__file__).parent / "results"
 PLANNED = HbmPeak(
     weights_bytes=16 * GIB,
     hot_pages_bytes=17 * GIB,
@@ -102,6 +105,28 @@ def test_a_driver_that_is_not_there_tells_nothing() -> None:
         time.sleep(0.1)
         assert counts.used_bytes() is None
     assert not counts.samples and not counts.own_peak_bytes
+
+
+def test_the_plan_meets_its_target_where_it_was_measured() -> None:
+    """The committed run, whose tiers are as they were, beside the workspace as it is planned now."""
+    rows = json.loads((RESULTS / "h100-memory-error.json").read_text())["rows"]
+    assert len(rows) == 6
+    for measured in rows:
+        knobs = measured["point"]["knobs"]
+        needed = workspace(
+            dummy_config("dummy:llama-3.1-8b").shape,
+            dtype="bfloat16",
+            chunk=int(knobs["prefill_chunk"]),
+            num_seqs=int(knobs["max_num_seqs"]),
+            page_size=int(knobs.get("page_size", PAGE_TOKENS)),
+            max_tokens=131_072,
+            selects=True,
+        )
+        predicted = HbmPeak(
+            **measured["predicted"] | {"workspace_bytes": needed.total_bytes}
+        ).total_bytes
+        error = predicted / measured["seen"]["told_bytes"] - 1
+        assert -memory_error.MAX_UNDER <= error <= memory_error.MAX_ERROR, knobs
 
 
 @pytest.mark.slow

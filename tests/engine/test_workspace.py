@@ -64,7 +64,7 @@ def _parts(found: Workspace) -> list[int]:
 def test_a_large_chunk_takes_what_its_layers_do_for_each_token() -> None:
     """All logprobs fit into it: nothing but the tokens counts."""
     per_token = prompt_token_bytes(LLAMA, ELEMENT)
-    assert of(chunk=8192).prompt_bytes == 8192 * per_token
+    assert of(chunk=16_384).prompt_bytes == 16_384 * per_token
     tensors = ELEMENT * (
         LLAMA.hidden_size * 2  # hidden and normed
         + (LLAMA.num_heads + 2 * LLAMA.num_kv_heads) * LLAMA.head_dim
