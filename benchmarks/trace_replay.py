@@ -82,18 +82,23 @@ def free_port() -> int:
 
 @contextmanager
 def running(flags: list[str]) -> Iterator[Daemon]:
-    with tempfile.TemporaryDirectory() as directory:
-        where = ("--port", str(free_port()), "--state-dir", directory)
-        log = (Path(directory) / "daemon.log").open("wb")
+    with tempfile.TemporaryDirectory() as directory, running_in(Path(directory), flags) as daemon:
+        yield daemon
+
+
+@contextmanager
+def running_in(state_dir: Path, flags: list[str]) -> Iterator[Daemon]:
+    """Running and ready; stopped at the end. Its log is ``daemon.log`` of ``state_dir``."""
+    where = ("--port", str(free_port()), "--state-dir", str(state_dir))
+    with (state_dir / "daemon.log").open("wb") as log:
         process = subprocess.Popen((*SPARSED, "start", *where, *flags), stdout=log, stderr=log)
-        daemon = Daemon(process, url=f"http://127.0.0.1:{where[1]}", state_dir=Path(directory))
+        daemon = Daemon(process, url=f"http://127.0.0.1:{where[1]}", state_dir=state_dir)
         try:
             daemon.wait_until_ready()
             yield daemon
         finally:
             process.terminate()
             process.wait(timeout=60)
-            log.close()
 
 
 def replay(daemon: Daemon, options: argparse.Namespace, output_dir: Path) -> dict[str, Any]:
