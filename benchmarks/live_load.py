@@ -7,7 +7,7 @@ import math
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import Final
 
 import msgspec
 
@@ -198,14 +198,7 @@ async def _serve(
             replace(one, arrival_s=begin_s + one.arrival_s)
             for one in phase.load.requests(phase.seconds, seed=seed)
         ]
-        prepared.append(
-            [
-                _prepare(
-                    one, number=place, model=model, tokens=prompts.tokens(f"{number} {place}", one)
-                )
-                for place, one in enumerate(wanted)
-            ]
-        )
+        prepared.append(prepare_requests(wanted, model=model, prompts=prompts, label=f"{number}"))
         begins.append(begin_s)
         begin_s += phase.seconds
     results = await asyncio.gather(
@@ -227,22 +220,29 @@ async def _serve(
     ]
 
 
-def _prepare(
-    request: WorkloadRequest, *, number: int, model: str, tokens: Sequence[int]
-) -> PreparedRequest:
-    body: dict[str, Any] = {
-        "model": model,
-        "prompt": tokens,
-        "max_tokens": request.output_tokens,
-        "temperature": 0.0,
-        "stream": True,
-        "stream_options": {"include_usage": True},
-        "ignore_eos": True,
-    }
-    record = RequestRecord(
-        number=number,
-        arrival_s=request.arrival_s,
-        input_tokens=request.input_tokens,
-        max_tokens=request.output_tokens,
-    )
-    return PreparedRequest(record=record, body=msgspec.json.encode(body))
+def prepare_requests(
+    requests: Sequence[WorkloadRequest], *, model: str, prompts: PromptMaker, label: str
+) -> list[PreparedRequest]:
+    """Ready to be sent; no two prompts of different labels are alike."""
+    return [
+        PreparedRequest(
+            record=RequestRecord(
+                number=number,
+                arrival_s=one.arrival_s,
+                input_tokens=one.input_tokens,
+                max_tokens=one.output_tokens,
+            ),
+            body=msgspec.json.encode(
+                {
+                    "model": model,
+                    "prompt": prompts.tokens(f"{label} {number}", one),
+                    "max_tokens": one.output_tokens,
+                    "temperature": 0.0,
+                    "stream": True,
+                    "stream_options": {"include_usage": True},
+                    "ignore_eos": True,
+                }
+            ),
+        )
+        for number, one in enumerate(requests)
+    ]

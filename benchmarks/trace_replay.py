@@ -89,9 +89,16 @@ def running(flags: list[str]) -> Iterator[Daemon]:
 @contextmanager
 def running_in(state_dir: Path, flags: list[str]) -> Iterator[Daemon]:
     """Running and ready; stopped at the end. Its log is ``daemon.log`` of ``state_dir``."""
+    with running_as((*SPARSED, "start"), state_dir, flags) as daemon:
+        yield daemon
+
+
+@contextmanager
+def running_as(command: tuple[str, ...], state_dir: Path, flags: list[str]) -> Iterator[Daemon]:
+    """As ``running_in``; ``command`` takes the flags of ``sparsed start`` at its end."""
     where = ("--port", str(free_port()), "--state-dir", str(state_dir))
-    with (state_dir / "daemon.log").open("wb") as log:
-        process = subprocess.Popen((*SPARSED, "start", *where, *flags), stdout=log, stderr=log)
+    with (state_dir / "daemon.log").open("ab") as log:
+        process = subprocess.Popen((*command, *where, *flags), stdout=log, stderr=log)
         daemon = Daemon(process, url=f"http://127.0.0.1:{where[1]}", state_dir=state_dir)
         try:
             daemon.wait_until_ready()

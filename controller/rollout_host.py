@@ -93,6 +93,8 @@ class RolloutHost:
             store, key, rule=self._rule.acceptance, versions=versions or {}, clock=clock
         )
         self._mode = TunerMode.ADVISE
+        self.num_reverts = 0
+        self.revert_s = 0.0  # of all of them, from the decision until it was done
         self.controls: TunerControls = store.controls()
         good, records = store.find_good(key), store.list_rollouts(key)[:MAX_SHOWN]
         self.records: deque[RolloutRecord] = deque(records, maxlen=MAX_SHOWN)
@@ -304,6 +306,7 @@ class RolloutHost:
                     await self._log.write((action,))
                 elif is_end:
                     await self._apply(action.values)
+                    self._count_revert(batch)
                 else:
                     self._begin_apply(action)
         except (StoreError, InputError) as error:
@@ -311,6 +314,14 @@ class RolloutHost:
             if is_end:
                 self._owed.append(batch)
             self._tell(Tripped(at=self._clock(), reason=RolloutReason.STORE_FAILED))
+
+    def _count_revert(self, batch: Batch) -> None:
+        """What an end asked for is in force."""
+        record = next(one.record for one in batch if isinstance(one, Settle))
+        seconds = max(0.0, self._clock() - record.at)
+        self.num_reverts += 1
+        self.revert_s += seconds
+        logger.info("tuner: undone in %.3f s (%s)", seconds, record.reason)
 
     def _begin_apply(self, action: Apply) -> None:
         """Not waited for: what trips meanwhile must be able to overtake it."""
