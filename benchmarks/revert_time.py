@@ -1,12 +1,12 @@
 """How long a hot knob that went wrong stays in force: from the tripwire's decision to the engine's answer.
 
 Run from the root, on a machine that does nothing else: ``PYTHONPATH=src:benchmarks python
-benchmarks/revert_time.py --output FILE.json -- --model dummy:llama-3.1-8b --kv-hbm-gib 32 --max-num-seqs 16
---regime-dwell 20``. A real daemon in mode ``auto`` has long prompts in progress all the time, and a few short
-ones, among which a flood of short ones is no other kind of load. An operator approves the same candidate again and
-again; the moment it is in force more requests are sent than the queue may grow by, a tripwire ends it, and
-the values before come back. Durations of the tuner's rule are seconds, and neither quarantine nor cool-down
-keeps a candidate that failed away; tripwires, windows and the way of the values are those of every daemon.
+benchmarks/revert_time.py --output FILE.json -- --model dummy:llama-3.1-8b --kv-hbm-gib 32 --max-num-seqs 16``.
+A real daemon in mode ``auto`` has long prompts in progress all the time. An operator approves the same
+candidate again and again; the moment it is in force more requests are sent than the queue may grow by, a
+tripwire ends it, and the values before come back. The tuner's rule tests at once and lets what failed be
+tried again, and contexts are left out of windows, so that no flood is another regime, which would end the
+test before its tripwire does. Tripwires, windows and the way of the values are those of every daemon.
 
 The seconds are the daemon's own (its log, and ``sparsed_tuner_revert_seconds_total``). What takes them is
 the step that is under way: ``prefill_chunk`` says how long that may be.
@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import math
 import re
 import shutil
 import sys
@@ -48,7 +47,7 @@ from sparsed.controller.logs import ProgressLog, log_to_stderr
 from sparsed.controller.lookups import open_or_remember
 from sparsed.controller.startup import prepare
 from sparsed.controller.state_dir import StateLock
-from sparsed.core import RolloutReason, TunerMode, WorkloadRequest
+from sparsed.core import RolloutReason, Snapshot, TunerMode, WorkloadRequest
 from sparsed.tuner.rollout_state import RolloutRule, Values, live_rule
 
 TARGET_S: Final = 1.0
@@ -76,6 +75,9 @@ def hasty_rule(rule: RolloutRule) -> RolloutRule:
 
 class ApprovedDaemon(ServingDaemon):
     """With an operator who approves ``values`` whenever nothing else is tested."""
+
+    def _on_snapshot(self, snapshot: Snapshot) -> None:
+        super()._on_snapshot(replace(snapshot, context=None))
 
     def approve(self, values: Values) -> None:
         self._tuner.set_mode(TunerMode.AUTO)
@@ -116,6 +118,7 @@ class Clients:
         self._url = daemon.url
         self._options = options
         self.step_p99_s: list[float] = []  # of windows, while a candidate was in force
+        self.hold = ""  # what the last candidate waits for
 
     async def run(self) -> int:
         """How many floods were sent."""
@@ -126,13 +129,8 @@ class Clients:
         load = LoadOptions(server=server, path=path, timeout_s=TIMEOUT_S)
         steady = replace(load, max_concurrency=options.steady)
         documents = self._requests(options.num_documents, options.input_len, model=model)
-        count = int(options.rate * 2 * options.seconds)
-        short = self._requests(count, options.short_len, model=model, rate=options.rate)
-        flood = self._requests(options.flood, options.short_len, model=model)
-        under_way = [
-            asyncio.create_task(run_load(documents, options=steady)),
-            asyncio.create_task(run_load(short, options=load)),
-        ]
+        flood = self._requests(options.flood, options.flood_len, model=model)
+        under_way = asyncio.create_task(run_load(documents, options=steady))
         num_floods, until_s = 0, time.monotonic() + options.seconds
         while time.monotonic() < until_s and num_floods < options.reverts:
             if await self._is_in_force():
@@ -143,9 +141,9 @@ class Clients:
                 await sent
                 num_floods += 1
             await asyncio.sleep(LOOK_PERIOD_S)
-        for task in under_way:
-            task.cancel()
-        await asyncio.gather(*under_way)
+        under_way.cancel()
+        await under_way
+        self.hold = (await asyncio.to_thread(self._client.tuner)).hold
         self._client.close()
         return num_floods
 
@@ -161,19 +159,12 @@ class Clients:
             self.step_p99_s.append(status.snapshot.step_p99_s)
         return is_there
 
-    def _requests(
-        self, count: int, input_tokens: int, *, model: str, rate: float = math.inf
-    ) -> list[PreparedRequest]:
-        wanted = [
-            WorkloadRequest(
-                arrival_s=number / rate,
-                input_tokens=input_tokens,
-                output_tokens=self._options.output_len,
-            )
-            for number in range(count)
-        ]
+    def _requests(self, count: int, input_tokens: int, *, model: str) -> list[PreparedRequest]:
+        one = WorkloadRequest(
+            arrival_s=0.0, input_tokens=input_tokens, output_tokens=self._options.output_len
+        )
         prompts = PromptMaker(ids=TokenIds.below(self._vocab_size), seed=input_tokens)
-        return prepare_requests(wanted, model=model, prompts=prompts, label="revert")
+        return prepare_requests([one] * count, model=model, prompts=prompts, label="revert")
 
 
 def reverts(log: str) -> list[dict[str, Any]]:
@@ -215,6 +206,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "seconds": [one["seconds"] for one in tripped],
         "others": [one for one in found if one not in tripped],
         "num_floods": num_floods,
+        "hold": clients.hold,
         "step_p99_s": {"median": median(steps), "max": max(steps)} if steps else None,
         "knobs": status["knobs"],
         "restarts": status["engine_restarts"],
@@ -235,12 +227,11 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=90.0, help="after the daemon is ready")
     parser.add_argument("--reverts", type=int, default=20, help="at most")
     parser.add_argument("--steady", type=int, default=2, help="long prompts under way")
-    parser.add_argument("--rate", type=float, default=3.0, help="of short prompts, a second")
     parser.add_argument("--input-len", type=int, default=32768)
     parser.add_argument("--output-len", type=int, default=4)
     parser.add_argument("--num-documents", type=int, default=200, help="long ones, at most")
-    parser.add_argument("--flood", type=int, default=36, help="short ones at once")
-    parser.add_argument("--short-len", type=int, default=512)
+    parser.add_argument("--flood", type=int, default=48, help="requests at once")
+    parser.add_argument("--flood-len", type=int, default=4096)
     parser.add_argument("--log", type=Path, help="where the daemon's log is left")
     parser.add_argument("--output", type=Path)
     parser.add_argument("flags", nargs="*", help="of sparsed start, after --: --name value")
