@@ -89,6 +89,7 @@ class RolloutHost:
         self._batches: asyncio.Queue[Batch] = asyncio.Queue()
         self._applying: set[asyncio.Task[None]] = set()
         self._owed: list[Batch] = []  # ends that failed, to be tried again
+        self._undone: Batch = ()  # the newest end whose values are in force
         self._log: Final = RolloutLog(
             store, key, rule=self._rule.acceptance, versions=versions or {}, clock=clock
         )
@@ -316,7 +317,10 @@ class RolloutHost:
             self._tell(Tripped(at=self._clock(), reason=RolloutReason.STORE_FAILED))
 
     def _count_revert(self, batch: Batch) -> None:
-        """What an end asked for is in force."""
+        """What an end asked for is in force; again, where only the store had failed it."""
+        if batch is self._undone:
+            return
+        self._undone = batch
         record = next(one.record for one in batch if isinstance(one, Settle))
         seconds = max(0.0, self._clock() - record.at)
         self.num_reverts += 1
