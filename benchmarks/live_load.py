@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import random
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
@@ -131,8 +132,9 @@ def parse_load(name: str, defaults: str, given: str) -> Load:
 
 def serve(
     url: str, phases: Sequence[Phase], *, vocab_size: int, seed: int, prompt_seed: int
-) -> list[Served]:
-    """Send the phases one after the other, whatever comes back, and wait for the last answer.
+) -> tuple[float, list[Served]]:
+    """Send the phases one after the other, whatever comes back, and wait for the last answer; when
+    the first one began, in seconds since the epoch, and what became of each.
 
     Phases of one load have the same arrivals; ``prompt_seed`` makes other prompts of them.
     """
@@ -186,7 +188,7 @@ def _rounded(value: float | None) -> float | None:
 
 async def _serve(
     url: str, phases: Sequence[Phase], *, vocab_size: int, seed: int, prompt_seed: int
-) -> list[Served]:
+) -> tuple[float, list[Served]]:
     server = await reach(parse_server(url))
     model = (await find_model(server, wanted=None)).name
     prompts = PromptMaker(ids=TokenIds.below(vocab_size), seed=prompt_seed)
@@ -201,6 +203,7 @@ async def _serve(
         prepared.append(prepare_requests(wanted, model=model, prompts=prompts, label=f"{number}"))
         begins.append(begin_s)
         begin_s += phase.seconds
+    began_at = time.time()
     results = await asyncio.gather(
         *(
             run_load(
@@ -214,7 +217,7 @@ async def _serve(
             for phase, requests in zip(phases, prepared, strict=True)
         )
     )
-    return [
+    return began_at, [
         judge(phase, result.records, begin_s=begin)
         for phase, result, begin in zip(phases, results, begins, strict=True)
     ]

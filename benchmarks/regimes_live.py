@@ -85,19 +85,26 @@ def compare(live: Sequence[Served], cells: Cells) -> dict[str, Any]:
     }
 
 
-def switches(state: TunerState, *, began_at: float) -> list[dict[str, Any]]:
-    """What the live tuner did since, oldest first, in seconds of the trace."""
-    return [
-        {
-            "at_s": round(record.at - began_at, 2),
-            "reason": record.reason,
-            "state": record.state,
-            "values": dict(record.config_to),
-            "regime": record.regime_id,
-        }
-        for record in reversed(state.rollouts)
-        if record.at >= began_at
-    ]
+def steps(state: TunerState, phases: Sequence[Served], *, began_at: float) -> list[dict[str, Any]]:
+    """What the live tuner did in the trace, oldest first, in seconds of it and of the phase."""
+    found = []
+    for record in reversed(state.rollouts):
+        at_s = record.at - began_at
+        phase = next((one for one in reversed(phases) if one.begin_s <= at_s), None)
+        if phase is None:
+            continue
+        found.append(
+            {
+                "at_s": round(at_s, 2),
+                "load": phase.load,
+                "in_phase_s": round(at_s - phase.begin_s, 2),
+                "reason": record.reason,
+                "state": record.state,
+                "values": dict(record.config_to),
+                "regime": record.regime_id,
+            }
+        )
+    return found
 
 
 def verified_regimes(
@@ -144,8 +151,8 @@ class Bench:
         run_dir = self._daemon.state_dir / "run"
         return AdminClient(run_dir / ("admin.sock" if write else "sparsed.sock"))
 
-    def serve(self, phases: Sequence[Phase]) -> list[Served]:
-        """No prompt is sent twice."""
+    def serve(self, phases: Sequence[Phase]) -> tuple[float, list[Served]]:
+        """As ``live_load.serve``; no prompt is sent twice."""
         self._num_served += 1
         return serve(
             self._daemon.url,
@@ -177,7 +184,8 @@ def by_hand(
     for load in loads:
         for name in sorted(settings, key=lambda name: name == load.name):
             bench.have(settings[name])
-            (cells[name][load.name],) = bench.serve([Phase(load=load, seconds=seconds[load.name])])
+            _, (served,) = bench.serve([Phase(load=load, seconds=seconds[load.name])])
+            cells[name][load.name] = served
             show(name, cells[name][load.name])
     return cells
 
@@ -185,12 +193,11 @@ def by_hand(
 def live(bench: Bench, phases: Sequence[Phase]) -> dict[str, Any]:
     """The trace in mode ``auto``."""
     bench.tuner(TunerMode.AUTO)
-    began_at = time.time()
-    served = bench.serve(phases)
+    began_at, served = bench.serve(phases)
     state = bench.tuner(TunerMode.OFF)
     for one in served:
         show("live", one)
-    told = switches(state, began_at=began_at)
+    told = steps(state, served, began_at=began_at)
     switched = [one for one in told if one["reason"] is RolloutReason.REGIME_SWITCHED]
     return {
         "phases": served,

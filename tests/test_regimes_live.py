@@ -7,6 +7,7 @@ from itertools import count
 from typing import Any
 
 import pytest
+import regimes_live
 import revert_time
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,7 +16,8 @@ from regimes_live import CHATS, DOCUMENTS, LOADS, compare, parse_phase, point, v
 from serving import SNAPSHOT
 
 from sparsed.controller.bench.records import TIMEOUT, RequestRecord, Usage
-from sparsed.core import Slo
+from sparsed.controller.control import TunerState
+from sparsed.core import RolloutReason, RolloutRecord, RolloutState, Slo, TunerMode
 from sparsed.profiler.context import ContextMeter
 from sparsed.tuner.regimes import Regimes, distance, observe
 from sparsed.tuner.rollout_state import live_rule
@@ -82,7 +84,7 @@ def test_a_request_is_good_within_both_targets_and_counts_when_it_came() -> None
     served = judge(phase, records, begin_s=100.0)
     assert (served.num_requests, served.num_good, served.share) == (5, 2, 0.4)
     assert served.goodput_per_s == pytest.approx(0.1) and served.errors == {TIMEOUT: 1}
-    assert served.shares_over_time == (0.5, pytest.approx(1 / 3, abs=1e-3))
+    assert list(served.shares_over_time) == [0.5, 0.333]
 
 
 def served(load: str, share: float, seconds: float = 10.0) -> Served:
@@ -105,6 +107,27 @@ def test_the_oracle_has_the_better_setting_in_each_phase() -> None:
     assert found["over_static"] == pytest.approx(0.975 / 0.75)
     cells[DOCUMENTS][DOCUMENTS] = cells[CHATS][DOCUMENTS] = served(DOCUMENTS, 0.0)
     assert compare(live, cells)["of_oracle"] is None, "where nothing is in time nothing compares"
+
+
+def test_steps_are_told_from_the_begin_of_their_phase() -> None:
+    phases = [served(CHATS, 1.0), replace(served(DOCUMENTS, 1.0), begin_s=10.0)]
+    records = [
+        RolloutRecord(
+            state=RolloutState.SUCCESS,
+            reason=RolloutReason.REGIME_SWITCHED,
+            config_from={},
+            config_to={"prefill_chunk": 1},
+            initiated_by="regime",
+            at=at,
+        )
+        for at in (1013.5, 1002.0, 999.0)
+    ]
+    state = TunerState(mode=TunerMode.AUTO, num_observations=0, rollouts=tuple(records))
+    told = regimes_live.steps(state, phases, began_at=1000.0)
+    assert [(one["at_s"], one["load"], one["in_phase_s"]) for one in told] == [
+        (2.0, CHATS, 2.0),
+        (13.5, DOCUMENTS, 3.5),
+    ]
 
 
 def second(meter: ContextMeter, coming: list[Any], at: float, latency_s: float) -> Any:
