@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import re
 import sys
 from asyncio.subprocess import PIPE, Process
 from collections import deque
@@ -22,6 +23,7 @@ from sparsed.core import (
     Snapshot,
     TrialResult,
     TunerMode,
+    UnprovedProfile,
     Verdict,
 )
 from sparsed.db.store import Store, StoreError
@@ -31,6 +33,7 @@ NUM_WINDOWS: Final = 30  # of one question
 MAX_DEATHS: Final = 3  # of the optimizer, then advice ends
 MAX_LINE_BYTES: Final = 1 << 24
 MAX_DECISIONS: Final = 50  # shown
+FIGURES: Final = re.compile(r"[\d.,]+")
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +44,8 @@ class TunerHost:
     Lives on the event loop. The process starts with the first question, which takes
     ``num_windows`` windows with work in them: an idle daemon never pays for it. ``on_decision``
     gets every answer, also one that was given before. ``judge``: what binds in some windows;
-    ``read_failed``: candidates that are not to be tested again now.
+    ``read_failed``: candidates that are not to be tested again now; ``read_unproved``: the profile
+    to be tested before anything else, if there is one now.
     """
 
     def __init__(
@@ -55,6 +59,7 @@ class TunerHost:
         judge: Callable[[Sequence[Snapshot]], Verdict],
         read_failed: Callable[[], tuple[RolloutRecord, ...]] = tuple,
         on_decision: Callable[[Decision], None] = lambda decision: None,
+        read_unproved: Callable[[], UnprovedProfile | None] = lambda: None,
     ) -> None:
         self._store: Final = store
         self._key: Final = key
@@ -64,6 +69,7 @@ class TunerHost:
         self._judge: Final = judge
         self._read_failed: Final = read_failed
         self._on_decision: Final = on_decision
+        self._read_unproved: Final = read_unproved
         self._num_observations = 0
         self._decisions: deque[Decision] = deque(maxlen=MAX_DECISIONS)
         self._process: Process | None = None
@@ -115,6 +121,7 @@ class TunerHost:
                 windows=windows,
                 trials=trials,
                 slo=self._slo,
+                unproved=self._read_unproved(),
                 verdict=self._judge(windows),
                 failed=self._read_failed(),
             )
@@ -169,5 +176,12 @@ class TunerHost:
         return trials[begins:]
 
     def _is_news(self, decision: Decision) -> bool:
-        last = self._decisions[0] if self._decisions else None
-        return last is None or (last.values, last.reason) != (decision.values, decision.reason)
+        """Whether it says anything but the same with other figures."""
+        if not self._decisions:
+            return True
+        last = self._decisions[0]
+        return (last.values, _words(last)) != (decision.values, _words(decision))
+
+
+def _words(decision: Decision) -> str:
+    return FIGURES.sub("", decision.reason)

@@ -5,14 +5,12 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Final
 
 from rich.console import Console
 
-from sparsed.controller.config import DaemonConfig
 from sparsed.controller.prompts import prompt_source
 from sparsed.controller.search_model import search_model, search_space
 from sparsed.controller.startup import prepare
@@ -22,24 +20,22 @@ from sparsed.controller.study_report import StudyReport, write_report
 from sparsed.controller.study_resume import Question, check_space, find_study
 from sparsed.controller.time_budget import TimeBudget
 from sparsed.controller.trials import EngineBench
+from sparsed.controller.tune_options import TuneOptions, check_options
 from sparsed.controller.tuning_export import export_profile
 from sparsed.controller.tuning_report import StudyProgress, print_outcome
+from sparsed.controller.warm_start import find_beginning
 from sparsed.controller.workload import (
     ServiceTimes,
     describe_workload,
     expected_s,
     fit_workload,
-    load_workload,
     recall_stride,
 )
-from sparsed.controller.writable import check_directory, check_file
 from sparsed.core import (
     AcceptanceWindow,
     ExitCode,
-    InputError,
     KnobValue,
     Measurement,
-    Objective,
     Profile,
     ProfileStatus,
     SearchMethod,
@@ -49,7 +45,6 @@ from sparsed.core import (
 )
 from sparsed.db import open_store
 from sparsed.db.store import Store, Study
-from sparsed.tuner.export import FORMAT_BY_SUFFIX
 from sparsed.tuner.importance import knob_importance
 from sparsed.tuner.objective import OutOfTime, TrialFailed
 from sparsed.tuner.offline import NUM_REPEATS, StudyOutcome, StudyPlan, run_study
@@ -62,34 +57,13 @@ DEADLINE_FACTOR: Final = 10.0  # of the expected time of a window
 MIN_DEADLINE_S: Final = 60.0
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TuneOptions:
-    """``trials``: of each arm. ``trial_s``: seconds of one trial, None by the device.
-    Knobs given in ``config`` are fixed. ``min_recall`` None: a little below the default's.
-    ``resume``: the number of a study, or ``last``; None: begin one. ``output_dir``: for figures, a
-    page and data.
-    ``max_s``: seconds that everything together may take; None: as many as it needs."""
-
-    config: DaemonConfig
-    workload: str
-    trials: int
-    objective: Objective = Objective.THROUGHPUT
-    method: SearchMethod = SearchMethod.CONSTRAINED
-    export: Path | None = None
-    output_dir: Path | None = None
-    resume: str | None = None
-    trial_s: float | None = None
-    min_recall: float | None = None
-    max_s: float | None = None
-
-
 def run_tune(options: TuneOptions) -> int:
     """Search, verify, store and export; returns the exit code.
 
     Errors: StartError (75 beside a daemon, or with no time for the default; 65 or 77 for the database; 70 when the default does
     not run), InputError for an option.
     """
-    requested = _check(options)
+    requested = check_options(options)
     state_dir = options.config.state_dir
     with StateLock(state_dir, verb="tune"), asyncio.Runner() as runner:
         store = open_store(state_dir.database)
@@ -102,27 +76,6 @@ def run_tune(options: TuneOptions) -> int:
         finally:
             runner.run(tune.bench.close())
             store.close()
-
-
-def _check(options: TuneOptions) -> Workload:
-    """The workload as it was asked for; InputError before anything is started."""
-    slo = options.config.slo
-    if options.objective is Objective.GOODPUT and slo.ttft_s is None and slo.tpot_s is None:
-        raise InputError(
-            "goodput counts requests that meet their targets: give --slo-ttft-ms or --slo-tpot-ms",
-            field="objective",
-        )
-    if options.config.selection_trace is not None:
-        raise InputError(
-            "trials of replayed selections say nothing about the model: drop selection_trace",
-            field="selection_trace",
-        )
-    if options.export is not None and options.export.suffix not in FORMAT_BY_SUFFIX:
-        known = ", ".join(FORMAT_BY_SUFFIX)
-        raise InputError(f"--export {options.export}: end it in one of {known}", field="export")
-    check_directory(options.output_dir, option="output-dir")
-    check_file(options.export, option="export")
-    return load_workload(options.workload)
 
 
 class _Tune:
@@ -168,6 +121,8 @@ class _Tune:
         outcome = self._search(measure, previous=previous, workload=workload, log=log)
         profile = self._profile(outcome, workload=workload)
         print_outcome(self._console, outcome, objective=self._options.objective)
+        if outcome.dropped_warm:
+            self._console.print("the trials spoke against the profile of elsewhere: dropped")
         if outcome.comparison is not None:
             log.record_decision(outcome.comparison)
         self._export(profile)
@@ -243,26 +198,7 @@ class _Tune:
         workload: Workload,
         log: StudyLog,
     ) -> StudyOutcome:
-        options = self._options
-        model = search_model(
-            self._plan,
-            workload,
-            objective=options.objective,
-            slo=self._slo,
-            calibration=self.bench.calibration,
-        )
-        if options.method is SearchMethod.CONSTRAINED:
-            self._console.print(model.description)
-        plan = StudyPlan(
-            space=self._space(workload),
-            objective=options.objective,
-            slo=self._slo,
-            num_trials=options.trials,
-            method=options.method,
-            seed=options.config.seed,
-            prior=model.prior,
-            memory=model.memory,
-        )
+        plan = self._study_plan(workload)
         with StudyProgress(self._console, plan=plan, previous=previous) as progress:
 
             def record(trial: TrialResult) -> None:
@@ -282,6 +218,41 @@ class _Tune:
                 previous=previous,
             )
 
+    def _study_plan(self, workload: Workload) -> StudyPlan:
+        """What is known beforehand, each part told to the user."""
+        options = self._options
+        model = search_model(
+            self._plan,
+            workload,
+            objective=options.objective,
+            slo=self._slo,
+            calibration=self.bench.calibration,
+        )
+        if options.method is SearchMethod.CONSTRAINED:
+            self._console.print(model.description)
+        space = self._space(workload)
+        beginning = find_beginning(
+            self._plan,
+            self._store,
+            space=space,
+            objective=options.objective,
+            is_wanted=not options.config.no_profile,
+        )
+        if beginning.warm is None or options.method is SearchMethod.CONSTRAINED:
+            self._console.print(beginning.description)  # no other search takes anything over
+        return StudyPlan(
+            space=space,
+            objective=options.objective,
+            slo=self._slo,
+            num_trials=options.trials,
+            method=options.method,
+            seed=options.config.seed,
+            prior=model.prior,
+            memory=model.memory,
+            warm=beginning.warm,
+            first=beginning.first,
+        )
+
     def _profile(self, outcome: StudyOutcome, *, workload: Workload) -> Profile | None:
         """The verified winner, stored; else the default as a draft, which is not. None without
         a default that ran."""
@@ -299,6 +270,7 @@ class _Tune:
             winner_scores=outcome.winner_scores if verified else (),
             versions=self._versions,
             created_at=time.time(),
+            shape=self._plan.model.shape,
         )
         if not verified:
             return profile

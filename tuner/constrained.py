@@ -27,6 +27,7 @@ from sparsed.tuner.beliefs import (
 )
 from sparsed.tuner.policy import Observation, RandomSearch, Suggestion, draw, neighbours
 from sparsed.tuner.space import Point, SearchSpace
+from sparsed.tuner.warm import WarmStart, misleads, warm_prior
 
 NUM_CANDIDATES: Final = 400  # points the acquisition function is looked up at
 START_RADIUS: Final = 0.12  # of every ladder
@@ -55,7 +56,8 @@ class MemoryLimit:
 class ConstrainedSearch:
     """``kappa``: standard deviations of slack that a target needs before a point is tried.
     ``num_initial``: trials that fill the space first, for a machine that serves nobody; 0 goes
-    from the incumbent in steps. ``memory`` None: how much a point takes is not known beforehand."""
+    from the incumbent in steps. ``memory`` None: how much a point takes is not known beforehand.
+    ``warm``: what a profile of elsewhere suggests, until the trials speak against it."""
 
     space: SearchSpace
     seed: int
@@ -63,6 +65,7 @@ class ConstrainedSearch:
     prior: Prior = expect_nothing
     kappa: float = 2.0
     num_initial: int = 0
+    warm: WarmStart | None = None
 
     def suggest(
         self,
@@ -82,7 +85,10 @@ class ConstrainedSearch:
         if all(item.objective is None for item in observations):
             return self._blind(observations, incumbent=incumbent, num_left=num_left)
         beliefs = self._learn(observations)
-        centre = self._best(beliefs, self._sound(observations), home=home)
+        sound = self._sound(observations)
+        centre = self._best(beliefs, sound + self._warm_point(observations), home=home)
+        if centre not in tried:
+            return self._suggestion(centre, "the best of a profile of elsewhere, carried over")
         if num_left <= NUM_CONFIRMING and centre != home and tried[centre] < MIN_REPEATS:
             return self._suggestion(centre, "once more, before it is recommended")
         generator = random.Random(f"{self.seed}:{len(observations)}")
@@ -112,8 +118,27 @@ class ConstrainedSearch:
         reason = f"expected to be {math.expm1(gain):+.0%}, over {tried[best]} observations"
         return self._suggestion(best, reason)
 
+    def has_dropped_warm(self, observations: Sequence[Observation]) -> bool:
+        """Whether the trials speak against what the profile of elsewhere suggests."""
+        return self.warm is not None and misleads(self._warm_prior(self.warm), observations)
+
+    def _warm_prior(self, warm: WarmStart) -> Prior:
+        return warm_prior(self.space, warm, base=self.prior, seed=self.seed)
+
+    def _warm_point(self, observations: Sequence[Observation]) -> list[Point]:
+        """Where the trust region may be centred though nobody has tried it: not once it is known."""
+        if self.warm is None or self.has_dropped_warm(observations):
+            return []
+        point = self.space.encode(self.warm.values)
+        tried = {self.space.encode(item.values) for item in observations}
+        is_open = point not in tried and self.space.is_valid(point) and self._fits(point)
+        return [point] if is_open else []
+
     def _learn(self, observations: Sequence[Observation]) -> Beliefs:
-        return Beliefs.fit(self.space, observations=observations, prior=self.prior, seed=self.seed)
+        prior = self.prior
+        if self.warm is not None and not self.has_dropped_warm(observations):
+            prior = self._warm_prior(self.warm)
+        return Beliefs.fit(self.space, observations=observations, prior=prior, seed=self.seed)
 
     def _sound(self, observations: Sequence[Observation]) -> list[Point]:
         """Points that were within every limit each time."""

@@ -117,12 +117,15 @@ def tune(
 ) -> None:
     """Search for the best configuration of a model on this machine, and keep the profile.
 
-    Owns the machine while it runs. Knobs given as flags are fixed; Ctrl-C keeps what was measured.
+    Begins from the nearest profile, stored or shipped (see: sparsed profile list), unless
+    --no-profile says otherwise. Owns the machine while it runs. Knobs given as flags are fixed;
+    Ctrl-C keeps what was measured.
     What the search recommends, the next best (three in all) and the default are measured again in
     five other arrival orders; the one whose worst run is the best is then tested against the
     default, in 32 pairs of windows.
     """
-    from sparsed.controller.tuning import TuneOptions, run_tune
+    from sparsed.controller.tune_options import TuneOptions
+    from sparsed.controller.tuning import run_tune
 
     if workload is not None and trace is not None:
         raise InputError("--trace is a --workload: give one of them", field="trace")

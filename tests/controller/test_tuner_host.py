@@ -89,6 +89,23 @@ def test_windows_become_advice_that_is_kept_once() -> None:
 
 
 @pytest.mark.slow
+def test_the_same_advice_with_other_figures_is_no_news() -> None:
+    async def scenario() -> None:
+        store = InMemoryProfileStore()
+        host = TunerHost(store, KEY, judge=judge, num_windows=3, slo=Slo(tpot_s=0.01, ttft_s=0.1))
+        for tpot_s in (0.02, 0.03, 0.004):
+            feed(host, 3, replace(SNAPSHOT, tpot_p95_s=tpot_s))
+            await settled(host)
+        assert [decision.reason for decision in store.list_decisions(KEY)] == [
+            "time to first token 0.500 s is above 0.100 s: prompts take too many steps",
+            "time per token 0.020 s is above 0.010 s: run fewer at once",
+        ]
+        await host.close()
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.slow
 def test_a_dead_optimizer_is_replaced_three_times_at_most() -> None:
     async def scenario() -> None:
         host = TunerHost(store_with_trials(), KEY, judge=judge, num_windows=1)

@@ -11,7 +11,8 @@ from rich.console import Console
 
 from sparsed.controller.config import DaemonConfig, load_config
 from sparsed.controller.state_dir import StateLock
-from sparsed.controller.tuning import TuneOptions, run_tune
+from sparsed.controller.tune_options import TuneOptions
+from sparsed.controller.tuning import run_tune
 from sparsed.controller.tuning_report import StudyProgress, print_outcome
 from sparsed.core import (
     AcceptanceRule,
