@@ -221,23 +221,31 @@ def show(name: str, served: Served) -> None:
     )
 
 
+def settings_of(
+    incumbents: Mapping[str, Values], base: Values, *, also: Sequence[str]
+) -> dict[str, Values]:
+    """All that are served by hand, by name; what is the same as another only once."""
+    found = dict(incumbents)
+    for name, values in {
+        "default": base,
+        **{text: {**base, **point(text)} for text in also},
+    }.items():
+        if values not in found.values():
+            found[name] = values
+    return found
+
+
 def run(options: argparse.Namespace) -> dict[str, Any]:
     loads = [parse_load(name, LOADS[name], getattr(options, name)) for name in (DOCUMENTS, CHATS)]
-    by_name = {load.name: load for load in loads}
-    phases = [parse_phase(text, by_name) for text in options.phases]
+    phases = [parse_phase(text, {load.name: load for load in loads}) for text in options.phases]
+    flags = ["--regime-dwell", f"{options.dwell_s:g}", *options.flags]
     with tempfile.TemporaryDirectory() as directory:
-        flags = ["--regime-dwell", f"{options.dwell_s:g}", *options.flags]
         config = daemon_config(flags, state_dir=Path(directory))
         plan = prepare(config, progress=lambda phase, frac: None)
         base = live_values(plan.spec.knobs)
-        settings = {name: base | point(getattr(options, f"{name}_setting")) for name in by_name}
-        incumbents = dict(settings)
-        for name, values in {
-            "default": base,
-            **{text: base | point(text) for text in options.also},
-        }.items():
-            if values not in settings.values():
-                settings[name] = values
+        asked = {load.name: getattr(options, f"{load.name}_setting") for load in loads}
+        incumbents = {name: base | point(text) for name, text in asked.items()}
+        settings = settings_of(incumbents, base, also=options.also)
         remember(
             config,
             plan,
@@ -247,24 +255,31 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         try:
             with running_in(Path(directory), flags) as daemon:
                 result: dict[str, Any] = {"start_s": time.monotonic() - started_s}
-                bench = Bench(daemon, plan, seed=options.seed)
-                seconds = {CHATS: options.chats_s, DOCUMENTS: options.documents_s}
-                cells = by_hand(bench, loads, settings, seconds)
-                if not options.probe:
-                    result |= live(bench, phases)
-                    result |= compare(result["phases"], cells)
+                result |= measure(
+                    Bench(daemon, plan, seed=options.seed), loads, settings, phases, options
+                )
                 result["restarts"] = daemon.status()["engine_restarts"]
         finally:
             if options.log:
                 shutil.copyfile(Path(directory) / "daemon.log", options.log)
-    return result | {
-        "seconds": time.monotonic() - started_s,
-        "dwell_s": options.dwell_s,
-        "loads": loads,
-        "settings": settings,
-        "incumbents": list(incumbents),
-        "cells": cells,
-    }
+    told = {"dwell_s": options.dwell_s, "loads": loads, "settings": settings}
+    return result | told | {"seconds": time.monotonic() - started_s}
+
+
+def measure(
+    bench: Bench,
+    loads: Sequence[Load],
+    settings: Mapping[str, Values],
+    phases: Sequence[Phase],
+    options: argparse.Namespace,
+) -> dict[str, Any]:
+    """By hand, then, unless that was all that was asked for, live."""
+    seconds = {CHATS: options.chats_s, DOCUMENTS: options.documents_s}
+    cells = by_hand(bench, loads, settings, seconds)
+    if options.probe:
+        return {"cells": cells}
+    found = live(bench, phases)
+    return {"cells": cells} | found | compare(found["phases"], cells)
 
 
 def daemon_config(flags: list[str], *, state_dir: Path) -> DaemonConfig:

@@ -109,6 +109,15 @@ def test_the_oracle_has_the_better_setting_in_each_phase() -> None:
     assert compare(live, cells)["of_oracle"] is None, "where nothing is in time nothing compares"
 
 
+def test_settings_that_are_the_same_are_served_once() -> None:
+    base = {"max_num_active_seqs": 64, "prefill_chunk": 2048}
+    incumbents = {CHATS: dict(base), DOCUMENTS: {**base, "max_num_active_seqs": 1}}
+    also = ["max_num_active_seqs=1", "max_num_active_seqs=2"]
+    found = regimes_live.settings_of(incumbents, base, also=also)
+    assert list(found) == [CHATS, DOCUMENTS, "max_num_active_seqs=2"]
+    assert found["max_num_active_seqs=2"] == {**base, "max_num_active_seqs": 2}
+
+
 def test_steps_are_told_from_the_begin_of_their_phase() -> None:
     phases = [served(CHATS, 1.0), replace(served(DOCUMENTS, 1.0), begin_s=10.0)]
     records = [
