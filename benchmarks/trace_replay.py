@@ -88,17 +88,30 @@ def running(
     """A daemon that is ready, in a state directory that ``prepare`` has seen before it."""
     with tempfile.TemporaryDirectory() as directory:
         prepare(Path(directory))
-        where = ("--port", str(free_port()), "--state-dir", directory)
-        log = (Path(directory) / "daemon.log").open("wb")
-        process = subprocess.Popen((*SPARSED, "start", *where, *flags), stdout=log, stderr=log)
-        daemon = Daemon(process, url=f"http://127.0.0.1:{where[1]}", state_dir=Path(directory))
+        with running_in(Path(directory), flags) as daemon:
+            yield daemon
+
+
+@contextmanager
+def running_in(state_dir: Path, flags: list[str]) -> Iterator[Daemon]:
+    """Running and ready; stopped at the end. Its log is ``daemon.log`` of ``state_dir``."""
+    with running_as((*SPARSED, "start"), state_dir, flags) as daemon:
+        yield daemon
+
+
+@contextmanager
+def running_as(command: tuple[str, ...], state_dir: Path, flags: list[str]) -> Iterator[Daemon]:
+    """As ``running_in``; ``command`` takes the flags of ``sparsed start`` at its end."""
+    where = ("--port", str(free_port()), "--state-dir", str(state_dir))
+    with (state_dir / "daemon.log").open("ab") as log:
+        process = subprocess.Popen((*command, *where, *flags), stdout=log, stderr=log)
+        daemon = Daemon(process, url=f"http://127.0.0.1:{where[1]}", state_dir=state_dir)
         try:
             daemon.wait_until_ready()
             yield daemon
         finally:
             process.terminate()
             process.wait(timeout=60)
-            log.close()
 
 
 def replay(daemon: Daemon, options: argparse.Namespace, output_dir: Path) -> dict[str, Any]:

@@ -39,7 +39,7 @@ from sparsed.controller.recovery import recover, tuned_values
 from sparsed.controller.signals import handle_signals, ignore_stops
 from sparsed.controller.startup import StartPlan, check_next_start, load_tokenizer, prepare
 from sparsed.controller.state_dir import StateLock
-from sparsed.controller.telemetry import Senses, info_labels, load_metrics
+from sparsed.controller.telemetry import Senses, info_labels
 from sparsed.controller.why import explain
 from sparsed.core import ExitCode, KnobValue, Snapshot, StartError, TunerMode
 from sparsed.db.store import ProfileStore, Store
@@ -326,7 +326,7 @@ class Daemon:
             requests_failed=self._engine.ledger.num_failed,
             store_lost_writes=self._writer.lost_writes,
             labels=info_labels(self._plan.spec, name=self._model_ids[0]),
-            load=load_metrics(self._tuner.load),
+            load=self._tuner.metrics,
         )
 
     def _http_context(self) -> HttpContext:

@@ -12,6 +12,7 @@ from sparsed.controller.control import KnobSource, LoadState, TunerState, TunerV
 from sparsed.controller.recovery import SAFE_VALUES, verdict_on
 from sparsed.controller.rollout_host import PERIOD_S, RolloutHost
 from sparsed.controller.startup import StartPlan
+from sparsed.controller.telemetry import load_metrics
 from sparsed.controller.tuner_host import TunerHost
 from sparsed.controller.why import platform_of, verdict_of
 from sparsed.core import (
@@ -27,6 +28,7 @@ from sparsed.core import (
     Verdict,
 )
 from sparsed.db.store import Store, StoreError
+from sparsed.profiler.export import LoadMetrics
 from sparsed.tuner.drift import LinkWatch, link_drift, watch_link
 from sparsed.tuner.gate import OPERATOR, TUNER
 from sparsed.tuner.rollout_state import RolloutRule, Values, live_rule
@@ -177,6 +179,12 @@ class LiveTuner:
     def load(self) -> LoadState:
         """Regimes, and whether what was measured here still holds."""
         return self._rollout.load
+
+    @property
+    def metrics(self) -> LoadMetrics:
+        """What a scrape shows of it."""
+        rollout = self._rollout
+        return load_metrics(self.load, num_reverts=rollout.num_reverts, revert_s=rollout.revert_s)
 
     def reasons(self) -> tuple[str, ...]:
         """Why the daemon is degraded."""

@@ -89,8 +89,11 @@ class RolloutHost:
         self._batches: asyncio.Queue[Batch] = asyncio.Queue()
         self._applying: set[asyncio.Task[None]] = set()
         self._owed: list[Batch] = []  # ends that failed, to be tried again
+        self._undone: Batch = ()  # the newest end whose values are in force
         self._log: Final = RolloutLog(store, key, versions=versions or {}, clock=clock)
         self._mode = TunerMode.ADVISE
+        self.num_reverts = 0
+        self.revert_s = 0.0  # of all of them, from the decision until it was done
         self.controls: TunerControls = store.controls()
         good, records = store.find_good(key), store.list_rollouts(key)[:MAX_SHOWN]
         self.records: deque[RolloutRecord] = deque(records, maxlen=MAX_SHOWN)
@@ -307,6 +310,7 @@ class RolloutHost:
                     await self._log.write((action,))
                 elif is_end:
                     await self._apply(action.values)
+                    self._count_revert(batch)
                 else:
                     self._begin_apply(action)
         except (StoreError, InputError) as error:
@@ -314,6 +318,17 @@ class RolloutHost:
             if is_end:
                 self._owed.append(batch)
             self._tell(Tripped(at=self._clock(), reason=RolloutReason.STORE_FAILED))
+
+    def _count_revert(self, batch: Batch) -> None:
+        """What an end asked for is in force; again, where only the store had failed it."""
+        if batch is self._undone:
+            return
+        self._undone = batch
+        record = next(one.record for one in batch if isinstance(one, Settle))
+        seconds = max(0.0, self._clock() - record.at)
+        self.num_reverts += 1
+        self.revert_s += seconds
+        logger.info("tuner: undone in %.3f s (%s)", seconds, record.reason)
 
     def _begin_apply(self, action: Apply) -> None:
         """Not waited for: what trips meanwhile must be able to overtake it."""

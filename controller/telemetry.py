@@ -46,13 +46,15 @@ def info_labels(spec: EngineSpec, *, name: str) -> dict[str, str]:
     }
 
 
-def load_metrics(load: LoadState) -> LoadMetrics:
+def load_metrics(load: LoadState, *, num_reverts: int, revert_s: float) -> LoadMetrics:
     return LoadMetrics(
         regime_id=load.current,
         num_regimes=len(load.regimes),
         num_verified=sum(bool(one.incumbent) for one in load.regimes),
         loss_frac=load.loss_frac,
         has_drifted=bool(load.drift),
+        num_reverts=num_reverts,
+        revert_s=revert_s,
     )
 
 

@@ -11,7 +11,8 @@ from sparsed.core import Snapshot, WorkloadContext
 from sparsed.profiler.span import percentile
 
 HORIZON_S: Final = 60.0
-ENOUGH_REQUESTS: Final = 16  # fewer in the horizon: it reaches back until it has so many
+ENOUGH_REQUESTS: Final = 16  # fewer in such a horizon: it reaches back until it has so many
+FEWEST_REQUESTS: Final = 4  # in a shorter one, where they are fewer in proportion
 MAX_STRETCH: Final = 10.0  # horizons
 
 
@@ -25,11 +26,13 @@ class ContextMeter:
     """Keeps the last windows and what came in them. One thread.
 
     ``horizon_s``: seconds that a context covers. A load of few requests is measured over more, at
-    most ten times as many, for the percentiles of a handful of lengths are mostly noise.
+    most ten times as many, for the percentiles of a handful of lengths are mostly noise. Under a
+    minute fewer are enough: requests of the load before are what it would find further back.
     """
 
     def __init__(self, *, horizon_s: float = HORIZON_S) -> None:
         self._horizon_s: Final = horizon_s
+        self._enough: Final = enough_requests(horizon_s)
         self._seconds: deque[_Second] = deque()
 
     def add(
@@ -51,12 +54,18 @@ class ContextMeter:
         found: list[_Second] = []
         num_requests, span_s = 0, 0.0
         for one in reversed(self._seconds):
-            if span_s >= self._horizon_s and num_requests >= ENOUGH_REQUESTS:
+            if span_s >= self._horizon_s and num_requests >= self._enough:
                 break
             found.append(one)
             num_requests += len(one.input_tokens)
             span_s += one.snapshot.window_s
         return found
+
+
+def enough_requests(horizon_s: float) -> int:
+    """Requests for which a context need not reach back beyond ``horizon_s``."""
+    share = min(1.0, horizon_s / HORIZON_S)
+    return max(FEWEST_REQUESTS, round(share * ENOUGH_REQUESTS))
 
 
 def measure(seconds: Sequence[_Second]) -> WorkloadContext:

@@ -36,13 +36,16 @@ STEP_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 
 class LoadMetrics:
     """The load as the live tuner sees it. ``regime_id``: of the one in force, None before the
     first; ``num_verified``: regimes with an incumbent; ``loss_frac``: of the goodput that was to be
-    expected, None before anything is."""
+    expected, None before anything is. ``num_reverts``: how often it took back what was in force;
+    ``revert_s``: of all of these, from the decision until the engine had the values before."""
 
     regime_id: int | None = None
     num_regimes: int = 0
     num_verified: int = 0
     loss_frac: float | None = None
     has_drifted: bool = False
+    num_reverts: int = 0
+    revert_s: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -110,7 +113,7 @@ class _TelemetryCollector:
         telemetry = self._read()
         yield _gauge("info", "What is running.", 1, telemetry.labels)
         yield from _counters(telemetry)
-        yield from _load_gauges(telemetry.load)
+        yield from _load_metrics(telemetry.load)
         if telemetry.link is not None:
             yield _by_direction(
                 "link_capacity_bytes_per_second",
@@ -218,7 +221,12 @@ def _engine_gauges(snapshot: Snapshot) -> Iterator[Metric]:
     yield family
 
 
-def _load_gauges(load: LoadMetrics) -> Iterator[Metric]:
+def _load_metrics(load: LoadMetrics) -> Iterator[Metric]:
+    for name, text, total in (
+        ("tuner_reverts", "Changes of the live tuner that were undone.", load.num_reverts),
+        ("tuner_revert_seconds", "From these decisions until it was done.", load.revert_s),
+    ):
+        yield CounterMetricFamily(f"sparsed_{name}", text, value=total)
     for name, text, value in (
         ("tuner_regime", "Number of the regime in force.", load.regime_id),
         ("tuner_regimes", "Regimes that are known.", load.num_regimes),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import revert_time
 
 from sparsed.controller.recovery import SAFE_VALUES, recover, tuned_values
 from sparsed.core import (
@@ -96,6 +98,36 @@ def test_a_tripwire_is_applied_in_its_own_second(tmp_path: Path) -> None:
         assert reasons(daemon)[0] is RolloutReason.ERRORS
 
     play(tmp_path, scenario)
+
+
+def test_what_undoing_took_is_counted_and_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = FaultyStore()
+
+    async def scenario(daemon: Any) -> None:
+        host = daemon.host
+        await under_test(daemon)
+        apply = host._apply
+
+        async def slow(values: Any) -> None:
+            daemon.at += 0.25
+            await apply(values)
+
+        host._apply = slow
+        store.broken = {"settle"}
+        daemon.num_failed += 1
+        await daemon.tick()
+        assert (host.num_reverts, host.revert_s) == (1, pytest.approx(0.25))
+        store.broken = set()
+        host.look()
+        await daemon.settled()
+        assert host.is_settled
+        assert (host.num_reverts, host.revert_s) == (1, pytest.approx(0.25)), "it was one revert"
+
+    with caplog.at_level(logging.INFO, logger="sparsed"):
+        play(tmp_path, scenario, store)
+    assert revert_time.reverts(caplog.text) == [{"seconds": 0.25, "reason": "errors"}]
 
 
 def test_a_revert_overtakes_a_candidate_that_is_still_being_applied(tmp_path: Path) -> None:

@@ -8,7 +8,15 @@ from typing import Any
 import pytest
 
 from sparsed.core import EngineStats, HbmUse, WorkloadContext
-from sparsed.profiler.context import ENOUGH_REQUESTS, MAX_STRETCH
+from sparsed.profiler.context import (
+    ENOUGH_REQUESTS,
+    FEWEST_REQUESTS,
+    MAX_STRETCH,
+    enough_requests,
+)
+from sparsed.profiler.context import (
+    HORIZON_S as MINUTE_S,
+)
 from sparsed.profiler.window import Window
 
 HORIZON_S = 4.0
@@ -68,12 +76,21 @@ def test_rates_and_lengths_are_of_the_horizon() -> None:
     assert (context.output_tokens_p50, context.output_tokens_p95) == (4, 5)
 
 
+@pytest.mark.parametrize(
+    ("horizon_s", "enough"),
+    [(1.0, FEWEST_REQUESTS), (MINUTE_S / 2, ENOUGH_REQUESTS // 2), (MINUTE_S, ENOUGH_REQUESTS)],
+)
+def test_a_shorter_horizon_is_content_with_fewer_requests(horizon_s: float, enough: int) -> None:
+    assert enough_requests(horizon_s) == enough
+    assert enough_requests(10 * MINUTE_S) == ENOUGH_REQUESTS
+
+
 def test_few_requests_are_looked_for_further_back_but_not_for_ever() -> None:
     engine = Engine()
-    for _ in range(200):
-        context = engine.second(inputs=[100])
-    assert context.num_requests == ENOUGH_REQUESTS
-    assert context.requests_per_s == pytest.approx(1.0)
+    for second in range(200):
+        context = engine.second(inputs=[100] * (second % 2))
+    assert context.num_requests == FEWEST_REQUESTS
+    assert context.span_s == pytest.approx(2 * FEWEST_REQUESTS - 1)
     for _ in range(500):
         context = engine.second()
     assert context.span_s == pytest.approx(MAX_STRETCH * HORIZON_S)
