@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import sys
 from asyncio.subprocess import PIPE, Process
 from collections import deque
@@ -130,7 +129,6 @@ class TunerHost:
                 stdout=PIPE,
                 limit=MAX_LINE_BYTES,
                 process_group=0,  # Ctrl-C is for the daemon, which then closes us
-                env=os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
             )
         return self._process
 

@@ -15,6 +15,7 @@ from sparsed.core import KnobValue
 from sparsed.tuner.policy import Observation, RandomSearch, Suggestion, best_observed
 from sparsed.tuner.space import SearchSpace
 from sparsed.tuner.surrogate import PENALTY_LOG
+from sparsed.tuner.threads import one_thread
 
 NUM_INITIAL: Final = 10  # random points first: the library's default
 
@@ -43,7 +44,7 @@ class StockSearch:
             random_state=random.Random(f"{self.seed}:{len(observations)}").randrange(1 << 31),
         )
         points = [self.space.encode(item.values) for item in observations]
-        with warnings.catch_warnings():
+        with one_thread(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # lengths at their bounds, and points asked for twice
             optimizer.tell([list(point) for point in points], losses(observations))
             asked = tuple(int(rung) for rung in optimizer.ask())
