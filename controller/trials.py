@@ -46,6 +46,7 @@ STATUSES: Final = {
     FailureCause.DEVICE: TrialStatus.DEVICE_ERROR,
     FailureCause.CONFIG: TrialStatus.INVALID_CONFIG,
     FailureCause.HANG: TrialStatus.TIMEOUT,
+    FailureCause.KILLED: TrialStatus.INTERRUPTED,  # which says nothing of the configuration
     FailureCause.OTHER: TrialStatus.ENGINE_ERROR,
 }
 STOP_TIMEOUT_S: Final = 5.0

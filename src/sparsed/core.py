@@ -62,6 +62,7 @@ class FailureCause(StrEnum):
     DEVICE = "device"  # a call of the driver failed for another reason
     CONFIG = "config"  # what was asked for is wrong or does not fit
     HANG = "hang"
+    KILLED = "killed"  # by a SIGKILL that nobody can show to be the kernel's for want of memory
     OTHER = "other"
 
 
