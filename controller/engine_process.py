@@ -86,6 +86,8 @@ class EngineProcess:
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             *command,
+            "--parent",
+            str(os.getpid()),
             "--pool-fd",
             str(pool_fd),
             stdin=asyncio.subprocess.DEVNULL,

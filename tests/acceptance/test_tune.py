@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from sparsed.controller.config import DaemonConfig, load_config
@@ -180,6 +181,30 @@ def test_ctrl_c_keeps_the_trials_and_resume_goes_on(tmp_path: Path) -> None:
     store.close()
     assert arms.count("default") == 1
     assert {"bayes", "random"} <= set(arms)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("age_s", [0.0, 0.1, 0.5])  # of the engine; its own imports take some of it
+def test_no_engine_outlives_a_study_that_was_killed(tmp_path: Path, age_s: float) -> None:
+    process = tune(tmp_path / "state")
+    deadline = time.monotonic() + 120
+    while not engines_of(tmp_path):
+        assert time.monotonic() < deadline and process.poll() is None
+    time.sleep(age_s)
+    process.kill()
+    process.communicate(timeout=60)
+    _, left = psutil.wait_procs(engines_of(tmp_path), timeout=20)
+    assert not left
+
+
+def engines_of(directory: Path) -> list[psutil.Process]:
+    """Of whatever study in ``directory``, whoever their parent is now."""
+    return [
+        process
+        for process in psutil.process_iter(["cmdline"])
+        if "sparsed.engine.worker" in (command := process.info["cmdline"] or [])
+        and any(str(directory) in argument for argument in command)
+    ]
 
 
 @pytest.mark.slow
