@@ -86,11 +86,13 @@ def prepare(
     find_verified: FindVerified | None = None,
     find_calibration: FindCalibration | None = None,
     find_tuned: FindTuned | None = None,
+    num_engines: int = 1,
 ) -> StartPlan:
     """Resolve model, device, profile, knobs and memory. Reads files, may fetch a model: blocks.
 
     ``find_verified``, ``find_calibration`` and ``find_tuned`` None: profiles, calibrations and
     what the live tuner left are read from the database of the state directory, if any.
+    ``num_engines`` are going to share the memory of the host, this one among them.
     Errors: InputError naming the field that is wrong or does not fit.
     """
     resolved, model = find_model(config, progress=progress)
@@ -100,7 +102,7 @@ def prepare(
     dtype = choose_dtype(config.dtype, device=device, model=model)
     key = ProfileKey(hardware=machine.fingerprint, model=resolved.model_id, dtype=dtype)
     warn_of_mismatch(config, key)
-    size = partial(_size, shape=model.shape, machine=machine, device=device, dtype=dtype)
+    size = _sizer(model.shape, machine, device=device, dtype=dtype, num_engines=num_engines)
     versions = platform_versions(machine)
     chosen = choose_values(
         config, key, find_verified=find_verified, find_tuned=find_tuned, versions=versions
@@ -153,6 +155,14 @@ def check_next_start(plan: StartPlan, values: Mapping[str, KnobValue]) -> None:
     find_selection_trace(trace, knobs=sized.knobs)
 
 
+def _sizer(
+    shape: ModelShape, machine: MachineFacts, *, device: str, dtype: str, num_engines: int
+) -> Callable[[Mapping[str, KnobValue]], Sized]:
+    return partial(
+        _size, shape=shape, machine=machine, device=device, dtype=dtype, num_engines=num_engines
+    )
+
+
 def _size(
     values: Mapping[str, KnobValue],
     *,
@@ -160,8 +170,16 @@ def _size(
     machine: MachineFacts,
     device: str,
     dtype: str,
+    num_engines: int = 1,
 ) -> Sized:
-    knobs = resolve_knobs(values, shape=shape, machine=machine, device=device, dtype=dtype)
+    knobs = resolve_knobs(
+        values,
+        shape=shape,
+        machine=machine,
+        device=device,
+        dtype=dtype,
+        num_engines=num_engines,
+    )
     return Sized(knobs=knobs, plan=plan_memory(knobs, shape=shape, dtype=dtype))
 
 

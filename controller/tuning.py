@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Final
 
 from rich.console import Console
 
-from sparsed.controller.config import DaemonConfig
+from sparsed.controller.bench_pool import BenchPool
+from sparsed.controller.bench_thread import BenchThread, stop_all
 from sparsed.controller.prompts import prompt_source
 from sparsed.controller.search_model import search_model, search_space
-from sparsed.controller.startup import prepare
 from sparsed.controller.state_dir import StateLock
 from sparsed.controller.study_log import StudyLog
 from sparsed.controller.study_report import StudyReport, write_report
 from sparsed.controller.study_resume import Question, check_space, find_study
 from sparsed.controller.time_budget import TimeBudget
 from sparsed.controller.trials import EngineBench
+from sparsed.controller.tune_devices import prepare_places
+from sparsed.controller.tune_options import TuneOptions, check_options
 from sparsed.controller.tuning_export import export_profile
 from sparsed.controller.tuning_report import StudyProgress, print_outcome
 from sparsed.controller.workload import (
@@ -29,17 +29,13 @@ from sparsed.controller.workload import (
     describe_workload,
     expected_s,
     fit_workload,
-    load_workload,
     recall_stride,
 )
-from sparsed.controller.writable import check_directory, check_file
 from sparsed.core import (
+    GIB,
     AcceptanceWindow,
     ExitCode,
-    InputError,
     KnobValue,
-    Measurement,
-    Objective,
     Profile,
     ProfileStatus,
     SearchMethod,
@@ -49,38 +45,16 @@ from sparsed.core import (
 )
 from sparsed.db import open_store
 from sparsed.db.store import Store, Study
-from sparsed.tuner.export import FORMAT_BY_SUFFIX
 from sparsed.tuner.importance import knob_importance
 from sparsed.tuner.objective import OutOfTime, TrialFailed
-from sparsed.tuner.offline import NUM_REPEATS, StudyOutcome, StudyPlan, run_study
+from sparsed.tuner.offline import StudyOutcome, StudyPlan, run_study
 from sparsed.tuner.space import SearchSpace, describe_space
-from sparsed.tuner.verification import Measure
+from sparsed.tuner.trials import NUM_REPEATS
 
 EXIT_INTERRUPTED: Final = 130  # as a shell reports Ctrl-C
 DEFAULT_TRIAL_S: Final = {"cpu": 6.0, "cuda": 30.0}
 DEADLINE_FACTOR: Final = 10.0  # of the expected time of a window
 MIN_DEADLINE_S: Final = 60.0
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TuneOptions:
-    """``trials``: of each arm. ``trial_s``: seconds of one trial, None by the device.
-    Knobs given in ``config`` are fixed. ``min_recall`` None: a little below the default's.
-    ``resume``: the number of a study, or ``last``; None: begin one. ``output_dir``: for figures, a
-    page and data.
-    ``max_s``: seconds that everything together may take; None: as many as it needs."""
-
-    config: DaemonConfig
-    workload: str
-    trials: int
-    objective: Objective = Objective.THROUGHPUT
-    method: SearchMethod = SearchMethod.CONSTRAINED
-    export: Path | None = None
-    output_dir: Path | None = None
-    resume: str | None = None
-    trial_s: float | None = None
-    min_recall: float | None = None
-    max_s: float | None = None
 
 
 def run_tune(options: TuneOptions) -> int:
@@ -89,44 +63,25 @@ def run_tune(options: TuneOptions) -> int:
     Errors: StartError (75 beside a daemon, or with no time for the default; 65 or 77 for the database; 70 when the default does
     not run), InputError for an option.
     """
-    requested = _check(options)
+    requested = check_options(options)
     state_dir = options.config.state_dir
-    with StateLock(state_dir, verb="tune"), asyncio.Runner() as runner:
+    with StateLock(state_dir, verb="tune"):
         store = open_store(state_dir.database)
         tune = _Tune(options, store=store, console=Console())
         try:
-            return tune.run(runner, requested)
+            return tune.run(requested)
         except OutOfTime:
             message = "--max-seconds passed before the default was measured: give more"
             raise StartError(message, code=ExitCode.TEMPORARY) from None
+        except KeyboardInterrupt:  # outside of the study, which keeps what it has
+            return EXIT_INTERRUPTED
         finally:
-            runner.run(tune.bench.close())
+            tune.close()
             store.close()
 
 
-def _check(options: TuneOptions) -> Workload:
-    """The workload as it was asked for; InputError before anything is started."""
-    slo = options.config.slo
-    if options.objective is Objective.GOODPUT and slo.ttft_s is None and slo.tpot_s is None:
-        raise InputError(
-            "goodput counts requests that meet their targets: give --slo-ttft-ms or --slo-tpot-ms",
-            field="objective",
-        )
-    if options.config.selection_trace is not None:
-        raise InputError(
-            "trials of replayed selections say nothing about the model: drop selection_trace",
-            field="selection_trace",
-        )
-    if options.export is not None and options.export.suffix not in FORMAT_BY_SUFFIX:
-        known = ", ".join(FORMAT_BY_SUFFIX)
-        raise InputError(f"--export {options.export}: end it in one of {known}", field="export")
-    check_directory(options.output_dir, option="output-dir")
-    check_file(options.export, option="export")
-    return load_workload(options.workload)
-
-
 class _Tune:
-    """One run, from the probe to the table. ``bench`` is to be closed by the caller."""
+    """One run, from the probe to the table; to be closed by the caller."""
 
     def __init__(self, options: TuneOptions, *, store: Store, console: Console) -> None:
         self._budget = TimeBudget(options.max_s)
@@ -135,37 +90,42 @@ class _Tune:
         self._store = store
         self._console = console
         self._slo = replace(config.slo, min_recall=options.min_recall)
-        self._plan = prepare(config, progress=self._say_progress)
+        devices = options.devices or (config.device,)
+        places = prepare_places(config, devices, progress=self._say_progress)
+        self._plan = places[0].plan
         self._prompts = prompt_source(self._plan)
-        self.bench = EngineBench(config, self._plan, prompts=self._prompts)
+        self._threads = tuple(
+            BenchThread(
+                EngineBench(place.config, place.plan, prompts=self._prompts), budget=self._budget
+            )
+            for place in places
+        )
 
-    def run(self, runner: asyncio.Runner, requested: Workload) -> int:
+    def close(self) -> None:
+        """End all engines."""
+        stop_all(self._threads)
+        for thread in self._threads:
+            thread.close()
+
+    def run(self, requested: Workload) -> int:
         resumed = self._find_study(requested) if self._options.resume is not None else None
-        try:
-            times = runner.run(self._budget.within(self.bench.probe, on_cut=self.bench.close))
-        except TrialFailed as error:
-            message = f"the default configuration does not run: {error}"
-            raise StartError(message, code=ExitCode.SOFTWARE) from error
+        self._say_devices()
+        times = self._probe()
         if resumed is not None:
             study_id, workload = resumed.study_id, resumed.workload
         else:
             study_id, workload = self._open_study(requested, times=times)
-        runner.run(self.bench.sample_recall(stride=recall_stride(workload)))
-        deadline_s = max(
-            MIN_DEADLINE_S, DEADLINE_FACTOR * expected_s(workload.requests, times=times)
-        )
-
+        self._ready_all(workload)
         log = StudyLog(self._store, key=self._plan.key, study_id=study_id, say=self._console.print)
-
-        def measure(values: Mapping[str, KnobValue], order: int) -> Measurement:
-            log.begin_window()
-            serve = partial(
-                self.bench.measure, values, workload=workload, deadline_s=deadline_s, order=order
-            )
-            return runner.run(self._budget.within(serve, on_cut=self.bench.close))
-
+        expected = DEADLINE_FACTOR * expected_s(workload.requests, times=times)
+        pool = BenchPool(
+            self._threads,
+            workload=workload,
+            deadline_s=max(MIN_DEADLINE_S, expected),
+            on_begin=log.begin_window,
+        )
         previous = self._store.list_trials(study_id=study_id)
-        outcome = self._search(measure, previous=previous, workload=workload, log=log)
+        outcome = self._search(pool, previous=previous, workload=workload, log=log)
         profile = self._profile(outcome, workload=workload)
         print_outcome(self._console, outcome, objective=self._options.objective)
         if outcome.comparison is not None:
@@ -175,6 +135,32 @@ class _Tune:
         if outcome.interrupted:
             return EXIT_INTERRUPTED
         return ExitCode.OK if outcome.default_ran else ExitCode.SOFTWARE
+
+    def _say_devices(self) -> None:
+        if (num_engines := len(self._threads)) == 1:
+            return
+        gib = self._plan.spec.plan.dram_pool_bytes / GIB
+        self._console.print(
+            f"{num_engines} engines share the memory and the links of this host: each pins "
+            f"{gib:.3g} GiB, {num_engines * gib:.3g} GiB in all; the default, and the verification, "
+            f"run alone on {self._plan.spec.device}"
+        )
+
+    def _probe(self) -> ServiceTimes:
+        """What a request takes on the first device."""
+        first = self._threads[0]
+        try:
+            return first.run(first.bench.probe)
+        except TrialFailed as error:
+            message = f"the default configuration does not run: {error}"
+            raise StartError(message, code=ExitCode.SOFTWARE) from error
+
+    def _ready_all(self, workload: Workload) -> None:
+        """Every device measures as the first one does."""
+        first, stride = self._threads[0], recall_stride(workload)
+        for thread in self._threads:
+            thread.bench.take_calibration(first.bench)
+            thread.run(partial(thread.bench.sample_recall, stride=stride))
 
     def _find_study(self, requested: Workload) -> Study:
         """The study to go on with; its workload is the one it was begun with."""
@@ -237,7 +223,7 @@ class _Tune:
 
     def _search(
         self,
-        measure: Measure,
+        pool: BenchPool,
         *,
         previous: Sequence[TrialResult],
         workload: Workload,
@@ -249,7 +235,7 @@ class _Tune:
             workload,
             objective=options.objective,
             slo=self._slo,
-            calibration=self.bench.calibration,
+            calibration=self._threads[0].bench.calibration,
         )
         if options.method is SearchMethod.CONSTRAINED:
             self._console.print(model.description)
@@ -263,7 +249,10 @@ class _Tune:
             prior=model.prior,
             memory=model.memory,
         )
-        with StudyProgress(self._console, plan=plan, previous=previous) as progress:
+        devices = pool.devices
+        with StudyProgress(
+            self._console, plan=plan, devices=devices, previous=previous
+        ) as progress:
 
             def record(trial: TrialResult) -> None:
                 log.record_trial(trial)
@@ -274,7 +263,7 @@ class _Tune:
                 progress.show_window(window)
 
             return run_study(
-                measure,
+                pool,
                 plan=plan,
                 record=record,
                 record_window=record_window,
@@ -337,7 +326,7 @@ class _Tune:
 
     @property
     def _versions(self) -> dict[str, str]:
-        return {**self._plan.versions, **self.bench.versions}
+        return {**self._plan.versions, **self._threads[0].bench.versions}
 
     def _say_progress(self, phase: str, frac: float) -> None:
         self._console.print(f"{phase}, {100 * frac:.0f} %")

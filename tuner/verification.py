@@ -19,13 +19,12 @@ from sparsed.core import (
     WindowStage,
 )
 from sparsed.tuner.acceptance import WITHOUT_FIGURES, decide, worst_of
+from sparsed.tuner.benches import Measure
 from sparsed.tuner.objective import METRICS, OutOfTime, TrialFailed, judge, window_metrics
 from sparsed.tuner.schedule import paired_slots, ranking_slots
 
 NUM_ROUNDS: Final = 5
 NUM_CANDIDATES: Final = 3
-
-Measure = Callable[[Mapping[str, KnobValue], int], Measurement]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

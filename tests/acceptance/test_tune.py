@@ -17,7 +17,8 @@ import pytest
 from sparsed.controller.config import DaemonConfig, load_config
 from sparsed.controller.search_model import search_space
 from sparsed.controller.startup import prepare
-from sparsed.controller.tuning import TuneOptions, run_tune
+from sparsed.controller.tune_options import TuneOptions
+from sparsed.controller.tuning import run_tune
 from sparsed.core import (
     AcceptanceDecision,
     Objective,

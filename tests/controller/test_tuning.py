@@ -11,7 +11,8 @@ from rich.console import Console
 
 from sparsed.controller.config import DaemonConfig, load_config
 from sparsed.controller.state_dir import StateLock
-from sparsed.controller.tuning import TuneOptions, run_tune
+from sparsed.controller.tune_options import TuneOptions
+from sparsed.controller.tuning import run_tune
 from sparsed.controller.tuning_report import StudyProgress, print_outcome
 from sparsed.core import (
     AcceptanceRule,
@@ -123,7 +124,9 @@ def test_the_bar_says_the_best_and_every_trial() -> None:
         num_trials=1,
         seed=0,
     )
-    with StudyProgress(Console(file=text, width=200), plan=plan, previous=()) as progress:
+    with StudyProgress(
+        Console(file=text, width=200), plan=plan, devices=["cpu"], previous=()
+    ) as progress:
         progress.show(trial(0, "default", 10.0, metrics={"attention_recall": 0.0}))
         progress.show(trial(1, "bayes", None, "the hot tier is full"))
         progress.show(trial(2, "random", 9.0, "so", {"sparse_steps": 0.0}))
