@@ -15,6 +15,8 @@ from sparsed.tuner.objective import OutOfTime, TrialFailed, Verdict
 VERIFY: Final = "verify"  # studies of earlier versions kept such trials
 NUM_REPEATS: Final = 2  # measurements of a trial
 SEARCH_ORDER: Final = 0
+FAULTS: Final = (TrialStatus.DEVICE_ERROR, TrialStatus.ENGINE_ERROR)
+MAX_FAULTS: Final = 3  # in a row: then it is the device, and not what was tried on it
 
 
 @dataclass(kw_only=True, slots=True)
@@ -28,7 +30,9 @@ class _Running:
 class Trials:
     """Every measurement of a trial is on the device where it was begun. ``judge`` says what one is
     worth; ``record`` gets every trial as it ends, numbered in that order. ``previous`` are trials
-    that an earlier run recorded: they count as done, unless they were interrupted."""
+    that an earlier run recorded: they count as done, unless they were interrupted. A device whose
+    last ``MAX_FAULTS`` trials were ``FAULTS`` gets no more, as long as another one does better: a
+    broken one would be through with the budget of all in no time."""
 
     def __init__(
         self,
@@ -47,6 +51,7 @@ class Trials:
         done = (trial for trial in previous if trial.status is not TrialStatus.INTERRUPTED)
         self.ended = [trial for trial in done if trial.arm != VERIFY]
         self._running: dict[int, _Running] = {}  # by place
+        self._faults = [0] * len(benches.devices)  # in a row, of each place
 
     def of_arm(self, arm: str) -> list[TrialResult]:
         """Those that ended."""
@@ -66,10 +71,9 @@ class Trials:
 
     def wait_for_place(self) -> int:
         """The first device without a trial, once there is one."""
-        while len(self._running) == len(self._benches.devices):
+        while not (free := [place for place in self._sound_places() if place not in self._running]):
             self._take()
-        places = range(len(self._benches.devices))
-        return next(place for place in places if place not in self._running)
+        return free[0]
 
     def wait_for_all(self) -> None:
         """Until no trial is under way."""
@@ -90,6 +94,11 @@ class Trials:
             self._running.clear()
             raise
 
+    def _sound_places(self) -> list[int]:
+        """All of them where none is."""
+        every = range(len(self._faults))
+        return [place for place in every if self._faults[place] < MAX_FAULTS] or list(every)
+
     def _take(self) -> None:
         """The next measurement that ends; the last one of a trial ends it, and so does a bad one."""
         place, result = self._benches.next_end()
@@ -103,6 +112,7 @@ class Trials:
             self._benches.begin(place, running.values, order=SEARCH_ORDER)
             return
         del self._running[place]
+        self._faults[place] = self._faults[place] + 1 if verdict.status in FAULTS else 0
         self._keep(place, running, running.verdicts)
 
     def _keep(self, place: int, running: _Running, verdicts: Sequence[Verdict]) -> None:

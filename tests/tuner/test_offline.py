@@ -531,22 +531,36 @@ def test_the_constrained_search_tries_as_much_on_several_devices() -> None:
     assert reason_of(outcome) is DecisionReason.ACCEPTED
 
 
-def test_a_device_that_always_fails_stops_nobody_else() -> None:
+@pytest.mark.parametrize("status", [TrialStatus.DEVICE_ERROR, TrialStatus.OUT_OF_MEMORY])
+def test_a_device_that_always_fails_stops_nobody_else(status: TrialStatus) -> None:
+    """A broken one gets no more trials after three; what does not fit is no fault of a device."""
     benches = ScriptedBenches(lambda values, order: serve(values, order), num_devices=2)
     engine = SyntheticEngine()
 
     def serve(values: Mapping[str, KnobValue], order: int) -> Measurement:
         place = next(place for place, given, _ in reversed(benches.begun) if given is values)
         if place == 1:
-            raise TrialFailed("fell off the bus", status=TrialStatus.DEVICE_ERROR)
+            raise TrialFailed("fell off the bus", status=status)
         return engine(values, order)
 
-    outcome, recorded = study(engine, benches=benches, num_trials=5)
-    assert len(recorded) == 11
+    outcome, recorded = study(engine, benches=benches, num_trials=8)
+    assert len(recorded) == 17
     lost = [trial for trial in recorded if trial.device == "test:1"]
-    assert lost and all(trial.status is TrialStatus.DEVICE_ERROR for trial in lost)
+    assert all(trial.status is status for trial in lost)
+    assert len(lost) == 3 if status is TrialStatus.DEVICE_ERROR else len(lost) > 3
     assert sum(trial.score is not None for trial in recorded) >= 2
     assert outcome.comparison is None or outcome.comparison.windows
+
+
+def test_where_every_device_fails_all_go_on() -> None:
+    def broken(values: Mapping[str, KnobValue], order: int) -> Measurement:
+        if values == SPACE.default_values:
+            return SyntheticEngine()(values, order)
+        raise TrialFailed("no driver", status=TrialStatus.DEVICE_ERROR)
+
+    benches = ScriptedBenches(broken, num_devices=2)
+    outcome, recorded = study(SyntheticEngine(), benches=benches, num_trials=6)
+    assert len(recorded) == 13 and outcome.winner is None
 
 
 @pytest.mark.parametrize("stop_with", [KeyboardInterrupt, OutOfTime])
