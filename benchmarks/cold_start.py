@@ -1,12 +1,12 @@
 """The live tuner from a cold start: what it makes of a daemon whose shipped default is bad for the load.
 
 Run from the root, on a machine that does nothing else: ``PYTHONPATH=benchmarks python benchmarks/cold_start.py
---minutes 90 --time-scale 20 --output FILE.json -- --kv-hbm-gib 0.2``. A study that is cut off before its test
-gives the live tuner trials to learn from (``--study-s 0``: none); then a daemon in mode ``auto`` whose
-durations are divided by ``--time-scale`` serves a steady number of clients. At the end the values it came to,
-the shipped default and each ``--grid`` point are set by hand and served in turns. Says the goodput over time,
-the ratio of the last to the default, the share of exploring, and of the time below 0.9 of the incumbent.
-Knobs given after ``--`` are fixed. A scaled test has shorter windows and so more noise than the shipped one.
+--minutes 90 --time-scale 10 --output FILE.json -- --max-model-len 2048``. No trial is stored and no profile. A
+daemon in mode ``auto`` whose durations are divided by ``--time-scale`` serves a steady number of clients; of its
+busy time ``--explored-frac`` may be spent on candidates. At the end the values it came to, the shipped default and
+each ``--grid`` point are set by hand and served in turns. Says the goodput over time, the ratio of the last to the
+default, the share of exploring, and of the time below 0.9 of the incumbent. Knobs given after ``--`` are fixed. A
+scaled test has shorter windows and so more noise than the shipped one.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from statistics import median
 from typing import Any, Final, Self
 
 from report import environment
-from scaled_daemon import ask, load, scaled_daemon, study
+from scaled_daemon import ask, load, scaled_daemon
 from trace_replay import Daemon
 
 from sparsed.controller.cli.session import connect
@@ -116,10 +116,12 @@ def run(options: Any) -> dict[str, Any]:
     flags = ["--model", options.model, "--device", "cpu", *targets, *options.flags]
     with tempfile.TemporaryDirectory() as directory:
         state_dir = Path(directory)
-        if options.study_s:
-            study(state_dir, flags, num_trials=options.trials, search_s=options.study_s)
         with scaled_daemon(
-            state_dir, flags, time_scale=options.time_scale, num_pairs=options.pairs
+            state_dir,
+            flags,
+            time_scale=options.time_scale,
+            num_pairs=options.pairs,
+            explored_frac=options.explored_frac,
         ) as daemon:
             default, started_s = hot_knobs(daemon), time.monotonic()
             ask(state_dir, "tuner", "auto")
@@ -140,7 +142,8 @@ def run(options: Any) -> dict[str, Any]:
         "gain": middle["converged"] / middle["default"] if middle["default"] else None,
         "gain_target": GAIN_TARGET,
         "of_best_point": middle["converged"] / best_point if best_point else None,
-        "explored_frac": state["explored_frac"], "below_frac": below(watch.samples),
+        "explored_frac": state["explored_frac"], "explored_limit": options.explored_frac,
+        "below_frac": below(watch.samples),
         "below_target": BELOW_TARGET, "hold": state["hold"], "advice": state["decisions"],
         "rollouts": state["rollouts"],
     }  # fmt: skip
@@ -160,14 +163,13 @@ def parse_options() -> argparse.Namespace:
     )
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--minutes", type=float, default=90.0)
-    parser.add_argument("--time-scale", type=float, default=20.0)
+    parser.add_argument("--time-scale", type=float, default=10.0)
     parser.add_argument("--pairs", type=int, default=32)
-    parser.add_argument("--study-s", type=float, default=300.0)
-    parser.add_argument("--trials", type=int, default=8)
-    parser.add_argument("--clients", type=int, default=8)
-    parser.add_argument("--lengths", type=int, nargs=2, default=(1024, 64), metavar=("IN", "OUT"))
+    parser.add_argument("--explored-frac", type=float, default=0.25)
+    parser.add_argument("--clients", type=int, default=24)
+    parser.add_argument("--lengths", type=int, nargs=2, default=(64, 24), metavar=("IN", "OUT"))
     parser.add_argument("--slo-ttft-ms", type=float, default=60_000.0)
-    parser.add_argument("--slo-tpot-ms", type=float, default=2_000.0)
+    parser.add_argument("--slo-tpot-ms", type=float, default=120.0)
     parser.add_argument("--metric", default="goodput_requests_per_s")
     parser.add_argument("--turns", type=int, default=6)
     parser.add_argument("--grid", nargs="*", default=[], metavar="NAME=VALUE,...")

@@ -3,8 +3,7 @@
 Run from the root, on a machine that does nothing else: ``PYTHONPATH=benchmarks python
 benchmarks/profiler_overhead.py --output FILE.json -- --model dummy:tiny --device cpu``; what follows ``--``
 are flags of ``sparsed start``. One daemon serves a fixed number of streams; the knob ``profiler`` goes on, off,
-off, on, and in the next turn the other way round, with streams begun anew, so that a drift within a turn
-cancels. While it is on ``/metrics`` is read once a second. A stream's rate is that between its first and last
+off, on, and in the next turn the other way round, with streams begun anew in each block. While it is on ``/metrics`` is read once a second. A stream's rate is that between its first and last
 token of a block, so that no block ends in the middle of a step. Prints the share of throughput that the profiler takes and its
 interval (signed ranks over the turns).
 """
@@ -114,21 +113,27 @@ def streams(daemon: Daemon, options: argparse.Namespace) -> Iterator[list[Stream
 def measure(
     daemon: Daemon, options: argparse.Namespace, *, order: Sequence[bool]
 ) -> list[tuple[bool, float]]:
-    """One turn: whether the profiler was on, and the tokens a second of all streams."""
+    """One turn: whether the profiler was on, and the tokens a second of all streams. Each block has
+    streams of its own, so that all have contexts of the same length."""
     found = []
-    with streams(daemon, options) as begun, connect(daemon.state_dir, write=True) as admin:
+    with connect(daemon.state_dir, write=True) as admin:
         for is_on in order:
             values = {"profiler": "on" if is_on else "off"}
             admin.set_knobs(values, validate_only=False, reason="its cost is measured")
-            time.sleep(SETTLE_S)
-            since_s = time.perf_counter()
-            _wait(daemon, seconds=options.block_s, scrapes=is_on)
-            until_s = time.perf_counter()
-            if not all(one.is_alive for one in begun):
-                raise SystemExit("a stream ended within a block; raise --max-tokens")
-            rates = (rate(one.times, since_s=since_s, until_s=until_s) for one in begun)
-            found.append((is_on, sum(rates)))
+            found.append((is_on, _block(daemon, options, scrapes=is_on)))
     return found
+
+
+def _block(daemon: Daemon, options: argparse.Namespace, *, scrapes: bool) -> float:
+    """Tokens a second of all streams."""
+    with streams(daemon, options) as begun:
+        time.sleep(SETTLE_S)
+        since_s = time.perf_counter()
+        _wait(daemon, seconds=options.block_s, scrapes=scrapes)
+        until_s = time.perf_counter()
+        if not all(one.is_alive for one in begun):
+            raise SystemExit("a stream ended within a block; raise --max-tokens")
+    return sum(rate(one.times, since_s=since_s, until_s=until_s) for one in begun)
 
 
 def _wait(daemon: Daemon, *, seconds: float, scrapes: bool) -> None:

@@ -33,25 +33,34 @@ SCALED: Final = (
 )  # fmt: skip
 MIN_WINDOW_S: Final = 2.0
 STOP_S: Final = 60.0
+EXPLORED_FRAC: Final = RolloutRule().max_explored_frac  # as shipped
 
 
-def scaled(rule: RolloutRule, *, time_scale: float, num_pairs: int) -> RolloutRule:
-    """``rule`` with its durations divided by ``time_scale``; ``num_pairs`` of windows a test."""
+def scaled(
+    rule: RolloutRule, *, time_scale: float, num_pairs: int, explored_frac: float
+) -> RolloutRule:
+    """``rule`` with its durations divided by ``time_scale``; ``num_pairs`` of windows a test, of
+    which ``explored_frac`` of the busy time may be spent on candidates."""
     times = {name: getattr(rule, name) / time_scale for name in SCALED}
     times["window_s"] = max(MIN_WINDOW_S, times["window_s"])
     acceptance = replace(rule.acceptance, num_pairs=num_pairs)
-    return replace(rule, acceptance=acceptance, **times)
+    return replace(rule, acceptance=acceptance, max_explored_frac=explored_frac, **times)
 
 
 @contextmanager
 def scaled_daemon(
-    state_dir: Path, flags: list[str], *, time_scale: float, num_pairs: int
+    state_dir: Path,
+    flags: list[str],
+    *,
+    time_scale: float,
+    num_pairs: int,
+    explored_frac: float = EXPLORED_FRAC,
 ) -> Iterator[Daemon]:
     """Running and ready; stopped at the end. Its log is ``daemon.log`` of ``state_dir``."""
     port = free_port()
     command = (
-        sys.executable, __file__, "--time-scale", str(time_scale), "--pairs", str(num_pairs), "--",
-        *flags, "--port", str(port), "--state-dir", str(state_dir),
+        sys.executable, __file__, "--time-scale", str(time_scale), "--pairs", str(num_pairs),
+        "--explored-frac", str(explored_frac), "--", *flags, "--port", str(port), "--state-dir", str(state_dir),
     )  # fmt: skip
     with (state_dir / "daemon.log").open("ab") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log)
@@ -106,11 +115,17 @@ def main() -> None:
     )
     parser.add_argument("--time-scale", type=float, required=True)
     parser.add_argument("--pairs", type=int, default=32)
+    parser.add_argument("--explored-frac", type=float, default=EXPLORED_FRAC)
     parser.add_argument("flags", nargs="*")
     options = parser.parse_args()
     config = load_config(flags=knob_flags(options.flags), environment={}, file=None)
     rule = live_rule(config.slo, dwell_s=config.regime_dwell_s)
-    rule = scaled(rule, time_scale=options.time_scale, num_pairs=options.pairs)
+    rule = scaled(
+        rule,
+        time_scale=options.time_scale,
+        num_pairs=options.pairs,
+        explored_frac=options.explored_frac,
+    )
     raise SystemExit(asyncio.run(run(config, rule=rule)))
 
 

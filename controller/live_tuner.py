@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 
 from sparsed.controller.config import DaemonConfig
@@ -13,7 +13,7 @@ from sparsed.controller.recovery import SAFE_VALUES
 from sparsed.controller.rollout_host import PERIOD_S, RolloutHost
 from sparsed.controller.startup import StartPlan
 from sparsed.controller.tuner_host import TunerHost
-from sparsed.controller.why import platform_of
+from sparsed.controller.why import platform_of, verdict_of
 from sparsed.core import (
     KNOBS_BY_NAME,
     Decision,
@@ -23,6 +23,7 @@ from sparsed.core import (
     RolloutReason,
     Snapshot,
     TunerMode,
+    Verdict,
 )
 from sparsed.db.store import Store, StoreError
 from sparsed.tuner.drift import LinkWatch, link_drift, watch_link
@@ -75,7 +76,15 @@ class LiveTuner:
             versions=plan.versions,
         )
         mode = TunerMode.OFF if self._rollout.is_killed else TunerMode.ADVISE
-        self._advice = TunerHost(store, plan.key, slo=slo, mode=mode, on_decision=self._on_decision)
+        self._advice = TunerHost(
+            store,
+            plan.key,
+            slo=slo,
+            mode=mode,
+            judge=self._judge,
+            read_failed=lambda: self._rollout.quarantined,
+            on_decision=self._on_decision,
+        )
         self._rollout.set_mode(mode)
 
     async def serve(self) -> None:
@@ -189,6 +198,9 @@ class LiveTuner:
             await asyncio.to_thread(self._store.mark_stale, profile_id)
         except StoreError as error:
             logger.warning("profile #%d is not marked as stale: %s", profile_id, error)
+
+    def _judge(self, windows: Sequence[Snapshot]) -> Verdict:
+        return verdict_of(self._plan, windows, facts=self._read_facts())
 
     def _on_decision(self, decision: Decision) -> None:
         if decision.values and self._advice.state().mode is TunerMode.AUTO:

@@ -26,7 +26,7 @@ from sparsed.core import (
 )
 from sparsed.db.store import Store, StoreError
 from sparsed.tuner.drift import in_words, version_drift
-from sparsed.tuner.gate import hold
+from sparsed.tuner.gate import hold, quarantined
 from sparsed.tuner.regimes import Regimes, still_verified
 from sparsed.tuner.rollout import advance, resume
 from sparsed.tuner.rollout_regime import forgotten, live_values
@@ -127,6 +127,11 @@ class RolloutHost:
     @property
     def explored_frac(self) -> float:
         return self._state.explored_s / self._state.busy_s if self._state.busy_s else 0.0
+
+    @property
+    def quarantined(self) -> tuple[RolloutRecord, ...]:
+        """Candidates that are not to be tested again now, under the load that there is."""
+        return quarantined(self._state, at=self._clock())
 
     def why_held(self) -> str:
         """Why no candidate is tested now; empty while one is."""

@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import sys
 from asyncio.subprocess import PIPE, Process
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import msgspec
 
 from sparsed.controller.control import TunerState
-from sparsed.core import Decision, ProfileKey, Slo, Snapshot, TrialResult, TunerMode
+from sparsed.core import (
+    Decision,
+    ProfileKey,
+    RolloutRecord,
+    Slo,
+    Snapshot,
+    TrialResult,
+    TunerMode,
+    Verdict,
+)
 from sparsed.db.store import Store, StoreError
 from sparsed.tuner.messages import Answer, LiveContext
 
@@ -21,6 +31,7 @@ NUM_WINDOWS: Final = 30  # of one question
 MAX_DEATHS: Final = 3  # of the optimizer, then advice ends
 MAX_LINE_BYTES: Final = 1 << 24
 MAX_DECISIONS: Final = 50  # shown
+FIGURES: Final = re.compile(r"[\d.,]+")
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +41,8 @@ class TunerHost:
 
     Lives on the event loop. The process starts with the first question, which takes
     ``num_windows`` windows with work in them: an idle daemon never pays for it. ``on_decision``
-    gets every answer, also one that was given before.
+    gets every answer, also one that was given before. ``judge``: what binds in some windows;
+    ``read_failed``: candidates that are not to be tested again now.
     """
 
     def __init__(
@@ -41,6 +53,8 @@ class TunerHost:
         slo: Slo | None = None,
         mode: TunerMode = TunerMode.ADVISE,
         num_windows: int = NUM_WINDOWS,
+        judge: Callable[[Sequence[Snapshot]], Verdict],
+        read_failed: Callable[[], tuple[RolloutRecord, ...]] = tuple,
         on_decision: Callable[[Decision], None] = lambda decision: None,
     ) -> None:
         self._store: Final = store
@@ -48,6 +62,8 @@ class TunerHost:
         self._slo: Final = slo or Slo()
         self._mode = mode
         self._windows: deque[Snapshot] = deque(maxlen=num_windows)
+        self._judge: Final = judge
+        self._read_failed: Final = read_failed
         self._on_decision: Final = on_decision
         self._num_observations = 0
         self._decisions: deque[Decision] = deque(maxlen=MAX_DECISIONS)
@@ -96,7 +112,13 @@ class TunerHost:
     async def _ask(self, windows: tuple[Snapshot, ...]) -> None:
         try:
             trials = await asyncio.to_thread(self._latest_trials)
-            question = LiveContext(windows=windows, trials=trials, slo=self._slo)
+            question = LiveContext(
+                windows=windows,
+                trials=trials,
+                slo=self._slo,
+                verdict=self._judge(windows),
+                failed=self._read_failed(),
+            )
             decision = await self._exchange(question)
             if self._is_news(decision):
                 self._decisions.appendleft(decision)
@@ -147,5 +169,12 @@ class TunerHost:
         return trials[begins:]
 
     def _is_news(self, decision: Decision) -> bool:
-        last = self._decisions[0] if self._decisions else None
-        return last is None or (last.values, last.reason) != (decision.values, decision.reason)
+        """Whether it says anything but the same with other figures."""
+        if not self._decisions:
+            return True
+        last = self._decisions[0]
+        return (last.values, _words(last)) != (decision.values, _words(decision))
+
+
+def _words(decision: Decision) -> str:
+    return FIGURES.sub("", decision.reason)

@@ -54,12 +54,19 @@ async def explain(
 ) -> Explanation:
     """``windows``: the last ones, the oldest first; ``knobs``: those in force. Errors: StoreError
     when what was tried cannot be read."""
-    now = time.time()
-    verdict = judge(windows, ceilings(plan, fresh(windows, now=now), facts=facts), now=now)
+    verdict = verdict_of(plan, windows, facts=facts)
     if not knobs.is_profiled:
         verdict = Verdict(bound=Bound.UNKNOWN, reason=OFF)
     found = await asyncio.to_thread(_with_history, store, plan.key, verdict, knobs=knobs)
     return replace(found, load=load)
+
+
+def verdict_of(
+    plan: StartPlan, windows: Sequence[Snapshot], *, facts: EngineFacts | None
+) -> Verdict:
+    """What binds now; ``windows`` as in ``explain``."""
+    now = time.time()
+    return judge(windows, ceilings(plan, fresh(windows, now=now), facts=facts), now=now)
 
 
 def ceilings(

@@ -121,10 +121,10 @@ def test_flags_are_pairs() -> None:
 
 @given(st.floats(1.0, 1e4))
 def test_a_scaled_rule_keeps_what_is_no_duration(time_scale: float) -> None:
-    rule = scaled(RolloutRule(), time_scale=time_scale, num_pairs=12)
+    rule = scaled(RolloutRule(), time_scale=time_scale, num_pairs=12, explored_frac=0.1)
     assert rule.window_s == max(MIN_WINDOW_S, 60.0 / time_scale)
     assert rule.probation_s == pytest.approx(1800.0 / time_scale)
-    assert rule.max_explored_frac == RolloutRule().max_explored_frac
+    assert (rule.max_explored_frac, rule.slo_budget_frac) == (0.1, RolloutRule().slo_budget_frac)
     assert rule.acceptance.num_pairs == 12
 
 

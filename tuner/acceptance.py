@@ -42,6 +42,7 @@ WORSE: Final = {
     Guard.QUALITY: DecisionReason.QUALITY_WORSE,
 }
 FLOOR_FRAC: Final = 1e-2  # of the largest value: what zero counts as, for it has no logarithm
+BROKEN_FRAC: Final = 1e-2  # of the figure: what a window is worth that just misses a target
 SD_OF_MAD: Final = 1.4826  # of normal noise
 
 Values = Mapping[str, KnobValue]
@@ -162,8 +163,8 @@ def _lacks_figures(window: AcceptanceWindow, rule: AcceptanceRule) -> bool:
 
 def _test(pairs: Sequence[_Pair], *, rule: AcceptanceRule) -> AcceptanceVerdict:
     gains = _log_ratios(
-        [worth(pair.candidate, metric=rule.metric) or 0.0 for pair in pairs],
-        [worth(pair.incumbent, metric=rule.metric) or 0.0 for pair in pairs],
+        [_merit(pair.candidate, rule) for pair in pairs],
+        [_merit(pair.incumbent, rule) for pair in pairs],
     )
     p, hl, cv = p_greater(gains), hodges_lehmann(gains), _noise(gains)
     bounds = {guard: _loss_bound(pairs, guard, rule=rule) for guard in rule.guards}
@@ -179,6 +180,16 @@ def _test(pairs: Sequence[_Pair], *, rule: AcceptanceRule) -> AcceptanceVerdict:
         cv=cv,
         loss_bounds={guard.value: bound for guard, bound in bounds.items()},
     )
+
+
+def _merit(window: AcceptanceWindow, rule: AcceptanceRule) -> float:
+    """What counts of a window beside its partner. Among those that miss a target the nearer one to
+    it is better, so that a repair may take several changes."""
+    figure = window.metrics.get(rule.metric) or 0.0
+    if window.status is TrialStatus.OK:
+        return figure
+    excesses = [(window.metrics.get(guard) or 0.0) / at for guard, at in rule.targets.items() if at]
+    return BROKEN_FRAC * figure / max([1.0, *excesses])
 
 
 def _reason(

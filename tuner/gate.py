@@ -21,6 +21,7 @@ from sparsed.tuner.space import live_space
 from sparsed.tuner.tripwire import is_over_hbm
 
 TUNER: Final = "auto"  # who initiated what no operator approved
+MISSING_FRAC: Final = 0.5  # of the windows that tell: then a target is missed for good
 BREAKDOWNS: Final = (
     RolloutReason.CRASHED,
     RolloutReason.ENGINE_DIED,
@@ -53,12 +54,19 @@ def limit(values: Values, *, current: Knobs, pins: frozenset[str]) -> dict[str, 
 def is_quarantined(values: Values, state: Rollout, *, at: float) -> bool:
     """Whether every knob of a candidate that failed under this load, or broke down under any,
     would go as far as it did, or further."""
-    return any(
-        until > at
-        and _concerns(record, state)
-        and all(_reaches(values.get(name), name, record) for name in record.config_to)
-        for record, until in state.failed
+    return any(goes_as_far(values, record) for record in quarantined(state, at=at))
+
+
+def quarantined(state: Rollout, *, at: float) -> tuple[RolloutRecord, ...]:
+    """Candidates that failed under this load, or broke down under any, not long ago."""
+    return tuple(
+        record for record, until in state.failed if until > at and _concerns(record, state)
     )
+
+
+def goes_as_far(values: Values, record: RolloutRecord) -> bool:
+    """Whether ``values`` change every knob of ``record`` as far as it did, or further."""
+    return all(_reaches(values.get(name), name, record) for name in record.config_to)
 
 
 def _concerns(record: RolloutRecord, state: Rollout) -> bool:
@@ -73,6 +81,17 @@ def _reaches(value: KnobValue, name: str, record: RolloutRecord) -> bool:
         return value == failed
     now, was, bad = (float(item) for item in numbers if isinstance(item, int | float))
     return now >= bad if bad > was else now <= bad
+
+
+def is_budget_spent(state: Rollout, rule: RolloutRule) -> bool:
+    """Whether more windows missed a target lately than may."""
+    return state.recent_broken_s > rule.slo_budget_frac * state.recent_s
+
+
+def is_missing_targets(state: Rollout) -> bool:
+    """Whether what runs misses its targets in most of the windows that tell: then there is no budget
+    to protect, and no better way out than a test."""
+    return state.recent_broken_s > MISSING_FRAC * state.recent_told_s
 
 
 def exploring_s(rule: RolloutRule) -> float:
@@ -103,7 +122,7 @@ def _holds(state: Rollout, candidate: Candidate, rule: RolloutRule, *, at: float
     busy_s, recent_s = state.recent_busy_s, state.recent_s
     if busy_s < max(rule.min_busy_s, rule.min_busy_frac * recent_s):
         yield "too little traffic"
-    if state.recent_broken_s > rule.slo_budget_frac * recent_s:
+    if is_budget_spent(state, rule) and not is_missing_targets(state):
         yield "the error budget of the targets is spent"
     needed_s = state.explored_s + exploring_s(rule)
     if needed_s > rule.max_explored_frac * state.busy_s:

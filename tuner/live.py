@@ -7,16 +7,31 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean, median
 from typing import Final
 
-from sparsed.core import KNOBS_BY_NAME, Decision, Knobs, KnobValue, TrialResult, TrialStatus
+from sparsed.core import (
+    KNOBS_BY_NAME,
+    Bound,
+    Decision,
+    Knobs,
+    KnobValue,
+    Remedy,
+    TrialResult,
+    TrialStatus,
+)
+from sparsed.tuner.gate import goes_as_far
 from sparsed.tuner.guard import guard
 from sparsed.tuner.messages import LiveContext
 from sparsed.tuner.policy import neighbours
+from sparsed.tuner.remedies import remedies
 from sparsed.tuner.space import Point, SearchSpace, build_space, live_space
 from sparsed.tuner.surrogate import Surrogate, penalized
 
 MIN_BUSY_FRAC: Final = 0.5  # of the windows
 MIN_TRIALS: Final = 4
 MIN_GAIN_FRAC: Final = 0.03  # below this the incumbent stays
+RECALL_MARGIN: Final = 0.02  # over the floor, before fewer tokens are read
+# Where a step on a knob gives more tokens a second. Shorter chunks, which help where products of
+# matrices bind, only shift time from TPOT to TTFT.
+RELIEVED: Final = frozenset({Bound.CAPACITY, Bound.LINK, Bound.HBM, Bound.HOST})
 MAX_HBM_BUDGET: Final = int(KNOBS_BY_NAME["hbm_budget"].maximum or 0)
 
 Change = tuple[Mapping[str, KnobValue], str]  # values and reason; no values: hold
@@ -34,6 +49,8 @@ def propose(context: LiveContext) -> Decision:
         reason = "too little traffic to learn from"
     elif repair := repair_targets(context, current=current):
         values, reason = repair
+    elif _num_scored(context.trials) < MIN_TRIALS:
+        values, reason = relieve(context, current=current)
     else:
         values, reason, ratio = improve(context.trials, current=current)
     return Decision(
@@ -66,13 +83,43 @@ def repair_targets(context: LiveContext, *, current: Knobs) -> Change | None:
     return None
 
 
+def relieve(context: LiveContext, *, current: Knobs) -> Change:
+    """Without trials: a step on the first hot knob that is known to help what binds, and that has
+    not failed. Whether it pays is for its test to say."""
+    verdict = context.verdict
+    told = f"{verdict.bound}: {verdict.reason}"
+    for remedy in remedies(verdict, current) if verdict.bound in RELIEVED else ():
+        if not _may_try(remedy, context, current=current):
+            continue
+        assert remedy.knob is not None and remedy.up is not None
+        values, reason = _step(current, remedy.knob, up=remedy.up, reason=f"{told}; {remedy.why}")
+        if values and not any(goes_as_far(values, record) for record in context.failed):
+            return values, reason
+    return {}, f"{told}; no step is known to help, and there are no trials; run: sparsed tune"
+
+
+def _may_try(remedy: Remedy, context: LiveContext, *, current: Knobs) -> bool:
+    """Hot knobs only; fewer tokens are read only well over a floor of recall."""
+    if remedy.up is None or remedy.knob not in live_space(current).names:
+        return False
+    if remedy.knob != "token_budget" or remedy.up:
+        return True
+    floor = context.slo.min_recall
+    recall = _median([window.attention_recall for window in context.windows])
+    return floor is not None and recall is not None and recall > floor + RECALL_MARGIN
+
+
+def _num_scored(trials: Sequence[TrialResult]) -> int:
+    return sum(
+        trial.score is not None for trial in trials if trial.status is not TrialStatus.INTERRUPTED
+    )
+
+
 def improve(
     trials: Sequence[TrialResult], *, current: Knobs
 ) -> tuple[Mapping[str, KnobValue], str, float]:
     """The neighbour that past trials promise most from: values, reason, predicted ratio."""
     done = [trial for trial in trials if trial.status is not TrialStatus.INTERRUPTED]
-    if sum(trial.score is not None for trial in done) < MIN_TRIALS:
-        return {}, "too few trials of this hardware and model; run: sparsed tune", 1.0
     space = live_space(current)
     here = space.encode({})
     near = neighbours(space, here)

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sparsed.core import Decision, Slo, Snapshot, TrialResult
+from sparsed.core import Decision, RolloutRecord, Slo, Snapshot, TrialResult, Verdict
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LiveContext:
     """One question. ``windows``: consecutive, oldest first, all under the same knobs;
-    ``trials``: of one study of this hardware and model, maybe none."""
+    ``trials``: of one study of this hardware and model, maybe none. ``verdict``: what binds in
+    these windows; ``failed``: candidates that are not to be tested again now."""
 
     windows: tuple[Snapshot, ...]
     trials: tuple[TrialResult, ...]
     slo: Slo
+    verdict: Verdict
+    failed: tuple[RolloutRecord, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -21,7 +21,14 @@ from sparsed.core import (
     WindowStage,
 )
 from sparsed.tuner.acceptance import decide
-from sparsed.tuner.gate import forbidden, hold, is_quarantined, limit
+from sparsed.tuner.gate import (
+    forbidden,
+    hold,
+    is_budget_spent,
+    is_missing_targets,
+    is_quarantined,
+    limit,
+)
 from sparsed.tuner.rollout_end import (
     FAULTS,
     Step,
@@ -62,7 +69,7 @@ from sparsed.tuner.rollout_state import (
     slot_seconds,
 )
 from sparsed.tuner.schedule import Slot
-from sparsed.tuner.targets import breaks_target
+from sparsed.tuner.targets import breaks_target, tells_of_targets
 from sparsed.tuner.tripwire import (
     CUSUM_LIMIT,
     count,
@@ -176,6 +183,7 @@ def _observe(state: Rollout, event: Ticked, *, rule: RolloutRule, slo: Slo) -> R
         return state
     kept, seconds = exp(-snapshot.window_s / rule.slo_horizon_s), snapshot.window_s
     busy_s = seconds if snapshot.steps else 0.0
+    told_s = seconds if tells_of_targets(snapshot, slo) else 0.0
     broken_s = seconds if breaks_target(snapshot, slo) else 0.0
     return replace(
         state,
@@ -184,6 +192,7 @@ def _observe(state: Rollout, event: Ticked, *, rule: RolloutRule, slo: Slo) -> R
         busy_s=state.busy_s + busy_s,
         recent_s=kept * state.recent_s + seconds,
         recent_busy_s=kept * state.recent_busy_s + busy_s,
+        recent_told_s=kept * state.recent_told_s + told_s,
         recent_broken_s=kept * state.recent_broken_s + broken_s,
     )
 
@@ -197,7 +206,8 @@ def _wait(state: Rollout, *, at: float, rule: RolloutRule) -> Step:
         return end(state, RolloutReason.OVERTAKEN, at=at, rule=rule)
     if hold(state, candidate, rule, at=at) is not None:
         return state, ()
-    candidate = replace(candidate, phase=Phase.CANARY, since=at, turn_since=at)
+    repairs = is_missing_targets(state)
+    candidate = replace(candidate, phase=Phase.CANARY, since=at, turn_since=at, repairs=repairs)
     mark = Mark(record=record_of(candidate, RolloutState.VERIFYING, RolloutReason.CANARY, at=at))
     return replace(state, candidate=candidate), (mark,)
 
@@ -219,7 +229,7 @@ def _canary(state: Rollout, event: Ticked, *, failures: int, rule: RolloutRule, 
     state = replace(state, candidate=candidate)
     if (reason := trip(candidate, snapshot, rule)) is not None:
         return end(state, reason, at=at, rule=rule)
-    if state.recent_broken_s > rule.slo_budget_frac * state.recent_s:
+    if is_budget_spent(state, rule) and not candidate.repairs:
         return end(state, RolloutReason.BUDGET_SPENT, at=at, rule=rule)
     if state.regimes.elsewhere is not None:
         return abroad(state, snapshot, at=at, rule=rule)

@@ -42,7 +42,13 @@ from sparsed.tuner.tripwire import count, trip
 
 REGIME: Final = "regime"  # who initiated a switch
 DRIFT: Final = "drift"
-LIVE_KNOBS: Final = ("token_budget", "hbm_budget", "max_num_active_seqs", "prefill_chunk")
+LIVE_KNOBS: Final = (
+    "token_budget",
+    "hbm_budget",
+    "max_num_active_seqs",
+    "prefill_chunk",
+    "residency_watermark",
+)
 
 
 def live_values(knobs: Knobs) -> dict[str, KnobValue]:

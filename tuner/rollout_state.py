@@ -104,7 +104,8 @@ class Candidate:
     """``turn``: which slot of the paired test runs; ``turn_s``: seconds of it, from the first
     window in which its knobs were in force, None before. ``good_before`` and ``regime_before``:
     what probation falls back to, the latter None where no regime was known. ``is_armed``: the
-    targets were met before, so that a breach is its fault."""
+    targets were met before, so that a breach is its fault. ``repairs``: they were missed for good
+    when its test began."""
 
     phase: Phase
     config_from: Values
@@ -126,6 +127,7 @@ class Candidate:
     regime_before: Regime | None = None
     foreign_s: float = 0.0  # of this turn, under another load
     is_armed: bool = True
+    repairs: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -146,8 +148,10 @@ class Rollout:
     num_failed: int = 0
     busy_s: float = 0.0
     explored_s: float = 0.0
-    recent_s: float = 0.0  # decaying seconds of windows, of busy ones, and of broken targets
+    # Decaying seconds of windows: all, busy ones, those that tell of targets, and that broke one.
+    recent_s: float = 0.0
     recent_busy_s: float = 0.0
+    recent_told_s: float = 0.0
     recent_broken_s: float = 0.0
     cooldown_s: float = 0.0
     cool_at: float = 0.0

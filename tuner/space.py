@@ -174,8 +174,12 @@ def _watermarks(default: Knobs, *, workload: Workload, hot_tokens: int) -> list[
     is_dense = default.sparse_method == SparseMethod.DENSE
     if is_dense or sum(sizes[: default.max_num_seqs]) <= kept_tokens:
         return []
+    return [_watermark(default)]
+
+
+def _watermark(default: Knobs) -> Ladder:
     rungs = {*WATERMARKS, default.residency_watermark} - {0.0}  # of which there is no logarithm
-    return [Ladder(name="residency_watermark", rungs=tuple(sorted(rungs)))]
+    return Ladder(name="residency_watermark", rungs=tuple(sorted(rungs)))
 
 
 def _in_blocks(num_tokens: int) -> int:
@@ -184,10 +188,14 @@ def _in_blocks(num_tokens: int) -> int:
 
 
 def live_space(current: Knobs) -> SearchSpace:
-    """Hot knobs only; a hot budget on auto is left to its closed form."""
+    """Hot knobs only; a hot budget on auto is left to its closed form, and a watermark of 0 is
+    left alone."""
     auto = {"hbm_budget"} if current.hbm_budget is None else set()
     hbm_budget = current.hbm_budget or current.token_budget
-    return build_space(current, auto_hbm_budget=hbm_budget, fixed=RESTART_KNOBS | auto)
+    space = build_space(current, auto_hbm_budget=hbm_budget, fixed=RESTART_KNOBS | auto)
+    if not current.residency_watermark:
+        return space
+    return replace(space, ladders=(*space.ladders, _watermark(current)))
 
 
 def _within_reach(ladder: Ladder, *, default: Knobs, workload: Workload) -> Ladder:

@@ -2,7 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from sparsed.core import Slo, Snapshot
+
+
+def misses_targets(windows: Sequence[Snapshot], slo: Slo) -> bool:
+    """Whether most of those windows that tell of a target miss one."""
+    told = [breaks_target(one, slo) for one in windows if tells_of_targets(one, slo)]
+    return 2 * sum(told) > len(told)
+
+
+def tells_of_targets(snapshot: Snapshot, slo: Slo) -> bool:
+    """Whether this window has a figure that there is a target for: requests ended in it, or
+    selected."""
+    pairs = (
+        (slo.tpot_s, snapshot.tpot_p95_s),
+        (slo.ttft_s, snapshot.ttft_p95_s),
+        (slo.min_recall, snapshot.attention_recall),
+    )
+    return any(target is not None and figure is not None for target, figure in pairs)
 
 
 def breaks_target(snapshot: Snapshot, slo: Slo) -> bool:

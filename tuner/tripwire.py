@@ -16,7 +16,7 @@ from sparsed.core import (
     TrialStatus,
 )
 from sparsed.tuner.rollout_state import Candidate, RolloutRule
-from sparsed.tuner.targets import breaks_target
+from sparsed.tuner.targets import breaks_target, misses_targets
 
 MAX_BREACHES = 2  # windows of the profiler in a row
 CUSUM_SLACK = 0.5  # deviations that count as nothing
@@ -43,11 +43,13 @@ def trip(candidate: Candidate, snapshot: Snapshot, rule: RolloutRule) -> Rollout
 def count(candidate: Candidate, snapshot: Snapshot, *, failures: int, slo: Slo) -> Candidate:
     """``candidate`` after one more window, and requests that failed since the one before.
 
-    Targets that were missed before it came into force are not its fault while they still are.
+    Targets that were missed before it came into force are not its fault while they still are; those
+    that its test is to repair never are.
     """
     is_broken = breaks_target(snapshot, slo)
     is_armed = candidate.is_armed or not is_broken
-    breaches = candidate.breaches + 1 if is_broken and is_armed else 0
+    is_fault = is_broken and is_armed and not candidate.repairs
+    breaches = candidate.breaches + 1 if is_fault else 0
     failures += candidate.failures
     candidate = replace(candidate, breaches=breaches, failures=failures, is_armed=is_armed)
     if candidate.turn_s is None:  # the knobs came into force within this window
@@ -81,9 +83,8 @@ def figures(seen: Sequence[Snapshot], *, failures: int) -> dict[str, float | Non
 
 
 def status_of(seen: Sequence[Snapshot], slo: Slo) -> TrialStatus:
-    """A window is broken where most of its seconds miss a target."""
-    broken = sum(breaks_target(item, slo) for item in seen)
-    return TrialStatus.SLO_BROKEN if 2 * broken > len(seen) else TrialStatus.OK
+    """A window is broken where most of its seconds that tell of a target miss it."""
+    return TrialStatus.SLO_BROKEN if misses_targets(seen, slo) else TrialStatus.OK
 
 
 def middle(values: Sequence[float | None]) -> float | None:

@@ -104,7 +104,8 @@ class BlockOwners:
 
     def make_whole(self, row: Row) -> bool:
         """Give every lane of an incomplete row blocks for all of its pages; whether there were
-        enough. Others give up what they have no page for and need not have."""
+        enough. Others give up what they have no page for and need not have. What the row kept when
+        it lost the first ones is where it was again."""
         assert not row.complete
         whole, shares = self._shares.whole(row), self._shares
         self._reclaim(
@@ -113,7 +114,12 @@ class BlockOwners:
         )
         if whole > row.num_blocks + self._room:
             return False
-        self._divide(row, np.full_like(row.blocks.counts_L, whole))
+        counts_L = np.full_like(row.blocks.counts_L, whole)
+        self._divide(row, counts_L)
+        if row.num_lost:
+            row.blocks.roll(row.num_lost)
+            row.num_lost = 0
+            self._set_blocks(row, 0, counts_L)
         return True
 
     def resize(self, row: Row, num_blocks: int) -> None:
@@ -131,21 +137,26 @@ class BlockOwners:
         num_placed = row.num_placed // self._geometry.pages_per_block
         if row.complete and num_placed > first:
             blocks.put_newest_first(first, num_placed=num_placed)
+            row.num_lost = num_placed - 1 - first if first else 0
             row.complete, first = False, 0
         if not row.complete and (kept_L < blocks.counts_L).any():
             row.num_placed = 0  # from now on steps may take any slot
         leaving_Ln = blocks.drop(kept_L)
         self._arena.blocks.give(leaving_Ln[leaving_Ln >= 0])
         blocks.add(self._arena.blocks.take(int((counts_L - kept_L).sum())), counts_L - kept_L)
-        self._tables.set_blocks(
-            row.index,
-            first,
-            upload(blocks.ids_LN[:, first:], device=self._device),
-            upload(counts_L, device=self._device),
-        )
+        self._set_blocks(row, first, counts_L)
         if leaving_Ln.size:
             leaving = upload(leaving_Ln, device=self._device)
             self._tables.release(self._arena, row.index, leaving, max_blocks=blocks.most)
+
+    def _set_blocks(self, row: Row, first: int, counts_L: npt.NDArray[np.int64]) -> None:
+        """Have the tables follow from the ``first``-th block of each lane on."""
+        self._tables.set_blocks(
+            row.index,
+            first,
+            upload(row.blocks.ids_LN[:, first:], device=self._device),
+            upload(counts_L, device=self._device),
+        )
 
     def rebudget(self, curve_of: Callable[[Row], MissCurve]) -> None:
         """Say how many blocks each row is worth by its misses; ``settle`` has them move."""

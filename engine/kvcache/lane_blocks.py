@@ -63,6 +63,11 @@ class LaneBlocks:
         others = (i for i in range(self.most) if i not in newest)
         self.ids_LN[:, : self.most] = self.ids_LN[:, [*newest, *others]]
 
+    def roll(self, shift: int) -> None:
+        """Of lanes that have equal numbers: move the last ``shift`` to the beginning."""
+        assert self.least == self.most
+        self.ids_LN[:, : self.most] = np.roll(self.ids_LN[:, : self.most], shift, axis=1)
+
     def add(self, ids_X: Ints, more_L: Ints) -> None:
         """Append ``more`` blocks to every lane, from ``ids``, lane after lane."""
         counts_L = self.counts_L + more_L

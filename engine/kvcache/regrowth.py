@@ -1,7 +1,7 @@
 """Brings requests back whole into the hot tier once there is room for everybody again.
 
 A request whose pages are all hot, in order, may attend to them where they lie. One that has lost
-some gets them back a slice a step, from the DRAM tier, so that no step takes much longer. Two marks
+some gets those back a slice a step, from the DRAM tier, so that no step takes much longer. Two marks
 keep requests from going and coming: it begins where twice the watermark would stay free with
 everybody whole, and stops where less than the watermark would.
 """
@@ -85,8 +85,8 @@ class Regrowth:
         return self._blocks.make_whole(row)
 
     def _place_slice(self, row: Row) -> None:
-        """The next blocks, with their pages. The partial page, of which the DRAM tier has an older
-        state, is written through, and keeps a slot."""
+        """The next blocks, with their pages; those that are in place already stay. The partial page,
+        of which the DRAM tier has an older state, is written through, and keeps a slot."""
         page_size, per_block = self._geometry.page_size, self._geometry.pages_per_block
         first = row.num_placed // per_block
         last = min(first + self._slice_blocks, self._shares.whole(row))
@@ -95,11 +95,16 @@ class Regrowth:
         partial = end_page - 1 if is_partial else None
         if partial is not None:
             self._paths.save(row.index, partial)
+        are_there_LHn = self._tables.are_in_place(row.index, first * per_block, last_page)
         self._tables.vacate(self._arena, row.index, first, last, partial_page=partial)
         self._tables.place_in_order(self._arena, row.index, first, last)
         holds_all = last_page == end_page
         self._paths.load(
-            row.index, first * per_block, last_page, is_partial=is_partial and holds_all
+            row.index,
+            first * per_block,
+            last_page,
+            is_partial=is_partial and holds_all,
+            are_there_LHn=are_there_LHn,
         )
         if partial is not None and not holds_all:
             self._tables.place_page(self._arena, row.index, partial, max_blocks=row.blocks.most)

@@ -52,7 +52,8 @@ class Row:
     ``token_budget`` follows the knob. ``admitted_as`` is the method it was admitted with; the
     quality breaker may have made it dense since. ``is_spilled``: it owns frames and no blocks, and
     takes part in no step. ``share``: blocks per lane it was given, None: an even share.
-    ``steps_in_row``: newest steps that all selected; what others attend to is in no window, so the
+    ``num_lost``: blocks of its oldest pages that it gave up when it was whole last; those it kept
+    came after them. ``steps_in_row``: newest steps that all selected; what others attend to is in no window, so the
     tables forget the row's where they begin.
     """
 
@@ -69,6 +70,7 @@ class Row:
     share: int | None = None
     num_tokens: int = 0  # that it has, those of the step to come included
     num_placed: int = 0  # pages in order from the first, of whole blocks: all if complete
+    num_lost: int = 0
     reads: Reads = field(default_factory=Reads)
     reads_before: Reads = field(default_factory=Reads)  # without the newest step
     recalls: list[float] = field(default_factory=list)

@@ -37,12 +37,23 @@ class SpillPaths:
             self._pool.pages_RX, self._arena.pages_NX, dst_rows=rows_LH1, src_rows=slots_LH1
         )
 
-    def load(self, row: int, first_page: int, last_page: int, *, is_partial: bool) -> None:
-        """Fill the slots of pages first_page .. last_page - 1; ``is_partial``: the last one, which
-        is locked."""
+    def load(
+        self,
+        row: int,
+        first_page: int,
+        last_page: int,
+        *,
+        is_partial: bool,
+        are_there_LHn: Tensor | None = None,
+    ) -> None:
+        """Fill the slots of pages first_page .. last_page - 1, but for those that are there;
+        ``is_partial``: the last one, which is locked."""
         rows_LHn, slots_LHn = self._places(row, first_page, last_page)
+        wanted_LHn = rows_LHn
+        if are_there_LHn is not None:
+            wanted_LHn = rows_LHn.masked_fill(are_there_LHn, -1)
         self._transfer.load(
-            self._arena.pages_NX, self._pool.pages_RX, dst_rows=slots_LHn, src_rows=rows_LHn
+            self._arena.pages_NX, self._pool.pages_RX, dst_rows=slots_LHn, src_rows=wanted_LHn
         )
         steps_N = self._arena.slot_step_N
         steps_N.index_fill_(0, slots_LHn.flatten(), RESTORED_STEP)

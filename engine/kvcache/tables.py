@@ -199,6 +199,17 @@ class PageTables:
         arena.slot_page_N.index_fill_(0, victim_LH1.flatten(), page)
         arena.slot_step_N.index_fill_(0, victim_LH1.flatten(), LOCKED_STEP)
 
+    def are_in_place(self, row: int, first_page: int, last_page: int) -> Tensor:
+        """Of pages first_page .. last_page - 1, the first of a block and so on: whether they are in
+        the slots that ``place_in_order`` gives them, (L, H, n)."""
+        per_block = self._geometry.pages_per_block
+        blocks = slice(first_page // per_block, -(-last_page // per_block))
+        slots_LHS = slots_of_blocks(
+            self.lane_blocks_RLHN[row, :, :, blocks], pages_per_block=per_block
+        )
+        slots_LHn = self.slots_of(row, first_page, last_page)
+        return slots_LHn == slots_LHS[..., : last_page - first_page]
+
     def vacate(
         self,
         arena: HotArena,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -12,6 +13,7 @@ from serving import KNOBS, SNAPSHOT
 
 from sparsed.controller.tuner_host import TunerHost
 from sparsed.core import (
+    Bound,
     Objective,
     ProfileKey,
     Slo,
@@ -19,11 +21,16 @@ from sparsed.core import (
     TrialResult,
     TrialStatus,
     TunerMode,
+    Verdict,
     Workload,
 )
 from sparsed.db.memory import InMemoryProfileStore
 
 KEY = ProfileKey(hardware="cpu:x:2:4GiB", model="tiny", dtype="float32")
+
+
+def judge(windows: Sequence[Snapshot]) -> Verdict:
+    return Verdict(bound=Bound.IDLE, reason=f"{len(windows)} windows")
 
 
 def store_with_trials() -> InMemoryProfileStore:
@@ -68,7 +75,7 @@ async def settled(host: TunerHost) -> None:
 def test_windows_become_advice_that_is_kept_once() -> None:
     async def scenario() -> None:
         store = store_with_trials()
-        host = TunerHost(store, KEY, num_windows=3)
+        host = TunerHost(store, KEY, judge=judge, num_windows=3)
         for _ in range(2):
             feed(host, 3)
             await settled(host)
@@ -82,9 +89,26 @@ def test_windows_become_advice_that_is_kept_once() -> None:
 
 
 @pytest.mark.slow
+def test_the_same_advice_with_other_figures_is_no_news() -> None:
+    async def scenario() -> None:
+        store = InMemoryProfileStore()
+        host = TunerHost(store, KEY, judge=judge, num_windows=3, slo=Slo(tpot_s=0.01, ttft_s=0.1))
+        for tpot_s in (0.02, 0.03, 0.004):
+            feed(host, 3, replace(SNAPSHOT, tpot_p95_s=tpot_s))
+            await settled(host)
+        assert [decision.reason for decision in store.list_decisions(KEY)] == [
+            "time to first token 0.500 s is above 0.100 s: prompts take too many steps",
+            "time per token 0.020 s is above 0.010 s: run fewer at once",
+        ]
+        await host.close()
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.slow
 def test_a_dead_optimizer_is_replaced_three_times_at_most() -> None:
     async def scenario() -> None:
-        host = TunerHost(store_with_trials(), KEY, num_windows=1)
+        host = TunerHost(store_with_trials(), KEY, judge=judge, num_windows=1)
         for deaths in range(1, 4):
             process = await host._running_process()
             os.kill(process.pid, signal.SIGKILL)
@@ -100,7 +124,9 @@ def test_a_dead_optimizer_is_replaced_three_times_at_most() -> None:
 
 def test_modes_decide_what_is_collected() -> None:
     async def scenario() -> None:
-        host = TunerHost(InMemoryProfileStore(), KEY, num_windows=3, mode=TunerMode.OBSERVE)
+        host = TunerHost(
+            InMemoryProfileStore(), KEY, judge=judge, num_windows=3, mode=TunerMode.OBSERVE
+        )
         feed(host, 5)
         assert (host.state().num_observations, host._question) == (5, None)
         host.set_mode(TunerMode.OFF)
@@ -116,7 +142,7 @@ def test_modes_decide_what_is_collected() -> None:
 
 def test_windows_of_other_knobs_and_idle_ones_do_not_count_together() -> None:
     async def scenario() -> None:
-        host = TunerHost(InMemoryProfileStore(), KEY, num_windows=3)
+        host = TunerHost(InMemoryProfileStore(), KEY, judge=judge, num_windows=3)
         feed(host, 5, replace(SNAPSHOT, steps=0))
         assert host.state().num_observations == 0
         feed(host, 2)

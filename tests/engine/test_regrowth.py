@@ -161,6 +161,45 @@ def squeeze_to(cache: KVCache, row: Row, hbm_budget: int) -> None:
     cache.apply(replace(cache._knobs, hbm_budget=None))
 
 
+@pytest.mark.parametrize("num_lost", [1, 2, 5])
+@pytest.mark.parametrize("num_tokens", [1000, 992, 897])
+def test_only_what_was_lost_is_loaded(
+    make_cache: MakeCache, num_tokens: int, num_lost: int
+) -> None:
+    """Of a row that attended in place meanwhile: the blocks it kept are where they were."""
+    cache = make_cache(lane_blocks=12, num_frames=24, page_size=PAGE, token_budget=256)
+    cache._regrowth._slice_blocks = 3
+    row = add(cache, num_tokens)
+    pages_LHPX = fill(cache, row)
+    squeeze_to(cache, row, 128 * (8 - num_lost))
+    hot_LHP = cache.tables.slots_of(row.index, 0, pages_LHPX.shape[2]) >= 0
+    before = cache.transfer.h2d.num_bytes
+    bring_back(cache, row)
+    assert_in_place(cache, row, pages_LHPX)
+    num_loaded = (cache.transfer.h2d.num_bytes - before) // cache.geometry.page_bytes
+    num_partial = 3 if num_tokens % PAGE else 0  # comes again with each of three slices
+    assert 0 < num_loaded <= int((~hot_LHP).sum()) + num_partial * cache.geometry.num_lanes
+
+
+def test_what_a_step_replaced_is_loaded_again(make_cache: MakeCache) -> None:
+    """And a row that was stopped on its way loads nothing twice."""
+    cache = make_cache(lane_blocks=12, num_frames=24, page_size=PAGE, token_budget=256)
+    cache._regrowth._slice_blocks = 2
+    row = add(cache, 1000)
+    pages_LHPX = fill(cache, row)
+    squeeze_to(cache, row, 640)
+    select(cache, row, [0, 5, 30], step=3)
+    absent_LHP = cache.tables.slots_of(row.index, 0, 32) < 0
+    before = cache.transfer.h2d.num_bytes
+    cache.observe()
+    cache._regrowth.forget(row)
+    bring_back(cache, row)
+    assert_in_place(cache, row, pages_LHPX)
+    num_loaded = (cache.transfer.h2d.num_bytes - before) // cache.geometry.page_bytes
+    num_moved = 3 + 5  # of a lane: the selected ones, and the partial page in each slice
+    assert num_loaded <= int(absent_LHP.sum()) + num_moved * cache.geometry.num_lanes
+
+
 def test_a_budget_in_the_knob_is_not_exceeded(make_cache: MakeCache) -> None:
     cache = make_cache(
         lane_blocks=20, num_frames=24, page_size=PAGE, token_budget=256, hbm_budget=512

@@ -260,6 +260,25 @@ def test_windows_that_break_a_target_are_worth_nothing() -> None:
     assert verdict.hl is not None and verdict.hl > 1.0
 
 
+@pytest.mark.parametrize(
+    ("tpot_s", "reason"),
+    [(0.15, DecisionReason.ACCEPTED), (0.2, DecisionReason.NO_GAIN)],
+)
+def test_of_two_that_miss_a_target_the_nearer_one_is_better(
+    tpot_s: float, reason: DecisionReason
+) -> None:
+    windows = [
+        replace(
+            item,
+            status=TrialStatus.SLO_BROKEN,
+            metrics={**item.metrics, "tpot_p95_s": tpot_s if item.values == B else 0.2},
+        )
+        for item in pairs([0.9 * ratio for ratio in noisy(1.0)])
+    ]
+    rule = replace(RULE, targets={Guard.TPOT: 0.1})
+    assert verdict_on(windows, rule=rule).reason is reason
+
+
 def test_a_candidate_that_breaks_down_is_rejected_at_once() -> None:
     windows = pairs(noisy(BETTER))[:10]
     windows[-1] = replace(windows[-1], status=TrialStatus.OUT_OF_MEMORY, metrics={})

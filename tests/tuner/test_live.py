@@ -12,19 +12,59 @@ import msgspec
 import pytest
 from serving import KNOBS, SNAPSHOT
 
-from sparsed.core import Decision, KnobValue, Slo, TrialResult, TrialStatus
+from sparsed.core import (
+    Bound,
+    Decision,
+    KnobValue,
+    RolloutReason,
+    RolloutRecord,
+    RolloutState,
+    Slo,
+    TrialResult,
+    TrialStatus,
+    Verdict,
+    WaitReason,
+)
 from sparsed.tuner.live import propose
 from sparsed.tuner.messages import Answer, LiveContext
 
 WINDOW = replace(SNAPSHOT, ttft_p95_s=1.0, tpot_p95_s=0.1)  # late enough to repair
 
 
+BUSY = Verdict(bound=Bound.COMPUTE, reason="products of matrices")
+FULL = Verdict(bound=Bound.CAPACITY, reason="3 waiting", limit=WaitReason.ACTIVE_LIMIT)
+LINK = Verdict(bound=Bound.LINK, reason="the link carries 80 %")
+HBM = Verdict(bound=Bound.HBM, reason="K and V")
+
+
 def advise(
-    *, slo: Slo | None = None, trials: Sequence[TrialResult] = (), **changes: object
+    *,
+    slo: Slo | None = None,
+    trials: Sequence[TrialResult] = (),
+    verdict: Verdict = BUSY,
+    failed: Sequence[RolloutRecord] = (),
+    **changes: object,
 ) -> Decision:
     window = replace(WINDOW, **changes)  # type: ignore[arg-type]  # fields by name
-    context = LiveContext(windows=(window,) * 4, trials=tuple(trials), slo=slo or Slo())
+    context = LiveContext(
+        windows=(window,) * 4,
+        trials=tuple(trials),
+        slo=slo or Slo(),
+        verdict=verdict,
+        failed=tuple(failed),
+    )
     return propose(context)
+
+
+def reverted(before: dict[str, KnobValue], after: dict[str, KnobValue]) -> RolloutRecord:
+    return RolloutRecord(
+        state=RolloutState.REVERTED,
+        reason=RolloutReason.NOT_BETTER,
+        config_from=before,
+        config_to=after,
+        initiated_by="auto",
+        at=90.0,
+    )
 
 
 def trial(number: int, score: float | None, **values: KnobValue) -> TrialResult:
@@ -59,7 +99,7 @@ RISING = [
             {},
             ".* at its bound",
         ),
-        (Slo(tpot_s=0.05), {"tpot_p95_s": None}, {}, "too few trials"),
+        (Slo(tpot_s=0.05), {"tpot_p95_s": None}, {}, "there are no trials"),
     ],
 )
 def test_targets_are_repaired_by_one_step(
@@ -90,12 +130,48 @@ def test_at_the_top_it_holds() -> None:
 
 def test_infeasible_trials_alone_are_no_ground_for_advice() -> None:
     decision = advise(trials=[trial(i, None, max_num_active_seqs=i + 1) for i in range(8)])
-    assert decision.reason.startswith("too few trials")
+    assert "there are no trials" in decision.reason
+
+
+WHOLE = replace(KNOBS, hbm_budget=4096)
+
+
+@pytest.mark.parametrize(
+    ("verdict", "slo", "changes", "values"),
+    [
+        (FULL, Slo(), {}, {"max_num_active_seqs": 6}),
+        (FULL, Slo(), {"knobs": replace(KNOBS, max_num_active_seqs=16)}, {}),
+        (LINK, Slo(), {"knobs": WHOLE}, {"hbm_budget": 6144}),
+        (LINK, Slo(), {}, {"max_num_active_seqs": 3}),
+        (LINK, Slo(min_recall=0.89), {}, {"max_num_active_seqs": 3}),
+        (LINK, Slo(min_recall=0.85), {}, {"token_budget": 1536}),
+        (HBM, Slo(), {}, {}),
+        (HBM, Slo(min_recall=0.85), {"attention_recall": None}, {}),
+        (BUSY, Slo(), {}, {}),
+    ],
+)
+def test_without_trials_it_takes_a_step_that_helps_what_binds(
+    verdict: Verdict, slo: Slo, changes: dict[str, object], values: dict[str, KnobValue]
+) -> None:
+    decision = advise(verdict=verdict, slo=slo, **changes)
+    assert decision.values == values
+    assert decision.reason.startswith(f"{verdict.bound}: {verdict.reason}; ")
+
+
+def test_without_trials_it_takes_the_next_step_where_one_failed() -> None:
+    failed = [reverted({"max_num_active_seqs": 4}, {"max_num_active_seqs": 3})]
+    decision = advise(verdict=LINK, failed=failed)
+    assert decision.values == {"residency_watermark": 0.05}
+    failed.append(reverted({"residency_watermark": 0.1}, {"residency_watermark": 0.05}))
+    assert advise(verdict=LINK, failed=failed).values == {}
 
 
 @pytest.mark.slow
 def test_the_process_says_the_same() -> None:
-    context = LiveContext(windows=(WINDOW,) * 3, trials=tuple(RISING), slo=Slo())
+    failed = (reverted({"max_num_active_seqs": 4}, {"max_num_active_seqs": 3}),)
+    context = LiveContext(
+        windows=(WINDOW,) * 3, trials=tuple(RISING), slo=Slo(), verdict=FULL, failed=failed
+    )
     line = msgspec.json.encode(context) + b"\n"
     done = subprocess.run(
         [sys.executable, "-m", "sparsed.tuner.optimizer"],

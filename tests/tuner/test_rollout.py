@@ -71,6 +71,7 @@ class World:
         self.explored_s = self.busy_s = 0.0
         self.num_failed = 0
         self.gain = 1.0
+        self.late = SNAPSHOT.tpot_p95_s  # with more than three requests at once
         self.draw = random.Random(0)
         self.records: list[tuple[RolloutState, RolloutReason]] = []
 
@@ -108,13 +109,15 @@ class World:
         if self.in_force != self.proved:
             self.explored_s += dt_s
         self.at += dt_s
-        gain = self.gain if self.in_force.max_num_active_seqs > 4 else 1.0
+        active = self.in_force.max_num_active_seqs or 0
+        gain = self.gain if active > 4 else 1.0
         rate = 50.0 * gain * (1 + 0.01 * self.draw.random())
         base = replace(
             SNAPSHOT,
             ended_at=self.at,
             window_s=dt_s,
             generated_tokens_per_s=rate,
+            tpot_p95_s=self.late if active > 3 else SNAPSHOT.tpot_p95_s,
             knobs=self.in_force,
         )
         snapshot = replace(base, **figures)
@@ -277,6 +280,32 @@ def test_the_gate_says_what_it_waits_for() -> None:
     world.propose()
     world.tick()
     assert world.phase is Phase.WAITING and "error budget" in held(world)
+
+
+def test_targets_that_are_missed_for_good_may_be_repaired() -> None:
+    world = World()
+    world.late = 0.2
+    world.serve(EARNED_S)
+    world.propose({"max_num_active_seqs": 3})
+    for _ in range(200):
+        world.tick()
+        if world.phase is Phase.PROBATION:
+            break
+    assert world.in_force.max_num_active_seqs == 3
+    assert world.records[-1] == (RolloutState.VERIFYING, RolloutReason.COMMITTED)
+
+
+def test_a_repair_that_repairs_nothing_is_taken_back() -> None:
+    world = World()
+    world.late = 0.2
+    world.serve(EARNED_S)
+    world.propose({"max_num_active_seqs": 6})
+    for _ in range(200):
+        world.tick()
+        if world.state.candidate is None:
+            break
+    assert world.records[-1] == (RolloutState.REVERTED, RolloutReason.NOT_BETTER)
+    assert world.in_force == KNOBS
 
 
 def test_one_test_after_the_other_never_takes_more_than_its_share() -> None:
