@@ -65,7 +65,8 @@ class EagerInput(NamedTuple):
 class Runner:
     """Loads the model, makes both tiers, measures the link, and runs steps.
 
-    Not thread-safe. ``pool_fd`` is the shared memory of the DRAM tier, None for memory of its own.
+    Not thread-safe; its device becomes the current one of the thread that makes it, and of no
+    other. ``pool_fd`` is the shared memory of the DRAM tier, None for memory of its own.
     Errors at start: InputError for the model's files, StartError for memory.
     """
 
@@ -74,6 +75,8 @@ class Runner:
     ) -> None:
         started = time.perf_counter()
         self._device = torch.device(spec.device)
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)  # kernels and graphs ask nobody for theirs
         self._step = 0
         self._memory = DeviceMemory(self._device, free_bytes=spec.hbm_free_bytes)
         self.decoder = load_decoder(
