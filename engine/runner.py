@@ -65,8 +65,7 @@ class EagerInput(NamedTuple):
 class Runner:
     """Loads the model, makes both tiers, measures the link, and runs steps.
 
-    Not thread-safe; its device becomes the current one of the thread that makes it, and of no
-    other. ``pool_fd`` is the shared memory of the DRAM tier, None for memory of its own.
+    Not thread-safe. ``pool_fd`` is the shared memory of the DRAM tier, None for memory of its own.
     Errors at start: InputError for the model's files, StartError for memory.
     """
 
@@ -76,7 +75,7 @@ class Runner:
         started = time.perf_counter()
         self._device = torch.device(spec.device)
         if self._device.type == "cuda":
-            torch.cuda.set_device(self._device)  # kernels and graphs ask nobody for theirs
+            torch.cuda.set_device(self._device)  # of this thread: kernels and graphs take that
         self._step = 0
         self._memory = DeviceMemory(self._device, free_bytes=spec.hbm_free_bytes)
         self.decoder = load_decoder(
