@@ -164,7 +164,8 @@ class EngineBench:
         asked = {name: value for name, value in knobs.as_dict().items() if value is not None}
         config = replace(self._config, knobs=asked, no_profile=True)
         try:
-            # The database stays shut: another device may be reading it for its engine.
+            # Not from the database, which two devices must not open at the same time: migrations
+            # go by what is global to the process.
             spec = prepare(
                 config,
                 progress=lambda _phase, _frac: None,

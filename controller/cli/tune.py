@@ -13,12 +13,12 @@ from sparsed.controller.cli.start import ConfigOption, one_model
 from sparsed.controller.config import load_config
 from sparsed.core import InputError, Objective, SearchMethod
 
-MODEL_FLAGS_HERE = tuple(
+TUNED_MODEL_FLAGS = tuple(
     DEVICES_FLAG if flag.name == DEVICES_FLAG.name else flag for flag in MODEL_FLAGS
 )
 
 
-@takes(*MODEL_FLAGS_HERE, *TRIAL_FLAGS)
+@takes(*TUNED_MODEL_FLAGS, *TRIAL_FLAGS)
 def tune(
     model_argument: Annotated[
         str | None, typer.Argument(metavar="[MODEL]", show_default=False, help="As --model.")
@@ -122,9 +122,9 @@ def tune(
     """Search for the best configuration of a model on this machine, and keep the profile.
 
     Owns the machine while it runs. Knobs given as flags are fixed; Ctrl-C keeps what was measured.
-    With several GPUs of one kind, as --device cuda:0,cuda:1, each has an engine of its own and a
-    trial is measured on every one at a time; the host's memory is divided among them. The default,
-    and all that follows the search, run on the first one alone.
+    With several GPUs of one kind, as --device cuda:0,cuda:1, each has an engine of its own and takes
+    a trial whenever it is free; the host's memory is divided among them. The default, and all that
+    follows the search, run on the first one alone.
     What the search recommends, the next best (three in all) and the default are measured again in
     five other arrival orders; the one whose worst run is the best is then tested against the
     default, in 32 pairs of windows.
