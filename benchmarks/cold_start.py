@@ -22,7 +22,7 @@ from statistics import median
 from typing import Any, Final, Self
 
 from report import environment
-from scaled_daemon import ask, load, scaled_daemon
+from scaled_daemon import ask, load, scaled_daemon, serve_for
 from trace_replay import Daemon
 
 from sparsed.controller.cli.session import connect
@@ -126,7 +126,7 @@ def run(options: Any) -> dict[str, Any]:
             default, started_s = hot_knobs(daemon), time.monotonic()
             ask(state_dir, "tuner", "auto")
             with Watch(state_dir) as watch:
-                rounds = load(
+                served = serve_for(
                     daemon, seconds=60 * options.minutes, clients=options.clients,
                     lengths=options.lengths, targets=targets,
                 )  # fmt: skip
@@ -138,7 +138,7 @@ def run(options: Any) -> dict[str, Any]:
     best_point = max(middle.values())
     return {
         "seconds": seconds, "configs": configs, "turns": turns,
-        "goodput_over_time": [(at_s, item[options.metric]) for at_s, item in rounds],
+        "served": served,
         "gain": middle["converged"] / middle["default"] if middle["default"] else None,
         "gain_target": GAIN_TARGET,
         "of_best_point": middle["converged"] / best_point if best_point else None,
@@ -165,11 +165,11 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=90.0)
     parser.add_argument("--time-scale", type=float, default=10.0)
     parser.add_argument("--pairs", type=int, default=32)
-    parser.add_argument("--explored-frac", type=float, default=0.25)
+    parser.add_argument("--explored-frac", type=float, default=0.35)
     parser.add_argument("--clients", type=int, default=24)
-    parser.add_argument("--lengths", type=int, nargs=2, default=(64, 24), metavar=("IN", "OUT"))
+    parser.add_argument("--lengths", nargs=2, default=("48:80", "16:32"), metavar=("IN", "OUT"))
     parser.add_argument("--slo-ttft-ms", type=float, default=60_000.0)
-    parser.add_argument("--slo-tpot-ms", type=float, default=120.0)
+    parser.add_argument("--slo-tpot-ms", type=float, default=200.0)
     parser.add_argument("--metric", default="goodput_requests_per_s")
     parser.add_argument("--turns", type=int, default=6)
     parser.add_argument("--grid", nargs="*", default=[], metavar="NAME=VALUE,...")

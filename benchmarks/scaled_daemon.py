@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import signal
 import subprocess
 import sys
 import tempfile
@@ -33,6 +34,7 @@ SCALED: Final = (
 )  # fmt: skip
 MIN_WINDOW_S: Final = 2.0
 STOP_S: Final = 60.0
+MAX_REQUESTS: Final = 30_000  # of a load that goes by time
 EXPLORED_FRAC: Final = RolloutRule().max_explored_frac  # as shipped
 
 
@@ -88,8 +90,35 @@ def study(state_dir: Path, flags: list[str], *, num_trials: int, search_s: float
     subprocess.run(command, check=True)
 
 
+def serve_for(
+    daemon: Daemon, *, seconds: float, clients: int, lengths: tuple[str, str], targets: list[str]
+) -> Any:
+    """Keep ``clients`` requests under way for ``seconds`` without a pause; the result of ``bench
+    serve``. ``lengths``, ``targets``: its flags for tokens and for goodput."""
+    with tempfile.TemporaryDirectory() as directory:
+        command = bench_serve(daemon, num=MAX_REQUESTS, clients=clients, lengths=lengths)
+        command += ["--output-dir", directory, *targets]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            process.wait(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGINT)  # it writes what it has
+        process.wait(timeout=STOP_S)
+        return json.loads((Path(directory) / "result.json").read_text())
+
+
+def bench_serve(
+    daemon: Daemon, *, num: int, clients: int, lengths: tuple[Any, Any], seed: int = 0
+) -> list[str]:
+    return [
+        *SPARSED, "bench", "serve", "--url", daemon.url, "--num-prompts", str(num),
+        "--request-rate", "inf", "--max-concurrency", str(clients), "--warmup", "0",
+        "--input-len", str(lengths[0]), "--output-len", str(lengths[1]), "--seed", str(seed),
+    ]  # fmt: skip
+
+
 def load(
-    daemon: Daemon, *, seconds: float, clients: int, lengths: tuple[int, int], targets: list[str]
+    daemon: Daemon, *, seconds: float, clients: int, lengths: tuple[Any, Any], targets: list[str]
 ) -> list[Any]:
     """Keep ``clients`` requests under way for ``seconds``; (seconds since the begin, report) of
     each round of ``bench serve``. ``targets``: its flags for goodput."""
@@ -97,12 +126,10 @@ def load(
     started_s = time.monotonic()
     while (at_s := time.monotonic() - started_s) < seconds:
         with tempfile.TemporaryDirectory() as directory:
-            command = (
-                *SPARSED, "bench", "serve", "--url", daemon.url, "--num-prompts", str(4 * clients),
-                "--request-rate", "inf", "--max-concurrency", str(clients), "--warmup", "0",
-                "--input-len", str(lengths[0]), "--output-len", str(lengths[1]),
-                "--seed", str(len(rounds)), "--output-dir", directory, *targets,
-            )  # fmt: skip
+            command = bench_serve(
+                daemon, num=4 * clients, clients=clients, lengths=lengths, seed=len(rounds)
+            )
+            command += ["--output-dir", directory, *targets]
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
             summary = json.loads((Path(directory) / "result.json").read_text())["summary"]
         rounds.append((at_s, summary))

@@ -69,6 +69,7 @@ async def run(config: DaemonConfig, *, rule: RolloutRule | None = None) -> int:
                 find_verified=store.find_verified,
                 find_calibration=store.find_calibration,
                 find_tuned=partial(tuned_values, store),
+                find_profiles=store.list_profiles,
             )
             log_plan(plan)
             made = partial(Daemon, config, plan, store=store, started_s=started_s, rule=rule)
@@ -294,9 +295,8 @@ class Daemon:
         return DaemonState.DEGRADED if self._reasons() else DaemonState.SERVING
 
     def _reasons(self) -> tuple[str, ...]:
-        lost = self._writer.lost_writes
         reasons = [self._store_fault] if self._store_fault else []
-        if lost:
+        if lost := self._writer.lost_writes:
             reasons.append(f"the store lost {lost} writes; is the disk full?")
         if broken := self._senses.totals.verify_mismatches:
             reasons.append(f"{broken} KV pages differed after a copy; see the log")

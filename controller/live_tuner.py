@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from sparsed.controller.config import DaemonConfig
 from sparsed.controller.control import KnobSource, LoadState, TunerState, TunerVerb
-from sparsed.controller.recovery import SAFE_VALUES
+from sparsed.controller.recovery import SAFE_VALUES, verdict_on
 from sparsed.controller.rollout_host import PERIOD_S, RolloutHost
 from sparsed.controller.startup import StartPlan
 from sparsed.controller.tuner_host import TunerHost
@@ -23,11 +23,12 @@ from sparsed.core import (
     RolloutReason,
     Snapshot,
     TunerMode,
+    UnprovedProfile,
     Verdict,
 )
 from sparsed.db.store import Store, StoreError
 from sparsed.tuner.drift import LinkWatch, link_drift, watch_link
-from sparsed.tuner.gate import TUNER
+from sparsed.tuner.gate import OPERATOR, TUNER
 from sparsed.tuner.rollout_state import RolloutRule, Values, live_rule
 
 logger = logging.getLogger(__name__)
@@ -62,6 +63,7 @@ class LiveTuner:
         self._plan = plan
         self._read_facts = read_facts
         self._link = LinkWatch()
+        self._unproved = plan.unproved
         self._starts_tuned = KnobSource.TUNER in plan.sources.values()
         self._rollout = RolloutHost(
             store,
@@ -83,6 +85,7 @@ class LiveTuner:
             mode=mode,
             judge=self._judge,
             read_failed=lambda: self._rollout.quarantined,
+            read_unproved=self._read_unproved,
             on_decision=self._on_decision,
         )
         self._rollout.set_mode(mode)
@@ -148,7 +151,7 @@ class LiveTuner:
             case TunerVerb.APPROVE:
                 self._approve()
             case TunerVerb.REJECT:
-                self._rollout.trip(RolloutReason.REJECTED)
+                self._reject()
             case TunerVerb.PIN | TunerVerb.UNPIN:
                 await self._rollout.keep(controls)
             case TunerVerb.FREEZE | TunerVerb.UNFREEZE:
@@ -204,13 +207,41 @@ class LiveTuner:
 
     def _on_decision(self, decision: Decision) -> None:
         if decision.values and self._advice.state().mode is TunerMode.AUTO:
-            self._rollout.propose(decision.values, initiated_by=TUNER)
+            self._propose(decision.values, initiated_by=TUNER)
+
+    def _read_unproved(self) -> UnprovedProfile | None:
+        """What is left of the compatible profile, until there is a verdict on it."""
+        profile = self._unproved
+        if profile is not None and verdict_on(profile.name, self._rollout.records) is not None:
+            self._unproved = profile = None
+        if profile is None:
+            return None
+        pins = self._rollout.pins
+        return replace(profile, values={n: v for n, v in profile.values.items() if n not in pins})
+
+    def _profile_of(self, values: Values) -> str:
+        """Name of the compatible profile that all of ``values`` come from; empty: of none."""
+        profile = self._read_unproved()
+        is_whole = profile is not None and values.items() <= profile.values.items()
+        return profile.name if profile is not None and is_whole else ""
+
+    def _propose(self, values: Values, *, initiated_by: str) -> bool:
+        name = self._profile_of(values)
+        return self._rollout.propose(values, initiated_by=initiated_by, profile=name)
+
+    def _reject(self) -> None:
+        """The candidate; without one advice to prove a profile, which is not to come again."""
+        advice = self._advice.state().decisions
+        values = advice[0].values if advice else {}
+        if values and not self._rollout.has_candidate and self._profile_of(values):
+            self._propose(values, initiated_by=OPERATOR)
+        self._rollout.trip(RolloutReason.REJECTED)
 
     def _approve(self) -> None:
         advice = self._advice.state().decisions
         if not advice or not advice[0].values:
             raise InputError("there is no advice to approve; see: sparsed tuner status")
-        if not self._rollout.propose(advice[0].values, initiated_by="operator"):
+        if not self._propose(advice[0].values, initiated_by=OPERATOR):
             raise InputError(
                 "the advice cannot be tested now: another candidate is, or what it changes is "
                 "pinned, quarantined or in force already; see: sparsed tuner status"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from sparsed.controller.recovery import TunedValues, tuned_values
 from sparsed.controller.state_dir import StateDir
@@ -16,14 +17,48 @@ from sparsed.db.store import Store
 logger = logging.getLogger(__name__)
 
 FindVerified = Callable[[ProfileKey], Profile | None]
+FindProfiles = Callable[[], tuple[Profile, ...]]
 FindTuned = Callable[[ProfileKey], TunedValues]
 FindCalibration = Callable[[LinkKey], LinkCalibration | None]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Finders:
+    """Where values of a start are looked for. ``verified``: the profile of a key; ``profiles``: all
+    that are stored; ``tuned``: what the live tuner left."""
+
+    verified: FindVerified
+    profiles: FindProfiles
+    tuned: FindTuned
+
+
+def finders_of(
+    state_dir: StateDir,
+    *,
+    verified: FindVerified | None,
+    profiles: FindProfiles | None,
+    tuned: FindTuned | None,
+) -> Finders:
+    """None: the database of ``state_dir``, if there is one."""
+    return Finders(
+        verified=verified or profiles_of(state_dir),
+        profiles=profiles or all_profiles_of(state_dir),
+        tuned=tuned or tuned_of(state_dir),
+    )
 
 
 def profiles_of(state_dir: StateDir) -> FindVerified:
     def find(key: ProfileKey) -> Profile | None:
         with _database(state_dir) as store:
             return store.find_verified(key) if store else None
+
+    return find
+
+
+def all_profiles_of(state_dir: StateDir) -> FindProfiles:
+    def find() -> tuple[Profile, ...]:
+        with _database(state_dir) as store:
+            return store.list_profiles() if store else ()
 
     return find
 

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Final
 
-from sparsed.core import KnobValue, ProfileKey
+from sparsed.core import (
+    VERDICT_REASONS,
+    VERDICT_STATES,
+    KnobValue,
+    ProfileKey,
+    RolloutRecord,
+)
 from sparsed.db.store import RolloutStore, StoreError
 
 MAX_CRASHES: Final = 3  # in a row
@@ -25,13 +31,15 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TunedValues:
-    """Hot knobs for a start: the last known good, those of safe mode, or none."""
+    """Hot knobs for a start: the last known good, those of safe mode, or none. ``records``: what
+    became of candidates, newest first."""
 
     values: Mapping[str, KnobValue] = field(default_factory=dict)
     is_safe: bool = False
     moved_at: float = 0.0
     why: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)  # of what they were proved on
+    records: tuple[RolloutRecord, ...] = ()
 
 
 def recover(store: RolloutStore, *, at: float) -> None:
@@ -64,13 +72,24 @@ def tuned_values(store: RolloutStore, key: ProfileKey) -> TunedValues:
     if store.controls().safe_since is not None:
         why = "safe mode after crashes; see: sparsed tuner revive"
         return TunedValues(values=SAFE_VALUES, is_safe=True, why=why)
-    good = store.find_good(key)
+    good, records = store.find_good(key), store.list_rollouts(key)
     if good is None:
-        return TunedValues()
+        return TunedValues(records=records)
     values = "; ".join(f"{name}={value}" for name, value in good.values.items())
     return TunedValues(
         values=good.values,
         moved_at=good.moved_at,
         why=f"the last known good: {values}",
         versions=good.versions,
+        records=records,
     )
+
+
+def verdict_on(profile: str, records: Iterable[RolloutRecord]) -> RolloutRecord | None:
+    """The last verdict on the values of an ``UnprovedProfile`` of this name, by a paired test, by
+    a fault or by an operator; ``records`` are the newest first. None: no test has come to one."""
+    for item in records:
+        is_verdict = item.state in VERDICT_STATES or item.reason in VERDICT_REASONS
+        if item.profile == profile and is_verdict:
+            return item
+    return None

@@ -89,9 +89,7 @@ class RolloutHost:
         self._batches: asyncio.Queue[Batch] = asyncio.Queue()
         self._applying: set[asyncio.Task[None]] = set()
         self._owed: list[Batch] = []  # ends that failed, to be tried again
-        self._log: Final = RolloutLog(
-            store, key, rule=self._rule.acceptance, versions=versions or {}, clock=clock
-        )
+        self._log: Final = RolloutLog(store, key, versions=versions or {}, clock=clock)
         self._mode = TunerMode.ADVISE
         self.controls: TunerControls = store.controls()
         good, records = store.find_good(key), store.list_rollouts(key)[:MAX_SHOWN]
@@ -123,6 +121,10 @@ class RolloutHost:
     def is_settled(self) -> bool:
         """Nothing is in force, or marked, that is not proved."""
         return not (self._state.is_testing or self._owed or self._batches.qsize())
+
+    @property
+    def has_candidate(self) -> bool:
+        return self._state.candidate is not None
 
     @property
     def explored_frac(self) -> float:
@@ -168,10 +170,11 @@ class RolloutHost:
         failures = self._read_failures()
         self._tell(Ticked(at=self._clock(), snapshot=snapshot, num_failed=failures))
 
-    def propose(self, values: Values, *, initiated_by: str) -> bool:
-        """Whether ``values`` became the candidate: not while there is one, nor against pins."""
-        before = self._state.candidate
-        self._tell(Proposed(at=self._clock(), values=values, initiated_by=initiated_by))
+    def propose(self, values: Values, *, initiated_by: str, profile: str = "") -> bool:
+        """Whether ``values`` became the candidate: not while there is one, nor against pins.
+        ``profile``: as in ``Proposed``."""
+        before, at = self._state.candidate, self._clock()
+        self._tell(Proposed(at=at, values=values, initiated_by=initiated_by, profile=profile))
         return before is None and self._state.candidate is not None
 
     def set_mode(self, mode: TunerMode) -> None:

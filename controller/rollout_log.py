@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Final
 
-from sparsed.core import AcceptanceDecision, AcceptanceRule, ProfileKey
+from sparsed.core import AcceptanceDecision, ProfileKey
 from sparsed.db.store import Store, StoreError
 from sparsed.tuner.rollout_state import Action, Apply, Keep, Mark, Settle
 
@@ -19,22 +19,20 @@ logger = logging.getLogger(__name__)
 
 
 class RolloutLog:
-    """Lives on the event loop; the store's calls run in threads. ``rule``: of the paired test;
-    ``versions``: of what values are proved on. Errors: StoreError, but for ``touch``."""
+    """Lives on the event loop; the store's calls run in threads. ``versions``: of what values are
+    proved on. Errors: StoreError, but for ``touch``."""
 
     def __init__(
         self,
         store: Store,
         key: ProfileKey,
         *,
-        rule: AcceptanceRule,
         versions: Mapping[str, str],
         clock: Callable[[], float],
     ) -> None:
         self.is_marked = False
         self._store: Final = store
         self._key: Final = key
-        self._rule: Final = rule
         self._versions: Final = versions
         self._clock: Final = clock
         self._run_id: int | None = None
@@ -83,15 +81,15 @@ class RolloutLog:
         self._store.settle_rollout(
             self._key, record, good=settle.good, versions=self._versions, regime=settle.regime
         )
-        if settle.verdict is None:
+        if (evidence := settle.evidence) is None:
             return
         decision = AcceptanceDecision(
             key=self._key,
             config_from=record.config_from,
             config_to=record.config_to,
-            rule=self._rule,
-            verdict=settle.verdict,
-            windows=settle.windows,
+            rule=evidence.rule,
+            verdict=evidence.verdict,
+            windows=evidence.windows,
             initiated_by=record.initiated_by,
             decided_at=record.at,
         )

@@ -10,19 +10,21 @@ from pathlib import Path
 
 from sparsed.controller.config import DaemonConfig
 from sparsed.controller.control import KnobSource
-from sparsed.controller.links import link_key, platform_versions
+from sparsed.controller.links import link_key
 from sparsed.controller.lookups import (
     FindCalibration,
+    FindProfiles,
     FindTuned,
     FindVerified,
     calibrations_of,
+    finders_of,
 )
 from sparsed.controller.selection_trace import find_selection_trace
 from sparsed.controller.start_values import (
     Sized,
-    choose_values,
     find_sources,
-    size_values,
+    find_values,
+    site_here,
     warn_of_mismatch,
 )
 from sparsed.controller.tokenizer import Tokenizer
@@ -39,6 +41,7 @@ from sparsed.core import (
     ProfileKey,
     Service,
     SparseMethod,
+    UnprovedProfile,
     VerifyMode,
 )
 from sparsed.engine.admission import mandatory_blocks
@@ -72,6 +75,7 @@ class StartPlan:
     stale: str = ""  # what was measured on another platform and left out, in words
     profile_id: int | None = None  # of the profile that was taken, if it is in the store
     stale_profile_id: int | None = None
+    unproved: UnprovedProfile | None = None  # for the live tuner to try first
 
     @property
     def gpu_plan(self) -> MemoryPlan | None:
@@ -86,15 +90,19 @@ def prepare(
     find_verified: FindVerified | None = None,
     find_calibration: FindCalibration | None = None,
     find_tuned: FindTuned | None = None,
+    find_profiles: FindProfiles | None = None,
     num_engines: int = 1,
 ) -> StartPlan:
     """Resolve model, device, profile, knobs and memory. Reads files, may fetch a model: blocks.
 
-    ``find_verified``, ``find_calibration`` and ``find_tuned`` None: profiles, calibrations and
-    what the live tuner left are read from the database of the state directory, if any.
-    ``num_engines`` are going to share the memory of the host, this one among them.
+    ``find_...`` None: profiles, calibrations and what the live tuner left are read from the
+    database of the state directory, if any. ``num_engines`` are going to share the memory of the
+    host, this one among them.
     Errors: InputError naming the field that is wrong or does not fit.
     """
+    finders = finders_of(
+        config.state_dir, verified=find_verified, profiles=find_profiles, tuned=find_tuned
+    )
     resolved, model = find_model(config, progress=progress)
     device, machine = find_device(config.device)
     link = None if device == "cpu" else link_key(machine)
@@ -103,11 +111,8 @@ def prepare(
     key = ProfileKey(hardware=machine.fingerprint, model=resolved.model_id, dtype=dtype)
     warn_of_mismatch(config, key)
     size = _sizer(model.shape, machine, device=device, dtype=dtype, num_engines=num_engines)
-    versions = platform_versions(machine)
-    chosen = choose_values(
-        config, key, find_verified=find_verified, find_tuned=find_tuned, versions=versions
-    )
-    sized, chosen = size_values(size, config.knobs, chosen=chosen)
+    here = site_here(key, model.shape, machine)
+    sized, chosen = find_values(size, config, here, finders=finders)
     return StartPlan(
         spec=EngineSpec(
             model=f"dummy:{resolved.dummy}" if resolved.dummy else str(resolved.path),
@@ -134,10 +139,11 @@ def prepare(
         key=key,
         profile=chosen.why,
         sources=find_sources(config, chosen=chosen),
-        versions=versions,
+        versions=here.versions,
         stale=chosen.stale,
         profile_id=chosen.profile.profile_id if chosen.profile else None,
         stale_profile_id=chosen.stale_profile_id,
+        unproved=chosen.unproved,
     )
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from sparsed.controller.config import DaemonConfig
 from sparsed.controller.startup import Progress, StartPlan, prepare
-from sparsed.core import InputError
+from sparsed.core import GIB, InputError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,6 +64,16 @@ def prepare_places(
             ),
         )
         for item, plan in zip(configs, plans, strict=True)
+    )
+
+
+def share_in_words(plan: StartPlan, *, num_engines: int) -> str:
+    """What several engines like that of ``plan`` take of the host together, for the user."""
+    gib = plan.spec.plan.dram_pool_bytes / GIB
+    return (
+        f"{num_engines} engines share the memory and the links of this host: each pins {gib:.3g} "
+        f"GiB, {num_engines * gib:.3g} GiB in all; the default, and the verification, run alone on "
+        f"{plan.spec.device}"
     )
 
 

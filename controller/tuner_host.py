@@ -22,6 +22,7 @@ from sparsed.core import (
     Snapshot,
     TrialResult,
     TunerMode,
+    UnprovedProfile,
     Verdict,
 )
 from sparsed.db.store import Store, StoreError
@@ -42,7 +43,8 @@ class TunerHost:
     Lives on the event loop. The process starts with the first question, which takes
     ``num_windows`` windows with work in them: an idle daemon never pays for it. ``on_decision``
     gets every answer, also one that was given before. ``judge``: what binds in some windows;
-    ``read_failed``: candidates that are not to be tested again now.
+    ``read_failed``: candidates that are not to be tested again now; ``read_unproved``: the profile
+    to be tested before anything else, if there is one now.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class TunerHost:
         judge: Callable[[Sequence[Snapshot]], Verdict],
         read_failed: Callable[[], tuple[RolloutRecord, ...]] = tuple,
         on_decision: Callable[[Decision], None] = lambda decision: None,
+        read_unproved: Callable[[], UnprovedProfile | None] = lambda: None,
     ) -> None:
         self._store: Final = store
         self._key: Final = key
@@ -65,6 +68,7 @@ class TunerHost:
         self._judge: Final = judge
         self._read_failed: Final = read_failed
         self._on_decision: Final = on_decision
+        self._read_unproved: Final = read_unproved
         self._num_observations = 0
         self._decisions: deque[Decision] = deque(maxlen=MAX_DECISIONS)
         self._process: Process | None = None
@@ -116,6 +120,7 @@ class TunerHost:
                 windows=windows,
                 trials=trials,
                 slo=self._slo,
+                unproved=self._read_unproved(),
                 verdict=self._judge(windows),
                 failed=self._read_failed(),
             )

@@ -20,10 +20,11 @@ from sparsed.controller.study_report import StudyReport, write_report
 from sparsed.controller.study_resume import Question, check_space, find_study
 from sparsed.controller.time_budget import TimeBudget
 from sparsed.controller.trials import EngineBench
-from sparsed.controller.tune_devices import prepare_places
+from sparsed.controller.tune_devices import prepare_places, share_in_words
 from sparsed.controller.tune_options import TuneOptions, check_options
 from sparsed.controller.tuning_export import export_profile
 from sparsed.controller.tuning_report import StudyProgress, print_outcome
+from sparsed.controller.warm_start import find_beginning
 from sparsed.controller.workload import (
     ServiceTimes,
     describe_workload,
@@ -32,7 +33,6 @@ from sparsed.controller.workload import (
     recall_stride,
 )
 from sparsed.core import (
-    GIB,
     AcceptanceWindow,
     ExitCode,
     KnobValue,
@@ -109,7 +109,8 @@ class _Tune:
 
     def run(self, requested: Workload) -> int:
         resumed = self._find_study(requested) if self._options.resume is not None else None
-        self._say_devices()
+        if (num_engines := len(self._threads)) > 1:
+            self._console.print(share_in_words(self._plan, num_engines=num_engines))
         times = self._probe()
         if resumed is not None:
             study_id, workload = resumed.study_id, resumed.workload
@@ -128,6 +129,8 @@ class _Tune:
         outcome = self._search(pool, previous=previous, workload=workload, log=log)
         profile = self._profile(outcome, workload=workload)
         print_outcome(self._console, outcome, objective=self._options.objective)
+        if outcome.dropped_warm:
+            self._console.print("the trials spoke against the profile of elsewhere: dropped")
         if outcome.comparison is not None:
             log.record_decision(outcome.comparison)
         self._export(profile)
@@ -135,16 +138,6 @@ class _Tune:
         if outcome.interrupted:
             return EXIT_INTERRUPTED
         return ExitCode.OK if outcome.default_ran else ExitCode.SOFTWARE
-
-    def _say_devices(self) -> None:
-        if (num_engines := len(self._threads)) == 1:
-            return
-        gib = self._plan.spec.plan.dram_pool_bytes / GIB
-        self._console.print(
-            f"{num_engines} engines share the memory and the links of this host: each pins "
-            f"{gib:.3g} GiB, {num_engines * gib:.3g} GiB in all; the default, and the verification, "
-            f"run alone on {self._plan.spec.device}"
-        )
 
     def _probe(self) -> ServiceTimes:
         """What a request takes on the first device."""
@@ -229,27 +222,7 @@ class _Tune:
         workload: Workload,
         log: StudyLog,
     ) -> StudyOutcome:
-        options = self._options
-        model = search_model(
-            self._plan,
-            workload,
-            objective=options.objective,
-            slo=self._slo,
-            calibration=self._threads[0].bench.calibration,
-        )
-        if options.method is SearchMethod.CONSTRAINED:
-            self._console.print(model.description)
-        plan = StudyPlan(
-            space=self._space(workload),
-            objective=options.objective,
-            slo=self._slo,
-            num_trials=options.trials,
-            method=options.method,
-            seed=options.config.seed,
-            prior=model.prior,
-            memory=model.memory,
-        )
-        devices = pool.devices
+        plan, devices = self._study_plan(workload), pool.devices
         with StudyProgress(
             self._console, plan=plan, devices=devices, previous=previous
         ) as progress:
@@ -271,6 +244,41 @@ class _Tune:
                 previous=previous,
             )
 
+    def _study_plan(self, workload: Workload) -> StudyPlan:
+        """What is known beforehand, each part told to the user."""
+        options = self._options
+        model = search_model(
+            self._plan,
+            workload,
+            objective=options.objective,
+            slo=self._slo,
+            calibration=self._threads[0].bench.calibration,
+        )
+        if options.method is SearchMethod.CONSTRAINED:
+            self._console.print(model.description)
+        space = self._space(workload)
+        beginning = find_beginning(
+            self._plan,
+            self._store,
+            space=space,
+            objective=options.objective,
+            is_wanted=not options.config.no_profile,
+        )
+        if beginning.warm is None or options.method is SearchMethod.CONSTRAINED:
+            self._console.print(beginning.description)  # no other search takes anything over
+        return StudyPlan(
+            space=space,
+            objective=options.objective,
+            slo=self._slo,
+            num_trials=options.trials,
+            method=options.method,
+            seed=options.config.seed,
+            prior=model.prior,
+            memory=model.memory,
+            warm=beginning.warm,
+            first=beginning.first,
+        )
+
     def _profile(self, outcome: StudyOutcome, *, workload: Workload) -> Profile | None:
         """The verified winner, stored; else the default as a draft, which is not. None without
         a default that ran."""
@@ -288,6 +296,7 @@ class _Tune:
             winner_scores=outcome.winner_scores if verified else (),
             versions=self._versions,
             created_at=time.time(),
+            shape=self._plan.model.shape,
         )
         if not verified:
             return profile

@@ -63,6 +63,7 @@ class InMemoryProfileStore(InMemoryRollouts):
                 default_scores=tuple(rows.plain_numbers(profile.default_scores)),
                 winner_scores=tuple(rows.plain_numbers(profile.winner_scores)),
                 profile_id=len(self._profiles) + 1,
+                seed=None,
             )
             self._profiles.append(saved)
             return saved

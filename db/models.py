@@ -125,6 +125,7 @@ class ProfileRow(Base):
     winner_scores: Mapped[list[Any]] = mapped_column(JSON)
     created_at: Mapped[float]
     pinned: Mapped[bool]
+    shape: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
 
 
 class LinkCalibrationRow(Base):
@@ -236,6 +237,7 @@ class RolloutRow(Base):
     initiated_by: Mapped[str]
     at: Mapped[float]
     regime_number: Mapped[int | None]
+    profile: Mapped[str | None]
 
 
 class TunerMarkerRow(Base):

@@ -10,6 +10,8 @@ from sqlalchemy import delete, select
 from sqlalchemy.orm import Session
 
 from sparsed.core import (
+    VERDICT_REASONS,
+    VERDICT_STATES,
     KnobValue,
     LastKnownGood,
     ProfileKey,
@@ -32,7 +34,8 @@ from sparsed.db.models import (
 from sparsed.db.regimes import SqlRegimes, put
 from sparsed.db.session import reading, writing
 
-MAX_ROLLOUTS: Final = 1000
+MAX_ROLLOUTS: Final = 1000  # but for verdicts on profiles
+VERDICTS: Final = (VERDICT_STATES, VERDICT_REASONS)
 MAX_GOODS: Final = 10  # of one key
 MAX_RUNS: Final = 100
 
@@ -166,7 +169,10 @@ def _add_step(session: Session, key: ProfileKey, record: RolloutRecord) -> Rollo
     session.flush()
     kept = select(TunerMarkerRow.rollout_id)
     old = RolloutRow.id <= row.id - MAX_ROLLOUTS
-    session.execute(delete(RolloutRow).where(old, RolloutRow.id.not_in(kept)))
+    states, reasons = ([item.value for item in kinds] for kinds in VERDICTS)
+    is_verdict = RolloutRow.state.in_(states) | RolloutRow.reason.in_(reasons)
+    forgettable = RolloutRow.profile.is_(None) | ~is_verdict  # no profile is tested twice
+    session.execute(delete(RolloutRow).where(old, RolloutRow.id.not_in(kept), forgettable))
     return row
 
 
@@ -180,6 +186,7 @@ def _step_row(session: Session, record: RolloutRecord, **ids: Any) -> RolloutRow
         initiated_by=record.initiated_by,
         at=rows.plain_number(record.at),
         regime_number=record.regime_id,
+        profile=record.profile or None,
     )
 
 
@@ -225,4 +232,5 @@ def _record(session: Session, row: RolloutRow) -> RolloutRecord:
         initiated_by=row.initiated_by,
         at=row.at,
         regime_id=row.regime_number,
+        profile=row.profile or "",
     )

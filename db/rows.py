@@ -26,6 +26,7 @@ from sparsed.core import (
     LinkEntry,
     LinkKey,
     LinkProbe,
+    ModelShape,
     Objective,
     Profile,
     ProfileKey,
@@ -145,6 +146,7 @@ def profile_of(
         created_at=row.created_at,
         pinned=row.pinned,
         profile_id=row.id,
+        shape=None if row.shape is None else ModelShape(**row.shape),
     )
 
 

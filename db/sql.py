@@ -73,6 +73,7 @@ class SqlProfileStore(SqlRollouts):
                 winner_scores=rows.plain_numbers(profile.winner_scores),
                 created_at=rows.plain_number(profile.created_at),
                 pinned=profile.pinned,
+                shape=asdict(profile.shape) if profile.shape else None,
             )
             session.add(row)
             session.flush()

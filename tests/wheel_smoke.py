@@ -7,11 +7,13 @@ the wheel (migrations, stubs), a schema that is never made.
 from __future__ import annotations
 
 import importlib
+import json
 import pkgutil
 import tempfile
 from pathlib import Path
 
 import sparsed
+from sparsed.controller.seeds import load_seeds
 from sparsed.core import Objective, Profile, ProfileKey, ProfileStatus
 from sparsed.db import open_store
 
@@ -50,13 +52,24 @@ def keep_a_profile() -> None:
     assert found is not None and found.values == saved.values, found
 
 
+def read_what_ships(repository: Path) -> int:
+    """Number of profiles in the wheel: all that the repository has, and each can be read."""
+    shipped = {profile.seed: profile for profile in load_seeds()}
+    expected = {file.stem: file for file in (repository / "db/seeds").glob("*.json")}
+    assert shipped.keys() == expected.keys(), (sorted(map(str, shipped)), sorted(expected))
+    for name, file in expected.items():
+        assert json.loads(file.read_text())["values"] == shipped[name].values, name
+    return len(shipped)
+
+
 def main() -> None:
     repository = Path(__file__).resolve().parents[1]
     assert repository not in Path(sparsed.__file__).resolve().parents, sparsed.__file__
     num_modules = import_every_module()
     assert num_modules > 30, num_modules
     keep_a_profile()
-    print(f"wheel: {num_modules} modules import, a profile is kept")
+    num_seeds = read_what_ships(repository)
+    print(f"wheel: {num_modules} modules import, a profile is kept, {num_seeds} ship")
 
 
 if __name__ == "__main__":

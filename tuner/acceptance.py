@@ -42,7 +42,7 @@ WORSE: Final = {
     Guard.QUALITY: DecisionReason.QUALITY_WORSE,
 }
 FLOOR_FRAC: Final = 1e-2  # of the largest value: what zero counts as, for it has no logarithm
-BROKEN_FRAC: Final = 1e-2  # of the figure: what a window is worth that just misses a target
+BROKEN_FRAC: Final = 1e-2  # of the best: what a window is worth that just misses a target
 SD_OF_MAD: Final = 1.4826  # of normal noise
 
 Values = Mapping[str, KnobValue]
@@ -162,13 +162,15 @@ def _lacks_figures(window: AcceptanceWindow, rule: AcceptanceRule) -> bool:
 
 
 def _test(pairs: Sequence[_Pair], *, rule: AcceptanceRule) -> AcceptanceVerdict:
+    best = max(_figure(window, rule) for pair in pairs for window in pair)
     gains = _log_ratios(
-        [_merit(pair.candidate, rule) for pair in pairs],
-        [_merit(pair.incumbent, rule) for pair in pairs],
+        [_merit(pair.candidate, rule, best=best) for pair in pairs],
+        [_merit(pair.incumbent, rule, best=best) for pair in pairs],
     )
     p, hl, cv = p_greater(gains), hodges_lehmann(gains), _noise(gains)
     bounds = {guard: _loss_bound(pairs, guard, rule=rule) for guard in rule.guards}
-    reason = _reason(p=p, hl=hl, cv=cv, bounds=bounds, rule=rule)
+    loss = upper_bound([-gain for gain in gains], alpha=rule.guard_alpha)
+    reason = _reason(p=p, hl=hl, cv=cv, loss=loss, bounds=bounds, rule=rule)
     return AcceptanceVerdict(
         state=_state(reason),
         reason=reason,
@@ -178,29 +180,41 @@ def _test(pairs: Sequence[_Pair], *, rule: AcceptanceRule) -> AcceptanceVerdict:
         ci_hi=upper_bound(gains, alpha=rule.alpha),
         p=p,
         cv=cv,
-        loss_bounds={guard.value: bound for guard, bound in bounds.items()},
+        loss_bounds={guard.value: bound for guard, bound in bounds.items()}
+        | ({} if rule.needs_gain else {rule.metric: loss}),
     )
 
 
-def _merit(window: AcceptanceWindow, rule: AcceptanceRule) -> float:
-    """What counts of a window beside its partner. Among those that miss a target the nearer one to
-    it is better, so that a repair may take several changes."""
-    figure = window.metrics.get(rule.metric) or 0.0
+def _merit(window: AcceptanceWindow, rule: AcceptanceRule, *, best: float) -> float:
+    """What counts of a window beside its partner. Of those that miss a target the nearest to it is
+    worth most, at most ``BROKEN_FRAC`` of the best one, so that a repair may take several changes."""
     if window.status is TrialStatus.OK:
-        return figure
+        return _figure(window, rule)
     excesses = [(window.metrics.get(guard) or 0.0) / at for guard, at in rule.targets.items() if at]
-    return BROKEN_FRAC * figure / max([1.0, *excesses])
+    return BROKEN_FRAC * best / max([1.0, *excesses])
+
+
+def _figure(window: AcceptanceWindow, rule: AcceptanceRule) -> float:
+    return window.metrics.get(rule.metric) or 0.0
 
 
 def _reason(
-    *, p: float, hl: float, cv: float, bounds: Mapping[Guard, float], rule: AcceptanceRule
+    *,
+    p: float,
+    hl: float,
+    cv: float,
+    loss: float,
+    bounds: Mapping[Guard, float],
+    rule: AcceptanceRule,
 ) -> DecisionReason:
     if cv > rule.max_cv_frac:
         return DecisionReason.NOISY
-    if p >= rule.alpha:
+    if rule.needs_gain and p >= rule.alpha:
         return DecisionReason.NO_GAIN
-    if hl <= math.log1p(rule.min_effect_frac):
+    if rule.needs_gain and hl <= math.log1p(rule.min_effect_frac):
         return DecisionReason.SMALL_EFFECT
+    if not rule.needs_gain and loss >= math.log1p(rule.max_loss_frac):
+        return DecisionReason.METRIC_WORSE
     for guard, bound in bounds.items():
         is_errors = guard is Guard.ERRORS
         if bound >= math.log1p(rule.max_error_frac if is_errors else rule.max_loss_frac):

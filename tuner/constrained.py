@@ -34,6 +34,7 @@ from sparsed.tuner.policy import (
     points_seen,
 )
 from sparsed.tuner.space import Point, SearchSpace
+from sparsed.tuner.warm import WarmStart, misleads, warm_prior
 
 NUM_CANDIDATES: Final = 400  # points the acquisition function is looked up at
 START_RADIUS: Final = 0.12  # of every ladder
@@ -63,6 +64,7 @@ class ConstrainedSearch:
     """``kappa``: standard deviations of slack that a target needs before a point is tried.
     ``num_initial``: trials that fill the space first, for a machine that serves nobody; 0 goes
     from the incumbent in steps. ``memory`` None: how much a point takes is not known beforehand.
+    ``warm``: what a profile of elsewhere suggests, until the trials speak against it.
 
     What is pending is left out of the candidates and counts as one of the repeats of its point;
     no result is made up for it, so the next best point of the same models is suggested.
@@ -74,6 +76,7 @@ class ConstrainedSearch:
     prior: Prior = expect_nothing
     kappa: float = 2.0
     num_initial: int = 0
+    warm: WarmStart | None = None
 
     def suggest(
         self,
@@ -97,7 +100,10 @@ class ConstrainedSearch:
                 observations, incumbent=incumbent, num_left=num_left, pending=pending
             )
         beliefs = self._learn(observations)
-        centre = self._best(beliefs, self._sound(observations), home=home)
+        sound = self._sound(observations)
+        centre = self._best(beliefs, sound + self._warm_point(observations, tried=tried), home=home)
+        if centre not in tried:
+            return self._suggestion(centre, "the best of a profile of elsewhere, carried over")
         if num_left <= NUM_CONFIRMING and centre != home and tried[centre] < MIN_REPEATS:
             return self._suggestion(centre, "once more, before it is recommended")
         generator = random.Random(f"{self.seed}:{tried.total()}")
@@ -127,8 +133,28 @@ class ConstrainedSearch:
         reason = f"expected to be {math.expm1(gain):+.0%}, over {tried[best]} observations"
         return self._suggestion(best, reason)
 
+    def has_dropped_warm(self, observations: Sequence[Observation]) -> bool:
+        """Whether the trials speak against what the profile of elsewhere suggests."""
+        return self.warm is not None and misleads(self._warm_prior(self.warm), observations)
+
+    def _warm_prior(self, warm: WarmStart) -> Prior:
+        return warm_prior(self.space, warm, base=self.prior, seed=self.seed)
+
+    def _warm_point(
+        self, observations: Sequence[Observation], *, tried: Counter[Point]
+    ) -> list[Point]:
+        """Where the trust region may be centred though nobody has tried it: not once it is known."""
+        if self.warm is None or self.has_dropped_warm(observations):
+            return []
+        point = self.space.encode(self.warm.values)
+        is_open = point not in tried and self.space.is_valid(point) and self._fits(point)
+        return [point] if is_open else []
+
     def _learn(self, observations: Sequence[Observation]) -> Beliefs:
-        return Beliefs.fit(self.space, observations=observations, prior=self.prior, seed=self.seed)
+        prior = self.prior
+        if self.warm is not None and not self.has_dropped_warm(observations):
+            prior = self._warm_prior(self.warm)
+        return Beliefs.fit(self.space, observations=observations, prior=prior, seed=self.seed)
 
     def _sound(self, observations: Sequence[Observation]) -> list[Point]:
         """Points that were within every limit each time."""

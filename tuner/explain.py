@@ -24,11 +24,14 @@ def explain(verdict: AcceptanceVerdict, *, rule: AcceptanceRule) -> str:
         most = rule.max_error_frac if guard is Guard.ERRORS else rule.max_loss_frac
         bound = _percent(verdict.loss_bounds.get(guard))
         return f"rejected: {GUARD_WORDS[guard]} may be {bound} worse, over the {most:.1%} allowed"
+    if verdict.reason is DecisionReason.METRIC_WORSE:
+        bound = _percent(verdict.loss_bounds.get(rule.metric))
+        return f"rejected: {rule.metric} may be {bound} worse, over the {rule.max_loss_frac:.1%} allowed"
     p = "-" if verdict.p is None else f"{verdict.p:.3g}"
     noise = "-" if verdict.cv is None else f"{verdict.cv:.1%}"
     gain = f"{_percent(verdict.hl)} in {verdict.num_pairs} pairs, p {p}"
     return {
-        DecisionReason.ACCEPTED: f"accepted: {gain}",
+        DecisionReason.ACCEPTED: f"accepted{'' if rule.needs_gain else ', as no worse'}: {gain}",
         DecisionReason.OUTRANKED: "rejected: measured again in other arrival orders, its worst "
         "run is not above that of what ran before",
         DecisionReason.CANDIDATE_FAILED: "rejected: it broke down in the test",

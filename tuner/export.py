@@ -109,7 +109,8 @@ def parse_profile(text: str) -> Profile:
         profile = _convert(content)
     else:
         profile = replace(read_tuned_for(content.pop(TUNED_FOR, None)), values=content)
-    return replace(profile, values=check_knob_values(profile.values), profile_id=None, pinned=False)
+    values = check_knob_values(profile.values)
+    return replace(profile, values=values, profile_id=None, pinned=False, seed=None)
 
 
 def read_tuned_for(table: object) -> Profile:
@@ -155,13 +156,16 @@ def _json(profile: Profile) -> str:
 
 def _content(profile: Profile) -> dict[str, Any]:
     content = asdict(profile)
-    del content["profile_id"], content["pinned"]
+    del content["profile_id"], content["pinned"], content["seed"]
+    if profile.shape is None:
+        del content["shape"]
     return content
 
 
 def _toml(profile: Profile) -> str:
     content = _content(profile)
     values, versions = content.pop("values"), content.pop("versions")
+    shape = content.pop("shape", None)
     tuned_for = content.pop("key") | content
     return "\n".join(
         (
@@ -174,6 +178,7 @@ def _toml(profile: Profile) -> str:
             *_toml_lines(tuned_for),
             f"[{TUNED_FOR}.versions]",
             *_toml_lines(versions),
+            *([f"[{TUNED_FOR}.shape]", *_toml_lines(shape)] if shape else []),
             "",
         )
     )

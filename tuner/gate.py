@@ -14,6 +14,7 @@ from sparsed.tuner.rollout_state import (
     Rollout,
     RolloutRule,
     Values,
+    rule_of,
     slot_seconds,
 )
 from sparsed.tuner.schedule import paired_slots
@@ -21,6 +22,7 @@ from sparsed.tuner.space import live_space
 from sparsed.tuner.tripwire import is_over_hbm
 
 TUNER: Final = "auto"  # who initiated what no operator approved
+OPERATOR: Final = "operator"
 MISSING_FRAC: Final = 0.5  # of the windows that tell: then a target is missed for good
 BREAKDOWNS: Final = (
     RolloutReason.CRASHED,
@@ -94,11 +96,11 @@ def is_missing_targets(state: Rollout) -> bool:
     return state.recent_broken_s > MISSING_FRAC * state.recent_told_s
 
 
-def exploring_s(rule: RolloutRule) -> float:
+def exploring_s(rule: RolloutRule, *, num_pairs: int) -> float:
     """Seconds for which a whole test has its candidate in force, at the most."""
     return sum(
-        slot_seconds(slot, rule) + rule.max_gap_s
-        for slot in paired_slots(rule.acceptance.num_pairs)
+        slot_seconds(slot, rule) + rule.lag_s
+        for slot in paired_slots(num_pairs)
         if slot.is_candidate
     )
 
@@ -124,7 +126,7 @@ def _holds(state: Rollout, candidate: Candidate, rule: RolloutRule, *, at: float
         yield "too little traffic"
     if is_budget_spent(state, rule) and not is_missing_targets(state):
         yield "the error budget of the targets is spent"
-    needed_s = state.explored_s + exploring_s(rule)
+    needed_s = state.explored_s + exploring_s(rule, num_pairs=rule_of(candidate, rule).num_pairs)
     if needed_s > rule.max_explored_frac * state.busy_s:
         missing_s = needed_s / rule.max_explored_frac - state.busy_s
         yield f"the time to explore is not earned yet: {missing_s:.0f} s of traffic more"

@@ -11,6 +11,7 @@ from sparsed.core import (
     KNOBS_BY_NAME,
     Bound,
     Decision,
+    InputError,
     Knobs,
     KnobValue,
     Remedy,
@@ -45,7 +46,9 @@ def propose(context: LiveContext) -> Decision:
     live_score = fmean(window.generated_tokens_per_s for window in context.windows)
     values: Mapping[str, KnobValue] = {}
     ratio = 1.0
-    if len(busy) < MIN_BUSY_FRAC * len(context.windows):
+    if first := try_profile(context, current=current):
+        values, reason = first
+    elif len(busy) < MIN_BUSY_FRAC * len(context.windows):
         reason = "too little traffic to learn from"
     elif repair := repair_targets(context, current=current):
         values, reason = repair
@@ -60,6 +63,21 @@ def propose(context: LiveContext) -> Decision:
         predicted_score=live_score * ratio if ratio != 1.0 else None,
         current_score=live_score,
     )
+
+
+def try_profile(context: LiveContext, *, current: Knobs) -> Change | None:
+    """What a profile measured on other versions sets otherwise, all of it: to be shown no worse.
+    None if nothing is left of it, it does not fit what is in force, or it failed a while ago."""
+    if (profile := context.unproved) is None:
+        return None
+    values = {n: value for n, value in profile.values.items() if value != getattr(current, n)}
+    try:
+        current.with_values(values)
+    except InputError:
+        return None
+    if not values or any(goes_as_far(values, record) for record in context.failed):
+        return None
+    return values, f"{profile.name}, to be proved first: {profile.why}"
 
 
 def repair_targets(context: LiveContext, *, current: Knobs) -> Change | None:

@@ -4,20 +4,30 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sparsed.core import Decision, RolloutRecord, Slo, Snapshot, TrialResult, Verdict
+from sparsed.core import (
+    Decision,
+    RolloutRecord,
+    Slo,
+    Snapshot,
+    TrialResult,
+    UnprovedProfile,
+    Verdict,
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LiveContext:
     """One question. ``windows``: consecutive, oldest first, all under the same knobs;
     ``trials``: of one study of this hardware and model, maybe none. ``verdict``: what binds in
-    these windows; ``failed``: candidates that are not to be tested again now."""
+    these windows; ``failed``: candidates that are not to be tested again now; ``unproved``: what
+    is to be tested before anything else."""
 
     windows: tuple[Snapshot, ...]
     trials: tuple[TrialResult, ...]
     slo: Slo
     verdict: Verdict
     failed: tuple[RolloutRecord, ...] = ()
+    unproved: UnprovedProfile | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -29,6 +29,7 @@ from sparsed.tuner.space import SearchSpace
 from sparsed.tuner.stock import StockSearch
 from sparsed.tuner.trials import NUM_REPEATS, Trials
 from sparsed.tuner.verification import NUM_CANDIDATES, Comparison, Verification, offline_rule
+from sparsed.tuner.warm import WarmStart
 
 DEFAULT: Final = "default"
 BAYES: Final = "bayes"
@@ -47,7 +48,8 @@ SEARCH_TIME_FRAC: Final = 0.4  # of the time there is: a search without a test p
 class StudyPlan:
     """``num_trials`` is the budget of each arm; a trial is ``num_repeats`` measurements.
     ``prior`` and ``memory``: what an analytic model of this machine says, for the constrained
-    search."""
+    search; ``warm``: what a profile of another platform suggests to it. ``first``: values of a
+    profile of this hardware and model, which the search of any method tries first."""
 
     space: SearchSpace
     objective: Objective
@@ -58,6 +60,8 @@ class StudyPlan:
     num_repeats: int = NUM_REPEATS
     prior: Prior = expect_nothing
     memory: MemoryLimit | None = None
+    warm: WarmStart | None = None
+    first: Mapping[str, KnobValue] | None = None
 
     @property
     def arms(self) -> tuple[str, ...]:
@@ -69,7 +73,8 @@ class StudyPlan:
 class StudyOutcome:
     """``winner`` None: the default stays; ``reason`` says why in every case. ``best`` holds the
     best feasible trial of each arm. ``comparison`` None: there was nothing to decide. Scores are
-    those of the test, of windows that kept their targets. ``trials`` are all of the study."""
+    those of the test, of windows that kept their targets. ``trials`` are all of the study.
+    ``dropped_warm``: the trials spoke against what a profile of elsewhere suggested."""
 
     default: TrialResult | None
     best: Mapping[str, TrialResult]
@@ -78,6 +83,7 @@ class StudyOutcome:
     interrupted: bool = False
     comparison: Comparison | None = None
     trials: tuple[TrialResult, ...] = ()
+    dropped_warm: bool = False
 
     @property
     def default_ran(self) -> bool:
@@ -199,6 +205,9 @@ class _Study:
                     return
                 if self._trials.num_begun(arm) > turn:
                     continue  # done by an earlier run
+                if turn == 0 and arm == self._plan.arms[0] and self._plan.first is not None:
+                    yield _Proposal(arm, self._plan.first)
+                    continue
                 suggestion = backend.suggest(
                     [self._observe(trial) for trial in (self.default, *self._trials.of_arm(arm))],
                     incumbent=self._plan.space.default_values,
@@ -249,7 +258,15 @@ class _Study:
             reason=reason,
             interrupted=interrupted,
             trials=tuple(self._trials.ended),
+            dropped_warm=self._has_dropped_warm(),
         )
+
+    def _has_dropped_warm(self) -> bool:
+        backend = _backend(self._plan.arms[0], self._plan)
+        own = [
+            self._observe(trial) for trial in self._trials.ended if trial.arm in (DEFAULT, BAYES)
+        ]
+        return isinstance(backend, ConstrainedSearch) and backend.has_dropped_warm(own)
 
     def _candidates(self) -> list[TrialResult]:
         """What the search recommends by all that was observed, and the next best."""
@@ -275,7 +292,9 @@ class _Study:
 def _backend(arm: str, plan: StudyPlan) -> SearchBackend:
     space, seed = plan.space, plan.seed
     if arm == BAYES:
-        return ConstrainedSearch(space=space, seed=seed, prior=plan.prior, memory=plan.memory)
+        return ConstrainedSearch(
+            space=space, seed=seed, prior=plan.prior, memory=plan.memory, warm=plan.warm
+        )
     if arm == ARMS[SearchMethod.SKOPT]:
         return StockSearch(space=space, seed=seed)
     if arm == ARMS[SearchMethod.GRID]:

@@ -34,6 +34,7 @@ from sparsed.tuner.rollout_end import (
     Step,
     cool_down,
     end,
+    evidence_of,
     has,
     not_in_force,
     record_of,
@@ -46,6 +47,7 @@ from sparsed.tuner.rollout_regime import (
     abroad,
     fall_back,
     follow,
+    free_of,
     switch,
     watch_switch,
     with_proved,
@@ -66,6 +68,7 @@ from sparsed.tuner.rollout_state import (
     Ticked,
     Tripped,
     Values,
+    rule_of,
     slot_seconds,
 )
 from sparsed.tuner.schedule import Slot
@@ -114,7 +117,10 @@ def _propose(state: Rollout, event: Proposed) -> Step:
     knobs = state.snapshot.knobs if state.snapshot else None
     if state.candidate is not None or knobs is None:
         return state, ()
-    values = limit(event.values, current=knobs, pins=state.controls.pins)
+    if event.profile:
+        values = free_of(event.values, state.controls, knobs=knobs)
+    else:
+        values = limit(event.values, current=knobs, pins=state.controls.pins)
     if not values or is_quarantined(values, state, at=event.at):
         return state, ()
     candidate = Candidate(
@@ -124,6 +130,7 @@ def _propose(state: Rollout, event: Proposed) -> Step:
         initiated_by=event.initiated_by,
         since=event.at,
         regime_id=state.regimes.current,
+        profile=event.profile,
     )
     if forbidden(candidate, state.controls):
         return state, ()
@@ -215,7 +222,7 @@ def _wait(state: Rollout, *, at: float, rule: RolloutRule) -> Step:
 def _canary(state: Rollout, event: Ticked, *, failures: int, rule: RolloutRule, slo: Slo) -> Step:
     candidate, at = state.candidate, event.at
     assert candidate is not None
-    if state.explored_s + rule.max_gap_s > rule.max_explored_frac * state.busy_s:
+    if state.explored_s + rule.lag_s > rule.max_explored_frac * state.busy_s:
         return end(state, RolloutReason.BUDGET_SPENT, at=at, rule=rule)
     if state.fresh_at is None or at - state.fresh_at > rule.max_gap_s:
         return end(state, RolloutReason.STALE_DATA, at=at, rule=rule)
@@ -250,7 +257,7 @@ def _close_window(state: Rollout, *, at: float, rule: RolloutRule, slo: Slo) -> 
     candidate = replace(
         candidate, windows=windows, seen=(), failures=0, foreign_s=0.0, turn_since=at
     )
-    if candidate.turn + 1 == len(slots(rule.acceptance.num_pairs)):
+    if candidate.turn + 1 == len(slots(rule_of(candidate, rule).num_pairs)):
         return _judge(replace(state, candidate=candidate), at=at, rule=rule)
     before, candidate = slot, replace(candidate, turn=candidate.turn + 1, turn_s=0.0)
     if slot_of(candidate, rule).is_candidate is before.is_candidate:
@@ -283,7 +290,7 @@ def _judge(state: Rollout, *, at: float, rule: RolloutRule) -> Step:
     assert candidate is not None
     verdict = decide(
         candidate.windows,
-        rule=rule.acceptance,
+        rule=rule_of(candidate, rule),
         config_from=candidate.config_from,
         config_to=candidate.config_to,
     )
@@ -297,8 +304,7 @@ def _judge(state: Rollout, *, at: float, rule: RolloutRule) -> Step:
     settle = Settle(
         record=record,
         good=state.good,
-        verdict=verdict,
-        windows=candidate.windows,
+        evidence=evidence_of(candidate, verdict, rule=rule),
         regime=state.regimes.standing,
     )
     tested = [item for item in candidate.windows if item.values == candidate.config_to]

@@ -20,12 +20,14 @@ from sparsed.tuner.rollout_state import (
     Action,
     Apply,
     Candidate,
+    Evidence,
     Note,
     Phase,
     Rollout,
     RolloutRule,
     Settle,
     Values,
+    rule_of,
 )
 from sparsed.tuner.schedule import Slot, paired_slots
 
@@ -98,9 +100,9 @@ def end(
     is_in_force = candidate.phase in (Phase.CANARY, Phase.SWITCHED) or rolls_back
     if leaves_it or not is_in_force:
         return state, (Note(record=record),)
-    windows = candidate.windows if verdict else ()
+    evidence = None if verdict is None else evidence_of(candidate, verdict, rule=rule)
     changed = state.regimes.standing if regime is not None else None
-    settle = Settle(record=record, good=good, verdict=verdict, windows=windows, regime=changed)
+    settle = Settle(record=record, good=good, evidence=evidence, regime=changed)
     return state, (Apply(values=candidate.config_from), settle)
 
 
@@ -136,6 +138,10 @@ def cool_down(state: Rollout, *, at: float, is_fault: bool, rule: RolloutRule) -
     return replace(state, cool_at=at + max(state.cooldown_s, rule.cooldown_s))
 
 
+def evidence_of(candidate: Candidate, verdict: AcceptanceVerdict, *, rule: RolloutRule) -> Evidence:
+    return Evidence(rule=rule_of(candidate, rule), verdict=verdict, windows=candidate.windows)
+
+
 def record_of(
     candidate: Candidate, state: RolloutState, reason: RolloutReason, *, at: float
 ) -> RolloutRecord:
@@ -147,11 +153,12 @@ def record_of(
         initiated_by=candidate.initiated_by,
         at=at,
         regime_id=candidate.regime_id,
+        profile=candidate.profile,
     )
 
 
 def slot_of(candidate: Candidate, rule: RolloutRule) -> Slot:
-    return slots(rule.acceptance.num_pairs)[candidate.turn]
+    return slots(rule_of(candidate, rule).num_pairs)[candidate.turn]
 
 
 def wanted(candidate: Candidate, rule: RolloutRule) -> Values:

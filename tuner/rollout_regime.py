@@ -107,7 +107,7 @@ def wanted(state: Rollout, regime: Regime, *, knobs: Knobs) -> dict[str, KnobVal
     if not values:
         good = {**state.base, **state.good}
         values = {name: good[name] for name in state.switched if name in good}
-    return _free(values, state.controls, knobs=knobs)
+    return free_of(values, state.controls, knobs=knobs)
 
 
 def watch_switch(
@@ -178,7 +178,7 @@ def fall_back(state: Rollout, event: Drifted, *, rule: RolloutRule) -> Step:
         regimes=replace(state.regimes, known=known),
     )
     may_apply = _may_switch(state.controls)
-    values = _free(event.values, state.controls, knobs=knobs) if may_apply else {}
+    values = free_of(event.values, state.controls, knobs=knobs) if may_apply else {}
     record = RolloutRecord(
         state=RolloutState.EXPIRED,
         reason=RolloutReason.PLATFORM_DRIFT,
@@ -229,7 +229,7 @@ def _may_switch(controls: Controls) -> bool:
     return controls.mode is TunerMode.AUTO and not controls.frozen and not controls.killed
 
 
-def _free(values: Values, controls: Controls, *, knobs: Knobs) -> dict[str, KnobValue]:
+def free_of(values: Values, controls: Controls, *, knobs: Knobs) -> dict[str, KnobValue]:
     """What differs from ``knobs`` of what is not pinned; nothing if it does not fit them."""
     free = {
         name: value

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Final
 
@@ -34,7 +34,10 @@ Values = Mapping[str, KnobValue]
 class RolloutRule:
     """Times in seconds. InputError for a rule under which no candidate could ever be tested.
 
-    ``max_gap_s``: without a new window of the profiler for longer, the data are stale.
+    ``acceptance``: of what is to take the place of what runs; ``harmless``: of the values of a
+    compatible profile, which need not be better. ``max_gap_s``: without a new window of the profiler
+    for longer, the data are stale; a long step of prompts is no silence. ``lag_s``: of a change to
+    come into force, with the window in which it does.
     ``max_explored_frac``: of the busy time; ``slo_budget_frac``: of the windows of about the last
     ``slo_horizon_s`` that may break a target. ``hbm_soft_frac``: of the memory of the GPU.
     ``max_queue_growth``: waiting requests more than when the candidate's turn began. ``dwell_s``:
@@ -44,6 +47,11 @@ class RolloutRule:
     acceptance: AcceptanceRule = field(
         default_factory=lambda: AcceptanceRule(metric="output_tokens_per_s")
     )
+    harmless: AcceptanceRule = field(
+        default_factory=lambda: AcceptanceRule(
+            metric="output_tokens_per_s", num_pairs=8, needs_gain=False
+        )
+    )
     window_s: float = 60.0
     washout_s: float = 30.0
     probation_s: float = 1800.0
@@ -52,7 +60,8 @@ class RolloutRule:
     cooldown_s: float = 600.0
     max_cooldown_s: float = 86400.0
     quarantine_s: float = 86400.0
-    max_gap_s: float = 3.0
+    max_gap_s: float = 10.0
+    lag_s: float = 3.0
     max_explored_frac: float = 0.05
     slo_budget_frac: float = 0.01
     slo_horizon_s: float = 3600.0
@@ -68,7 +77,7 @@ class RolloutRule:
         return self.dwell_s / 2
 
     def __post_init__(self) -> None:
-        for name in ("window_s", "washout_s", "max_gap_s", "max_explored_frac", "dwell_s"):
+        for name in ("window_s", "washout_s", "max_gap_s", "lag_s", "max_explored_frac", "dwell_s"):
             if not getattr(self, name) > 0:
                 raise InputError(f"{name} is not above 0; give a number above 0", field=name)
 
@@ -78,8 +87,12 @@ def live_rule(slo: Slo, *, dwell_s: float = DWELL_S) -> RolloutRule:
     test of ``sparsed tune``; without a target any loss of it counts."""
     given = {Guard.TTFT: slo.ttft_s, Guard.TPOT: slo.tpot_s}
     targets = {guard: target for guard, target in given.items() if target is not None}
-    acceptance = AcceptanceRule(metric="output_tokens_per_s", targets=targets)
-    return RolloutRule(acceptance=acceptance, dwell_s=dwell_s)
+    rule = RolloutRule(dwell_s=dwell_s)
+    return replace(
+        rule,
+        acceptance=replace(rule.acceptance, targets=targets),
+        harmless=replace(rule.harmless, targets=targets),
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -105,7 +118,7 @@ class Candidate:
     window in which its knobs were in force, None before. ``good_before`` and ``regime_before``:
     what probation falls back to, the latter None where no regime was known. ``is_armed``: the
     targets were met before, so that a breach is its fault. ``repairs``: they were missed for good
-    when its test began."""
+    when its test began. ``profile``: as in ``RolloutRecord``."""
 
     phase: Phase
     config_from: Values
@@ -127,6 +140,7 @@ class Candidate:
     regime_before: Regime | None = None
     foreign_s: float = 0.0  # of this turn, under another load
     is_armed: bool = True
+    profile: str = ""
     repairs: bool = False
 
 
@@ -175,11 +189,13 @@ class Rollout:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Proposed:
-    """Advice to be tested; ``initiated_by`` is the tuner or an operator."""
+    """Advice to be tested; ``initiated_by`` is the tuner or an operator. ``profile``: of which the
+    values are to be tested all together, as in ``RolloutRecord``."""
 
     at: float
     values: Values
     initiated_by: str
+    profile: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -247,14 +263,22 @@ class Apply:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Evidence:
+    """``verdict`` is what ``rule`` says of ``windows``."""
+
+    rule: AcceptanceRule
+    verdict: AcceptanceVerdict
+    windows: tuple[AcceptanceWindow, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Settle:
     """Record, clear the marker, with ``good`` move the last known good, and with ``regime`` keep
-    that one: one transaction. ``verdict`` with ``windows``: the evidence, to be kept beside it."""
+    that one: one transaction. ``evidence``: to be kept beside it."""
 
     record: RolloutRecord
     good: Values | None = None
-    verdict: AcceptanceVerdict | None = None
-    windows: tuple[AcceptanceWindow, ...] = ()
+    evidence: Evidence | None = None
     regime: Regime | None = None
 
 
@@ -266,6 +290,10 @@ class Keep:
 
 
 Action = Note | Mark | Apply | Settle
+
+
+def rule_of(candidate: Candidate, rule: RolloutRule) -> AcceptanceRule:
+    return rule.harmless if candidate.profile else rule.acceptance
 
 
 def slot_seconds(slot: Slot, rule: RolloutRule) -> float:

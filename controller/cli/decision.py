@@ -126,13 +126,10 @@ def _lines(
     yield "change", _change(decision)
     yield from _verdict_lines(decision.verdict)
     yield "windows", f"{len(decision.windows)} of {rule.metric}"
-    yield (
-        "rule",
-        (
-            f"{rule.num_pairs} pairs, p < {rule.alpha:g}, gain over {rule.min_effect_frac:.1%}, noise "
-            f"up to {rule.max_cv_frac:.1%}"
-        ),
-    )
+    wanted = f"p < {rule.alpha:g}, gain over {rule.min_effect_frac:.1%}"
+    if not rule.needs_gain:
+        wanted = f"no more than {rule.max_loss_frac:.1%} lost"
+    yield "rule", f"{rule.num_pairs} pairs, {wanted}, noise up to {rule.max_cv_frac:.1%}"
 
 
 def _verdict_lines(verdict: AcceptanceVerdict) -> Iterator[tuple[str, object]]:

@@ -1,9 +1,13 @@
-"""``sparsed profile list|show|export|import|pin``: through the daemon, or without one."""
+"""``sparsed profile list|show|export|import|pin``: through the daemon, or without one.
+
+What ships with the package is read from the package, and needs neither.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -24,11 +28,13 @@ from sparsed.controller.cli.session import (
     find_state_dir,
 )
 from sparsed.controller.profiles import ProfileShelf, StoredProfiles
-from sparsed.tuner.export import FORMAT_BY_SUFFIX, ExportFormat
+from sparsed.controller.seeds import find_seed, load_seeds
+from sparsed.core import InputError
+from sparsed.tuner.export import FORMAT_BY_SUFFIX, ExportFormat, render_profile
 
 if TYPE_CHECKING:
     from sparsed.controller.state_dir import StateDir
-    from sparsed.core import Profile
+    from sparsed.core import Profile, ProfileMatch
 
 app = typer.Typer(
     help="Tuned configurations, kept per hardware, model and dtype. Works without a daemon too.",
@@ -36,53 +42,75 @@ app = typer.Typer(
 )
 
 IdArgument = Annotated[int, typer.Argument(metavar="ID", help="As in: profile list.")]
+IdOrNameArgument = Annotated[
+    str,
+    typer.Argument(metavar="ID|NAME", help="As in: profile list; a name is of one that ships."),
+]
 
 
 @app.command("list")
 def list_(state_dir: StateDirOption = None, output: OutputOption = Output.TEXT) -> None:
-    """Show all profiles, newest first."""
+    """Show all profiles, newest first, then those that ship with sparsed, and how far each is good
+    on this machine for its own model and dtype: exact (a start uses it), compatible (a start leaves
+    it out unless it is pinned; the tuner tests it first), transfer (sparsed tune begins from it),
+    none."""
+    from sparsed.controller.profile_match import match_here
+    from sparsed.profiler.machine import read_machine
+
     with _shelf(state_dir) as shelf:
-        profiles = shelf.list_profiles()
+        profiles = (*shelf.list_profiles(), *load_seeds())
+    machine = read_machine()
+    matches = [match_here(profile, machine) for profile in profiles]
     if output is Output.JSON:
-        print_json(list(profiles))
+        pairs = zip(profiles, matches, strict=True)
+        print_json([asdict(profile) | {"match": match} for profile, match in pairs])
         return
     if not profiles:
         print("no profiles")
         return
     print_table(
-        ("id", "status", "pinned", "gain", "model", "dtype", "workload", "hardware"),
+        ("id", "status", "pinned", "here", "gain", "model", "dtype", "workload", "hardware"),
         (
             (
-                profile.profile_id,
-                profile.status.value,
+                profile.seed or profile.profile_id,
+                "shipped" if profile.seed else profile.status.value,
                 "yes" if profile.pinned else "",
+                match.level.value,
                 _gain(profile),
                 profile.key.model,
                 profile.key.dtype,
                 profile.workload,
                 profile.key.hardware,
             )
-            for profile in profiles
+            for profile, match in zip(profiles, matches, strict=True)
         ),
     )
 
 
 @app.command()
 def show(
-    profile_id: IdArgument, state_dir: StateDirOption = None, output: OutputOption = Output.TEXT
+    profile_id: IdOrNameArgument,
+    state_dir: StateDirOption = None,
+    output: OutputOption = Output.TEXT,
 ) -> None:
-    """Show one profile: values, evidence, versions."""
-    with _shelf(state_dir) as shelf:
-        profile = shelf.get_profile(profile_id)
+    """Show one profile: values, evidence, versions, and how far it is good on this machine."""
+    from sparsed.controller.profile_match import match_here
+    from sparsed.profiler.machine import read_machine
+
+    profile = find_seed(profile_id)
+    if profile is None:
+        with _shelf(state_dir) as shelf:
+            profile = shelf.get_profile(_number(profile_id))
+    match = match_here(profile, read_machine())
     if output is Output.JSON:
-        print_json(profile)
+        print_json(asdict(profile) | {"match": match})
         return
-    print_table(("profile", ""), _lines(profile))
+    print_table(("profile", ""), _lines(profile, match))
 
 
 @app.command()
 def export(
-    profile_id: IdArgument,
+    profile_id: IdOrNameArgument,
     format: Annotated[
         ExportFormat | None,
         typer.Option(
@@ -113,10 +141,14 @@ def export(
 ) -> None:
     """Write one profile in the format of another program or start."""
     by_suffix = FORMAT_BY_SUFFIX.get(file.suffix if file else "", ExportFormat.TOML)
-    with _shelf(state_dir) as shelf:
-        text = shelf.export_profile(
-            profile_id, format=format or by_suffix, engine_version=engine_version, force=force
-        )
+    chosen = format or by_suffix
+    if (seed := find_seed(profile_id)) is not None:
+        text = render_profile(seed, format=chosen, engine_version=engine_version, force=force)
+    else:
+        with _shelf(state_dir) as shelf:
+            text = shelf.export_profile(
+                _number(profile_id), format=chosen, engine_version=engine_version, force=force
+            )
     if file is None:
         print(text, end="" if text.endswith("\n") else "\n")
     else:
@@ -148,7 +180,8 @@ def pin(
     state_dir: StateDirOption = None,
     output: OutputOption = Output.TEXT,
 ) -> None:
-    """Prefer a profile to all others of its hardware, model and dtype at the next start."""
+    """Prefer a profile to all others of its hardware, model and dtype at the next start. One that
+    ships with sparsed is to be exported and imported first."""
     with _shelf(state_dir, write=True) as shelf:
         profile = shelf.pin_profile(profile_id, validate_only=dry_run, reason=reason)
     _report(profile, "can be pinned" if dry_run else "is pinned", output)
@@ -195,9 +228,21 @@ def _gain(profile: Profile) -> str:
     return "-" if profile.gain_frac is None else f"{100 * profile.gain_frac:+.1f} %"
 
 
-def _lines(profile: Profile) -> Iterator[tuple[str, object]]:
-    yield "id", profile.profile_id
-    yield "status", profile.status.value + (", pinned" if profile.pinned else "")
+def _number(text: str) -> int:
+    if text.isdecimal():
+        return int(text)
+    raise InputError(
+        f"{text} is neither a number nor a profile that ships with sparsed; see: sparsed profile "
+        "list",
+        field="profile_id",
+    )
+
+
+def _lines(profile: Profile, match: ProfileMatch) -> Iterator[tuple[str, object]]:
+    yield "id", profile.seed or profile.profile_id
+    extras = [", pinned"] * profile.pinned + [", shipped"] * (profile.seed is not None)
+    yield "status", profile.status.value + "".join(extras)
+    yield "here", f"{match.level.value}: {match.why}"
     yield "hardware", profile.key.hardware
     yield "model", f"{profile.key.model}, {profile.key.dtype}"
     yield "workload", f"{profile.workload}, for {profile.objective.value}"

@@ -121,7 +121,9 @@ def tune(
 ) -> None:
     """Search for the best configuration of a model on this machine, and keep the profile.
 
-    Owns the machine while it runs. Knobs given as flags are fixed; Ctrl-C keeps what was measured.
+    Begins from the nearest profile, stored or shipped (see: sparsed profile list), unless
+    --no-profile says otherwise. Owns the machine while it runs. Knobs given as flags are fixed;
+    Ctrl-C keeps what was measured.
     With several GPUs of one kind, as --device cuda:0,cuda:1, each has an engine of its own and takes
     a trial whenever it is free; the host's memory is divided among them. The default, and all that
     follows the search, run on the first one alone.

@@ -70,7 +70,8 @@ def reject(
     reason: ReasonOption = "",
 ) -> None:
     """End the candidate that waits or is tested, and go back to the values before it. One that is
-    on probation stays."""
+    on probation stays. The values of a compatible profile, advised or tested, do not come again
+    on these versions."""
     _steer(state_dir, TunerVerb.REJECT, output, reason=reason)
 
 
@@ -177,9 +178,8 @@ def _show(state: TunerState, output: Output) -> None:
     for line in load_in_words(state.load):
         print(line)
     for record in state.rollouts:
-        print(
-            f"{record.state}: {_change(record.config_to)}: {record.reason}, by {record.initiated_by}"
-        )
+        who = f"by {record.initiated_by}" + (f", {record.profile}" if record.profile else "")
+        print(f"{record.state}: {_change(record.config_to)}: {record.reason}, {who}")
     for decision in state.decisions:
         print(f"advice: {_change(decision.values) or 'hold'}: {decision.reason}")
 

@@ -115,6 +115,14 @@ def named_gpu(name: str) -> GpuRates:
     return known.rates
 
 
+def rates_of(driver_name: str) -> GpuRates | None:
+    """The rates of the GPU that its driver calls so; None: not known."""
+    for known in GPUS.values():
+        if any(part in driver_name for part in known.driver_names):
+            return known.rates
+    return None
+
+
 def gpu_of(machine: MachineFacts) -> GpuRates:
     """The rates of the GPU of this machine; InputError if there is none, or an unknown one."""
     if machine.gpu_name is None:
@@ -122,9 +130,8 @@ def gpu_of(machine: MachineFacts) -> GpuRates:
             f"this machine has no GPU to plan for; name one with --gpu: {', '.join(GPUS)}",
             field="gpu",
         )
-    for known in GPUS.values():
-        if any(part in machine.gpu_name for part in known.driver_names):
-            return known.rates
+    if (rates := rates_of(machine.gpu_name)) is not None:
+        return rates
     raise InputError(
         f"the rates of {machine.gpu_name} are not known; plan for one of: {', '.join(GPUS)}, with "
         "--gpu",

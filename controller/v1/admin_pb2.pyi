@@ -898,7 +898,7 @@ class TunerState(_message.Message):
     def __init__(self, mode: _Optional[_Union[TunerMode, str]] = ..., num_observations: _Optional[int] = ..., decisions: _Optional[_Iterable[_Union[Decision, _Mapping]]] = ..., rollouts: _Optional[_Iterable[_Union[RolloutRecord, _Mapping]]] = ..., pins: _Optional[_Iterable[str]] = ..., frozen: bool = ..., killed: bool = ..., safe_mode: bool = ..., hold: _Optional[str] = ..., explored_frac: _Optional[float] = ..., load: _Optional[_Union[LoadState, _Mapping]] = ...) -> None: ...
 
 class RolloutRecord(_message.Message):
-    __slots__ = ("state", "reason", "config_from", "config_to", "initiated_by", "at", "regime_id")
+    __slots__ = ("state", "reason", "config_from", "config_to", "initiated_by", "at", "regime_id", "profile")
     class ConfigFromEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -920,6 +920,7 @@ class RolloutRecord(_message.Message):
     INITIATED_BY_FIELD_NUMBER: _ClassVar[int]
     AT_FIELD_NUMBER: _ClassVar[int]
     REGIME_ID_FIELD_NUMBER: _ClassVar[int]
+    PROFILE_FIELD_NUMBER: _ClassVar[int]
     state: RolloutState
     reason: RolloutReason
     config_from: _containers.MessageMap[str, KnobValue]
@@ -927,7 +928,8 @@ class RolloutRecord(_message.Message):
     initiated_by: str
     at: float
     regime_id: int
-    def __init__(self, state: _Optional[_Union[RolloutState, str]] = ..., reason: _Optional[_Union[RolloutReason, str]] = ..., config_from: _Optional[_Mapping[str, KnobValue]] = ..., config_to: _Optional[_Mapping[str, KnobValue]] = ..., initiated_by: _Optional[str] = ..., at: _Optional[float] = ..., regime_id: _Optional[int] = ...) -> None: ...
+    profile: str
+    def __init__(self, state: _Optional[_Union[RolloutState, str]] = ..., reason: _Optional[_Union[RolloutReason, str]] = ..., config_from: _Optional[_Mapping[str, KnobValue]] = ..., config_to: _Optional[_Mapping[str, KnobValue]] = ..., initiated_by: _Optional[str] = ..., at: _Optional[float] = ..., regime_id: _Optional[int] = ..., profile: _Optional[str] = ...) -> None: ...
 
 class Regime(_message.Message):
     __slots__ = ("regime_id", "centroid", "signature", "seen_s", "seen_at", "incumbent", "verified_at", "versions")
@@ -1072,7 +1074,7 @@ class ProfileKey(_message.Message):
     def __init__(self, hardware: _Optional[str] = ..., model: _Optional[str] = ..., dtype: _Optional[str] = ...) -> None: ...
 
 class Profile(_message.Message):
-    __slots__ = ("key", "values", "status", "workload", "objective", "default_scores", "winner_scores", "versions", "created_at", "pinned", "profile_id")
+    __slots__ = ("key", "values", "status", "workload", "objective", "default_scores", "winner_scores", "versions", "created_at", "pinned", "profile_id", "shape", "seed")
     class ValuesEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -1098,6 +1100,8 @@ class Profile(_message.Message):
     CREATED_AT_FIELD_NUMBER: _ClassVar[int]
     PINNED_FIELD_NUMBER: _ClassVar[int]
     PROFILE_ID_FIELD_NUMBER: _ClassVar[int]
+    SHAPE_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
     key: ProfileKey
     values: _containers.MessageMap[str, KnobValue]
     status: ProfileStatus
@@ -1109,7 +1113,33 @@ class Profile(_message.Message):
     created_at: float
     pinned: bool
     profile_id: int
-    def __init__(self, key: _Optional[_Union[ProfileKey, _Mapping]] = ..., values: _Optional[_Mapping[str, KnobValue]] = ..., status: _Optional[_Union[ProfileStatus, str]] = ..., workload: _Optional[str] = ..., objective: _Optional[_Union[Objective, str]] = ..., default_scores: _Optional[_Iterable[float]] = ..., winner_scores: _Optional[_Iterable[float]] = ..., versions: _Optional[_Mapping[str, str]] = ..., created_at: _Optional[float] = ..., pinned: bool = ..., profile_id: _Optional[int] = ...) -> None: ...
+    shape: ModelShape
+    seed: str
+    def __init__(self, key: _Optional[_Union[ProfileKey, _Mapping]] = ..., values: _Optional[_Mapping[str, KnobValue]] = ..., status: _Optional[_Union[ProfileStatus, str]] = ..., workload: _Optional[str] = ..., objective: _Optional[_Union[Objective, str]] = ..., default_scores: _Optional[_Iterable[float]] = ..., winner_scores: _Optional[_Iterable[float]] = ..., versions: _Optional[_Mapping[str, str]] = ..., created_at: _Optional[float] = ..., pinned: bool = ..., profile_id: _Optional[int] = ..., shape: _Optional[_Union[ModelShape, _Mapping]] = ..., seed: _Optional[str] = ...) -> None: ...
+
+class ModelShape(_message.Message):
+    __slots__ = ("num_layers", "num_heads", "num_kv_heads", "head_dim", "hidden_size", "intermediate_size", "vocab_size", "max_position", "num_parameters", "tied_embeddings")
+    NUM_LAYERS_FIELD_NUMBER: _ClassVar[int]
+    NUM_HEADS_FIELD_NUMBER: _ClassVar[int]
+    NUM_KV_HEADS_FIELD_NUMBER: _ClassVar[int]
+    HEAD_DIM_FIELD_NUMBER: _ClassVar[int]
+    HIDDEN_SIZE_FIELD_NUMBER: _ClassVar[int]
+    INTERMEDIATE_SIZE_FIELD_NUMBER: _ClassVar[int]
+    VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
+    MAX_POSITION_FIELD_NUMBER: _ClassVar[int]
+    NUM_PARAMETERS_FIELD_NUMBER: _ClassVar[int]
+    TIED_EMBEDDINGS_FIELD_NUMBER: _ClassVar[int]
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    hidden_size: int
+    intermediate_size: int
+    vocab_size: int
+    max_position: int
+    num_parameters: int
+    tied_embeddings: bool
+    def __init__(self, num_layers: _Optional[int] = ..., num_heads: _Optional[int] = ..., num_kv_heads: _Optional[int] = ..., head_dim: _Optional[int] = ..., hidden_size: _Optional[int] = ..., intermediate_size: _Optional[int] = ..., vocab_size: _Optional[int] = ..., max_position: _Optional[int] = ..., num_parameters: _Optional[int] = ..., tied_embeddings: bool = ...) -> None: ...
 
 class RecordedRequest(_message.Message):
     __slots__ = ("arrival_s", "input_tokens", "output_tokens", "max_tokens", "block_ids")

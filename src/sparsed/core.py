@@ -1547,6 +1547,7 @@ class DecisionReason(StrEnum):
     CANDIDATE_FAILED = "candidate_failed"  # it broke down in a window
     NO_GAIN = "no_gain"  # the gain is not significant
     SMALL_EFFECT = "small_effect"  # significant, and too small to change anything for
+    METRIC_WORSE = "metric_worse"  # no gain was asked for, and it is not shown to be no worse
     TTFT_WORSE = "ttft_worse"  # not shown to be no worse; so the next three
     TPOT_WORSE = "tpot_worse"
     ERRORS_WORSE = "errors_worse"
@@ -1579,7 +1580,8 @@ class AcceptanceRule:
     fewer decide nothing. ``targets``: of guards; what is below its target counts as the target, so
     only what is over it is lost. ``max_loss_frac``: by which a guard must be shown to be no worse;
     ``max_error_frac``: the same for the share of requests that are answered. ``max_cv_frac``:
-    noise of one window over which nothing is decided. InputError if no result could pass.
+    noise of one window over which nothing is decided. ``needs_gain`` False: ``metric`` is one more
+    guard, and need not grow. InputError if no result could pass.
     """
 
     metric: str = "goodput_requests_per_s"
@@ -1593,6 +1595,7 @@ class AcceptanceRule:
     max_loss_frac: float = 0.03
     max_error_frac: float = 0.005
     max_cv_frac: float = 0.08
+    needs_gain: bool = True
 
     def __post_init__(self) -> None:
         for name in ("alpha", "guard_alpha"):
@@ -1624,8 +1627,9 @@ class AcceptanceWindow:
 class AcceptanceVerdict:
     """``hl``, ``ci_lo``, ``ci_hi``: logarithm of the ratio of candidate to incumbent, its
     Hodges-Lehmann estimate and confidence limits at level 1 - 2 alpha. ``cv``: noise of one
-    window. All None before the last pair. ``loss_bounds``: for each guard, the upper limit of the
-    logarithm of its loss, at level 1 - guard_alpha."""
+    window. All None before the last pair. ``loss_bounds``: for each guard, and for the
+    metric where no gain is needed, the upper limit of the logarithm of its loss, at level
+    1 - guard_alpha."""
 
     state: DecisionState
     reason: DecisionReason
@@ -1655,7 +1659,11 @@ class ProfileKey:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Profile:
-    """A tuned configuration with its evidence. ``values`` holds only knobs that were tuned."""
+    """A tuned configuration with its evidence. ``values`` holds only knobs that were tuned.
+
+    ``shape``: of the model; None: it was stored by a version that did not keep it. ``seed``: the
+    name of a profile that ships with the package, which has no id.
+    """
 
     key: ProfileKey
     values: Mapping[str, KnobValue]
@@ -1668,6 +1676,13 @@ class Profile:
     created_at: float = 0.0
     pinned: bool = False
     profile_id: int | None = None  # set by the store
+    shape: ModelShape | None = None
+    seed: str | None = None
+
+    @property
+    def name(self) -> str:
+        """As users give it."""
+        return self.seed or (f"#{self.profile_id}" if self.profile_id else "")
 
     @property
     def gain_frac(self) -> float | None:
@@ -1677,6 +1692,36 @@ class Profile:
         default = sorted(self.default_scores)[len(self.default_scores) // 2]
         winner = sorted(self.winner_scores)[len(self.winner_scores) // 2]
         return winner / default - 1.0 if default > 0 else None
+
+
+class MatchLevel(StrEnum):
+    """How far a profile is good for a machine and a model, the best first."""
+
+    EXACT = "exact"  # the same hardware, model, dtype and versions: used as it is
+    COMPATIBLE = "compatible"  # other versions, stale or shipped: to be proved before it is used
+    TRANSFER = "transfer"  # other hardware, model or dtype: a search may begin from it
+    NONE = "none"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ProfileMatch:
+    """``why``: what differs, in words. ``distance``: root of the summed squares of the octaves
+    between the two platforms; 0 between equal ones."""
+
+    level: MatchLevel
+    why: str
+    distance: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class UnprovedProfile:
+    """What a start left out of a compatible profile, for the live tuner to prove. ``name``: of the
+    profile, with the versions that it is to be proved on; ``values``: the knobs that it sets
+    otherwise than the start; ``why``: what differs from where it was measured, in words."""
+
+    name: str
+    values: Mapping[str, KnobValue]
+    why: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -1750,11 +1795,17 @@ class RolloutReason(StrEnum):
     PLATFORM_DRIFT = "platform_drift"  # what was measured on this machine holds no more
 
 
+# A step of the one or the other is a verdict on its candidate.
+VERDICT_STATES = (RolloutState.SUCCESS, RolloutState.REVERTED)
+VERDICT_REASONS = (RolloutReason.COMMITTED, RolloutReason.REJECTED)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RolloutRecord:
     """One step of the life of one candidate. ``config_from`` and ``config_to`` hold the knobs that
     it changes; times are seconds since the epoch. ``regime_id``: of the load that it was for, None
-    where that was not known."""
+    where that was not known. ``profile``: name of the ``UnprovedProfile`` whose values they are,
+    empty if they are of none."""
 
     state: RolloutState
     reason: RolloutReason
@@ -1763,11 +1814,13 @@ class RolloutRecord:
     initiated_by: str
     at: float
     regime_id: int | None = None
+    profile: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LastKnownGood:
-    """Hot knobs that the live tuner has proved better than what a start takes without it.
+    """Hot knobs that the live tuner has proved better than what a start takes without it, or of
+    a compatible profile no worse.
     ``versions``: of what they were proved on, empty where that was not kept."""
 
     values: Mapping[str, KnobValue]

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import typer.main
 
+from sparsed.controller import seeds
 from sparsed.controller.cli import start as start_verb
 from sparsed.controller.cli.detach import _wait_until_ready
 from sparsed.controller.cli.flags import KNOB_FLAGS, SERVING_FLAGS
@@ -29,6 +30,10 @@ from sparsed.core import (
     InputError,
     KnobProgress,
     KnobSpec,
+    Objective,
+    Profile,
+    ProfileKey,
+    ProfileStatus,
     RefusalCount,
     RefusalReason,
     Regime,
@@ -39,7 +44,16 @@ from sparsed.core import (
     WaitReason,
 )
 from sparsed.db import open_store
+from sparsed.profiler.machine import read_machine
+from sparsed.tuner.export import render_profile
 
+SEED = Profile(
+    key=ProfileKey(hardware="", model="m", dtype="float32"),
+    values={"token_budget": 512},
+    status=ProfileStatus.VERIFIED,
+    workload="mixed",
+    objective=Objective.THROUGHPUT,
+)
 GOLDEN = Path(__file__).parent / "golden" / "cli.txt"
 Sparsed = Callable[..., int]
 
@@ -523,3 +537,28 @@ def test_the_tuner_is_steered(
     assert sparsed("tuner", "unpin", "token_budget") == 0
     verbs = [verb.value for verb in daemon.control.verbs]
     assert verbs == ["freeze", "unfreeze", "approve", "reject", "revive", "pin", "kill", "unpin"]
+
+
+def test_what_ships_is_listed_shown_and_exported_by_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_store(_made(tmp_path / "empty") / "sparsed.db").close()
+    folder = _made(tmp_path / "seeds")
+    hardware = read_machine().fingerprint
+    (folder / "m-here.json").write_text(
+        render_profile(replace(SEED, key=replace(SEED.key, hardware=hardware)), format="json")
+    )
+    monkeypatch.setattr(seeds.load_seeds, "__defaults__", (folder,))
+    place = ["--state-dir", str(tmp_path / "empty")]
+    assert run(["profile", "list", *place]) == 0
+    listed = capsys.readouterr().out
+    assert "m-here" in listed and "shipped" in listed and "compatible" in listed
+    assert run(["profile", "show", "m-here", *place]) == 0
+    assert "it ships with sparsed" in capsys.readouterr().out
+    assert run(["profile", "export", "m-here", "-o", str(tmp_path / "p.json"), *place]) == 0
+    assert run(["profile", "import", str(tmp_path / "p.json"), *place]) == 0
+    assert run(["profile", "show", "no-such", *place]) != 0
+    assert "neither a number nor a profile that ships" in capsys.readouterr().err
+    (folder / "bad.json").write_text("{}")
+    assert run(["profile", "list", *place]) != 0
+    assert "bad.json of the package holds no profile" in capsys.readouterr().err

@@ -12,6 +12,7 @@ import pytest
 from sparsed.controller.config import DaemonConfig
 from sparsed.controller.control import KnobSource, TunerVerb
 from sparsed.controller.live_tuner import LiveTuner
+from sparsed.controller.recovery import verdict_on
 from sparsed.controller.startup import StartPlan
 from sparsed.core import (
     Decision,
@@ -19,6 +20,7 @@ from sparsed.core import (
     RolloutReason,
     TunerControls,
     TunerMode,
+    UnprovedProfile,
 )
 from sparsed.db.memory import InMemoryProfileStore
 from sparsed.tuner.rollout_state import Values
@@ -30,7 +32,12 @@ ADVICE = Decision(
     predicted_score=None,
     current_score=None,
 )
-Play = Callable[[Callable[[LiveTuner], Awaitable[None]]], None]
+UNPROVED = UnprovedProfile(
+    name="profile #1 on torch 2",
+    values={"token_budget": 512, "max_num_active_seqs": 2},
+    why="torch 1 -> 2",
+)
+Play = Callable[..., None]
 
 
 @pytest.fixture
@@ -53,11 +60,13 @@ def play(
     async def apply(values: Values) -> None:
         raise AssertionError(f"nothing was to be applied, but {values}")
 
-    def run(scenario: Callable[[LiveTuner], Awaitable[None]]) -> None:
+    def run(
+        scenario: Callable[[LiveTuner], Awaitable[None]], *, unproved: UnprovedProfile | None = None
+    ) -> None:
         async def live() -> None:
             tuner = LiveTuner(
                 store,
-                plan,
+                replace(plan, unproved=unproved),
                 config=configure(regime_dwell=20),
                 apply=apply,
                 read_failures=lambda: 0,
@@ -154,3 +163,66 @@ def test_safe_mode_is_degraded_until_it_is_lifted(play: Play, store: InMemoryPro
         assert tuner.reasons() == () and store.controls().safe_since is None
 
     play(scenario)
+
+
+def advised(tuner: LiveTuner) -> Decision:
+    """As the optimizer answers: what is left of the compatible profile, or the usual."""
+    left = tuner._read_unproved()
+    decision = replace(ADVICE, values=left.values) if left and left.values else ADVICE
+    tuner._advice._decisions.appendleft(decision)
+    return decision
+
+
+def test_a_compatible_profile_is_the_first_candidate_of_auto_until_it_has_a_verdict(
+    play: Play,
+) -> None:
+    async def scenario(tuner: LiveTuner) -> None:
+        tuner._on_decision(advised(tuner))
+        assert tuner.state().rollouts == (), "in mode advise nothing is tested"
+        tuner.set_mode(TunerMode.AUTO)
+        tuner._on_decision(advised(tuner))
+        (record,) = tuner.state().rollouts
+        assert (record.initiated_by, record.profile) == ("auto", UNPROVED.name)
+        assert record.config_to == UNPROVED.values, "all of it at once"
+        tuner.set_mode(TunerMode.ADVISE)
+        assert tuner.state().rollouts[0].reason is RolloutReason.SWITCHED_OFF
+        tuner.set_mode(TunerMode.AUTO)
+        tuner._on_decision(advised(tuner))
+        assert tuner.state().rollouts[0].reason is RolloutReason.PROPOSED, "there was no verdict"
+        await say(tuner, TunerVerb.REJECT)
+        assert tuner.state().rollouts[0].reason is RolloutReason.REJECTED
+        assert advised(tuner) == ADVICE
+        tuner._on_decision(ADVICE)
+        assert tuner.state().rollouts[0].profile == ""
+
+    play(scenario, unproved=UNPROVED)
+
+
+def test_in_advise_an_operator_proves_a_compatible_profile_or_rejects_it_for_good(
+    play: Play, store: InMemoryProfileStore, plan_start: Callable[..., StartPlan]
+) -> None:
+    async def reject(tuner: LiveTuner) -> None:
+        await say(tuner, TunerVerb.REJECT)
+        assert tuner.state().rollouts == (), "nothing was advised yet"
+        advised(tuner)
+        await say(tuner, TunerVerb.APPROVE)
+        record = tuner.state().rollouts[0]
+        assert (record.initiated_by, record.profile) == ("operator", UNPROVED.name)
+        tuner._rollout.trip(RolloutReason.OVERTAKEN)
+        await say(tuner, TunerVerb.REJECT)
+        record = tuner.state().rollouts[0]
+        assert (record.reason, record.profile) == (RolloutReason.REJECTED, UNPROVED.name)
+
+    play(reject, unproved=UNPROVED)
+    key = plan_start(no_profile=True).key
+    assert verdict_on(UNPROVED.name, store.list_rollouts(key)) is not None
+    assert verdict_on("profile #1 on torch 3", store.list_rollouts(key)) is None
+
+
+def test_pinned_knobs_are_no_part_of_a_compatible_profile(play: Play) -> None:
+    async def scenario(tuner: LiveTuner) -> None:
+        await say(tuner, TunerVerb.PIN, "max_num_active_seqs")
+        left = tuner._read_unproved()
+        assert left is not None and left.values == {"token_budget": 512}
+
+    play(scenario, unproved=UNPROVED)

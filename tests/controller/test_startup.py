@@ -11,7 +11,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sparsed.controller import startup
+from sparsed.controller import start_values, startup
 from sparsed.controller.config import DaemonConfig
 from sparsed.controller.control import KnobSource
 from sparsed.controller.lookups import FindTuned
@@ -27,6 +27,9 @@ from sparsed.core import (
     Profile,
     ProfileKey,
     ProfileStatus,
+    RolloutReason,
+    RolloutRecord,
+    RolloutState,
     SparseMethod,
 )
 from sparsed.db import open_store
@@ -86,7 +89,7 @@ def test_a_profile_fills_in_what_was_not_asked_for(plan_start: PlanStart) -> Non
 
     def find(key: ProfileKey) -> Profile:
         asked.append(key)
-        return profile(token_budget=512, page_size=16)
+        return replace(profile(token_budget=512, page_size=16), key=key)
 
     plan = plan_start(find_verified=find, page_size=64)
     assert asked == [plan.key]
@@ -108,7 +111,8 @@ def test_a_draft_in_a_config_file_claims_nothing(configure: Callable[..., Daemon
 
 
 def test_a_profile_that_does_not_fit_is_left_out(plan_start: PlanStart) -> None:
-    plan = plan_start(find_verified=lambda key: profile(max_num_active_seqs=8), max_num_seqs=4)
+    too_many = profile(max_num_active_seqs=8)
+    plan = plan_start(find_verified=lambda key: replace(too_many, key=key), max_num_seqs=4)
     assert plan.spec.knobs.max_num_active_seqs == 4
     assert plan.profile.startswith("none: #7 does not fit this start (max_num_active_seqs=8")
     assert plan.sources["max_num_active_seqs"] is KnobSource.MACHINE
@@ -224,13 +228,19 @@ def good(**values: KnobValue) -> FindTuned:
 
 
 def start_on(
-    configure: Configure, profile: Profile | None, tuned: FindTuned, **flags: object
+    configure: Configure,
+    profile: Profile | None,
+    tuned: FindTuned,
+    *,
+    others: tuple[Profile, ...] = (),
+    **flags: object,
 ) -> Any:
     return prepare(
         configure(**flags),
         progress=lambda phase, frac: None,
-        find_verified=lambda key: profile,
+        find_verified=lambda key: profile and replace(profile, key=key),
         find_tuned=tuned,
+        find_profiles=lambda: others,
     )
 
 
@@ -292,3 +302,151 @@ def test_safe_mode_takes_neither(configure: Configure) -> None:
     plan = start_on(configure, profile(token_budget=512), safe, kv_hbm_gib=0.03)
     assert plan.spec.knobs.with_values(SAFE_VALUES) == plan.spec.knobs
     assert plan.profile == "none: safe mode"
+
+
+def nothing(key: ProfileKey) -> TunedValues:
+    return TunedValues()
+
+
+def test_a_profile_of_these_versions_is_used_as_it_is(configure: Configure) -> None:
+    versions = start_on(configure, None, nothing).versions
+    plan = start_on(configure, replace(profile(token_budget=512), versions=versions), nothing)
+    assert plan.spec.knobs.token_budget == 512
+    assert "; exact: same hardware" in plan.profile
+    assert plan.unproved is None
+
+
+OLD = {"torch": "1.0.0", "triton": "1.0"}
+
+
+def test_a_profile_of_other_versions_is_left_out_and_to_be_tested_first(
+    configure: Configure,
+) -> None:
+    old = replace(profile(token_budget=512, page_size=16, prefill_chunk=256), versions=OLD)
+    plan = start_on(configure, old, nothing, prefill_chunk=1024)
+    assert plan.spec.knobs.token_budget == 2048
+    assert KnobSource.PROFILE not in plan.sources.values()
+    assert "; compatible: torch 1.0.0 -> " in plan.profile
+    assert "first candidate of the tuner in mode auto" in plan.profile
+    # What was asked for is no part of it, nor what waits for a restart.
+    assert plan.unproved is not None and plan.unproved.values == {"token_budget": 512}
+    assert plan.unproved.name.startswith("profile #7 on ")
+    assert f"torch {plan.versions['torch']}" in plan.unproved.name
+    assert plan.unproved.why.startswith("torch 1.0.0 -> ")
+
+
+def test_what_was_left_out_once_is_still_to_be_tested_at_the_next_start(
+    configure: Configure,
+) -> None:
+    here = start_on(configure, None, nothing)
+    stale = replace(
+        profile(token_budget=512), key=here.key, versions=OLD, status=ProfileStatus.STALE
+    )
+    plan = start_on(configure, None, nothing, others=(stale,))
+    assert plan.spec.knobs.token_budget == 2048 and plan.stale == ""
+    assert plan.unproved is not None and plan.unproved.values == {"token_budget": 512}
+    older = replace(stale, status=ProfileStatus.VERIFIED, created_at=-1.0, values={})
+    plan = start_on(configure, older, nothing, others=(stale,))
+    assert plan.unproved is not None, "the newest one comes first"
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"page_size": 16}, "nothing in it for the live tuner"),
+        ({"token_budget": 2048}, "nothing in it for the live tuner"),
+        ({"max_num_active_seqs": 8}, "does not fit this start (max_num_active_seqs=8"),
+    ],
+)
+def test_a_compatible_profile_may_have_nothing_to_test(
+    configure: Configure, values: dict[str, KnobValue], words: str
+) -> None:
+    old = replace(profile(**values), versions=OLD)
+    plan = start_on(configure, old, nothing, max_num_seqs=4)
+    assert plan.unproved is None and words in plan.profile
+
+
+def test_a_pin_needs_no_test(configure: Configure) -> None:
+    old = replace(profile(token_budget=512), versions=OLD, pinned=True)
+    plan = start_on(configure, old, nothing)
+    assert plan.spec.knobs.token_budget == 512 and "; compatible: " in plan.profile
+    assert plan.unproved is None
+
+
+def test_what_was_proved_since_need_not_make_way_for_a_profile(configure: Configure) -> None:
+    old = replace(profile(token_budget=512), versions=OLD, created_at=1.0)
+    tuned = TunedValues(values={"prefill_chunk": 256}, moved_at=100.0, why="good")
+    assert start_on(configure, old, lambda key: tuned).unproved is None
+    newer = replace(old, created_at=200.0)
+    plan = start_on(configure, newer, lambda key: tuned)
+    assert plan.spec.knobs.prefill_chunk == 256
+    assert plan.unproved is not None and plan.unproved.values == {"token_budget": 512}
+
+
+@pytest.mark.parametrize(
+    ("state", "reason"),
+    [
+        (RolloutState.REVERTED, RolloutReason.NOT_BETTER),
+        (RolloutState.REVERTED, RolloutReason.CRASHED),
+        (RolloutState.EXPIRED, RolloutReason.REJECTED),
+        (RolloutState.VERIFYING, RolloutReason.COMMITTED),
+        (RolloutState.SUCCESS, RolloutReason.PROBATION_PASSED),
+    ],
+)
+def test_a_verdict_on_a_profile_outlives_the_daemon(
+    configure: Configure, state: RolloutState, reason: RolloutReason
+) -> None:
+    old = replace(profile(token_budget=512), versions=OLD)
+    first = start_on(configure, old, nothing)
+    assert first.unproved is not None
+    record = RolloutRecord(
+        state=state,
+        reason=reason,
+        config_from={"token_budget": 2048},
+        config_to=first.unproved.values,
+        initiated_by="auto",
+        at=1.0,
+        profile=first.unproved.name,
+    )
+    ended = replace(record, state=RolloutState.EXPIRED, reason=RolloutReason.SHUT_DOWN)
+    plan = start_on(configure, old, lambda key: TunedValues(records=(ended, record)))
+    assert plan.unproved is None
+    assert f"tested on these versions: {reason}" in plan.profile
+    assert start_on(configure, old, lambda key: TunedValues(records=(ended,))).unproved is not None
+    elsewhere = replace(record, profile="profile #7 on torch 1")
+    plan = start_on(configure, old, lambda key: TunedValues(records=(elsewhere,)))
+    assert plan.unproved is not None, "other versions ask for another test"
+
+
+def test_a_profile_of_elsewhere_is_named_and_never_applied(configure: Configure) -> None:
+    here = start_on(configure, None, nothing)
+    key = replace(here.key, model="another")
+    near = replace(profile(token_budget=512), key=key, shape=here.model.shape)
+    plan = start_on(configure, None, nothing, others=(near,))
+    assert plan.spec.knobs == here.spec.knobs
+    assert plan.profile.startswith("none: no verified one for dummy:tiny")
+    assert "sparsed tune begins from #7" in plan.profile
+    assert "transfer: model: tuned on another, this is dummy:tiny" in plan.profile
+    assert plan.unproved is None
+
+
+def test_a_seed_of_this_place_is_compatible_at_the_most(
+    configure: Configure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = start_on(configure, None, nothing)
+    seed = replace(
+        profile(token_budget=512),
+        key=here.key,
+        versions=here.versions,
+        profile_id=None,
+        seed="tiny-cpu",
+    )
+    monkeypatch.setattr(start_values, "load_seeds", lambda: (seed,))
+    plan = start_on(configure, None, nothing)
+    assert plan.spec.knobs.token_budget == 2048 and plan.stale == ""
+    assert "tiny-cpu, verified for dummy:tiny" in plan.profile
+    assert "compatible: it ships with sparsed" in plan.profile
+    assert plan.unproved is not None and plan.unproved.values == {"token_budget": 512}
+    assert plan.unproved.name.startswith("profile tiny-cpu on ")
+    own = replace(profile(token_budget=1024), versions=here.versions)
+    assert start_on(configure, own, nothing).spec.knobs.token_budget == 1024

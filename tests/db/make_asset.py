@@ -24,6 +24,7 @@ from sparsed.core import (
     LinkEntry,
     LinkKey,
     LinkProbe,
+    ModelShape,
     Objective,
     Profile,
     ProfileKey,
@@ -44,6 +45,19 @@ from sparsed.db import open_store
 
 ASSETS = Path(__file__).parent / "assets"
 KEY = ProfileKey(hardware="cpu:asset:2:4GiB", model="smollm2-135m", dtype="float32")
+
+SHAPE = ModelShape(
+    num_layers=30,
+    num_heads=9,
+    num_kv_heads=3,
+    head_dim=64,
+    hidden_size=576,
+    intermediate_size=1536,
+    vocab_size=49152,
+    max_position=8192,
+    num_parameters=134515008,
+    tied_embeddings=True,
+)
 
 CALIBRATION = LinkCalibration(
     key=LinkKey(gpu_name="asset", driver="1", link="gen5x16", torch="2", triton="3"),
@@ -95,7 +109,13 @@ ROLLOUT = RolloutRecord(
     initiated_by="asset",
     at=1.0,
 )
-COMMIT = replace(ROLLOUT, reason=RolloutReason.COMMITTED, at=2.0, regime_id=1)
+COMMIT = replace(
+    ROLLOUT,
+    reason=RolloutReason.COMMITTED,
+    at=2.0,
+    regime_id=1,
+    profile="profile #1 on sparsed 0.1.0",
+)
 
 REGIME = Regime(
     regime_id=1,
@@ -150,6 +170,7 @@ def fill(path: Path) -> None:
             versions={"sparsed": "0.1.0"},
             created_at=1.0,
             pinned=True,
+            shape=SHAPE,
         )
     )
     decision = Decision(

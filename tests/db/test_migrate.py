@@ -34,6 +34,7 @@ def test_every_released_schema_upgrades_and_reads(dump: Path, tmp_path: Path) ->
     profile = store.find_verified(KEY)
     assert profile is not None
     assert profile.values == {"hbm_budget": None, "token_budget": 1024}
+    assert (profile.shape is not None and profile.shape.num_layers == 30) is (dump.stem >= "0007")
     (trial,) = store.list_trials(key=KEY)
     assert (trial.score, trial.metrics) == (2.0, {"duration_s": 3.0})
     assert trial.device == ("cuda:1" if dump.stem >= "0008" else None)
@@ -61,6 +62,8 @@ def test_every_released_schema_upgrades_and_reads(dump: Path, tmp_path: Path) ->
     assert good is None or good.versions == ({"torch": "2"} if has_regimes else {})
     newest = [item.regime_id for item in store.list_rollouts(KEY)[:1]]
     assert newest == [1 if has_regimes else None] * has_rollouts
+    profiles = [item.profile for item in store.list_rollouts(KEY)[:1]]
+    assert profiles == ["profile #1 on sparsed 0.1.0" * (dump.stem >= "0007")] * has_rollouts
     store.close()
 
 

@@ -16,7 +16,7 @@ from sparsed.core import (
     RolloutState,
     TunerControls,
 )
-from sparsed.db import open_store
+from sparsed.db import open_store, rollouts
 from sparsed.db.memory import InMemoryProfileStore
 from sparsed.db.session import open_engine, writing
 from sparsed.db.store import Store
@@ -75,6 +75,20 @@ def test_a_settled_candidate_leaves_no_marker_and_moves_the_good(
     assert reopen().find_good(KEY) == good
     store.settle_rollout(KEY, STEP, good={})
     assert reopen().find_good(KEY) is None
+
+
+def test_old_steps_go_but_for_verdicts_on_profiles(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rollouts, "MAX_ROLLOUTS", 3)
+    store = open_store(tmp_path / "sparsed.db")
+    of_profile = replace(STEP, profile="profile #1 on torch 2")
+    tested = replace(of_profile, state=RolloutState.REVERTED, reason=RolloutReason.NOT_BETTER)
+    refused = replace(of_profile, state=RolloutState.EXPIRED, reason=RolloutReason.REJECTED)
+    for step in (STEP, of_profile, tested, refused, *[STEP] * 5):
+        store.note_rollout(KEY, step)
+    assert store.list_rollouts(KEY) == (STEP, STEP, STEP, refused, tested)
+    store.close()
 
 
 def test_runs_and_controls_are_kept(reopen: Callable[[], Store]) -> None:

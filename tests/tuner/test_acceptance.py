@@ -273,7 +273,7 @@ def test_of_two_that_miss_a_target_the_nearer_one_is_better(
             status=TrialStatus.SLO_BROKEN,
             metrics={**item.metrics, "tpot_p95_s": tpot_s if item.values == B else 0.2},
         )
-        for item in pairs([0.9 * ratio for ratio in noisy(1.0)])
+        for item in pairs([0.8 * ratio for ratio in noisy(1.0)])
     ]
     rule = replace(RULE, targets={Guard.TPOT: 0.1})
     assert verdict_on(windows, rule=rule).reason is reason
@@ -353,3 +353,50 @@ def test_every_reason_has_words(reason: DecisionReason) -> None:
     for verdict in (whole, bare):
         words = explain(verdict, rule=RULE)
         assert words.partition(":")[0] in {"accepted", "rejected", "held"}
+
+
+NO_HARM = AcceptanceRule(metric=RULE.metric, num_pairs=8, needs_gain=False)
+
+
+@pytest.mark.parametrize(
+    ("gain", "reason"),
+    [
+        (1.0, DecisionReason.ACCEPTED),
+        (0.99, DecisionReason.ACCEPTED),
+        (0.96, DecisionReason.METRIC_WORSE),
+        (1.2, DecisionReason.ACCEPTED),
+    ],
+)
+def test_where_no_gain_is_needed_it_must_be_shown_to_be_no_worse(
+    gain: float, reason: DecisionReason
+) -> None:
+    verdict = verdict_on(pairs(noisy(gain, num_pairs=8, sd=0.01)), NO_HARM)
+    assert verdict.reason is reason
+    assert RULE.metric in verdict.loss_bounds
+    words = explain(verdict, rule=NO_HARM)
+    assert ("no worse" in words) is (reason is DecisionReason.ACCEPTED)
+
+
+@pytest.mark.parametrize(
+    ("rule", "gain", "low", "high"),
+    [
+        (NO_HARM, 0.97, 0.0, 0.06),
+        (NO_HARM, 1.0, 0.25, 0.45),
+        (NO_HARM, 1.03, 0.7, 0.88),
+        (replace(NO_HARM, needs_gain=True), 1.03, 0.15, 0.33),
+    ],
+)
+def test_eight_pairs_show_that_nothing_is_lost_not_that_much_is_won(
+    rule: AcceptanceRule, gain: float, low: float, high: float
+) -> None:
+    sd = 0.04 * math.sqrt(2)  # of the logarithm of a ratio, at 4 % a window
+    tests = [pairs(noisy(gain, num_pairs=8, seed=seed, sd=sd)) for seed in range(300)]
+    passed = sum(verdict_on(test, rule).state is DecisionState.ACCEPTED for test in tests)
+    assert low <= passed / len(tests) <= high
+
+
+def test_guards_hold_where_no_gain_is_needed() -> None:
+    windows = pairs(noisy(1.1, num_pairs=8, sd=0.01), **{Guard.TPOT.value: 0.03})
+    assert verdict_on(windows, NO_HARM).reason is DecisionReason.TPOT_WORSE
+    noise = pairs([0.8, 1.25] * 4)
+    assert verdict_on(noise, NO_HARM).reason is DecisionReason.NOISY

@@ -22,6 +22,7 @@ from sparsed.core import (
     Slo,
     TrialResult,
     TrialStatus,
+    UnprovedProfile,
     Verdict,
     WaitReason,
 )
@@ -41,6 +42,7 @@ def advise(
     *,
     slo: Slo | None = None,
     trials: Sequence[TrialResult] = (),
+    unproved: UnprovedProfile | None = None,
     verdict: Verdict = BUSY,
     failed: Sequence[RolloutRecord] = (),
     **changes: object,
@@ -52,6 +54,7 @@ def advise(
         slo=slo or Slo(),
         verdict=verdict,
         failed=tuple(failed),
+        unproved=unproved,
     )
     return propose(context)
 
@@ -166,11 +169,38 @@ def test_without_trials_it_takes_the_next_step_where_one_failed() -> None:
     assert advise(verdict=LINK, failed=failed).values == {}
 
 
+def test_a_compatible_profile_comes_before_anything_else() -> None:
+    profile = UnprovedProfile(
+        name="profile #1 on torch 2",
+        values={"max_num_active_seqs": 12, "prefill_chunk": 128, "token_budget": 2048},
+        why="torch 1 -> 2",
+    )
+    whole = {"max_num_active_seqs": 12, "prefill_chunk": 128}
+    decision = advise(slo=Slo(tpot_s=0.05), trials=RISING, unproved=profile)
+    assert decision.values == whole, "however many rungs away"
+    assert decision.reason == "profile #1 on torch 2, to be proved first: torch 1 -> 2"
+    assert decision.predicted_score is None
+    assert advise(unproved=profile, steps=0).values == whole
+    in_force = KNOBS.with_values(whole)
+    assert "run fewer" in advise(slo=Slo(tpot_s=0.05), unproved=profile, knobs=in_force).reason
+    for values in ({}, {"max_num_active_seqs": KNOBS.max_num_seqs + 1}):
+        left = replace(profile, values=values)
+        assert advise(trials=RISING, unproved=left).values == advise(trials=RISING).values
+    failed = [reverted({"max_num_active_seqs": 4}, {"max_num_active_seqs": 8})]
+    assert advise(unproved=profile, failed=failed).values == {}, "quarantined for a while"
+
+
 @pytest.mark.slow
 def test_the_process_says_the_same() -> None:
+    profile = UnprovedProfile(name="profile #1", values={"hbm_budget": None}, why="torch 1 -> 2")
     failed = (reverted({"max_num_active_seqs": 4}, {"max_num_active_seqs": 3}),)
     context = LiveContext(
-        windows=(WINDOW,) * 3, trials=tuple(RISING), slo=Slo(), verdict=FULL, failed=failed
+        windows=(WINDOW,) * 3,
+        trials=tuple(RISING),
+        slo=Slo(),
+        verdict=FULL,
+        failed=failed,
+        unproved=profile,
     )
     line = msgspec.json.encode(context) + b"\n"
     done = subprocess.run(

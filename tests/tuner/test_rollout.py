@@ -15,6 +15,7 @@ from serving import KNOBS, SNAPSHOT
 
 from sparsed.core import (
     AcceptanceRule,
+    DecisionReason,
     HostGauges,
     KnobValue,
     RolloutReason,
@@ -52,9 +53,12 @@ RULE = RolloutRule(
     min_busy_s=5.0,
     slo_horizon_s=600.0,
 )
-EARNED_S = int(exploring_s(RULE) / RULE.max_explored_frac) + 100
+EARNED_S = (
+    int(exploring_s(RULE, num_pairs=RULE.acceptance.num_pairs) / RULE.max_explored_frac) + 100
+)
 BETTER = {"max_num_active_seqs": 6}
 AUTO = Controls(mode=TunerMode.AUTO)
+PROFILE = "profile #1 on torch 2"
 
 
 class World:
@@ -128,8 +132,10 @@ class World:
         for _ in range(seconds):
             self.tick()
 
-    def propose(self, values: Mapping[str, KnobValue] = BETTER, by: str = "auto") -> None:
-        self.tell(Proposed(at=self.at, values=values, initiated_by=by))
+    def propose(
+        self, values: Mapping[str, KnobValue] = BETTER, by: str = "auto", *, profile: str = ""
+    ) -> None:
+        self.tell(Proposed(at=self.at, values=values, initiated_by=by, profile=profile))
 
     @property
     def phase(self) -> Phase | None:
@@ -249,7 +255,7 @@ def test_a_regression_on_probation_moves_the_good_back_and_doubles_the_wait() ->
 def test_stale_and_idle_windows_end_a_test_without_a_verdict() -> None:
     world = canary()
     world.until_candidate_runs()
-    world.at += 10
+    world.at += RULE.max_gap_s + 1
     world.tell(Ticked(at=world.at, snapshot=None))
     assert world.records[-1] == (RolloutState.EXPIRED, RolloutReason.STALE_DATA)
     world = canary()
@@ -357,6 +363,58 @@ def test_a_proposal_is_cut_to_one_step_of_hot_knobs() -> None:
     assert world.state.candidate.config_to == BETTER
 
 
+def profiled(gain: float, values: Mapping[str, KnobValue] = BETTER) -> tuple[World, list[Settle]]:
+    """A test of a profile from its first tick to its verdict, and how it was settled."""
+    world = World()
+    world.gain = gain
+    world.serve(2 * EARNED_S)
+    world.propose(values, profile=PROFILE)
+    actions = [action for _ in range(90) for action in world.tick()]
+    return world, [action for action in actions if isinstance(action, Settle)]
+
+
+@pytest.mark.parametrize("gain", [1.0, 1.2])
+def test_values_of_a_compatible_profile_need_no_gain(gain: float) -> None:
+    world, (settled,) = profiled(gain)
+    assert world.records[2] == (RolloutState.VERIFYING, RolloutReason.COMMITTED)
+    assert world.good == BETTER and settled.record.profile == PROFILE
+    assert settled.evidence is not None and settled.evidence.rule == RULE.harmless
+    assert settled.evidence.verdict.num_pairs == 8
+
+
+def test_values_of_a_compatible_profile_must_do_no_harm() -> None:
+    world, (settled,) = profiled(0.95)
+    assert world.records[-1] == (RolloutState.REVERTED, RolloutReason.NOT_BETTER)
+    assert world.in_force == KNOBS and world.good == {} and not world.marked
+    assert settled.evidence is not None and settled.record.profile == PROFILE
+    assert settled.evidence.verdict.reason is DecisionReason.METRIC_WORSE
+
+
+def test_a_profile_is_tested_whole_or_not_at_all() -> None:
+    whole = {"max_num_active_seqs": 12, "prefill_chunk": 128, "token_budget": KNOBS.token_budget}
+    world = World(replace(AUTO, pins=frozenset({"token_budget"})))
+    world.serve(5)
+    world.propose(whole, profile=PROFILE)
+    assert world.state.candidate is not None, "what is in force anyway is no part of it"
+    assert world.state.candidate.config_to == {"max_num_active_seqs": 12, "prefill_chunk": 128}
+    world = World()
+    world.serve(5)
+    world.propose({**whole, "max_num_active_seqs": KNOBS.max_num_seqs + 1}, profile=PROFILE)
+    assert world.state.candidate is None
+
+
+def test_a_profile_waits_for_the_time_to_explore_like_everything_else() -> None:
+    world = World()
+    world.serve(20)
+    world.propose(profile=PROFILE)
+    assert "to explore is not earned" in held(world)
+    needed_s = exploring_s(RULE, num_pairs=RULE.harmless.num_pairs) / RULE.max_explored_frac
+    world.serve(int(needed_s) - 25)
+    assert world.phase is Phase.WAITING
+    world.serve(10)
+    assert world.marked
+
+
 def test_a_start_remembers_what_failed() -> None:
     world = canary(gain=1.0)
     settled = [action for _ in range(80) for action in world.tick() if isinstance(action, Settle)]
@@ -391,9 +449,20 @@ class AnyOrder(RuleBasedStateMachine):
         self.world.propose({"max_num_active_seqs": active})
         self.world.serve(100)
 
-    @rule(active=st.sampled_from([2, 3, 5, 6, 8]), by=st.sampled_from(["auto", "operator"]))
-    def propose(self, active: int, by: str) -> None:
-        self.world.propose({"max_num_active_seqs": active}, by)
+    @rule(
+        active=st.sampled_from([2, 3, 5, 6, 8]),
+        by=st.sampled_from(["auto", "operator"]),
+        profile=st.sampled_from(["", PROFILE]),
+    )
+    def propose(self, active: int, by: str, profile: str) -> None:
+        self.world.propose({"max_num_active_seqs": active}, by, profile=profile)
+
+    @rule(active=st.sampled_from([3, 6]))
+    def prove_a_profile(self, active: int) -> None:
+        values = {"max_num_active_seqs": active, "prefill_chunk": 256}
+        self.world.state = replace(self.world.state, failed=(), cool_at=0.0)
+        self.world.propose(values, profile=PROFILE)
+        self.world.serve(150)
 
     @rule()
     def breach(self) -> None:

@@ -61,7 +61,7 @@ RULE = RolloutRule(
     dwell_s=20.0,
 )
 AUTO = Controls(mode=TunerMode.AUTO)
-EARNED_S = int(exploring_s(RULE) / RULE.max_explored_frac) + 50
+EARNED_S = int(exploring_s(RULE, num_pairs=RULE.acceptance.num_pairs) / RULE.max_explored_frac) + 50
 FOR_CHAT = {"max_num_active_seqs": 6}
 FOR_DOCUMENTS = {"prefill_chunk": 768}
 SAFE: Mapping[str, KnobValue] = {"token_budget": 1024, "prefill_chunk": 384}
@@ -390,10 +390,10 @@ def test_whatever_comes_it_stays_on_what_is_proved_and_counts_one_load() -> None
         if not world.state.is_testing:
             assert not world.marked
             assert any(live_values(world.in_force) == live_values(one) for one in world.proved)
-    verdicts = [item for item in world.settles if item.verdict is not None]
+    verdicts = [item for item in world.settles if item.evidence is not None]
     assert len(verdicts) >= 5 and any(item.good for item in verdicts)
     for settle in verdicts:
-        for window in settle.windows:
+        for window in settle.evidence.windows:
             seconds = [at for at in world.settled_at if window.started_at < at <= window.ended_at]
             regimes = {world.settled_at[at] for at in seconds}
             assert regimes == {settle.record.regime_id}

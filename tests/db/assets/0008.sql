@@ -25,7 +25,7 @@ CREATE TABLE acceptance (
 	CONSTRAINT fk_acceptance_model_id_model FOREIGN KEY(model_id) REFERENCES model (id), 
 	CONSTRAINT fk_acceptance_study_id_study FOREIGN KEY(study_id) REFERENCES study (id)
 );
-INSERT INTO "acceptance" VALUES(1,1,1,NULL,4,1,'{"metric": "goodput_requests_per_s", "guards": ["ttft_p95_s", "tpot_p95_s", "error_frac", "quality"], "targets": {"tpot_p95_s": 0.05}, "num_rounds": 0, "num_pairs": 32, "alpha": 0.025, "guard_alpha": 0.05, "min_effect_frac": 0.01, "max_loss_frac": 0.03, "max_error_frac": 0.005, "max_cv_frac": 0.08}','held','not_enough',0,NULL,NULL,NULL,NULL,NULL,'{}','asset',3.0);
+INSERT INTO "acceptance" VALUES(1,1,1,NULL,4,1,'{"metric": "goodput_requests_per_s", "guards": ["ttft_p95_s", "tpot_p95_s", "error_frac", "quality"], "targets": {"tpot_p95_s": 0.05}, "num_rounds": 0, "num_pairs": 32, "alpha": 0.025, "guard_alpha": 0.05, "min_effect_frac": 0.01, "max_loss_frac": 0.03, "max_error_frac": 0.005, "max_cv_frac": 0.08, "needs_gain": true}','held','not_enough',0,NULL,NULL,NULL,NULL,NULL,'{}','asset',3.0);
 CREATE TABLE acceptance_window (
 	id INTEGER NOT NULL, 
 	acceptance_id INTEGER NOT NULL, 
@@ -131,14 +131,14 @@ CREATE TABLE profile (
 	default_scores JSON NOT NULL, 
 	winner_scores JSON NOT NULL, 
 	created_at DOUBLE NOT NULL, 
-	pinned BOOLEAN NOT NULL, 
+	pinned BOOLEAN NOT NULL, shape JSON, 
 	CONSTRAINT pk_profile PRIMARY KEY (id), 
 	CONSTRAINT fk_profile_config_id_config FOREIGN KEY(config_id) REFERENCES config (id), 
 	CONSTRAINT fk_profile_hardware_id_hardware FOREIGN KEY(hardware_id) REFERENCES hardware (id), 
 	CONSTRAINT fk_profile_model_id_model FOREIGN KEY(model_id) REFERENCES model (id), 
 	CONSTRAINT fk_profile_software_id_software FOREIGN KEY(software_id) REFERENCES software (id)
 );
-INSERT INTO "profile" VALUES(1,1,1,1,2,'verified','chat','throughput','[1.0]','[2.0]',1.0,1);
+INSERT INTO "profile" VALUES(1,1,1,1,2,'verified','chat','throughput','[1.0]','[2.0]',1.0,1,'{"num_layers": 30, "num_heads": 9, "num_kv_heads": 3, "head_dim": 64, "hidden_size": 576, "intermediate_size": 1536, "vocab_size": 49152, "max_position": 8192, "num_parameters": 134515008, "tied_embeddings": true}');
 CREATE TABLE regime (
 	id INTEGER NOT NULL, 
 	hardware_id INTEGER NOT NULL, 
@@ -167,15 +167,15 @@ CREATE TABLE rollout (
 	state VARCHAR NOT NULL, 
 	reason VARCHAR NOT NULL, 
 	initiated_by VARCHAR NOT NULL, 
-	at DOUBLE NOT NULL, regime_number INTEGER, 
+	at DOUBLE NOT NULL, regime_number INTEGER, profile VARCHAR, 
 	CONSTRAINT pk_rollout PRIMARY KEY (id), 
 	CONSTRAINT fk_rollout_hardware_id_hardware FOREIGN KEY(hardware_id) REFERENCES hardware (id), 
 	CONSTRAINT fk_rollout_model_id_model FOREIGN KEY(model_id) REFERENCES model (id), 
 	CONSTRAINT fk_rollout_config_from_id_config FOREIGN KEY(config_from_id) REFERENCES config (id), 
 	CONSTRAINT fk_rollout_config_to_id_config FOREIGN KEY(config_to_id) REFERENCES config (id)
 );
-INSERT INTO "rollout" VALUES(1,1,1,1,5,'verifying','canary','asset',1.0,NULL);
-INSERT INTO "rollout" VALUES(2,1,1,1,5,'verifying','committed','asset',2.0,1);
+INSERT INTO "rollout" VALUES(1,1,1,1,5,'verifying','canary','asset',1.0,NULL,NULL);
+INSERT INTO "rollout" VALUES(2,1,1,1,5,'verifying','committed','asset',2.0,1,'profile #1 on sparsed 0.1.0');
 CREATE TABLE rollup (
 	id INTEGER NOT NULL, 
 	hardware_id INTEGER NOT NULL, 
