@@ -612,3 +612,17 @@ def test_a_default_that_somebody_killed_is_no_default() -> None:
     assert not outcome.default_ran and len(recorded) == 1
     _, again = study(SyntheticEngine(), recorded, num_trials=1)
     assert again[0].arm == "default" and again[0].status is TrialStatus.OK
+
+
+def test_what_a_profile_of_this_place_says_is_the_first_trial_of_the_search() -> None:
+    first = SPACE.default_values | {"max_num_active_seqs": 8}
+    benches = ScriptedBenches(SyntheticEngine(), num_devices=3)
+    recorded: list[TrialResult] = []
+    run_study(
+        benches,
+        plan=replace(plan(num_trials=3), first=first),
+        record=recorded.append,
+        record_window=lambda window: None,
+    )
+    assert [values == first for _, values, _ in benches.begun[:4]] == [False, False, True, False]
+    assert [trial.arm for trial in recorded].count("bayes") == 3
