@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple, Protocol
 
 import torch
@@ -43,9 +45,21 @@ class CudaRecorder:
         run()  # compiles kernels and picks products before the capture
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        with _uncollected(), torch.cuda.graph(graph, pool=self._pool):
             drawn = run()
         return Recorded(graph.replay, drawn)
 
     def settle(self) -> None:
         torch.cuda.synchronize()
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """No garbage collection within: an older graph that it frees would end a capture under way."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
