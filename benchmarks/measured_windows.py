@@ -15,7 +15,7 @@ from sparsed.controller.tuning import DEADLINE_FACTOR, MIN_DEADLINE_S
 from sparsed.controller.workload import expected_s, fit_workload, load_workload, recall_stride
 from sparsed.core import KnobValue, Workload
 from sparsed.tuner.objective import TrialFailed
-from sparsed.tuner.offline import NUM_REPEATS
+from sparsed.tuner.trials import NUM_REPEATS
 
 
 def knob_flags(flags: list[str]) -> dict[str, str | bool | None]:

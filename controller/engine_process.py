@@ -17,6 +17,7 @@ import zmq.asyncio
 
 from sparsed.core import EngineReady, EngineSpec, FailureCause, Heartbeat, Shutdown
 from sparsed.engine.wire import FromEngine, ToEngine, decode, encode
+from sparsed.profiler.cgroup import read_oom_kills
 
 WATCH_PERIOD_S = 0.5
 BUSY_LOAD_FRAC = 0.5  # of the cores: with more to run, spinning threads hurt (ADR 5)
@@ -61,6 +62,7 @@ class EngineProcess:
         self._on_message = on_message
         self._limits = limits
         self._outbox: asyncio.Queue[bytes] = asyncio.Queue()
+        self._num_oom_kills = read_oom_kills()  # of this group, at the start of the process
         self._ready = False
         self._silent_s = 0.0
         self._step_age_s = 0.0
@@ -84,6 +86,8 @@ class EngineProcess:
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             *command,
+            "--parent",
+            str(os.getpid()),
             "--pool-fd",
             str(pool_fd),
             stdin=asyncio.subprocess.DEVNULL,
@@ -156,7 +160,10 @@ class EngineProcess:
                 self._kill()
                 await self._process.wait()
                 return Ending(hang, FailureCause.HANG)
-        return _ending(self._process.returncode)
+        assert self._process.returncode is not None
+        return ending_of(
+            self._process.returncode, oom_kills=(self._num_oom_kills, read_oom_kills())
+        )
 
     async def _gone_within(self, timeout_s: float) -> bool:
         try:
@@ -189,12 +196,16 @@ def worker_environment() -> dict[str, str]:
     return environment
 
 
-def _ending(returncode: int | None) -> Ending:
-    """The kernel ends a process that takes too much memory by SIGKILL."""
-    assert returncode is not None
+def ending_of(returncode: int, *, oom_kills: tuple[int | None, int | None]) -> Ending:
+    """Why a process is gone. The kernel ends one that takes too much memory by SIGKILL, as an
+    operator may; ``oom_kills``, counted at its start and at its end, tell them apart, and None,
+    where nobody counts, blames no memory."""
     if returncode >= 0:
         return Ending(f"it exited with status {returncode}", FailureCause.OTHER)
     by = signal.Signals(-returncode)
-    is_memory = by is signal.SIGKILL
-    cause = FailureCause.HOST_MEMORY if is_memory else FailureCause.OTHER
-    return Ending(f"it was killed by {by.name}", cause)
+    if by is not signal.SIGKILL:
+        return Ending(f"it was killed by {by.name}", FailureCause.OTHER)
+    before, after = oom_kills
+    if before is not None and after is not None and after > before:
+        return Ending("the kernel killed it: out of host memory", FailureCause.HOST_MEMORY)
+    return Ending(f"it was killed by {by.name}", FailureCause.KILLED)

@@ -91,11 +91,13 @@ def prepare(
     find_calibration: FindCalibration | None = None,
     find_tuned: FindTuned | None = None,
     find_profiles: FindProfiles | None = None,
+    num_engines: int = 1,
 ) -> StartPlan:
     """Resolve model, device, profile, knobs and memory. Reads files, may fetch a model: blocks.
 
     ``find_...`` None: profiles, calibrations and what the live tuner left are read from the
-    database of the state directory, if any.
+    database of the state directory, if any. ``num_engines`` are going to share the memory of the
+    host, this one among them.
     Errors: InputError naming the field that is wrong or does not fit.
     """
     finders = finders_of(
@@ -108,7 +110,7 @@ def prepare(
     dtype = choose_dtype(config.dtype, device=device, model=model)
     key = ProfileKey(hardware=machine.fingerprint, model=resolved.model_id, dtype=dtype)
     warn_of_mismatch(config, key)
-    size = partial(_size, shape=model.shape, machine=machine, device=device, dtype=dtype)
+    size = _sizer(model.shape, machine, device=device, dtype=dtype, num_engines=num_engines)
     here = site_here(key, model.shape, machine)
     sized, chosen = find_values(size, config, here, finders=finders)
     return StartPlan(
@@ -159,6 +161,14 @@ def check_next_start(plan: StartPlan, values: Mapping[str, KnobValue]) -> None:
     find_selection_trace(trace, knobs=sized.knobs)
 
 
+def _sizer(
+    shape: ModelShape, machine: MachineFacts, *, device: str, dtype: str, num_engines: int
+) -> Callable[[Mapping[str, KnobValue]], Sized]:
+    return partial(
+        _size, shape=shape, machine=machine, device=device, dtype=dtype, num_engines=num_engines
+    )
+
+
 def _size(
     values: Mapping[str, KnobValue],
     *,
@@ -166,8 +176,16 @@ def _size(
     machine: MachineFacts,
     device: str,
     dtype: str,
+    num_engines: int = 1,
 ) -> Sized:
-    knobs = resolve_knobs(values, shape=shape, machine=machine, device=device, dtype=dtype)
+    knobs = resolve_knobs(
+        values,
+        shape=shape,
+        machine=machine,
+        device=device,
+        dtype=dtype,
+        num_engines=num_engines,
+    )
     return Sized(knobs=knobs, plan=plan_memory(knobs, shape=shape, dtype=dtype))
 
 

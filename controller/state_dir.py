@@ -95,7 +95,7 @@ class StateLock:
     """The state directory, created, writable, and ours alone until ``release``.
 
     The lock is a flock on the pid file: it ends with the process, however that ends, so a pid
-    file alone never means that a daemon runs.
+    file alone never means that a daemon runs. Sockets of engines that such an end left are removed.
     Errors: StartError NO_PERMISSION when the directories cannot be made or written,
     StartError TEMPORARY naming the owner's pid when another process holds them.
     """
@@ -115,6 +115,8 @@ class StateLock:
                 code=ExitCode.NO_PERMISSION,
             ) from error
         self._lock_or_refuse(verb)
+        for stale in state_dir.run_dir.glob("engine.*.sock"):
+            stale.unlink(missing_ok=True)
 
     def release(self) -> None:
         os.ftruncate(self._fd, 0)

@@ -29,21 +29,21 @@ class StudyLog:
         self._say = say
         self._clock = clock
         self._windows: list[AcceptanceWindow] = []
-        self._trial_began_at = self._window_began_at = clock()
+        self._window_began_at = clock()
 
     def begin_window(self) -> None:
         self._window_began_at = self._clock()
 
     def record_trial(self, trial: TrialResult) -> None:
-        began_at, self._trial_began_at = self._trial_began_at, self._clock()
-        timed = replace(trial, started_at=began_at, ended_at=self._trial_began_at)
+        """``started_at`` is known, as several may be under way."""
+        timed = replace(trial, ended_at=self._clock())
         try:
             self._store.record_trial(self._study_id, timed)
         except StoreError as error:
             self._say(f"trial {trial.number} could not be stored: {error}")
 
     def record_window(self, window: AcceptanceWindow) -> None:
-        """Kept for the decision it belongs to."""
+        """Kept for the decision it belongs to; windows of a verification come one by one."""
         timed = replace(window, started_at=self._window_began_at, ended_at=self._clock())
         self._windows.append(timed)
 

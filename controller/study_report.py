@@ -21,6 +21,7 @@ PARETO_FILE: Final = "pareto.png"
 IMPORTANCE_FILE: Final = "importance.png"
 PAGE_FILE: Final = "report.html"
 DATA_FILE: Final = "result.json"
+TRIAL_HEAD: Final = ("", "arm", "device", "status", "score", "spread", "knobs", "why")
 POLICY: Final = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 STYLE: Final = (
     "body{font:15px/1.5 sans-serif;max-width:70em;margin:2em auto;padding:0 1em}"
@@ -113,7 +114,7 @@ def render_page(report: StudyReport, *, pareto: bytes, importance: bytes) -> str
             _image(importance, "effect of each knob"),
             f"<p>{EFFECTS}</p>",
             "<h2>Trials</h2>",
-            _table(_trials(report), head=("", "arm", "status", "score", "spread", "knobs", "why")),
+            _table(_trials(report), head=TRIAL_HEAD),
             "</body></html>\n",
         )
     )
@@ -147,8 +148,8 @@ def _arms(report: StudyReport) -> Iterator[tuple[object, ...]]:
 def _trials(report: StudyReport) -> Iterator[tuple[object, ...]]:
     for trial in report.outcome.trials:
         knobs = values_in_words(trial.values)
-        status = trial.status.value
-        yield trial.number, trial.arm, status, _score(trial), _spread(trial), knobs, trial.reason
+        where = trial.arm, trial.device or "", trial.status.value
+        yield trial.number, *where, _score(trial), _spread(trial), knobs, trial.reason
 
 
 def _score(trial: TrialResult) -> str:

@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 class Supervisor:
     """Owner of the engine process and of the memory file that holds the DRAM tier.
 
-    Lives on the event loop; the caller holds the lock of ``run_dir``. ``on_message`` gets every
+    Lives on the event loop; the caller holds the lock of ``run_dir``, which several may share. ``on_message`` gets every
     message but heartbeats, ``EngineReady`` of every new process included; ``on_lost`` gets the
     reason, once for each process that ended unasked; ``cause`` is what kind of reason it was.
     """
@@ -75,8 +75,6 @@ class Supervisor:
         Errors: StartError when it cannot load, with its own words and exit code; it is not
         tried again.
         """
-        for stale in self._run_dir.glob("engine.*.sock"):
-            stale.unlink(missing_ok=True)
         self._keeper = asyncio.create_task(self._keep_alive())
         either: set[asyncio.Future[Any]] = {self._keeper, self._facts}
         await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)

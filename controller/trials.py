@@ -46,6 +46,7 @@ STATUSES: Final = {
     FailureCause.DEVICE: TrialStatus.DEVICE_ERROR,
     FailureCause.CONFIG: TrialStatus.INVALID_CONFIG,
     FailureCause.HANG: TrialStatus.TIMEOUT,
+    FailureCause.KILLED: TrialStatus.INTERRUPTED,  # which says nothing of the configuration
     FailureCause.OTHER: TrialStatus.ENGINE_ERROR,
 }
 STOP_TIMEOUT_S: Final = 5.0
@@ -64,6 +65,7 @@ class EngineBench:
         self._plan = plan
         self._prompts = prompts
         self._supervisor: Supervisor | None = None
+        self._closing: asyncio.Task[None] | None = None  # the end of the last one
         self._knobs = plan.spec.knobs  # of the running engine
         self._inbox: asyncio.Queue[FromEngine | str] = asyncio.Queue()  # str: why it was lost
         self._stats = EngineStats()
@@ -73,6 +75,16 @@ class EngineBench:
         self.calibration = plan.spec.calibration  # of the link, as far as it is known by now
         self._link_bytes_per_s: float | None = None  # of the running engine
         self.versions: Mapping[str, str] = {}
+
+    @property
+    def device(self) -> str:
+        """Its name: cpu or cuda:N."""
+        return self._plan.spec.device
+
+    def take_calibration(self, other: EngineBench) -> None:
+        """Copy pages as ``other`` does, over the same kind of link: trials then compare."""
+        if self._plan.spec.link == other._plan.spec.link:
+            self.calibration = other.calibration
 
     async def probe(self) -> ServiceTimes:
         """What one request takes under the default, after one that warms up; one that attends
@@ -119,10 +131,13 @@ class EngineBench:
             ) from None
 
     async def close(self) -> None:
-        """End the engine; the next measurement starts another one."""
+        """End the engine; the next measurement starts another one. Goes on where it is cancelled:
+        the next call then waits for the end."""
         supervisor, self._supervisor = self._supervisor, None
         if supervisor is not None:
-            await supervisor.stop(STOP_TIMEOUT_S)
+            self._closing = asyncio.create_task(supervisor.stop(STOP_TIMEOUT_S))
+        if self._closing is not None:
+            await asyncio.shield(self._closing)
 
     # engine
 
@@ -149,13 +164,15 @@ class EngineBench:
         asked = {name: value for name, value in knobs.as_dict().items() if value is not None}
         config = replace(self._config, knobs=asked, no_profile=True)
         try:
-            spec = prepare(config, progress=lambda _phase, _frac: None).spec
+            # Not from the database, which two devices must not open at the same time: migrations
+            # go by what is global to the process.
+            spec = prepare(
+                config,
+                progress=lambda _phase, _frac: None,
+                find_calibration=lambda _link: self.calibration,
+            ).spec
             self._supervisor = Supervisor(
-                replace(
-                    spec,
-                    recall_stride=self._recall_stride,
-                    calibration=self.calibration or spec.calibration,
-                ),
+                replace(spec, recall_stride=self._recall_stride),
                 run_dir=config.state_dir.run_dir,
                 on_message=self._receive,
                 on_lost=self._inbox.put_nowait,

@@ -18,6 +18,7 @@ class TuneOptions:
     Knobs given in ``config`` are fixed. ``min_recall`` None: a little below the default's.
     ``resume``: the number of a study, or ``last``; None: begin one. ``output_dir``: for figures, a
     page and data.
+    ``devices``: where trials are measured side by side, of one kind; empty: on that of ``config``.
     ``max_s``: seconds that everything together may take; None: as many as it needs."""
 
     config: DaemonConfig
@@ -31,6 +32,7 @@ class TuneOptions:
     trial_s: float | None = None
     min_recall: float | None = None
     max_s: float | None = None
+    devices: tuple[str, ...] = ()
 
 
 def check_options(options: TuneOptions) -> Workload:

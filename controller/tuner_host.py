@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import re
 import sys
 from asyncio.subprocess import PIPE, Process
@@ -157,7 +156,6 @@ class TunerHost:
                 stdout=PIPE,
                 limit=MAX_LINE_BYTES,
                 process_group=0,  # Ctrl-C is for the daemon, which then closes us
-                env=os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
             )
         return self._process
 

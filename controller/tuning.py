@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Final
 
 from rich.console import Console
 
+from sparsed.controller.bench_pool import BenchPool
+from sparsed.controller.bench_thread import BenchThread, stop_all
 from sparsed.controller.prompts import prompt_source
 from sparsed.controller.search_model import search_model, search_space
-from sparsed.controller.startup import prepare
 from sparsed.controller.state_dir import StateLock
 from sparsed.controller.study_log import StudyLog
 from sparsed.controller.study_report import StudyReport, write_report
 from sparsed.controller.study_resume import Question, check_space, find_study
 from sparsed.controller.time_budget import TimeBudget
 from sparsed.controller.trials import EngineBench
+from sparsed.controller.tune_devices import prepare_places, share_in_words
 from sparsed.controller.tune_options import TuneOptions, check_options
 from sparsed.controller.tuning_export import export_profile
 from sparsed.controller.tuning_report import StudyProgress, print_outcome
@@ -35,7 +36,6 @@ from sparsed.core import (
     AcceptanceWindow,
     ExitCode,
     KnobValue,
-    Measurement,
     Profile,
     ProfileStatus,
     SearchMethod,
@@ -47,9 +47,9 @@ from sparsed.db import open_store
 from sparsed.db.store import Store, Study
 from sparsed.tuner.importance import knob_importance
 from sparsed.tuner.objective import OutOfTime, TrialFailed
-from sparsed.tuner.offline import NUM_REPEATS, StudyOutcome, StudyPlan, run_study
+from sparsed.tuner.offline import StudyOutcome, StudyPlan, run_study
 from sparsed.tuner.space import SearchSpace, describe_space
-from sparsed.tuner.verification import Measure
+from sparsed.tuner.trials import NUM_REPEATS
 
 EXIT_INTERRUPTED: Final = 130  # as a shell reports Ctrl-C
 DEFAULT_TRIAL_S: Final = {"cpu": 6.0, "cuda": 30.0}
@@ -65,21 +65,23 @@ def run_tune(options: TuneOptions) -> int:
     """
     requested = check_options(options)
     state_dir = options.config.state_dir
-    with StateLock(state_dir, verb="tune"), asyncio.Runner() as runner:
+    with StateLock(state_dir, verb="tune"):
         store = open_store(state_dir.database)
         tune = _Tune(options, store=store, console=Console())
         try:
-            return tune.run(runner, requested)
+            return tune.run(requested)
         except OutOfTime:
             message = "--max-seconds passed before the default was measured: give more"
             raise StartError(message, code=ExitCode.TEMPORARY) from None
+        except KeyboardInterrupt:  # outside of the study, which keeps what it has
+            return EXIT_INTERRUPTED
         finally:
-            runner.run(tune.bench.close())
+            tune.close()
             store.close()
 
 
 class _Tune:
-    """One run, from the probe to the table. ``bench`` is to be closed by the caller."""
+    """One run, from the probe to the table; to be closed by the caller."""
 
     def __init__(self, options: TuneOptions, *, store: Store, console: Console) -> None:
         self._budget = TimeBudget(options.max_s)
@@ -88,37 +90,43 @@ class _Tune:
         self._store = store
         self._console = console
         self._slo = replace(config.slo, min_recall=options.min_recall)
-        self._plan = prepare(config, progress=self._say_progress)
+        devices = options.devices or (config.device,)
+        places = prepare_places(config, devices, progress=self._say_progress)
+        self._plan = places[0].plan
         self._prompts = prompt_source(self._plan)
-        self.bench = EngineBench(config, self._plan, prompts=self._prompts)
+        self._threads = tuple(
+            BenchThread(
+                EngineBench(place.config, place.plan, prompts=self._prompts), budget=self._budget
+            )
+            for place in places
+        )
 
-    def run(self, runner: asyncio.Runner, requested: Workload) -> int:
+    def close(self) -> None:
+        """End all engines."""
+        stop_all(self._threads)
+        for thread in self._threads:
+            thread.close()
+
+    def run(self, requested: Workload) -> int:
         resumed = self._find_study(requested) if self._options.resume is not None else None
-        try:
-            times = runner.run(self._budget.within(self.bench.probe, on_cut=self.bench.close))
-        except TrialFailed as error:
-            message = f"the default configuration does not run: {error}"
-            raise StartError(message, code=ExitCode.SOFTWARE) from error
+        if (num_engines := len(self._threads)) > 1:
+            self._console.print(share_in_words(self._plan, num_engines=num_engines))
+        times = self._probe()
         if resumed is not None:
             study_id, workload = resumed.study_id, resumed.workload
         else:
             study_id, workload = self._open_study(requested, times=times)
-        runner.run(self.bench.sample_recall(stride=recall_stride(workload)))
-        deadline_s = max(
-            MIN_DEADLINE_S, DEADLINE_FACTOR * expected_s(workload.requests, times=times)
-        )
-
+        self._ready_all(workload)
         log = StudyLog(self._store, key=self._plan.key, study_id=study_id, say=self._console.print)
-
-        def measure(values: Mapping[str, KnobValue], order: int) -> Measurement:
-            log.begin_window()
-            serve = partial(
-                self.bench.measure, values, workload=workload, deadline_s=deadline_s, order=order
-            )
-            return runner.run(self._budget.within(serve, on_cut=self.bench.close))
-
+        expected = DEADLINE_FACTOR * expected_s(workload.requests, times=times)
+        pool = BenchPool(
+            self._threads,
+            workload=workload,
+            deadline_s=max(MIN_DEADLINE_S, expected),
+            on_begin=log.begin_window,
+        )
         previous = self._store.list_trials(study_id=study_id)
-        outcome = self._search(measure, previous=previous, workload=workload, log=log)
+        outcome = self._search(pool, previous=previous, workload=workload, log=log)
         profile = self._profile(outcome, workload=workload)
         print_outcome(self._console, outcome, objective=self._options.objective)
         if outcome.dropped_warm:
@@ -130,6 +138,22 @@ class _Tune:
         if outcome.interrupted:
             return EXIT_INTERRUPTED
         return ExitCode.OK if outcome.default_ran else ExitCode.SOFTWARE
+
+    def _probe(self) -> ServiceTimes:
+        """What a request takes on the first device."""
+        first = self._threads[0]
+        try:
+            return first.run(first.bench.probe)
+        except TrialFailed as error:
+            message = f"the default configuration does not run: {error}"
+            raise StartError(message, code=ExitCode.SOFTWARE) from error
+
+    def _ready_all(self, workload: Workload) -> None:
+        """Every device measures as the first one does."""
+        first, stride = self._threads[0], recall_stride(workload)
+        for thread in self._threads:
+            thread.bench.take_calibration(first.bench)
+            thread.run(partial(thread.bench.sample_recall, stride=stride))
 
     def _find_study(self, requested: Workload) -> Study:
         """The study to go on with; its workload is the one it was begun with."""
@@ -192,14 +216,16 @@ class _Tune:
 
     def _search(
         self,
-        measure: Measure,
+        pool: BenchPool,
         *,
         previous: Sequence[TrialResult],
         workload: Workload,
         log: StudyLog,
     ) -> StudyOutcome:
-        plan = self._study_plan(workload)
-        with StudyProgress(self._console, plan=plan, previous=previous) as progress:
+        plan, devices = self._study_plan(workload), pool.devices
+        with StudyProgress(
+            self._console, plan=plan, devices=devices, previous=previous
+        ) as progress:
 
             def record(trial: TrialResult) -> None:
                 log.record_trial(trial)
@@ -210,7 +236,7 @@ class _Tune:
                 progress.show_window(window)
 
             return run_study(
-                measure,
+                pool,
                 plan=plan,
                 record=record,
                 record_window=record_window,
@@ -226,7 +252,7 @@ class _Tune:
             workload,
             objective=options.objective,
             slo=self._slo,
-            calibration=self.bench.calibration,
+            calibration=self._threads[0].bench.calibration,
         )
         if options.method is SearchMethod.CONSTRAINED:
             self._console.print(model.description)
@@ -309,7 +335,7 @@ class _Tune:
 
     @property
     def _versions(self) -> dict[str, str]:
-        return {**self._plan.versions, **self.bench.versions}
+        return {**self._plan.versions, **self._threads[0].bench.versions}
 
     def _say_progress(self, phase: str, frac: float) -> None:
         self._console.print(f"{phase}, {100 * frac:.0f} %")

@@ -49,11 +49,17 @@ ARM_NAMES: Final = {
 
 class StudyProgress:
     """A context manager; ``show`` gets every trial as it ends, ``show_window`` every window of
-    the verification."""
+    the verification. A trial is shown with its device where there are several of ``devices``."""
 
     def __init__(
-        self, console: Console, *, plan: StudyPlan, previous: Sequence[TrialResult]
+        self,
+        console: Console,
+        *,
+        plan: StudyPlan,
+        devices: Sequence[str],
+        previous: Sequence[TrialResult],
     ) -> None:
+        self._has_choice = len(devices) > 1
         self._objective = plan.objective
         self._rule = offline_rule(objective=plan.objective, slo=plan.slo)
         self._best = 0.0
@@ -89,7 +95,8 @@ class StudyProgress:
         result += _recall_in_words(trial)
         note = f" ({trial.reason})" if trial.reason else ""
         knobs = values_in_words(trial.values)
-        line = f"{trial.number:>4} {trial.arm:<8}{result}{note}  {knobs}"
+        where = f"{trial.device}  " if self._has_choice else ""
+        line = f"{trial.number:>4} {trial.arm:<8}{where}{result}{note}  {knobs}"
         self._bar.console.print(line, soft_wrap=True, highlight=False)
         self._bar.update(self._task, advance=1, description=f"best {self._best:.4g} {unit}")
 

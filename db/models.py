@@ -94,6 +94,7 @@ class TrialRow(Base):
     score: Mapped[float | None]
     spread_frac: Mapped[float | None]
     reason: Mapped[str]
+    device: Mapped[str | None]  # since 0008
     started_at: Mapped[float]
     ended_at: Mapped[float]
 

@@ -125,6 +125,7 @@ def trial_of(
         spread_frac=row.spread_frac,
         metrics=metrics,
         reason=row.reason,
+        device=row.device,
         started_at=row.started_at,
         ended_at=row.ended_at,
     )

@@ -167,6 +167,7 @@ class SqlProfileStore(SqlRollouts):
                 score=rows.optional_number(trial.score),
                 spread_frac=rows.optional_number(trial.spread_frac),
                 reason=trial.reason,
+                device=trial.device,
                 started_at=rows.plain_number(trial.started_at),
                 ended_at=rows.plain_number(trial.ended_at),
             )

@@ -45,8 +45,10 @@ def resolve_knobs(
     machine: MachineFacts,
     device: str,
     dtype: str,
+    num_engines: int = 1,
 ) -> Knobs:
     """Complete knobs: what was asked for, else the defaults, else what the machine offers.
+    ``num_engines`` run beside each other, each with a device and a DRAM tier of its own.
 
     Errors: InputError naming the knob that is wrong or asks for more than there is; StartError
     (69) when the weights alone do not fit.
@@ -67,7 +69,12 @@ def resolve_knobs(
         selects=values["sparse_method"] != SparseMethod.DENSE,
     )
     hot_free, dram_free = _free_bytes(
-        shape, machine, kind=kind, dtype=dtype, workspace=needed.total_bytes
+        shape,
+        machine,
+        kind=kind,
+        dtype=dtype,
+        workspace=needed.total_bytes,
+        num_engines=num_engines,
     )
     wanted = num_seqs * num_frames(length) * BLOCK_TOKENS * shape.kv_bytes_per_token(dtype)
     values["kv_dram_gib"] = asked.get("kv_dram_gib") or _gib(min(dram_free, wanted))
@@ -82,7 +89,7 @@ def resolve_knobs(
             "lower it",
             field="dense_layers",
         )
-    _check_machine(knobs, machine, kind=kind)
+    _check_machine(knobs, machine, kind=kind, num_engines=num_engines)
     geometry = Geometry.of(shape, dtype=dtype, page_size=knobs.page_size)
     return _fit_rows(_fit_length(knobs, asked, geometry), asked, geometry)
 
@@ -141,19 +148,27 @@ def _num_frames(knobs: Knobs, geometry: Geometry) -> int:
 
 
 def _free_bytes(
-    shape: ModelShape, machine: MachineFacts, *, kind: str, dtype: str, workspace: int
+    shape: ModelShape,
+    machine: MachineFacts,
+    *,
+    kind: str,
+    dtype: str,
+    workspace: int,
+    num_engines: int,
 ) -> tuple[float, float]:
-    """Bytes (hot tier, DRAM tier) may take. On a CPU both come from the same memory."""
+    """Bytes (hot tier, DRAM tier) may take. On a CPU both come from the same memory. Engines
+    beside each other have equal parts of the host's."""
     weights = shape.weight_bytes(dtype)
+    dram_free_bytes = machine.dram_free_bytes / num_engines
     if kind == "cpu":
         if shape.tied_embeddings:  # held twice: plain for the look-up, packed for the logits
             weights += shape.vocab_size * shape.hidden_size * DTYPE_BYTES[dtype]
-        free = (machine.dram_free_bytes - weights) * DRAM_USE_FRAC
+        free = (dram_free_bytes - weights) * DRAM_USE_FRAC
         hot, dram = free * CPU_HOT_FRAC, free * (1 - CPU_HOT_FRAC)
-        where = f"{machine.dram_free_bytes / GIB:.1f} GiB of free memory"
+        where = f"{dram_free_bytes / GIB:.1f} GiB of free memory"
     else:
         hot = (machine.hbm_free_bytes - weights - workspace) * HBM_USE_FRAC
-        dram = machine.dram_free_bytes * DRAM_USE_FRAC
+        dram = dram_free_bytes * DRAM_USE_FRAC
         where = f"{machine.hbm_free_bytes / GIB:.1f} GiB of free device memory"
     if hot <= 0:
         raise StartError(
@@ -164,20 +179,23 @@ def _free_bytes(
     return hot, dram
 
 
-def _check_machine(knobs: Knobs, machine: MachineFacts, *, kind: str) -> None:
+def _check_machine(knobs: Knobs, machine: MachineFacts, *, kind: str, num_engines: int) -> None:
     """Tiers may be larger than what is free now, but not than all there is."""
-    dram_gib, dram_total = knobs.kv_dram_gib, machine.dram_total_bytes / GIB
-    hot_total = machine.hbm_total_bytes / GIB
+    dram_gib, dram_total = knobs.kv_dram_gib * num_engines, machine.dram_total_bytes / GIB
+    hot_gib, hot_total = knobs.kv_hbm_gib, machine.hbm_total_bytes / GIB
     if kind == "cpu":
-        dram_gib, hot_total = knobs.kv_dram_gib + knobs.kv_hbm_gib, dram_total
+        dram_gib += knobs.kv_hbm_gib * num_engines
+        hot_gib, hot_total = hot_gib * num_engines, dram_total
     for name, gib, total in (
-        ("kv_hbm_gib", knobs.kv_hbm_gib, hot_total),
+        ("kv_hbm_gib", hot_gib, hot_total),
         ("kv_dram_gib", dram_gib, dram_total),
     ):
         if gib > total:
+            of = f" of {num_engines} engines" if num_engines > 1 else ""
+            remedy = "lower it, or give fewer devices" if num_engines > 1 else "lower it"
             raise InputError(
-                f"{name}={getattr(knobs, name):.6g} does not fit: the tiers would take {gib:.6g} "
-                f"of {total:.1f} GiB of memory; lower it",
+                f"{name}={getattr(knobs, name):.6g} does not fit: the tiers{of} would take "
+                f"{gib:.6g} of {total:.1f} GiB of memory; {remedy}",
                 field=name,
             )
 

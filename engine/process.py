@@ -28,7 +28,7 @@ def answer(measure: Callable[[Progress], object]) -> ExitCode:
     Ends with whoever started it. SystemExit without a word after Ctrl-C, or if nobody listens.
     """
     try:
-        die_with_parent()
+        die_with_parent(os.getppid())  # one that is gone already closed our pipes
         return _answer(measure)
     except KeyboardInterrupt:
         sys.exit(_INTERRUPTED)
@@ -37,9 +37,9 @@ def answer(measure: Callable[[Progress], object]) -> ExitCode:
         sys.exit(_INTERRUPTED)
 
 
-def die_with_parent() -> None:
-    """The kernel kills this process when its parent ends; without one it ends right away."""
-    parent = os.getppid()
+def die_with_parent(parent: int) -> None:
+    """The kernel kills this process when its parent ends, the process ``parent``; it ends right
+    away if that is gone already, as it may be after an interpreter's start, which takes a while."""
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")

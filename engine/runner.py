@@ -74,6 +74,8 @@ class Runner:
     ) -> None:
         started = time.perf_counter()
         self._device = torch.device(spec.device)
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)  # of this thread: kernels and graphs take that
         self._step = 0
         self._memory = DeviceMemory(self._device, free_bytes=spec.hbm_free_bytes)
         self.decoder = load_decoder(

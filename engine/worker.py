@@ -1,4 +1,4 @@
-"""The engine process: ``python -m sparsed.engine.worker --endpoint ipc://... --pool-fd N``.
+"""The engine process: ``python -m sparsed.engine.worker --endpoint ipc://... --parent PID --pool-fd N``.
 
 The controller binds the endpoint and sends an EngineSpec; the worker loads, says how far it is,
 and answers with EngineReady, or with EngineFailed and its exit code. Then it takes requests and
@@ -221,9 +221,10 @@ def main(argv: Sequence[str] | None = None) -> ExitCode:
     """Serve until told to stop; the exit status for the shell."""
     parser = argparse.ArgumentParser(prog="python -m sparsed.engine.worker", description=__doc__)
     parser.add_argument("--endpoint", required=True, help="ZeroMQ address the controller binds")
+    parser.add_argument("--parent", required=True, type=int, help="pid of the process it serves")
     parser.add_argument("--pool-fd", type=int, help="open file that backs the DRAM tier")
     arguments = parser.parse_args(argv)
-    die_with_parent()
+    die_with_parent(arguments.parent)
     stopped = threading.Event()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the controller to handle
     signal.signal(signal.SIGTERM, lambda _signal, _frame: stopped.set())

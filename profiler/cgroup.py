@@ -1,4 +1,4 @@
-"""Memory limit of the control group this process lives in; version 1 and version 2."""
+"""Memory of the control group this process lives in, its limit and its ends; version 1 and version 2."""
 
 from __future__ import annotations
 
@@ -21,10 +21,17 @@ class _Layout(NamedTuple):
     limit: str
     usage: str
     reclaimable: str  # key of memory.stat
+    events: str  # the file that counts ends
 
 
-_V1 = _Layout("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-_V2 = _Layout("", "memory.max", "memory.current", "inactive_file")
+_V1 = _Layout(
+    "memory",
+    "memory.limit_in_bytes",
+    "memory.usage_in_bytes",
+    "total_inactive_file",
+    "memory.oom_control",
+)
+_V2 = _Layout("", "memory.max", "memory.current", "inactive_file", "memory.events")
 _V2_HYBRID = _V2._replace(mount="unified")
 
 
@@ -44,6 +51,21 @@ def read_memory_limit(root: Path = Path("/")) -> MemoryLimit | None:
     return MemoryLimit(
         min(limit.total_bytes for limit in limits), min(limit.free_bytes for limit in limits)
     )
+
+
+def read_oom_kills(root: Path = Path("/")) -> int | None:
+    """How many processes of this group the kernel has ended for want of memory, whether the
+    group's or the machine's ran out; None: this kernel, or this container, does not tell.
+
+    Errors: none. Source: oom_kill in memory.events (version 2) or memory.oom_control (version 1)
+    of the nearest group on the way up that counts.
+    """
+    for layout, group in _groups(root):
+        for folder in _upwards(root / "sys/fs/cgroup" / layout.mount, group):
+            count = _value_of(folder / layout.events, "oom_kill")
+            if count is not None:
+                return count
+    return None
 
 
 def _groups(root: Path) -> Iterator[tuple[_Layout, str]]:
@@ -70,16 +92,18 @@ def _limit_of(folder: Path, layout: _Layout) -> MemoryLimit | None:
     usage = _read(folder / layout.usage)
     if limit is None or usage is None or not limit.isdigit() or int(limit) >= UNLIMITED_BYTES:
         return None
-    used_bytes = int(usage) - _reclaimable_bytes(folder, layout)
+    reclaimable_bytes = _value_of(folder / "memory.stat", layout.reclaimable) or 0
+    used_bytes = int(usage) - reclaimable_bytes
     return MemoryLimit(int(limit), max(0, int(limit) - used_bytes))
 
 
-def _reclaimable_bytes(folder: Path, layout: _Layout) -> int:
-    for line in (_read(folder / "memory.stat") or "").splitlines():
-        key, _, value = line.partition(" ")
-        if key == layout.reclaimable:
+def _value_of(file: Path, key: str) -> int | None:
+    """Of a file with a key and a number on each line; None where either is missing."""
+    for line in (_read(file) or "").splitlines():
+        name, _, value = line.partition(" ")
+        if name == key:
             return int(value)
-    return 0
+    return None
 
 
 def _read(path: Path) -> str | None:

@@ -33,6 +33,7 @@ BROKEN: Final = (
     TrialStatus.TIMEOUT,
     TrialStatus.ENGINE_ERROR,
 )
+WITHOUT_FIGURES: Final = (*BROKEN, TrialStatus.INTERRUPTED)  # the last one blames nobody
 HELD: Final = (DecisionReason.MISSING_DATA, DecisionReason.NOT_ENOUGH, DecisionReason.NOISY)
 WORSE: Final = {
     Guard.TTFT: DecisionReason.TTFT_WORSE,

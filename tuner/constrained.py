@@ -25,7 +25,14 @@ from sparsed.tuner.beliefs import (
     expect_nothing,
     log_expected_improvement,
 )
-from sparsed.tuner.policy import Observation, RandomSearch, Suggestion, draw, neighbours
+from sparsed.tuner.policy import (
+    Observation,
+    RandomSearch,
+    Suggestion,
+    draw,
+    neighbours,
+    points_seen,
+)
 from sparsed.tuner.space import Point, SearchSpace
 from sparsed.tuner.warm import WarmStart, misleads, warm_prior
 
@@ -57,7 +64,11 @@ class ConstrainedSearch:
     """``kappa``: standard deviations of slack that a target needs before a point is tried.
     ``num_initial``: trials that fill the space first, for a machine that serves nobody; 0 goes
     from the incumbent in steps. ``memory`` None: how much a point takes is not known beforehand.
-    ``warm``: what a profile of elsewhere suggests, until the trials speak against it."""
+    ``warm``: what a profile of elsewhere suggests, until the trials speak against it.
+
+    What is pending is left out of the candidates and counts as one of the repeats of its point;
+    no result is made up for it, so the next best point of the same models is suggested.
+    """
 
     space: SearchSpace
     seed: int
@@ -73,25 +84,29 @@ class ConstrainedSearch:
         *,
         incumbent: Mapping[str, KnobValue],
         num_left: int,
+        pending: Sequence[Mapping[str, KnobValue]] = (),
     ) -> Suggestion | None:
         home = self.space.encode(incumbent)
-        tried = Counter(self.space.encode(item.values) for item in observations)
+        values = (*(item.values for item in observations), *pending)
+        tried = Counter(map(self.space.encode, values))
         if home not in tried:
             return self._suggestion(home, "the incumbent first")
         if not self.space.is_open:
             return None
-        if len(observations) <= self.num_initial:
-            return self._fill(observations, incumbent=incumbent, num_left=num_left)
+        if tried.total() <= self.num_initial:
+            return self._fill(observations, incumbent=incumbent, num_left=num_left, pending=pending)
         if all(item.objective is None for item in observations):
-            return self._blind(observations, incumbent=incumbent, num_left=num_left)
+            return self._blind(
+                observations, incumbent=incumbent, num_left=num_left, pending=pending
+            )
         beliefs = self._learn(observations)
         sound = self._sound(observations)
-        centre = self._best(beliefs, sound + self._warm_point(observations), home=home)
+        centre = self._best(beliefs, sound + self._warm_point(observations, tried=tried), home=home)
         if centre not in tried:
             return self._suggestion(centre, "the best of a profile of elsewhere, carried over")
         if num_left <= NUM_CONFIRMING and centre != home and tried[centre] < MIN_REPEATS:
             return self._suggestion(centre, "once more, before it is recommended")
-        generator = random.Random(f"{self.seed}:{len(observations)}")
+        generator = random.Random(f"{self.seed}:{tried.total()}")
         return self._improve(
             beliefs,
             centre=centre,
@@ -125,12 +140,13 @@ class ConstrainedSearch:
     def _warm_prior(self, warm: WarmStart) -> Prior:
         return warm_prior(self.space, warm, base=self.prior, seed=self.seed)
 
-    def _warm_point(self, observations: Sequence[Observation]) -> list[Point]:
+    def _warm_point(
+        self, observations: Sequence[Observation], *, tried: Counter[Point]
+    ) -> list[Point]:
         """Where the trust region may be centred though nobody has tried it: not once it is known."""
         if self.warm is None or self.has_dropped_warm(observations):
             return []
         point = self.space.encode(self.warm.values)
-        tried = {self.space.encode(item.values) for item in observations}
         is_open = point not in tried and self.space.is_valid(point) and self._fits(point)
         return [point] if is_open else []
 
@@ -207,6 +223,7 @@ class ConstrainedSearch:
         *,
         incumbent: Mapping[str, KnobValue],
         num_left: int,
+        pending: Sequence[Mapping[str, KnobValue]],
     ) -> Suggestion | None:
         """The next point of a Latin hypercube, the nearest to it that fits."""
         sizes = [len(ladder.rungs) for ladder in self.space.ladders]
@@ -214,21 +231,24 @@ class ConstrainedSearch:
         rows = Lhs(criterion=None).generate(
             unit.dimensions, self.num_initial, random_state=self.seed
         )
-        row = rows[len(observations) - 1]
+        num_begun = len(observations) + len(pending)
+        row = rows[num_begun - 1]
         wanted = [float(value) * (size - 1) for value, size in zip(row, sizes, strict=True)]
-        seen = {self.space.encode(item.values) for item in observations}
+        seen = points_seen(self.space, observations, pending)
         fitting = [
             point
             for point in draw(
                 self.space,
-                generator=random.Random(f"{self.seed}:{len(observations)}"),
+                generator=random.Random(f"{self.seed}:{num_begun}"),
                 num_points=NUM_CANDIDATES,
                 seen=seen,
             )
             if self._fits(point)
         ]
         if not fitting:
-            return self._blind(observations, incumbent=incumbent, num_left=num_left)
+            return self._blind(
+                observations, incumbent=incumbent, num_left=num_left, pending=pending
+            )
 
         def distance(point: Point) -> float:
             triples = zip(point, wanted, sizes, strict=True)
@@ -242,10 +262,13 @@ class ConstrainedSearch:
         *,
         incumbent: Mapping[str, KnobValue],
         num_left: int,
+        pending: Sequence[Mapping[str, KnobValue]],
     ) -> Suggestion | None:
         """At random, as long as nothing ran."""
         backend = RandomSearch(space=self.space, seed=~self.seed)
-        return backend.suggest(observations, incumbent=incumbent, num_left=num_left)
+        return backend.suggest(
+            observations, incumbent=incumbent, num_left=num_left, pending=pending
+        )
 
     def _fits(self, point: Point) -> bool:
         return self.memory is None or self.memory.allows(self.space.decode(point))

@@ -2,38 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from statistics import median
-from typing import Final
+from typing import Final, NamedTuple
 
 from sparsed.core import (
     AcceptanceWindow,
     DecisionState,
     KnobValue,
+    Measurement,
     Objective,
     SearchMethod,
     Slo,
     TrialResult,
-    TrialStatus,
     WindowStage,
 )
-from sparsed.tuner.acceptance import BROKEN, worth
+from sparsed.tuner.acceptance import WITHOUT_FIGURES, worth
 from sparsed.tuner.beliefs import Prior, expect_nothing
+from sparsed.tuner.benches import Benches, measure_on
 from sparsed.tuner.candidates import pick_candidates
 from sparsed.tuner.constrained import ConstrainedSearch, MemoryLimit
 from sparsed.tuner.explain import explain
-from sparsed.tuner.objective import OutOfTime, TrialFailed, Verdict, judge, observe
+from sparsed.tuner.objective import OutOfTime, Verdict, judge, observe
 from sparsed.tuner.policy import GridSearch, Observation, RandomSearch, SearchBackend
 from sparsed.tuner.space import SearchSpace
 from sparsed.tuner.stock import StockSearch
-from sparsed.tuner.verification import (
-    NUM_CANDIDATES,
-    Comparison,
-    Measure,
-    Verification,
-    offline_rule,
-)
+from sparsed.tuner.trials import NUM_REPEATS, Trials
+from sparsed.tuner.verification import NUM_CANDIDATES, Comparison, Verification, offline_rule
 from sparsed.tuner.warm import WarmStart
 
 DEFAULT: Final = "default"
@@ -45,9 +40,7 @@ ARMS: Final = {
     SearchMethod.GRID: "grid",
     SearchMethod.RANDOM: RANDOM,
 }
-VERIFY: Final = "verify"  # studies of earlier versions kept such trials
-NUM_REPEATS: Final = 2  # measurements of a trial
-SEARCH_ORDER: Final = 0
+FIRST: Final = 0  # of the devices
 SEARCH_TIME_FRAC: Final = 0.4  # of the time there is: a search without a test proves nothing
 
 
@@ -95,7 +88,7 @@ class StudyOutcome:
     @property
     def default_ran(self) -> bool:
         """Whether there is anything to compare with."""
-        return self.default is not None and self.default.status not in BROKEN
+        return self.default is not None and self.default.status not in WITHOUT_FIGURES
 
     @property
     def default_scores(self) -> tuple[float, ...]:
@@ -107,7 +100,7 @@ class StudyOutcome:
 
 
 def run_study(
-    measure: Measure,
+    benches: Benches,
     *,
     plan: StudyPlan,
     record: Callable[[TrialResult], None],
@@ -117,14 +110,14 @@ def run_study(
 ) -> StudyOutcome:
     """Run ``plan`` to its end, or to Ctrl-C, which keeps what was measured.
 
-    ``measure`` runs one window of an arrival order under the given knob values; it raises
-    ``TrialFailed`` if it cannot, and ``OutOfTime`` when no time is left. ``left_frac`` is the
-    share of the time that is left. ``record`` gets every trial as it ends, ``record_window`` every
-    window of the verification. ``previous`` are the trials of the same study that an earlier run
-    recorded: they count as done.
+    The default is the first trial, alone on the first of ``benches``. Then every device that is
+    free gets a trial. The verification is on the first device, with nothing running on the others.
+    ``left_frac`` is the share of the time that is left. ``record`` gets every trial as it ends,
+    ``record_window`` every window of the verification. ``previous`` are the trials of the same
+    study that an earlier run recorded: they count as done.
     Errors: ``OutOfTime`` before the default was measured, without which there is no outcome.
     """
-    study = _Study(measure, plan=plan, record=record, previous=previous)
+    study = _Study(benches, plan=plan, record=record, previous=previous)
     try:
         if not study.measure_default():
             return study.outcome(f"the default configuration failed: {study.default.reason}")
@@ -134,66 +127,108 @@ def run_study(
         return study.outcome("interrupted before the verification", interrupted=True)
 
 
+class _Proposal(NamedTuple):
+    arm: str
+    values: Mapping[str, KnobValue]
+
+
 class _Study:
-    """The trials so far; the steps append to them in order."""
+    """The steps of a study, over its trials."""
 
     def __init__(
         self,
-        measure: Measure,
+        benches: Benches,
         *,
         plan: StudyPlan,
         record: Callable[[TrialResult], None],
         previous: Sequence[TrialResult],
     ) -> None:
-        self._measure = measure
+        self._benches = benches
         self._plan = plan
-        self._record = record
-        self._number = max((trial.number for trial in previous), default=-1) + 1
-        done = (trial for trial in previous if trial.status is not TrialStatus.INTERRUPTED)
-        self._trials = [trial for trial in done if trial.arm != VERIFY]
+        self._trials = Trials(
+            benches,
+            num_repeats=plan.num_repeats,
+            judge=self._judge,
+            record=record,
+            previous=previous,
+        )
         self._was_cut = False
         self._slo = plan.slo
         self._rule = offline_rule(objective=plan.objective, slo=plan.slo)
 
     @property
     def default(self) -> TrialResult:
-        return next(trial for trial in self._trials if trial.arm == DEFAULT)
+        return next(trial for trial in self._trials.ended if trial.arm == DEFAULT)
 
     def measure_default(self) -> bool:
         """Trial 0. False: it cannot run at all, so there is nothing to compare with."""
-        if not any(trial.arm == DEFAULT for trial in self._trials):
-            self._run(DEFAULT, self._plan.space.default_values)
+        if not self._trials.of_arm(DEFAULT):
+            with self._trials.kept_if_stopped():
+                self._trials.begin(FIRST, DEFAULT, self._plan.space.default_values)
+                self._trials.wait_for_all()
         if self._slo.min_recall is None:
             # A default that reads everything has no sample and loses nothing. One that was never
             # sampled sets the same floor: too high rather than too low.
             recall = self.default.metrics.get("attention_recall", 1.0)
             floor = recall / (1.0 + self._rule.max_loss_frac)
             self._slo = replace(self._slo, min_recall=floor)
-        return self.default.status not in BROKEN
+        return self.default.status not in WITHOUT_FIGURES
 
     def search(self, left_frac: Callable[[], float]) -> None:
-        """All arms in turn, so that a drifting machine treats them alike, while there is time."""
-        backends = {arm: _backend(arm, self._plan) for arm in self._plan.arms}
+        """Trials on every device that is free, while there is time."""
+        proposals = self._proposals(left_frac)
         try:
-            for turn in range(self._plan.num_trials):
-                for arm, backend in backends.items():
-                    if left_frac() <= 1.0 - SEARCH_TIME_FRAC:
-                        raise OutOfTime
-                    self._try_next(arm, backend, turn=turn)
+            with self._trials.kept_if_stopped():
+                place: int | None = self._trials.wait_for_place()
+                while place is not None:
+                    place = self._begin_next(proposals, place)
+                self._trials.wait_for_all()
         except OutOfTime:
             self._was_cut = True
+
+    def _begin_next(self, proposals: Iterator[_Proposal], place: int) -> int | None:
+        """Ask only now that the device is free, for whatever ended until now is known by now;
+        returns the next one that is, None if nothing is left to try."""
+        proposal = next(proposals, None)
+        if proposal is None:
+            return None
+        self._trials.begin(place, proposal.arm, proposal.values)
+        return self._trials.wait_for_place()
+
+    def _proposals(self, left_frac: Callable[[], float]) -> Iterator[_Proposal]:
+        """All arms in turn, so that a drifting machine treats them alike."""
+        backends = {arm: _backend(arm, self._plan) for arm in self._plan.arms}
+        for turn in range(self._plan.num_trials):
+            for arm, backend in backends.items():
+                if left_frac() <= 1.0 - SEARCH_TIME_FRAC:
+                    self._was_cut = True
+                    return
+                if self._trials.num_begun(arm) > turn:
+                    continue  # done by an earlier run
+                if turn == 0 and arm == self._plan.arms[0] and self._plan.first is not None:
+                    yield _Proposal(arm, self._plan.first)
+                    continue
+                suggestion = backend.suggest(
+                    [self._observe(trial) for trial in (self.default, *self._trials.of_arm(arm))],
+                    incumbent=self._plan.space.default_values,
+                    num_left=self._plan.num_trials - turn,
+                    pending=self._trials.pending(arm),
+                )
+                if suggestion is not None:
+                    yield _Proposal(arm, suggestion.values)
 
     def verify(self, record: Callable[[AcceptanceWindow], None]) -> StudyOutcome:
         """What the search recommends, the next best and the default again, in other arrival
         orders; then the one whose worst run is the best against the default, in pairs."""
-        if not any(trial.score is not None for trial in self._trials):
+        if not any(trial.score is not None for trial in self._trials.ended):
             return self.outcome("no configuration met its targets; the default stays")
         candidates = self._candidates()
         if not candidates:
             cut = " in the time that the search had" if self._was_cut else ""
             return self.outcome(f"nothing is better than the default{cut}; the default stays")
+        self._benches.leave_only(FIRST)
         verification = Verification(
-            self._measure,
+            measure_on(self._benches, FIRST),
             objective=self._plan.objective,
             slo=self._slo,
             rule=self._rule,
@@ -212,32 +247,34 @@ class _Study:
         )
 
     def outcome(self, reason: str, *, interrupted: bool = False) -> StudyOutcome:
-        feasible = [trial for trial in self._trials if trial.score is not None]
+        feasible = [trial for trial in self._trials.ended if trial.score is not None]
         best: dict[str, TrialResult] = {}
         for trial in sorted(feasible, key=lambda trial: trial.score or 0.0):
             best[trial.arm] = trial
         return StudyOutcome(
-            default=next((trial for trial in self._trials if trial.arm == DEFAULT), None),
+            default=next((trial for trial in self._trials.ended if trial.arm == DEFAULT), None),
             best=best,
             winner=None,
             reason=reason,
             interrupted=interrupted,
-            trials=tuple(self._trials),
+            trials=tuple(self._trials.ended),
             dropped_warm=self._has_dropped_warm(),
         )
 
     def _has_dropped_warm(self) -> bool:
         backend = _backend(self._plan.arms[0], self._plan)
-        own = [self._observe(trial) for trial in self._trials if trial.arm in (DEFAULT, BAYES)]
+        own = [
+            self._observe(trial) for trial in self._trials.ended if trial.arm in (DEFAULT, BAYES)
+        ]
         return isinstance(backend, ConstrainedSearch) and backend.has_dropped_warm(own)
 
     def _candidates(self) -> list[TrialResult]:
         """What the search recommends by all that was observed, and the next best."""
         incumbent = self._plan.space.default_values
         backend = _backend(self._plan.arms[0], self._plan)
-        observed = [self._observe(trial) for trial in self._trials]
+        observed = [self._observe(trial) for trial in self._trials.ended]
         return pick_candidates(
-            self._trials,
+            self._trials.ended,
             space=self._plan.space,
             default=self.default.values,
             recommended=backend.recommend(observed, incumbent=incumbent).values,
@@ -245,52 +282,11 @@ class _Study:
             most=NUM_CANDIDATES,
         )
 
-    def _try_next(self, arm: str, backend: SearchBackend, *, turn: int) -> None:
-        if len(self._of_arm(arm)) > turn:
-            return  # done by an earlier run
-        if turn == 0 and arm == self._plan.arms[0] and self._plan.first is not None:
-            self._run(arm, self._plan.first)
-            return
-        suggestion = backend.suggest(
-            [self._observe(trial) for trial in (self.default, *self._of_arm(arm))],
-            incumbent=self._plan.space.default_values,
-            num_left=self._plan.num_trials - turn,
-        )
-        if suggestion is not None:
-            self._run(arm, suggestion.values)
-
     def _observe(self, trial: TrialResult) -> Observation:
         return observe(trial, objective=self._plan.objective, slo=self._slo)
 
-    def _of_arm(self, arm: str) -> list[TrialResult]:
-        return [trial for trial in self._trials if trial.arm == arm]
-
-    def _run(self, arm: str, values: Mapping[str, KnobValue]) -> None:
-        """One trial, recorded however it ends; what stopped it is recorded and raised again."""
-        verdicts: list[Verdict] = []
-        try:
-            for _ in range(self._plan.num_repeats):
-                verdicts.append(self._judge_once(values))
-                if verdicts[-1].score is None:
-                    break
-        except (KeyboardInterrupt, OutOfTime) as error:
-            by = "by the end of its time" if isinstance(error, OutOfTime) else "by the user"
-            self._keep(arm, values, [_failed(TrialStatus.INTERRUPTED, f"stopped {by}")])
-            raise
-        self._keep(arm, values, verdicts)
-
-    def _judge_once(self, values: Mapping[str, KnobValue]) -> Verdict:
-        try:
-            measurement = self._measure(values, SEARCH_ORDER)
-        except TrialFailed as error:
-            return _failed(error.status, str(error))
+    def _judge(self, measurement: Measurement) -> Verdict:
         return judge(measurement, objective=self._plan.objective, slo=self._slo)
-
-    def _keep(self, arm: str, values: Mapping[str, KnobValue], verdicts: Sequence[Verdict]) -> None:
-        trial = summarize(verdicts, number=self._number, arm=arm, values=values)
-        self._number += 1
-        self._trials.append(trial)
-        self._record(trial)
 
 
 def _backend(arm: str, plan: StudyPlan) -> SearchBackend:
@@ -306,32 +302,6 @@ def _backend(arm: str, plan: StudyPlan) -> SearchBackend:
     return RandomSearch(space=space, seed=seed)
 
 
-def summarize(
-    verdicts: Sequence[Verdict], *, number: int, arm: str, values: Mapping[str, KnobValue]
-) -> TrialResult:
-    """One row of repeated measurements: medians, and the spread of the scores. The last verdict
-    decides: a repeat that fails ends the trial."""
-    last = verdicts[-1]
-    scores = [verdict.score for verdict in verdicts if verdict.score is not None]
-    feasible = last.status is TrialStatus.OK
-    names = {name for verdict in verdicts for name in verdict.metrics}
-    metrics = {
-        name: median(v.metrics[name] for v in verdicts if name in v.metrics)
-        for name in sorted(names)
-    }
-    score = median(scores) if feasible else None
-    return TrialResult(
-        number=number,
-        arm=arm,
-        values=dict(values),
-        status=last.status,
-        score=score,
-        spread_frac=(max(scores) - min(scores)) / score if score and len(scores) > 1 else None,
-        metrics=metrics,
-        reason=last.reason,
-    )
-
-
 def _scores(comparison: Comparison | None, *, of_candidate: bool) -> tuple[float, ...]:
     if comparison is None:
         return ()
@@ -342,7 +312,3 @@ def _scores(comparison: Comparison | None, *, of_candidate: bool) -> tuple[float
         if window.stage is WindowStage.TEST and window.values == values
     )
     return tuple(score for score in found if score)
-
-
-def _failed(status: TrialStatus, reason: str) -> Verdict:
-    return Verdict(status=status, score=None, metrics={}, reason=reason)

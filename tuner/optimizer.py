@@ -1,6 +1,7 @@
 """``python -m sparsed.tuner.optimizer``: answers each ``LiveContext`` on stdin with an ``Answer``.
 
-A process of its own, so that fitting a model never holds the daemon. Ends with its input.
+A process of its own, so that fitting a model never holds the daemon; on one thread, as all models
+are fitted (``threads.py``). Ends with its input.
 """
 
 from __future__ import annotations

@@ -84,9 +84,11 @@ class SearchBackend(Protocol):
         *,
         incumbent: Mapping[str, KnobValue],
         num_left: int,
+        pending: Sequence[Mapping[str, KnobValue]] = (),
     ) -> Suggestion | None:
         """What to try with ``num_left`` trials left, this one included; None: nothing is left
-        to learn, or nothing is safe to try."""
+        to learn, or nothing is safe to try. ``pending``: what is being tried now, on other
+        devices; it counts as tried, and none of it is suggested again for want of its result."""
         ...
 
     def recommend(
@@ -98,7 +100,8 @@ class SearchBackend(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RandomSearch:
-    """Uniform over the rungs: the baseline every other backend is shown beside."""
+    """Uniform over the rungs: the baseline every other backend is shown beside. What it draws
+    depends on what was begun before, and not on what has ended."""
 
     space: SearchSpace
     seed: int
@@ -109,9 +112,10 @@ class RandomSearch:
         *,
         incumbent: Mapping[str, KnobValue],
         num_left: int,
+        pending: Sequence[Mapping[str, KnobValue]] = (),
     ) -> Suggestion | None:
-        seen = {self.space.encode(item.values) for item in observations}
-        generator = random.Random(f"{self.seed}:{len(observations)}")
+        seen = points_seen(self.space, observations, pending)
+        generator = random.Random(f"{self.seed}:{len(observations) + len(pending)}")
         points = draw(self.space, generator=generator, num_points=1, seen=seen)
         return Suggestion(self.space.decode(points[0]), "random") if points else None
 
@@ -135,13 +139,15 @@ class GridSearch:
         *,
         incumbent: Mapping[str, KnobValue],
         num_left: int,
+        pending: Sequence[Mapping[str, KnobValue]] = (),
     ) -> Suggestion | None:
-        seen = {self.space.encode(item.values) for item in observations}
-        for level in self._levels(len(observations) + num_left):
+        seen = points_seen(self.space, observations, pending)
+        num_begun = len(observations) + len(pending)
+        for level in self._levels(num_begun + num_left):
             grid = [_spaced(len(ladder.rungs), level) for ladder in self.space.ladders]
             points = [p for p in product(*grid) if p not in seen and self.space.is_valid(p)]
             if points:
-                chosen = random.Random(f"{self.seed}:{len(observations)}").choice(points)
+                chosen = random.Random(f"{self.seed}:{num_begun}").choice(points)
                 return Suggestion(self.space.decode(chosen), f"grid of {level} rungs a knob")
         return None
 
@@ -158,6 +164,15 @@ class GridSearch:
             yield level
             level *= 2
         yield longest
+
+
+def points_seen(
+    space: SearchSpace,
+    observations: Sequence[Observation],
+    pending: Sequence[Mapping[str, KnobValue]],
+) -> set[Point]:
+    """What was tried, or is being tried."""
+    return {space.encode(values) for values in (*(o.values for o in observations), *pending)}
 
 
 def best_observed(

@@ -14,6 +14,7 @@ from skopt.space import Integer, Space
 from skopt.utils import normalize_dimensions
 
 from sparsed.tuner.space import Point, SearchSpace
+from sparsed.tuner.threads import one_thread
 
 # Figures are logarithms, so these bounds say how much a knob may matter at least and at most: a
 # model of three points must not be sure of itself, and a window is never free of noise.
@@ -72,14 +73,14 @@ class Surrogate:
             kernel=kernel + WhiteKernel(START_NOISE, NOISE), noise="gaussian", random_state=seed
         )
         fitted = cls(axes=axes, space=unit, model=model, centre=centre)
-        with warnings.catch_warnings():
+        with one_thread(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # lengths at their bounds: few points
             model.fit(fitted._rows(points), [value - centre for value in values])
         return fitted
 
     def predict(self, points: Sequence[Point]) -> list[Prediction]:
         """What to expect at ``points``, one or more."""
-        with warnings.catch_warnings():
+        with one_thread(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # variances rounded to below zero, at known points
             mean, deviation = self.model.predict(self._rows(points), return_std=True)
         pairs = zip(mean, deviation, strict=True)

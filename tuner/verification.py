@@ -15,16 +15,16 @@ from sparsed.core import (
     Measurement,
     Objective,
     Slo,
+    TrialStatus,
     WindowStage,
 )
-from sparsed.tuner.acceptance import BROKEN, decide, worst_of
+from sparsed.tuner.acceptance import WITHOUT_FIGURES, decide, worst_of
+from sparsed.tuner.benches import Measure
 from sparsed.tuner.objective import METRICS, OutOfTime, TrialFailed, judge, window_metrics
 from sparsed.tuner.schedule import paired_slots, ranking_slots
 
 NUM_ROUNDS: Final = 5
 NUM_CANDIDATES: Final = 3
-
-Measure = Callable[[Mapping[str, KnobValue], int], Measurement]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -124,7 +124,7 @@ class Verification:
                 turn=slot.pair,
                 order=1 + self._rule.num_rounds + slot.pair,
             )
-            is_broken = window.status in BROKEN
+            is_broken = window.status in WITHOUT_FIGURES
             if is_broken or not slot.is_discarded:
                 self._keep(window)
             if is_broken:
@@ -134,7 +134,7 @@ class Verification:
         self, values: Mapping[str, KnobValue], *, stage: WindowStage, turn: int, order: int
     ) -> AcceptanceWindow:
         try:
-            measurement = self._measure(values, order)
+            measurement = self._serve(values, order)
         except TrialFailed as error:
             status, metrics = error.status, {}
         else:
@@ -149,6 +149,15 @@ class Verification:
             status=status,
             metrics=metrics,
         )
+
+    def _serve(self, values: Mapping[str, KnobValue], order: int) -> Measurement:
+        """Once more where somebody killed the engine, which says nothing of ``values``."""
+        try:
+            return self._measure(values, order)
+        except TrialFailed as error:
+            if error.status is not TrialStatus.INTERRUPTED:
+                raise
+        return self._measure(values, order)
 
     def _keep(self, window: AcceptanceWindow) -> None:
         self._windows.append(window)

@@ -97,6 +97,12 @@ MODEL_FLAGS = (
     _option("slo_ttft_ms", "MS", "Target of the time to the first token, milliseconds"),
     _option("slo_tpot_ms", "MS", "Target of the time per further token, milliseconds"),
 )
+DEVICES_FLAG = _option(
+    "device",
+    "DEVICES",
+    "auto, cpu, cuda or cuda:N; or a list of GPUs of one kind, as cuda:0,cuda:1, each with trials "
+    "of its own",
+)
 SERVING_FLAGS = (
     _option("served_model_name", "NAME", "Name of the model in the HTTP interface"),
     _option("host", "ADDRESS", "Address the HTTP interface listens on"),

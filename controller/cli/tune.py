@@ -8,13 +8,17 @@ from typing import Annotated
 
 import typer
 
-from sparsed.controller.cli.flags import MODEL_FLAGS, TRIAL_FLAGS, takes
+from sparsed.controller.cli.flags import DEVICES_FLAG, MODEL_FLAGS, TRIAL_FLAGS, takes
 from sparsed.controller.cli.start import ConfigOption, one_model
 from sparsed.controller.config import load_config
 from sparsed.core import InputError, Objective, SearchMethod
 
+TUNED_MODEL_FLAGS = tuple(
+    DEVICES_FLAG if flag.name == DEVICES_FLAG.name else flag for flag in MODEL_FLAGS
+)
 
-@takes(*MODEL_FLAGS, *TRIAL_FLAGS)
+
+@takes(*TUNED_MODEL_FLAGS, *TRIAL_FLAGS)
 def tune(
     model_argument: Annotated[
         str | None, typer.Argument(metavar="[MODEL]", show_default=False, help="As --model.")
@@ -120,16 +124,22 @@ def tune(
     Begins from the nearest profile, stored or shipped (see: sparsed profile list), unless
     --no-profile says otherwise. Owns the machine while it runs. Knobs given as flags are fixed;
     Ctrl-C keeps what was measured.
+    With several GPUs of one kind, as --device cuda:0,cuda:1, each has an engine of its own and takes
+    a trial whenever it is free; the host's memory is divided among them. The default, and all that
+    follows the search, run on the first one alone.
     What the search recommends, the next best (three in all) and the default are measured again in
     five other arrival orders; the one whose worst run is the best is then tested against the
     default, in 32 pairs of windows.
     """
+    from sparsed.controller.tune_devices import split_devices
     from sparsed.controller.tune_options import TuneOptions
     from sparsed.controller.tuning import run_tune
 
     if workload is not None and trace is not None:
         raise InputError("--trace is a --workload: give one of them", field="trace")
     flags["model"] = one_model(model_argument, flags["model"])
+    devices = split_devices(flags["device"]) if isinstance(flags["device"], str) else ()
+    flags["device"] = devices[0] if devices else None
     options = TuneOptions(
         config=load_config(flags=flags, environment=os.environ, file=config),
         workload=str(trace.absolute()) if trace else workload or "mixed",
@@ -142,5 +152,6 @@ def tune(
         export=export,
         output_dir=output_dir,
         resume=resume,
+        devices=devices,
     )
     raise typer.Exit(run_tune(options))

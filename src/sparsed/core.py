@@ -62,6 +62,7 @@ class FailureCause(StrEnum):
     DEVICE = "device"  # a call of the driver failed for another reason
     CONFIG = "config"  # what was asked for is wrong or does not fit
     HANG = "hang"
+    KILLED = "killed"  # by a SIGKILL that nobody can show to be the kernel's for want of memory
     OTHER = "other"
 
 
@@ -1513,7 +1514,8 @@ class Measurement:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrialResult:
     """A configuration and what became of it. ``score`` is the objective, higher is better, None
-    when the trial is infeasible; ``spread_frac`` is (max - min) / median over its repeats."""
+    when the trial is infeasible; ``spread_frac`` is (max - min) / median over its repeats.
+    ``device`` is where it was measured, None in studies of versions that did not keep it."""
 
     number: int
     arm: str  # "default", "bayes", "skopt", "grid", "random"; earlier versions had "verify"
@@ -1523,6 +1525,7 @@ class TrialResult:
     spread_frac: float | None
     metrics: Mapping[str, float]
     reason: str = ""
+    device: str | None = None
     started_at: float = 0.0
     ended_at: float = 0.0
 

@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from sparsed.controller.config import DaemonConfig, load_config
@@ -184,6 +185,30 @@ def test_ctrl_c_keeps_the_trials_and_resume_goes_on(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("age_s", [0.0, 0.1, 0.5])  # of the engine; its own imports take some of it
+def test_no_engine_outlives_a_study_that_was_killed(tmp_path: Path, age_s: float) -> None:
+    process = tune(tmp_path / "state")
+    deadline = time.monotonic() + 120
+    while not engines_of(tmp_path):
+        assert time.monotonic() < deadline and process.poll() is None
+    time.sleep(age_s)
+    process.kill()
+    process.communicate(timeout=60)
+    _, left = psutil.wait_procs(engines_of(tmp_path), timeout=20)
+    assert not left
+
+
+def engines_of(directory: Path) -> list[psutil.Process]:
+    """Of whatever study in ``directory``, whoever their parent is now."""
+    return [
+        process
+        for process in psutil.process_iter(["cmdline"])
+        if "sparsed.engine.worker" in (command := process.info["cmdline"] or [])
+        and any(str(directory) in argument for argument in command)
+    ]
+
+
+@pytest.mark.slow
 def test_a_study_that_was_killed_goes_on_from_its_trials(tmp_path: Path) -> None:
     state_dir = tmp_path / "state"
     process = tune(state_dir, "--trials", "8")
@@ -215,3 +240,113 @@ def test_a_study_that_was_killed_goes_on_from_its_trials(tmp_path: Path) -> None
         assert len({str(values) for values in tried}) == len(tried)
     told = json.loads((report / "result.json").read_text())
     assert [item["number"] for item in told["trials"]] == [item.number for item in trials]
+
+
+# Several devices, as which CPUs of this machine have to do: the flag refuses a list of them.
+TWO = (
+    "import sys; from pathlib import Path\n"
+    "from sparsed.controller.config import load_config\n"
+    "from sparsed.controller.tune_options import TuneOptions\n"
+    "from sparsed.controller.tuning import run_tune\n"
+    "state, trace, resume, max_s = sys.argv[1:]\n"
+    "given = dict(model='dummy:tiny', device='cpu', state_dir=state, kv_hbm_gib=0.1, kv_dram_gib=0.1)\n"
+    "options = TuneOptions(\n"
+    "    config=load_config(flags=given, environment={}), workload=trace, trials=6, trial_s=1.0,\n"
+    "    resume=resume or None, max_s=float(max_s), devices=('cpu', 'cpu'))\n"
+    "sys.exit(run_tune(options))"
+)
+
+
+def tune_two(directory: Path, *, resume: str = "", max_s: int = 120) -> subprocess.Popen[str]:
+    """Requests enough for a space of many points, some of which need an engine of their own."""
+    trace = directory / "trace.jsonl"
+    row = {"timestamp": 0, "input_length": 40, "output_length": 10}
+    trace.write_text(f"{json.dumps(row)}\n" * 6)
+    arguments = (str(directory / "state"), str(trace), resume, str(max_s))
+    return subprocess.Popen(
+        (sys.executable, "-P", "-c", TWO, *arguments),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | QUIET,
+    )
+
+
+def read_until(process: subprocess.Popen[str], words: str, *, num: int = 1) -> str:
+    """What it printed up to the line that holds ``words`` for the ``num``-th time."""
+    assert process.stdout is not None
+    printed = ""
+    deadline = time.monotonic() + 120
+    while printed.count(words) < num:
+        assert time.monotonic() < deadline and process.poll() is None, printed
+        printed += process.stdout.readline()
+    return printed
+
+
+def trials_of(directory: Path) -> tuple[TrialResult, ...]:
+    store = open_store(directory / "state" / "sparsed.db")
+    trials = store.list_trials(study_id=1)
+    store.close()
+    return trials
+
+
+@pytest.mark.slow
+def test_two_devices_measure_at_once_and_outlive_each_others_engines(tmp_path: Path) -> None:
+    process = tune_two(tmp_path)
+    printed = read_until(process, " default ")
+    deadline = time.monotonic() + 60
+    while len(engines := engines_of(tmp_path)) < 2:
+        assert time.monotonic() < deadline and process.poll() is None
+    victim = max(engines, key=lambda engine: engine.create_time())
+    victim.kill()
+    printed += read_until(process, "killed by SIGKILL")
+    assert " interrupted " in " ".join(printed.split())
+    printed += read_until(process, " cpu ", num=2)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, printed + output
+    assert not engines_of(tmp_path)
+    words = " ".join(printed.split())
+    assert "2 engines share the memory" in words and "each pins 0.1" in words
+    trials = trials_of(tmp_path)
+    assert [trial.number for trial in trials] == [*range(len(trials))]
+    assert {trial.device for trial in trials} == {"cpu"}
+    assert trials[0].arm == "default"
+    searched = trials[1:]
+    assert all(trial.started_at >= trials[0].ended_at for trial in searched)
+    assert any(
+        one.started_at < other.started_at < one.ended_at for one in searched for other in searched
+    )
+    cut = [trial for trial in searched if trial.reason == "stopped by the user"]
+    assert 1 <= len(cut) <= 2 and all(trial.status is TrialStatus.INTERRUPTED for trial in cut)
+
+    resumed = tune_two(tmp_path, resume="last", max_s=60)
+    output, _ = resumed.communicate(timeout=120)
+    assert resumed.returncode == 0, output
+    assert "resuming study 1" in output and not engines_of(tmp_path)
+    more = trials_of(tmp_path)
+    assert more[: len(trials)] == trials and len(more) > len(trials)
+    assert sum(trial.arm == "default" for trial in more) == 1
+
+
+@pytest.mark.slow
+def test_the_end_of_time_cuts_off_every_device(tmp_path: Path) -> None:
+    process = tune_two(tmp_path, max_s=25)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode in (0, 75), output  # a slow machine may need all of it to begin
+    assert not engines_of(tmp_path)
+    store = open_store(tmp_path / "state" / "sparsed.db")
+    assert store.list_profiles() == (), "a test that was cut off verifies nothing"
+    store.close()
+
+
+@pytest.mark.slow
+def test_no_engine_of_several_outlives_a_study_that_was_killed(tmp_path: Path) -> None:
+    process = tune_two(tmp_path)
+    deadline = time.monotonic() + 120
+    while len(engines_of(tmp_path)) < 2:
+        assert time.monotonic() < deadline and process.poll() is None
+    process.kill()
+    process.communicate(timeout=60)
+    _, left = psutil.wait_procs(engines_of(tmp_path), timeout=20)
+    assert not left

@@ -13,7 +13,7 @@ from typing import TypeVar
 import psutil
 import pytest
 
-from sparsed.controller.engine_process import WatchLimits
+from sparsed.controller.engine_process import WatchLimits, ending_of
 from sparsed.controller.startup import StartPlan
 from sparsed.controller.supervisor import MAX_DEATHS, Supervisor
 from sparsed.core import (
@@ -96,7 +96,7 @@ def test_an_engine_that_is_killed_or_hangs_comes_back(
         second = (await watcher.until(EngineReady)).facts
         assert second.pid != facts.pid
         assert watcher.lost == ["it was killed by SIGKILL"]
-        assert watcher.supervisor.cause is FailureCause.HOST_MEMORY
+        assert watcher.supervisor.cause is FailureCause.KILLED
         watcher.supervisor.send(request("one"))
         (again,) = (await watcher.until(TokenBatch)).outputs
         assert again.token_id == first.token_id
@@ -114,6 +114,23 @@ def test_an_engine_that_is_killed_or_hangs_comes_back(
         await watcher.supervisor.wait()
 
     asyncio.run(live())
+
+
+@pytest.mark.parametrize(
+    ("returncode", "oom_kills", "cause"),
+    [
+        (-signal.SIGKILL, (3, 4), FailureCause.HOST_MEMORY),
+        (-signal.SIGKILL, (3, 3), FailureCause.KILLED),
+        (-signal.SIGKILL, (None, None), FailureCause.KILLED),
+        (-signal.SIGKILL, (None, 1), FailureCause.KILLED),
+        (-signal.SIGTERM, (3, 4), FailureCause.OTHER),
+        (1, (3, 4), FailureCause.OTHER),
+    ],
+)
+def test_a_sigkill_is_the_kernels_only_where_it_counted_one(
+    returncode: int, oom_kills: tuple[int | None, int | None], cause: FailureCause
+) -> None:
+    assert ending_of(returncode, oom_kills=oom_kills).cause is cause
 
 
 @pytest.mark.slow

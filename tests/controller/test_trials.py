@@ -20,6 +20,7 @@ from sparsed.core import (
     TrialStatus,
 )
 from sparsed.tuner.objective import CRASHES, TrialFailed
+from sparsed.tuner.policy import TEACHING_CRASHES
 
 
 def facts(*entries: LinkEntry) -> EngineFacts:
@@ -76,6 +77,13 @@ def test_the_peak_of_a_window_and_the_share_of_the_link(
 def test_every_cause_is_a_status_that_is_a_crash() -> None:
     assert set(STATUSES) == set(FailureCause)
     assert all(status in CRASHES for status in STATUSES.values())
+
+
+def test_somebodys_kill_teaches_nothing_and_the_kernels_does() -> None:
+    killed, starved = (
+        CRASHES[STATUSES[cause]] for cause in (FailureCause.KILLED, FailureCause.HOST_MEMORY)
+    )
+    assert killed not in TEACHING_CRASHES and starved in TEACHING_CRASHES
 
 
 def test_a_request_that_is_refused_blames_the_configuration() -> None:

@@ -124,7 +124,9 @@ def test_the_bar_says_the_best_and_every_trial() -> None:
         num_trials=1,
         seed=0,
     )
-    with StudyProgress(Console(file=text, width=200), plan=plan, previous=()) as progress:
+    with StudyProgress(
+        Console(file=text, width=200), plan=plan, devices=["cpu"], previous=()
+    ) as progress:
         progress.show(trial(0, "default", 10.0, metrics={"attention_recall": 0.0}))
         progress.show(trial(1, "bayes", None, "the hot tier is full"))
         progress.show(trial(2, "random", 9.0, "so", {"sparse_steps": 0.0}))

@@ -155,6 +155,7 @@ def fill(path: Path) -> None:
             score=2.0,
             spread_frac=0.1,
             metrics={"duration_s": 3.0},
+            device="cuda:1",
         ),
     )
     store.save_profile(

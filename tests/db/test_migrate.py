@@ -37,6 +37,7 @@ def test_every_released_schema_upgrades_and_reads(dump: Path, tmp_path: Path) ->
     assert (profile.shape is not None and profile.shape.num_layers == 30) is (dump.stem >= "0007")
     (trial,) = store.list_trials(key=KEY)
     assert (trial.score, trial.metrics) == (2.0, {"duration_s": 3.0})
+    assert trial.device == ("cuda:1" if dump.stem >= "0008" else None)
     space = store.get_study(1).space
     assert space == ({"token_budget": [512, 1024]} if dump.stem >= "0005" else None)
     assert store.list_decisions(KEY)[0].reason == "asset"

@@ -93,6 +93,7 @@ def make_trial(number: int, **changes: Any) -> TrialResult:
         score=3.5,
         spread_frac=0.02,
         metrics={"ttft_p95_s": 0.25, "errors": 0.0},
+        device="cuda:1",
         started_at=1.0,
         ended_at=2.0,
     )

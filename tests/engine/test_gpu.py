@@ -101,6 +101,25 @@ def test_float32_agrees_with_the_cpu(
     assert abs(mine.hot_misses - theirs.hot_misses) <= 0.02 * theirs.hot_misses + 4
 
 
+def test_an_engine_on_the_second_gpu_gives_what_it_gives_on_the_first(
+    tiny_checkpoint: Callable[..., Path],
+) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    model = tiny_checkpoint("llama", max_position_embeddings=2048)
+    tokens = torch.randint(0, 64, (1200,), generator=torch.Generator().manual_seed(1)).tolist()
+    knobs = {"page_size": 32, "hbm_budget": 512, "token_budget": 256}
+    current = torch.cuda.current_device()
+    try:
+        logits = [
+            teacher_forced(make_runner(model, device, "float32", knobs), tokens, 1100, 300)
+            for device in ("cuda:0", "cuda:1")
+        ]
+    finally:
+        torch.cuda.set_device(current)
+    torch.testing.assert_close(logits[1], logits[0], atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("own", [None, 1024])
 def test_graphs_recorded_between_steps_change_no_logits(
     tiny_checkpoint: Callable[..., Path], own: int | None

@@ -14,6 +14,7 @@ from sparsed.core import (
     BLOCK_TOKENS,
     DTYPE_BYTES,
     GIB,
+    KNOBS_BY_NAME,
     PAGE_SIZES,
     ExitCode,
     InputError,
@@ -268,3 +269,38 @@ def test_the_shape_knows_whether_its_embeddings_are_tied(
     for tied in (True, False):
         directory = tiny_checkpoint("llama", tie_word_embeddings=tied)
         assert load_config(directory).shape.tied_embeddings is tied
+
+
+@given(num_engines=st.integers(1, 8), asked=wishes, where=machines)
+def test_engines_side_by_side_have_equal_parts_of_the_host(
+    num_engines: int, asked: dict[str, KnobValue], where: tuple[str, MachineFacts]
+) -> None:
+    device, machine = where
+    free = {name: asked[name] for name in asked.keys() - {"kv_dram_gib", "kv_hbm_gib"}}
+    try:
+        knobs = resolve_knobs(
+            free,
+            shape=TINY,
+            machine=machine,
+            device=device,
+            dtype="bfloat16",
+            num_engines=num_engines,
+        )
+    except InputError as error:
+        assert str(error.field) in str(error)
+        return
+    pinned_bytes = num_engines * plan_memory(knobs, shape=TINY, dtype="bfloat16").dram_pool_bytes
+    least_bytes = num_engines * KNOBS_BY_NAME["kv_dram_gib"].minimum * GIB
+    assert pinned_bytes <= max(machine.dram_free_bytes, least_bytes)
+
+
+def test_two_engines_may_not_pin_more_than_there_is() -> None:
+    half = H100.dram_total_bytes / GIB / 2
+    place = {"shape": LLAMA, "machine": H100, "device": "cuda:0", "dtype": "bfloat16"}
+    fits = resolve_knobs({"kv_dram_gib": half}, num_engines=2, **place)  # type: ignore[arg-type]
+    assert fits.kv_dram_gib == half
+    asked = {"kv_dram_gib": half + 1}
+    assert resolve_knobs(asked, **place).kv_dram_gib == half + 1  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"of 2 engines .* or give fewer devices") as error:
+        resolve_knobs(asked, num_engines=2, **place)  # type: ignore[arg-type]
+    assert error.value.field == "kv_dram_gib"

@@ -83,7 +83,7 @@ class Controller:
         command = [sys.executable, "-P", "-m", "sparsed.engine.worker", "--endpoint", self.endpoint]
         with os.fdopen(os.memfd_create("pool"), "wb") as pool:
             self.process = subprocess.Popen(
-                [*command, "--pool-fd", str(pool.fileno())],
+                [*command, "--parent", str(os.getpid()), "--pool-fd", str(pool.fileno())],
                 pass_fds=(pool.fileno(),),
                 env={**os.environ, "OMP_NUM_THREADS": "1"},
                 stderr=subprocess.PIPE,
@@ -326,8 +326,9 @@ def test_sigterm_is_a_clean_exit(tmp_path: Path, loading: bool) -> None:
 def test_it_dies_with_its_parent(tmp_path: Path) -> None:
     with controller(tmp_path) as orphaned:
         command = [sys.executable, "-P", "-m", "sparsed.engine.worker"]
-        code = f"import subprocess; p = subprocess.Popen({command!r} + ['--endpoint', " \
-               f"{orphaned.endpoint!r}]); print(p.pid, flush=True); p.wait()"  # fmt: skip
+        command += ["--endpoint", orphaned.endpoint, "--parent"]
+        code = f"import os, subprocess; p = subprocess.Popen({command!r} + [str(os.getpid())]); " \
+               "print(p.pid, flush=True); p.wait()"  # fmt: skip
         with subprocess.Popen(
             [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True
         ) as parent:
@@ -340,6 +341,14 @@ def test_it_dies_with_its_parent(tmp_path: Path) -> None:
                 return
             time.sleep(LOOK_S)
         pytest.fail("the worker outlived its parent")
+
+
+def test_it_ends_if_its_parent_was_gone_before_it_could_look(tmp_path: Path) -> None:
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    command = [sys.executable, "-P", "-m", "sparsed.engine.worker"]
+    command += ["--endpoint", f"ipc://{tmp_path}/engine.sock", "--parent", str(gone.pid)]
+    assert subprocess.run(command, check=False, timeout=30).returncode == ExitCode.UNAVAILABLE
 
 
 def test_the_link_beats_while_a_step_is_stuck(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import pytest
 
-from sparsed.profiler.cgroup import read_memory_limit
+from sparsed.profiler.cgroup import read_memory_limit, read_oom_kills
 from sparsed.profiler.collectors.nvml import NvmlSession
 from sparsed.profiler.machine import read_machine
 
@@ -65,6 +65,21 @@ def test_a_path_of_the_host_falls_back_to_the_mount(tmp_path: Path) -> None:
 @pytest.mark.parametrize("files", [version_1("a", 2**63 - 4096), version_2("a", "max"), {}])
 def test_no_limit(tmp_path: Path, files: dict[str, object]) -> None:
     assert read_memory_limit(write(tmp_path, files)) is None
+
+
+def test_kills_for_want_of_memory_are_those_of_the_own_group(tmp_path: Path) -> None:
+    first = version_1("a/b", GIB) | {
+        "sys/fs/cgroup/memory/a/b/memory.oom_control": "oom_kill_disable 0\noom_kill 3",
+        "sys/fs/cgroup/memory/a/memory.oom_control": "oom_kill_disable 0\noom_kill 9",
+    }
+    assert read_oom_kills(write(tmp_path / "1", first)) == 3
+    second = version_2("a/b", GIB) | {
+        "sys/fs/cgroup/a/b/memory.events": "oom 7\noom_kill 2\noom_group_kill 5"
+    }
+    assert read_oom_kills(write(tmp_path / "2", second)) == 2
+    upwards = version_2("a/b", GIB) | {"sys/fs/cgroup/a/memory.events": "oom_kill 4"}
+    assert read_oom_kills(write(tmp_path / "3", upwards)) == 4
+    assert read_oom_kills(write(tmp_path / "4", version_2("a/b", GIB))) is None
 
 
 def test_usage_above_the_limit_leaves_nothing_free(tmp_path: Path) -> None:

@@ -382,3 +382,95 @@ def test_it_beats_random_and_stays_within_its_limits() -> None:
     theirs = [run(BACKENDS["random"], seed) for seed in range(20)]
     assert fmean(score for score, _ in ours) > 1.1 * fmean(score for score, _ in theirs)
     assert fmean(n for _, n in ours) < 0.4 * fmean(n for _, n in theirs)
+
+
+# what is pending on other devices
+
+
+@every_backend
+@settings(max_examples=10)
+@given(num_devices=st.integers(2, 6), num_ended=st.integers(1, 12), seed=st.integers(0, 9))
+def test_what_is_pending_is_not_suggested_again(
+    make: Make, num_devices: int, num_ended: int, seed: int
+) -> None:
+    backend = make(SPACE, seed)
+    points = [p for p in SPACE.points()][::977][: num_ended - 1]
+    observations = [serve(HOME), *(serve(SPACE.decode(point)) for point in points)]
+    pending: list[Mapping[str, KnobValue]] = []
+    for number in range(num_devices):
+        found = backend.suggest(observations, incumbent=HOME, num_left=20 - number, pending=pending)
+        assert found is not None
+        assert found.values not in pending
+        assert SPACE.is_valid(SPACE.encode(found.values))
+        pending.append(found.values)
+
+
+@every_backend
+def test_a_pending_last_point_leaves_nothing(make: Make) -> None:
+    pages = [{"page_size": size} for size in (8, 16, 32, 64, 128)]
+    crashed = [
+        Observation(values=values, objective=None, crash=Crash.OOM_DEVICE) for values in pages[:2]
+    ]
+    home = Observation(values=PAGES.default_values, objective=0.0)
+    found = make(PAGES, 0).suggest(
+        [home, *crashed], incumbent=PAGES.default_values, num_left=9, pending=pages[3:]
+    )
+    assert found is None
+
+
+def test_a_pending_repeat_counts_as_one() -> None:
+    lucky = HOME | {"max_num_active_seqs": 8}
+    observations = [*[serve(HOME)] * 3, serve(lucky)]
+    backend = ConstrainedSearch(space=SPACE, seed=0)
+    asked = backend.suggest(observations, incumbent=HOME, num_left=3)
+    assert asked is not None and asked.values == lucky and "once more" in asked.reason
+    other = backend.suggest(observations, incumbent=HOME, num_left=2, pending=[lucky])
+    assert other is not None and other.values != lucky
+
+
+def test_filling_the_space_goes_on_where_the_pending_trials_are() -> None:
+    backend = ConstrainedSearch(space=SPACE, seed=0, num_initial=4)
+    pending: list[Mapping[str, KnobValue]] = []
+    for _ in range(4):
+        found = backend.suggest([serve(HOME)], incumbent=HOME, num_left=9, pending=pending)
+        assert found is not None and found.reason == "fills the space"
+        pending.append(found.values)
+    alone = [serve(HOME)]
+    for _ in range(4):
+        found = backend.suggest(alone, incumbent=HOME, num_left=9)
+        assert found is not None
+        alone.append(serve(found.values))
+    assert pending == [item.values for item in alone[1:]]
+
+
+def test_stock_is_told_what_its_own_batches_are_told() -> None:
+    """The point that the library's own ``ask`` for two, with the lie ``cl_min``, gives second."""
+    import warnings
+
+    from skopt import Optimizer
+    from skopt.space import Integer
+
+    from sparsed.tuner.stock import losses
+
+    generator = random.Random(4)
+    everywhere = list(SPACE.points())
+    observations = [serve(SPACE.decode(generator.choice(everywhere))) for _ in range(12)]
+    first = StockSearch(space=SPACE, seed=5).suggest(observations, incumbent=HOME, num_left=9)
+    assert first is not None and first.reason.startswith("expected improvement")
+    second = StockSearch(space=SPACE, seed=5).suggest(
+        observations, incumbent=HOME, num_left=9, pending=[first.values]
+    )
+    assert second is not None
+    optimizer = Optimizer(
+        [Integer(0, max(1, len(ladder.rungs) - 1)) for ladder in SPACE.ladders],
+        n_initial_points=0,
+        random_state=random.Random("5:13").randrange(1 << 31),
+    )
+    told = losses(observations)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        optimizer.tell(
+            [*(list(point) for point in points_of(observations)), list(SPACE.encode(first.values))],
+            [*told, min(told)],
+        )
+        assert SPACE.encode(second.values) == tuple(int(rung) for rung in optimizer.ask())

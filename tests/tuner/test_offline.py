@@ -8,6 +8,9 @@ from dataclasses import replace
 from statistics import median
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scripted_benches import ScriptedBenches
 
 from sparsed.core import (
     AcceptanceWindow,
@@ -109,12 +112,13 @@ def study(
     engine: SyntheticEngine,
     previous: Sequence[TrialResult] = (),
     left_frac: Callable[[], float] | None = None,
+    benches: ScriptedBenches | None = None,
     **changes: object,
 ) -> tuple[StudyOutcome, list[TrialResult]]:
     recorded: list[TrialResult] = []
     windows: list[AcceptanceWindow] = []
     outcome = run_study(
-        engine,
+        benches or ScriptedBenches(engine),
         plan=plan(**changes),  # type: ignore[arg-type]  # fields by name
         record=recorded.append,
         record_window=windows.append,
@@ -138,7 +142,7 @@ def test_what_is_known_beforehand_reaches_the_constrained_search_alone() -> None
     limit = MemoryLimit(predict=need, limit_bytes=3.0, margin_bytes=1.0)
     recorded: list[TrialResult] = []
     run_study(
-        SyntheticEngine(),
+        ScriptedBenches(SyntheticEngine()),
         plan=replace(plan(num_trials=6), prior=expect, memory=limit),
         record=recorded.append,
         record_window=lambda window: None,
@@ -458,3 +462,167 @@ def test_the_seed_decides_the_study() -> None:
 
     assert values(1) == values(1)
     assert values(1) != values(2)
+
+
+# several devices
+
+
+def by_trial(benches: ScriptedBenches) -> list[tuple[int, Mapping[str, KnobValue]]]:
+    """(place, values) of the windows of the search, in the order in which they began."""
+    return [(place, values) for place, values, order in benches.begun if order == 0]
+
+
+@settings(max_examples=25)
+@given(
+    num_devices=st.integers(1, 4),
+    order=st.lists(st.integers(0, 1000), min_size=64, max_size=64),
+    method=st.sampled_from([SearchMethod.RANDOM, SearchMethod.GRID]),
+)
+def test_whatever_ends_first_the_budget_is_kept_and_nothing_is_tried_twice(
+    num_devices: int, order: list[int], method: SearchMethod
+) -> None:
+    ends = iter(order * 4)
+    benches = ScriptedBenches(
+        SyntheticEngine(), num_devices=num_devices, pick=lambda num: next(ends) % num
+    )
+    outcome, recorded = study(
+        SyntheticEngine(), benches=benches, num_trials=6, method=method, slo=Slo(min_recall=0.1)
+    )
+    assert [trial.number for trial in recorded] == [*range(len(recorded))]
+    assert recorded[0].arm == "default" and recorded[0].device == "test:0"
+    assert [place for place, _ in by_trial(benches)[:2]] == [0, 0]
+    for arm in plan(method=method).arms:
+        tried = [str(trial.values) for trial in recorded if trial.arm == arm]
+        assert len(tried) == 6 and len(set(tried)) == 6
+    for trial in recorded:
+        places = {place for place, values in by_trial(benches) if values == trial.values}
+        assert trial.device in {f"test:{place}" for place in places}
+    assert benches.most_under_way == num_devices
+    assert benches.left_alone == (0 if outcome.comparison else None)
+    assert {place for place, _, turn in benches.begun if turn > 0} <= {0}
+
+
+def test_both_measurements_of_a_trial_are_on_one_device() -> None:
+    benches = ScriptedBenches(SyntheticEngine(), num_devices=3, pick=lambda num: num - 1)
+    _, recorded = study(SyntheticEngine(), benches=benches, num_trials=6)
+    for trial in recorded:
+        served = [place for place, values in by_trial(benches) if values == trial.values]
+        same = sum(other.values == trial.values for other in recorded)
+        assert len(served) in ((2 * same, same) if trial.score is None else (2 * same,))
+        assert f"test:{served[0]}" == trial.device or same > 1
+    assert {trial.device for trial in recorded} == {"test:0", "test:1", "test:2"}
+
+
+def test_the_random_arm_is_the_same_on_any_number_of_devices() -> None:
+    def drawn(num_devices: int) -> list[str]:
+        benches = ScriptedBenches(SyntheticEngine(), num_devices=num_devices)
+        recorded = study(SyntheticEngine(), benches=benches, num_trials=6)[1]
+        return sorted(str(trial.values) for trial in recorded if trial.arm == "random")
+
+    assert drawn(1) == drawn(2) == drawn(4)
+
+
+def test_the_constrained_search_tries_as_much_on_several_devices() -> None:
+    benches = ScriptedBenches(SyntheticEngine(noise_frac=0.01), num_devices=3)
+    outcome, recorded = study(SyntheticEngine(), benches=benches, num_trials=9)
+    tried = [str(trial.values) for trial in recorded if trial.arm == "bayes"]
+    assert len(tried) == 9
+    assert all(tried.count(values) <= 2 for values in tried)  # twice: before it is recommended
+    assert reason_of(outcome) is DecisionReason.ACCEPTED
+
+
+@pytest.mark.parametrize("status", [TrialStatus.DEVICE_ERROR, TrialStatus.OUT_OF_MEMORY])
+def test_a_device_that_always_fails_stops_nobody_else(status: TrialStatus) -> None:
+    """A broken one gets no more trials after three; what does not fit is no fault of a device."""
+    benches = ScriptedBenches(lambda values, order: serve(values, order), num_devices=2)
+    engine = SyntheticEngine()
+
+    def serve(values: Mapping[str, KnobValue], order: int) -> Measurement:
+        place = next(place for place, given, _ in reversed(benches.begun) if given is values)
+        if place == 1:
+            raise TrialFailed("fell off the bus", status=status)
+        return engine(values, order)
+
+    outcome, recorded = study(engine, benches=benches, num_trials=8)
+    assert len(recorded) == 17
+    lost = [trial for trial in recorded if trial.device == "test:1"]
+    assert all(trial.status is status for trial in lost)
+    assert len(lost) == 3 if status is TrialStatus.DEVICE_ERROR else len(lost) > 3
+    assert sum(trial.score is not None for trial in recorded) >= 2
+    assert outcome.comparison is None or outcome.comparison.windows
+
+
+def test_where_every_device_fails_all_go_on() -> None:
+    def broken(values: Mapping[str, KnobValue], order: int) -> Measurement:
+        if values == SPACE.default_values:
+            return SyntheticEngine()(values, order)
+        raise TrialFailed("no driver", status=TrialStatus.DEVICE_ERROR)
+
+    benches = ScriptedBenches(broken, num_devices=2)
+    outcome, recorded = study(SyntheticEngine(), benches=benches, num_trials=6)
+    assert len(recorded) == 13 and outcome.winner is None
+
+
+@pytest.mark.parametrize("stop_with", [KeyboardInterrupt, OutOfTime])
+def test_a_stop_ends_every_device_and_resume_does_what_is_missing(
+    stop_with: type[BaseException],
+) -> None:
+    engine = SyntheticEngine(stop_after=7, stop_with=stop_with)
+    benches = ScriptedBenches(engine, num_devices=3)
+    outcome, first = study(engine, benches=benches, num_trials=5)
+    cut = [trial for trial in first if trial.status is TrialStatus.INTERRUPTED]
+    assert {trial.device for trial in cut} == {"test:0", "test:1", "test:2"} and len(cut) == 3
+    assert outcome.interrupted is (stop_with is KeyboardInterrupt)
+    again = ScriptedBenches(SyntheticEngine(), num_devices=2)
+    _, second = study(SyntheticEngine(), first, benches=again, num_trials=5)
+    numbers = [trial.number for trial in [*first, *second]]
+    assert numbers == [*range(len(numbers))]
+    done = [t for t in [*first, *second] if t.status is not TrialStatus.INTERRUPTED]
+    assert [sum(t.arm == arm for t in done) for arm in ("default", "bayes", "random")] == [1, 5, 5]
+
+
+def test_a_trial_says_when_it_began() -> None:
+    benches = ScriptedBenches(SyntheticEngine(), num_devices=2)
+    _, recorded = study(SyntheticEngine(), benches=benches, num_trials=2)
+    assert recorded[0].started_at == 1.0
+    assert {trial.started_at for trial in recorded[1:3]} == {3.0, 4.0}
+
+
+@pytest.mark.parametrize("num_kills", [1, 2])
+def test_a_window_of_the_test_that_somebody_killed_is_measured_again(num_kills: int) -> None:
+    class Killed(SyntheticEngine):
+        def __call__(self, values: Mapping[str, KnobValue], order: int) -> Measurement:
+            measured = super().__call__(values, order)
+            if order == 9 and values != SPACE.default_values and self.orders.count(-9) < num_kills:
+                self.orders.append(-9)
+                raise TrialFailed("it was killed", status=TrialStatus.INTERRUPTED)
+            return measured
+
+    outcome, _ = study(Killed())
+    expected = DecisionReason.ACCEPTED if num_kills == 1 else DecisionReason.MISSING_DATA
+    assert reason_of(outcome) is expected
+
+
+def test_a_default_that_somebody_killed_is_no_default() -> None:
+    class Killed(SyntheticEngine):
+        def __call__(self, values: Mapping[str, KnobValue], order: int) -> Measurement:
+            raise TrialFailed("it was killed", status=TrialStatus.INTERRUPTED)
+
+    outcome, recorded = study(Killed())
+    assert not outcome.default_ran and len(recorded) == 1
+    _, again = study(SyntheticEngine(), recorded, num_trials=1)
+    assert again[0].arm == "default" and again[0].status is TrialStatus.OK
+
+
+def test_what_a_profile_of_this_place_says_is_the_first_trial_of_the_search() -> None:
+    first = SPACE.default_values | {"max_num_active_seqs": 8}
+    benches = ScriptedBenches(SyntheticEngine(), num_devices=3)
+    recorded: list[TrialResult] = []
+    run_study(
+        benches,
+        plan=replace(plan(num_trials=3), first=first),
+        record=recorded.append,
+        record_window=lambda window: None,
+    )
+    assert [values == first for _, values, _ in benches.begun[:4]] == [False, False, True, False]
+    assert [trial.arm for trial in recorded].count("bayes") == 3

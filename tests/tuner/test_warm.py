@@ -69,6 +69,16 @@ def test_a_good_start_is_where_the_first_trials_go() -> None:
     assert all(gain_of(item.values) < gain_of(BEST) for item in cold)
 
 
+@pytest.mark.parametrize("num_left", [9, 2])
+def test_a_start_that_is_being_tried_is_not_tried_again(num_left: int) -> None:
+    backend = ConstrainedSearch(space=SPACE, seed=1, warm=WARM)
+    ask = partial(backend.suggest, [observed(HOME)], incumbent=HOME, num_left=num_left)
+    first = ask()
+    assert first is not None and first.values == BEST
+    second = ask(pending=[BEST])
+    assert second is not None and second.values not in (BEST, HOME)
+
+
 def test_a_misleading_start_is_dropped_after_five_trials() -> None:
     backend, done = search(MIN_TRIALS, warm=WARM, sign=-1.0)
     assert not backend.has_dropped_warm(done[:-1])
