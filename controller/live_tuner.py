@@ -86,7 +86,7 @@ class LiveTuner:
             slo=slo,
             mode=mode,
             judge=self._judge,
-            read_failed=lambda: self._rollout.quarantined,
+            read_failed=lambda: self._rollout.barred,
             read_unproved=self._read_unproved,
             on_decision=self._on_decision,
         )

@@ -26,9 +26,10 @@ from sparsed.core import (
 )
 from sparsed.db.store import Store, StoreError
 from sparsed.tuner.drift import in_words, version_drift
-from sparsed.tuner.gate import hold, quarantined
+from sparsed.tuner.gate import barred, hold
 from sparsed.tuner.regimes import Regimes, still_verified
-from sparsed.tuner.rollout import advance, resume
+from sparsed.tuner.rollout import advance
+from sparsed.tuner.rollout_end import resume
 from sparsed.tuner.rollout_regime import forgotten, live_values
 from sparsed.tuner.rollout_state import (
     Apply,
@@ -134,9 +135,9 @@ class RolloutHost:
         return self._state.explored_s / self._state.busy_s if self._state.busy_s else 0.0
 
     @property
-    def quarantined(self) -> tuple[RolloutRecord, ...]:
-        """Candidates that are not to be tested again now, under the load that there is."""
-        return quarantined(self._state, at=self._clock())
+    def barred(self) -> tuple[RolloutRecord, ...]:
+        """Candidates that are not to be tested now, under the load that there is."""
+        return barred(self._state, at=self._clock())
 
     def why_held(self) -> str:
         """Why no candidate is tested now; empty while one is."""

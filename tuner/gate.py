@@ -56,14 +56,19 @@ def limit(values: Values, *, current: Knobs, pins: frozenset[str]) -> dict[str, 
 def is_quarantined(values: Values, state: Rollout, *, at: float) -> bool:
     """Whether every knob of a candidate that failed under this load, or broke down under any,
     would go as far as it did, or further."""
-    return any(goes_as_far(values, record) for record in quarantined(state, at=at))
+    return any(goes_as_far(values, record) for record in _concerning(state, state.failed, at=at))
 
 
-def quarantined(state: Rollout, *, at: float) -> tuple[RolloutRecord, ...]:
-    """Candidates that failed under this load, or broke down under any, not long ago."""
-    return tuple(
-        record for record, until in state.failed if until > at and _concerns(record, state)
-    )
+def barred(state: Rollout, *, at: float) -> tuple[RolloutRecord, ...]:
+    """Candidates not to be tested now: those in quarantine, and the ways back from what was proved
+    better under this load not long ago."""
+    return _concerning(state, (*state.failed, *state.beaten), at=at)
+
+
+def _concerning(
+    state: Rollout, records: tuple[tuple[RolloutRecord, float], ...], *, at: float
+) -> tuple[RolloutRecord, ...]:
+    return tuple(record for record, until in records if until > at and _concerns(record, state))
 
 
 def goes_as_far(values: Values, record: RolloutRecord) -> bool:

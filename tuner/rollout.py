@@ -14,7 +14,6 @@ from sparsed.core import (
     AcceptanceWindow,
     DecisionState,
     RolloutReason,
-    RolloutRecord,
     RolloutState,
     Slo,
     Snapshot,
@@ -22,17 +21,16 @@ from sparsed.core import (
 )
 from sparsed.tuner.acceptance import decide
 from sparsed.tuner.gate import (
+    barred,
     forbidden,
+    goes_as_far,
     hold,
     is_budget_spent,
     is_missing_targets,
-    is_quarantined,
     limit,
 )
 from sparsed.tuner.rollout_end import (
-    FAULTS,
     Step,
-    cool_down,
     end,
     evidence_of,
     has,
@@ -42,6 +40,7 @@ from sparsed.tuner.rollout_end import (
     slots,
     succeed,
     wanted,
+    way_back,
 )
 from sparsed.tuner.rollout_regime import (
     abroad,
@@ -67,7 +66,6 @@ from sparsed.tuner.rollout_state import (
     Steered,
     Ticked,
     Tripped,
-    Values,
     rule_of,
     slot_seconds,
 )
@@ -101,18 +99,6 @@ def advance(state: Rollout, event: Event, *, rule: RolloutRule, slo: Slo) -> Ste
             return fall_back(state, event, rule=rule)
 
 
-def resume(good: Values, records: tuple[RolloutRecord, ...], *, rule: RolloutRule) -> Rollout:
-    """The state after a start, from what was stored: ``records`` are the newest, newest first."""
-    failed = [item for item in records if item.state is RolloutState.REVERTED]
-    state = Rollout(good=good, failed=tuple((item, item.at + rule.quarantine_s) for item in failed))
-    for record in reversed(records):
-        if record.reason is RolloutReason.PROBATION_PASSED:
-            state = replace(state, cooldown_s=0.0)
-        elif record.state is RolloutState.REVERTED:
-            state = cool_down(state, at=record.at, is_fault=record.reason in FAULTS, rule=rule)
-    return state
-
-
 def _propose(state: Rollout, event: Proposed) -> Step:
     knobs = state.snapshot.knobs if state.snapshot else None
     if state.candidate is not None or knobs is None:
@@ -121,7 +107,7 @@ def _propose(state: Rollout, event: Proposed) -> Step:
         values = free_of(event.values, state.controls, knobs=knobs)
     else:
         values = limit(event.values, current=knobs, pins=state.controls.pins)
-    if not values or is_quarantined(values, state, at=event.at):
+    if not values or any(goes_as_far(values, item) for item in barred(state, at=event.at)):
         return state, ()
     candidate = Candidate(
         phase=Phase.WAITING,
@@ -301,6 +287,8 @@ def _judge(state: Rollout, *, at: float, rule: RolloutRule) -> Step:
     good_before, regime_before = state.good, state.regimes.standing
     state = with_proved(state, candidate, at=at)
     record = record_of(candidate, RolloutState.VERIFYING, RolloutReason.COMMITTED, at=at)
+    kept = tuple((item, until) for item, until in state.beaten if until > at)
+    state = replace(state, beaten=(*kept, (way_back(record), at + rule.quarantine_s)))
     settle = Settle(
         record=record,
         good=state.good,

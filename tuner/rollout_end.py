@@ -57,6 +57,23 @@ def slots(num_pairs: int) -> tuple[Slot, ...]:
     return tuple(paired_slots(num_pairs))
 
 
+def resume(good: Values, records: tuple[RolloutRecord, ...], *, rule: RolloutRule) -> Rollout:
+    """The state after a start, from what was stored: ``records`` are the newest, newest first."""
+    failed = [item for item in records if item.state is RolloutState.REVERTED]
+    proved = [item for item in records if item.reason is RolloutReason.COMMITTED]
+    state = Rollout(
+        good=good,
+        failed=tuple((item, item.at + rule.quarantine_s) for item in failed),
+        beaten=tuple((way_back(item), item.at + rule.quarantine_s) for item in proved),
+    )
+    for record in reversed(records):
+        if record.reason is RolloutReason.PROBATION_PASSED:
+            state = replace(state, cooldown_s=0.0)
+        elif record.state is RolloutState.REVERTED:
+            state = cool_down(state, at=record.at, is_fault=record.reason in FAULTS, rule=rule)
+    return state
+
+
 def succeed(state: Rollout, *, at: float, rule: RolloutRule) -> Step:
     candidate = state.candidate
     assert candidate is not None
@@ -91,6 +108,8 @@ def end(
     good = candidate.good_before if rolls_back else None
     regime = candidate.regime_before if rolls_back else None
     state = replace(state, candidate=None, good=state.good if good is None else good)
+    if rolls_back:
+        state = replace(state, beaten=state.beaten[:-1])  # it was no better after all
     if regime is not None:
         state = replace(state, regimes=_with_former(state.regimes, regime))
     state = cool_down(state, at=at, is_fault=is_fault, rule=rule)
@@ -155,6 +174,11 @@ def record_of(
         regime_id=candidate.regime_id,
         profile=candidate.profile,
     )
+
+
+def way_back(record: RolloutRecord) -> RolloutRecord:
+    """The change that would undo ``record``."""
+    return replace(record, config_from=record.config_to, config_to=record.config_from)
 
 
 def slot_of(candidate: Candidate, rule: RolloutRule) -> Slot:

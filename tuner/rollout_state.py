@@ -147,7 +147,8 @@ class Candidate:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rollout:
     """Everything. ``good``: the last known good as it is stored, ``failed``: quarantined
-    candidates and until when; ``busy_s`` and ``explored_s`` count this life of the daemon.
+    candidates and until when, ``beaten``: the ways back from proved ones likewise; ``busy_s`` and
+    ``explored_s`` count this life of the daemon.
 
     ``base``: the knobs of ``LIVE_KNOBS`` that this life began with; ``versions``: what it runs on;
     ``settled``: id of the regime whose values are in force, or were tried; ``switched``: knobs that
@@ -170,6 +171,7 @@ class Rollout:
     cooldown_s: float = 0.0
     cool_at: float = 0.0
     failed: tuple[tuple[RolloutRecord, float], ...] = ()
+    beaten: tuple[tuple[RolloutRecord, float], ...] = ()
     base: Values = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     regimes: Regimes = field(default_factory=Regimes)

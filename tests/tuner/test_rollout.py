@@ -19,12 +19,14 @@ from sparsed.core import (
     HostGauges,
     KnobValue,
     RolloutReason,
+    RolloutRecord,
     RolloutState,
     Slo,
     TunerMode,
 )
-from sparsed.tuner.gate import exploring_s, hold
-from sparsed.tuner.rollout import advance, resume
+from sparsed.tuner.gate import barred, exploring_s, hold
+from sparsed.tuner.rollout import advance
+from sparsed.tuner.rollout_end import resume
 from sparsed.tuner.rollout_state import (
     Action,
     Apply,
@@ -78,6 +80,7 @@ class World:
         self.late = SNAPSHOT.tpot_p95_s  # with more than three requests at once
         self.draw = random.Random(0)
         self.records: list[tuple[RolloutState, RolloutReason]] = []
+        self.kept: list[RolloutRecord] = []
 
     def tell(self, event: Event) -> tuple[Action, ...]:
         self.state, actions = advance(self.state, event, rule=RULE, slo=SLO)
@@ -87,6 +90,7 @@ class World:
                 assert self.marked or self.in_force in self.once_proved
                 continue
             self.records.append((action.record.state, action.record.reason))
+            self.kept.append(action.record)
             if isinstance(action, Mark):
                 assert not self.marked, "two candidates at once"
                 self.marked = True
@@ -239,7 +243,7 @@ def test_a_regression_on_probation_moves_the_good_back_and_doubles_the_wait() ->
     while world.phase is Phase.PROBATION:
         world.tick(tpot_p95_s=0.03)
     assert world.records[-1] == (RolloutState.REVERTED, RolloutReason.REGRESSED)
-    assert world.good == {} and world.in_force == KNOBS
+    assert world.good == {} and world.in_force == KNOBS and world.state.beaten == ()
     waits = [world.state.cool_at - world.at]
     for _ in range(2):
         world.state = replace(world.state, failed=())
@@ -299,6 +303,22 @@ def test_targets_that_are_missed_for_good_may_be_repaired() -> None:
             break
     assert world.in_force.max_num_active_seqs == 3
     assert world.records[-1] == (RolloutState.VERIFYING, RolloutReason.COMMITTED)
+
+
+def test_there_is_no_way_back_from_what_was_proved() -> None:
+    world = canary()
+    while world.phase is Phase.CANARY:
+        world.tick()
+    world.serve(100)
+    assert world.records[-1][1] is RolloutReason.PROBATION_PASSED
+    for values in ({"max_num_active_seqs": 4}, {"max_num_active_seqs": 3}):
+        world.propose(values)
+        assert world.state.candidate is None
+    again = resume(world.good, tuple(reversed(world.kept)), rule=RULE)
+    assert barred(again, at=world.at) == barred(world.state, at=world.at) != ()
+    assert barred(again, at=world.at + RULE.quarantine_s) == ()
+    world.propose({"prefill_chunk": 256})
+    assert world.phase is Phase.WAITING
 
 
 def test_a_repair_that_repairs_nothing_is_taken_back() -> None:
