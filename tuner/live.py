@@ -50,7 +50,7 @@ def propose(context: LiveContext) -> Decision:
         values, reason = first
     elif len(busy) < MIN_BUSY_FRAC * len(context.windows):
         reason = "too little traffic to learn from"
-    elif repair := repair_targets(context, current=current):
+    elif (repair := repair_targets(context, current=current)) and not _failed(repair[0], context):
         values, reason = repair
     elif _num_scored(context.trials) < MIN_TRIALS:
         values, reason = relieve(context, current=current)
@@ -75,7 +75,7 @@ def try_profile(context: LiveContext, *, current: Knobs) -> Change | None:
         current.with_values(values)
     except InputError:
         return None
-    if not values or any(goes_as_far(values, record) for record in context.failed):
+    if not values or _failed(values, context):
         return None
     return values, f"{profile.name}, to be proved first: {profile.why}"
 
@@ -111,9 +111,14 @@ def relieve(context: LiveContext, *, current: Knobs) -> Change:
             continue
         assert remedy.knob is not None and remedy.up is not None
         values, reason = _step(current, remedy.knob, up=remedy.up, reason=f"{told}; {remedy.why}")
-        if values and not any(goes_as_far(values, record) for record in context.failed):
+        if values and not _failed(values, context):
             return values, reason
     return {}, f"{told}; no step is known to help, and there are no trials; run: sparsed tune"
+
+
+def _failed(values: Mapping[str, KnobValue], context: LiveContext) -> bool:
+    """Whether a change like this one, if it is one, failed a while ago."""
+    return bool(values) and any(goes_as_far(values, record) for record in context.failed)
 
 
 def _may_try(remedy: Remedy, context: LiveContext, *, current: Knobs) -> bool:

@@ -114,6 +114,14 @@ def test_targets_are_repaired_by_one_step(
     assert decision.made_at == 100.0
 
 
+def test_a_repair_that_failed_makes_way_for_what_helps_what_binds() -> None:
+    slo = Slo(tpot_s=0.05)
+    failed = [reverted({"max_num_active_seqs": 4}, {"max_num_active_seqs": 3})]
+    assert advise(slo=slo, verdict=LINK).values == {"max_num_active_seqs": 3}
+    decision = advise(slo=slo, verdict=LINK, failed=failed)
+    assert decision.values == {"residency_watermark": 0.05}
+
+
 def test_trials_of_this_machine_lead_uphill_one_rung() -> None:
     decision = advise(trials=RISING)
     assert decision.values["max_num_active_seqs"] == 6
