@@ -130,6 +130,12 @@ def test_trials_of_this_machine_lead_uphill_one_rung() -> None:
     KNOBS.with_values(decision.values)
 
 
+def test_trials_do_not_lead_to_what_failed() -> None:
+    failed = [reverted({"max_num_active_seqs": 4}, {"max_num_active_seqs": 6})]
+    decision = advise(trials=RISING, failed=failed)
+    assert "max_num_active_seqs" not in decision.values
+
+
 def test_at_the_top_it_holds() -> None:
     knobs = replace(KNOBS, max_num_active_seqs=16)
     trials = [*RISING, trial(8, 160.0, max_num_active_seqs=16)]
