@@ -96,8 +96,8 @@ class RolloutHost:
         self.num_reverts = 0
         self.revert_s = 0.0  # of all of them, from the decision until it was done
         self.controls: TunerControls = store.controls()
-        good, records = store.find_good(key), store.list_rollouts(key)[:MAX_SHOWN]
-        self.records: deque[RolloutRecord] = deque(records, maxlen=MAX_SHOWN)
+        good, records = store.find_good(key), store.list_rollouts(key)
+        self.records: deque[RolloutRecord] = deque(records[:MAX_SHOWN], maxlen=MAX_SHOWN)
         if good is not None and version_drift(good.versions, versions or {}):
             dropped = forgotten(good, at=clock())
             self._batches.put_nowait((Settle(record=dropped, good={}),))

@@ -21,6 +21,14 @@ from sparsed.core import (
     WorkloadRequest,
 )
 
+UNREADABLE: Final = (
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    OverflowError,
+    RecursionError,
+)
 MIN_REQUESTS: Final = 2
 MIN_INPUT_TOKENS: Final = 32
 MIN_OUTPUT_TOKENS: Final = 8
@@ -81,7 +89,7 @@ def parse_trace(lines: list[str], *, field: str = "workload") -> tuple[WorkloadR
             sizes = int(row["input_length"]), int(row["output_length"])
             block_ids = tuple(int(item) for item in row.get("hash_ids", ()))
             request = _request(float(row["timestamp"]) / 1e3, *sizes, block_ids=block_ids)
-        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        except UNREADABLE as error:
             raise InputError(
                 f"line {number} of the {field}: {error!r}; each line is a JSON object with "
                 "timestamp, input_length and output_length, all positive, and perhaps hash_ids, "

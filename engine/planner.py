@@ -160,6 +160,7 @@ def _free_bytes(
     beside each other have equal parts of the host's."""
     weights = shape.weight_bytes(dtype)
     dram_free_bytes = machine.dram_free_bytes / num_engines
+    beside, remedy = "", "take a smaller model or dtype"
     if kind == "cpu":
         if shape.tied_embeddings:  # held twice: plain for the look-up, packed for the logits
             weights += shape.vocab_size * shape.hidden_size * DTYPE_BYTES[dtype]
@@ -170,10 +171,12 @@ def _free_bytes(
         hot = (machine.hbm_free_bytes - weights - workspace) * HBM_USE_FRAC
         dram = dram_free_bytes * DRAM_USE_FRAC
         where = f"{machine.hbm_free_bytes / GIB:.1f} GiB of free device memory"
+        remedy += ", or lower prefill_chunk, max_num_seqs or max_model_len"
+        beside = f" and the workspace {workspace / GIB:.1f} GiB"
     if hot <= 0:
         raise StartError(
-            f"the weights take {weights / GIB:.1f} GiB in {dtype}, more than fits into {where}; "
-            "take a smaller model or dtype",
+            f"the weights take {weights / GIB:.1f} GiB in {dtype}{beside}, more than fits into "
+            f"{where}; {remedy}",
             code=ExitCode.UNAVAILABLE,
         )
     return hot, dram

@@ -166,6 +166,7 @@ def _test(pairs: Sequence[_Pair], *, rule: AcceptanceRule) -> AcceptanceVerdict:
     gains = _log_ratios(
         [_merit(pair.candidate, rule, best=best) for pair in pairs],
         [_merit(pair.incumbent, rule, best=best) for pair in pairs],
+        floor_frac=BROKEN_FRAC * FLOOR_FRAC,
     )
     p, hl, cv = p_greater(gains), hodges_lehmann(gains), _noise(gains)
     bounds = {guard: _loss_bound(pairs, guard, rule=rule) for guard in rule.guards}
@@ -187,9 +188,10 @@ def _test(pairs: Sequence[_Pair], *, rule: AcceptanceRule) -> AcceptanceVerdict:
 
 def _merit(window: AcceptanceWindow, rule: AcceptanceRule, *, best: float) -> float:
     """What counts of a window beside its partner. Of those that miss a target the nearest to it is
-    worth most, at most ``BROKEN_FRAC`` of the best one, so that a repair may take several changes."""
+    worth most, at most ``BROKEN_FRAC`` of the best one, so that a repair may take several changes;
+    one that misses none is worth no less."""
     if window.status is TrialStatus.OK:
-        return _figure(window, rule)
+        return max(_figure(window, rule), BROKEN_FRAC * best)
     excesses = [(window.metrics.get(guard) or 0.0) / at for guard, at in rule.targets.items() if at]
     return BROKEN_FRAC * best / max([1.0, *excesses])
 
@@ -238,8 +240,10 @@ def _loss_bound(pairs: Sequence[_Pair], guard: Guard, *, rule: AcceptanceRule) -
     return fmean(losses) + NormalDist().inv_cdf(1 - alpha) * stdev(losses) / math.sqrt(len(losses))
 
 
-def _log_ratios(above: Sequence[float], below: Sequence[float]) -> list[float]:
-    floor = FLOOR_FRAC * max(*above, *below) or 1.0
+def _log_ratios(
+    above: Sequence[float], below: Sequence[float], *, floor_frac: float = FLOOR_FRAC
+) -> list[float]:
+    floor = floor_frac * max(*above, *below) or 1.0
     pairs = zip(above, below, strict=True)
     return [math.log(max(one, floor)) - math.log(max(other, floor)) for one, other in pairs]
 

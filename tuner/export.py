@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shlex
 import tomllib
@@ -19,6 +20,9 @@ from sparsed.tuner.engines import DeviceMemory, Engine, check_version, engine_se
 CONFIG_VERSION: Final = 1
 BARE_KEY: Final = re.compile(r"[A-Za-z0-9_-]+")  # of TOML
 ENVIRONMENT_PREFIX: Final = "SPARSED_"  # of a start
+MAX_COUNT: Final = 2**62  # of parameters and of all that a shape counts
+# Sizes of a shape that others are divided by.
+DIVISORS: Final = frozenset({"num_layers", "num_heads", "num_kv_heads", "head_dim"})
 TUNED_FOR: Final = "tuned_for"  # the table of a TOML file that says where the values come from
 
 
@@ -96,7 +100,7 @@ def parse_profile(text: str) -> Profile:
     try:
         is_json = text.lstrip().startswith("{")
         content = json.loads(text) if is_json else tomllib.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         message = f"the text is neither JSON nor TOML: {error}"
         raise InputError(message, field="profile") from error
     version = content.pop("config_version", None)
@@ -109,6 +113,7 @@ def parse_profile(text: str) -> Profile:
         profile = _convert(content)
     else:
         profile = replace(read_tuned_for(content.pop(TUNED_FOR, None)), values=content)
+    _check_numbers(profile)
     values = check_knob_values(profile.values)
     return replace(profile, values=values, profile_id=None, pinned=False, seed=None)
 
@@ -195,6 +200,17 @@ def _quoted(value: object) -> str:
     """A scalar or a flat list as JSON that is TOML and YAML as well: no surrogate pairs, and the
     one control character that JSON leaves alone is escaped."""
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def _check_numbers(profile: Profile) -> None:
+    """InputError for numbers that nothing could be worked out from later: every start compares the
+    profiles that are stored, and one of them must not stop it."""
+    scores = (*profile.default_scores, *profile.winner_scores)
+    if not all(map(math.isfinite, (*scores, profile.created_at, profile.gain_frac or 0.0))):
+        raise InputError("not a profile: its scores or its time are not finite", field="profile")
+    for name, count in asdict(profile.shape).items() if profile.shape else ():
+        if not 0 <= count <= MAX_COUNT or (name in DIVISORS and not count):
+            raise InputError(f"not a profile: shape.{name} is {count}", field="profile")
 
 
 def _convert(content: object) -> Profile:

@@ -50,12 +50,12 @@ def propose(context: LiveContext) -> Decision:
         values, reason = first
     elif len(busy) < MIN_BUSY_FRAC * len(context.windows):
         reason = "too little traffic to learn from"
-    elif repair := repair_targets(context, current=current):
+    elif (repair := repair_targets(context, current=current)) and not _failed(repair[0], context):
         values, reason = repair
     elif _num_scored(context.trials) < MIN_TRIALS:
         values, reason = relieve(context, current=current)
     else:
-        values, reason, ratio = improve(context.trials, current=current)
+        values, reason, ratio = improve(context, current=current)
     return Decision(
         made_at=context.windows[-1].ended_at,
         values=values,
@@ -75,7 +75,7 @@ def try_profile(context: LiveContext, *, current: Knobs) -> Change | None:
         current.with_values(values)
     except InputError:
         return None
-    if not values or any(goes_as_far(values, record) for record in context.failed):
+    if not values or _failed(values, context):
         return None
     return values, f"{profile.name}, to be proved first: {profile.why}"
 
@@ -111,9 +111,14 @@ def relieve(context: LiveContext, *, current: Knobs) -> Change:
             continue
         assert remedy.knob is not None and remedy.up is not None
         values, reason = _step(current, remedy.knob, up=remedy.up, reason=f"{told}; {remedy.why}")
-        if values and not any(goes_as_far(values, record) for record in context.failed):
+        if values and not _failed(values, context):
             return values, reason
     return {}, f"{told}; no step is known to help, and there are no trials; run: sparsed tune"
+
+
+def _failed(values: Mapping[str, KnobValue], context: LiveContext) -> bool:
+    """Whether a change like this one, if it is one, failed a while ago."""
+    return bool(values) and any(goes_as_far(values, record) for record in context.failed)
 
 
 def _may_try(remedy: Remedy, context: LiveContext, *, current: Knobs) -> bool:
@@ -133,14 +138,19 @@ def _num_scored(trials: Sequence[TrialResult]) -> int:
     )
 
 
-def improve(
-    trials: Sequence[TrialResult], *, current: Knobs
-) -> tuple[Mapping[str, KnobValue], str, float]:
-    """The neighbour that past trials promise most from: values, reason, predicted ratio."""
-    done = [trial for trial in trials if trial.status is not TrialStatus.INTERRUPTED]
+def improve(context: LiveContext, *, current: Knobs) -> tuple[Mapping[str, KnobValue], str, float]:
+    """The neighbour that past trials promise most from, of those that have not failed: values,
+    reason, predicted ratio."""
+    done = [trial for trial in context.trials if trial.status is not TrialStatus.INTERRUPTED]
     space = live_space(current)
     here = space.encode({})
-    near = neighbours(space, here)
+
+    def change(point: Point) -> Mapping[str, KnobValue]:
+        return guard(space.decode(point), current=current, space=space)
+
+    near = [point for point in neighbours(space, here) if not _failed(change(point), context)]
+    if not near:
+        return {}, "every step failed a while ago", 1.0
     # On auto a request keeps what it can: as much as its length where there is room.
     whole = build_space(current, auto_hbm_budget=min(current.max_model_len, MAX_HBM_BUDGET))
     values = penalized([trial.score for trial in done])
@@ -156,9 +166,8 @@ def improve(
     gain = theirs[best].mean - ours.mean
     if gain - theirs[best].deviation < math.log(1.0 + MIN_GAIN_FRAC):
         return {}, "no step is surely better by the trials of this machine", 1.0
-    changes = guard(space.decode(near[best]), current=current, space=space)
     ratio = math.exp(gain)
-    return changes, f"trials of this machine predict {ratio - 1.0:+.0%} tokens/s", ratio
+    return change(near[best]), f"trials of this machine predict {ratio - 1.0:+.0%} tokens/s", ratio
 
 
 def _lift(point: Point, space: SearchSpace, whole: SearchSpace) -> Point:

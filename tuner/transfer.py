@@ -23,7 +23,7 @@ from sparsed.core import (
 )
 from sparsed.tuner.drift import version_drift
 
-FINGERPRINT: Final = re.compile(r"(?P<kind>gpu|cpu):(?P<name>.*):(?P<gib>\d+)GiB", re.DOTALL)
+FINGERPRINT: Final = re.compile(r"(?P<kind>gpu|cpu):(?P<name>.*):(?P<gib>\d{1,6})GiB", re.DOTALL)
 MAX_OCTAVES: Final = 4.0  # a factor of sixteen in one feature; not measured, a bound on folly
 UNKNOWN_OCTAVES: Final = 1.0  # what a feature counts that is not known of both
 LEVELS: Final = tuple(MatchLevel)
@@ -158,7 +158,9 @@ def _octaves(there: Site, here: Site) -> Iterator[float]:
 def _octave(one: float | None, other: float | None, *, is_same: bool) -> float:
     if is_same:
         return 0.0
-    return abs(math.log2(one / other)) if one and other else UNKNOWN_OCTAVES
+    if one is None or other is None or min(one, other) <= 0:
+        return UNKNOWN_OCTAVES
+    return abs(math.log2(one) - math.log2(other))
 
 
 def _parts(key: ProfileKey) -> tuple[str, str, int | None]:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Coroutine
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import pytest
 import revert_time
 
 from sparsed.controller.recovery import SAFE_VALUES, recover, tuned_values
+from sparsed.controller.rollout_host import MAX_SHOWN
 from sparsed.core import (
     InputError,
     RolloutReason,
@@ -357,3 +359,29 @@ def test_killed_at_every_write_it_starts_on_the_last_known_good(tmp_path: Path) 
         ends = [what for what in done_steps if what.startswith(("mark", "settle"))]
         assert found["was_marked"] is bool(ends and ends[-1].startswith("mark")), number
         assert found["crashes"] == found["was_marked"] and found["is_stable"], number
+
+
+def test_a_start_remembers_what_failed_however_many_loads_came_since(tmp_path: Path) -> None:
+    store = InMemoryProfileStore()
+    failed = RolloutRecord(
+        state=RolloutState.REVERTED,
+        reason=RolloutReason.CRASHED,
+        config_from={"max_num_active_seqs": 4},
+        config_to=story.BAD,
+        initiated_by="auto",
+        at=1000.0,
+    )
+    store.note_rollout(story.KEY, failed)
+    for number in range(2 * MAX_SHOWN):
+        switch = replace(
+            failed,
+            state=RolloutState.SUCCESS,
+            reason=RolloutReason.REGIME_SWITCHED,
+            initiated_by="regime",
+            at=1001.0 + number,
+        )
+        store.note_rollout(story.KEY, switch)
+    host = story.FakeDaemon(store, tmp_path).host
+    assert [record.config_to for record in host.quarantined] == [story.BAD]
+    assert len(host.records) == MAX_SHOWN
+    assert host.records[0].at == 1000.0 + 2 * MAX_SHOWN, "the newest are shown"

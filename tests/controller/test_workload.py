@@ -43,9 +43,12 @@ def test_a_trace_is_sorted_and_in_seconds(tmp_path: Path) -> None:
     )
 
 
+DEEP = 100_000 * '{"timestamp": '
+
+
 @pytest.mark.parametrize(
     "line",
-    ["", "{", "[]", "{}", row(-1), row(float("nan")), row(0, 0), row(0, 1, 0), row(0, "x")],  # type: ignore[arg-type]  # on purpose
+    ["", "{", "[]", "{}", DEEP, row(-1), row(float("nan")), row(0, 0), row(0, 1, 0), row(0, "x")],  # type: ignore[arg-type]  # on purpose
 )
 def test_a_bad_line_is_named(tmp_path: Path, line: str) -> None:
     file = tmp_path / "trace.jsonl"

@@ -254,6 +254,15 @@ def test_weights_that_do_not_fit_end_the_start(machine: MachineFacts, device: st
     assert error.value.code == ExitCode.UNAVAILABLE
 
 
+def test_a_workspace_that_does_not_fit_is_told_beside_the_weights() -> None:
+    small = replace(H100, hbm_free_bytes=16 * GIB)
+    asked = {"prefill_chunk": 32768}
+    with pytest.raises(
+        StartError, match=r"15\.0 GiB .* workspace \d+\.\d GiB.*lower prefill_chunk"
+    ):
+        plan(asked, shape=LLAMA, machine=small, device="cuda:0")
+
+
 def test_a_tiny_model_gets_the_least_a_tier_may_have() -> None:
     asked = {"max_num_seqs": 1, "max_model_len": 128}
     knobs, memory = plan(asked, shape=TINY, machine=LAPTOP, device="cpu", dtype="float32")

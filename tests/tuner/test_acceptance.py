@@ -279,6 +279,23 @@ def test_of_two_that_miss_a_target_the_nearer_one_is_better(
     assert verdict_on(windows, rule=rule).reason is reason
 
 
+@pytest.mark.parametrize("num_met", [0, 1, 4, 31, 32])
+def test_a_nearer_one_is_no_worse_for_meeting_its_target_now_and_then(num_met: int) -> None:
+    windows = [
+        replace(
+            item,
+            status=TrialStatus.SLO_BROKEN,
+            metrics={**item.metrics, "tpot_p95_s": 0.15 if item.values == B else 0.2},
+        )
+        for item in pairs([0.8 * ratio for ratio in noisy(1.0)])
+    ]
+    for at in range(1, 2 * num_met, 2):
+        met = {**windows[at].metrics, "tpot_p95_s": 0.09}
+        windows[at] = replace(windows[at], status=TrialStatus.OK, metrics=met)
+    rule = replace(RULE, targets={Guard.TPOT: 0.1})
+    assert verdict_on(windows, rule=rule).reason is DecisionReason.ACCEPTED
+
+
 def test_a_candidate_that_breaks_down_is_rejected_at_once() -> None:
     windows = pairs(noisy(BETTER))[:10]
     windows[-1] = replace(windows[-1], status=TrialStatus.OUT_OF_MEMORY, metrics={})

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import tomllib
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsed.controller.config import load_config
-from sparsed.core import InputError, Objective, Profile, ProfileKey, ProfileStatus
+from sparsed.core import (
+    InputError,
+    ModelShape,
+    Objective,
+    Profile,
+    ProfileKey,
+    ProfileStatus,
+)
 from sparsed.tuner.engines import (
     VERSIONS,
     DeviceMemory,
@@ -244,17 +251,34 @@ def test_import_gives_the_same_profile(
         ("", "config_version is None"),
         ("{", "neither JSON nor TOML"),
         ("a = = b", "neither JSON nor TOML"),
+        (100_000 * '{"key": ', "neither JSON nor TOML"),
         ("config_version = 1\ntoken_budget = 512", r"no table \[tuned_for\]"),
         (TOML.replace("config_version = 1", "config_version = 2"), "config_version is 2"),
         (TOML.replace('dtype = "bfloat16"', ""), "not a profile.*dtype"),
         (TOML.replace('"verified"', '"proven"'), "not a profile.*proven"),
         (TOML.replace("token_budget = 1024", "token_budget = 1"), "token_budget=1"),
         (TOML.replace("token_budget", "tocken_budget"), "unknown knob 'tocken_budget'"),
+        (TOML.replace("[10.0, 11.0]", "[10.0, nan]"), "not finite"),
+        (TOML.replace("1500000000.0", "inf"), "not finite"),
+        (TOML.replace("[10.0, 11.0]", "[1e-300]").replace("12.1", "1e300"), "not finite"),
     ],
 )
 def test_a_text_that_is_no_profile_is_refused(text: str, words: str) -> None:
     with pytest.raises(InputError, match=words):
         parse_profile(text)
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [("num_layers", 0), ("head_dim", -64), ("num_parameters", -1), ("num_kv_heads", 10**400)],
+)
+def test_a_shape_that_no_model_has_is_refused(name: str, count: int) -> None:
+    sizes = {one.name: 8 for one in fields(ModelShape) if one.name != "tied_embeddings"}
+    profile = replace(PROFILE, shape=ModelShape(**sizes))
+    assert parse_profile(render_profile(profile, format="json")).shape == profile.shape
+    broken = replace(profile, shape=ModelShape(**{**sizes, name: count}))
+    with pytest.raises(InputError, match=rf"shape\.{name}|out of range"):
+        parse_profile(render_profile(broken, format="json"))
 
 
 def test_names_cannot_leave_their_place() -> None:

@@ -114,12 +114,26 @@ def test_targets_are_repaired_by_one_step(
     assert decision.made_at == 100.0
 
 
+def test_a_repair_that_failed_makes_way_for_what_helps_what_binds() -> None:
+    slo = Slo(tpot_s=0.05)
+    failed = [reverted({"max_num_active_seqs": 4}, {"max_num_active_seqs": 3})]
+    assert advise(slo=slo, verdict=LINK).values == {"max_num_active_seqs": 3}
+    decision = advise(slo=slo, verdict=LINK, failed=failed)
+    assert decision.values == {"residency_watermark": 0.05}
+
+
 def test_trials_of_this_machine_lead_uphill_one_rung() -> None:
     decision = advise(trials=RISING)
     assert decision.values["max_num_active_seqs"] == 6
     assert decision.current_score == 50.0
     assert decision.predicted_score is not None and 60.0 < decision.predicted_score < 90.0
     KNOBS.with_values(decision.values)
+
+
+def test_trials_do_not_lead_to_what_failed() -> None:
+    failed = [reverted({"max_num_active_seqs": 4}, {"max_num_active_seqs": 6})]
+    decision = advise(trials=RISING, failed=failed)
+    assert "max_num_active_seqs" not in decision.values
 
 
 def test_at_the_top_it_holds() -> None:

@@ -97,6 +97,20 @@ def test_the_distance_is_symmetric_and_nothing_between_equals(one: Site, other: 
     assert match(one, one).level is MatchLevel.EXACT
 
 
+@pytest.mark.parametrize("size", [0, -1, 10**400])
+@pytest.mark.parametrize("name", ["num_layers", "num_kv_heads", "head_dim"])
+def test_a_size_that_no_model_has_is_far_away_at_most(name: str, size: int) -> None:
+    key = replace(KEY, model="another")
+    there = replace(HERE, key=key, shape=replace(SHAPE, **{name: size}))
+    assert distance(there, HERE) >= 1.0
+    assert math.isfinite(distance(there, HERE))
+
+
+def test_hardware_with_more_memory_than_there_is_is_of_no_kind() -> None:
+    key = replace(KEY, hardware=f"gpu:NVIDIA H100:{400 * '9'}GiB")
+    assert match(replace(HERE, key=key), HERE).level is MatchLevel.NONE
+
+
 @given(platforms, platforms)
 def test_the_level_says_what_differs(there: Site, here: Site) -> None:
     found = match(there, here)
