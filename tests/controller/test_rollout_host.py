@@ -382,6 +382,6 @@ def test_a_start_remembers_what_failed_however_many_loads_came_since(tmp_path: P
         )
         store.note_rollout(story.KEY, switch)
     host = story.FakeDaemon(store, tmp_path).host
-    assert [record.config_to for record in host.quarantined] == [story.BAD]
+    assert [record.config_to for record in host.barred] == [story.BAD]
     assert len(host.records) == MAX_SHOWN
     assert host.records[0].at == 1000.0 + 2 * MAX_SHOWN, "the newest are shown"
