@@ -213,7 +213,7 @@ def _wait(state: Rollout, *, at: float, rule: RolloutRule) -> Step:
         return end(state, RolloutReason.OVERTAKEN, at=at, rule=rule)
     if hold(state, candidate, rule, at=at) is not None:
         return state, ()
-    repairs = is_missing_targets(state)
+    repairs = is_budget_spent(state, rule) and is_missing_targets(state)  # else tripwires stay
     candidate = replace(candidate, phase=Phase.CANARY, since=at, turn_since=at, repairs=repairs)
     mark = Mark(record=record_of(candidate, RolloutState.VERIFYING, RolloutReason.CANARY, at=at))
     return replace(state, candidate=candidate), (mark,)

@@ -23,7 +23,7 @@ from sparsed.core import (
     Slo,
     TunerMode,
 )
-from sparsed.tuner.gate import exploring_s, hold
+from sparsed.tuner.gate import exploring_s, hold, is_missing_targets
 from sparsed.tuner.rollout import advance, resume
 from sparsed.tuner.rollout_state import (
     Action,
@@ -299,6 +299,26 @@ def test_targets_that_are_missed_for_good_may_be_repaired() -> None:
             break
     assert world.in_force.max_num_active_seqs == 3
     assert world.records[-1] == (RolloutState.VERIFYING, RolloutReason.COMMITTED)
+
+
+def test_few_windows_that_miss_a_target_disarm_no_tripwire() -> None:
+    world = World()
+    world.serve(EARNED_S)
+    told_s = 0.5 * RULE.slo_budget_frac * world.state.recent_s
+    world.propose({"max_num_active_seqs": 3})
+    world.state = replace(
+        world.state,
+        recent_s=10.0 * world.state.recent_s,
+        recent_busy_s=10.0 * world.state.recent_s,
+        recent_told_s=10.0 * told_s,
+        recent_broken_s=10.0 * told_s,
+    )
+    assert is_missing_targets(world.state)
+    while world.phase is Phase.WAITING:
+        world.tick()
+    assert is_missing_targets(world.state), "in most of the few that tell"
+    assert world.state.candidate is not None
+    assert not world.state.candidate.repairs
 
 
 def test_a_repair_that_repairs_nothing_is_taken_back() -> None:
