@@ -106,7 +106,7 @@ def _propose(state: Rollout, event: Proposed) -> Step:
     if event.profile:
         values = free_of(event.values, state.controls, knobs=knobs)
     else:
-        values = limit(event.values, current=knobs, pins=state.controls.pins)
+        values = limit(event.values, state, current=knobs)
     if not values or any(goes_as_far(values, item) for item in barred(state, at=event.at)):
         return state, ()
     candidate = Candidate(
@@ -199,7 +199,7 @@ def _wait(state: Rollout, *, at: float, rule: RolloutRule) -> Step:
         return end(state, RolloutReason.OVERTAKEN, at=at, rule=rule)
     if hold(state, candidate, rule, at=at) is not None:
         return state, ()
-    repairs = is_missing_targets(state)
+    repairs = is_budget_spent(state, rule) and is_missing_targets(state)  # else tripwires stay
     candidate = replace(candidate, phase=Phase.CANARY, since=at, turn_since=at, repairs=repairs)
     mark = Mark(record=record_of(candidate, RolloutState.VERIFYING, RolloutReason.CANARY, at=at))
     return replace(state, candidate=candidate), (mark,)

@@ -24,9 +24,10 @@ from sparsed.core import (
     Slo,
     TunerMode,
 )
-from sparsed.tuner.gate import barred, exploring_s, hold
+from sparsed.tuner.gate import barred, exploring_s, hold, is_missing_targets
 from sparsed.tuner.rollout import advance
 from sparsed.tuner.rollout_end import resume
+from sparsed.tuner.rollout_regime import live_values
 from sparsed.tuner.rollout_state import (
     Action,
     Apply,
@@ -321,6 +322,26 @@ def test_there_is_no_way_back_from_what_was_proved() -> None:
     assert world.phase is Phase.WAITING
 
 
+def test_few_windows_that_miss_a_target_disarm_no_tripwire() -> None:
+    world = World()
+    world.serve(EARNED_S)
+    told_s = 0.5 * RULE.slo_budget_frac * world.state.recent_s
+    world.propose({"max_num_active_seqs": 3})
+    world.state = replace(
+        world.state,
+        recent_s=10.0 * world.state.recent_s,
+        recent_busy_s=10.0 * world.state.recent_s,
+        recent_told_s=10.0 * told_s,
+        recent_broken_s=10.0 * told_s,
+    )
+    assert is_missing_targets(world.state)
+    while world.phase is Phase.WAITING:
+        world.tick()
+    assert is_missing_targets(world.state), "in most of the few that tell"
+    assert world.state.candidate is not None
+    assert not world.state.candidate.repairs
+
+
 def test_a_repair_that_repairs_nothing_is_taken_back() -> None:
     world = World()
     world.late = 0.2
@@ -433,6 +454,17 @@ def test_a_profile_waits_for_the_time_to_explore_like_everything_else() -> None:
     assert world.phase is Phase.WAITING
     world.serve(10)
     assert world.marked
+
+
+def test_prompts_are_never_computed_in_larger_chunks_than_memory_was_planned_for() -> None:
+    world = World()
+    world.state = replace(world.state, base=live_values(KNOBS))
+    world.tick()
+    world.propose({"prefill_chunk": 768})
+    assert world.state.candidate is None
+    world.propose({"prefill_chunk": 384})
+    assert world.state.candidate is not None
+    assert world.state.candidate.config_to == {"prefill_chunk": 384}
 
 
 def test_a_start_remembers_what_failed() -> None:
