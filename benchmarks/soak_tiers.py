@@ -46,7 +46,10 @@ class TierCheck:
         assert len(kv.pool.frames) == kv.pool.frames.size
         assert len(kv.arena.blocks) == kv.arena.blocks.size
         tables = kv.tables
-        assert (tables.page_slot_MLHP[:-1] == -1).all() and (tables.lane_blocks_RLHN == -1).all()
+        are_free = (tables.page_slot_MLHP[:-1] == -1).all() and (
+            tables.lane_blocks_RLHN == -1
+        ).all()
+        assert are_free, "slots of ended requests"
         assert (tables.frames_RF == tables.spare_frame).all() and not tables.num_blocks_RLH.any()
 
     def _owned(self, row: Row) -> Tensor:
@@ -54,10 +57,11 @@ class TierCheck:
         tables, most = self._kv.tables, row.blocks.most
         blocks_LHN = tables.lane_blocks_RLHN[row.index].long()
         counts_L = tables.num_blocks_RLH[row.index].flatten()
-        assert counts_L.tolist() == row.blocks.counts_L.tolist()
+        assert counts_L.tolist() == row.blocks.counts_L.tolist(), "other slots than the row has"
         width = row.blocks.ids_LN.shape[1]
-        assert blocks_LHN[..., :width].flatten(0, 1).tolist() == row.blocks.ids_LN.tolist()
-        assert (blocks_LHN[..., most:] == -1).all()
+        found_LN = blocks_LHN[..., :width].flatten(0, 1).tolist()
+        assert found_LN == row.blocks.ids_LN.tolist(), "other slots than the row has"
+        assert (blocks_LHN[..., most:] == -1).all(), "slots beyond those of the row"
         per_block = self._kv.geometry.pages_per_block
         return slots_of_blocks(blocks_LHN[..., :most], pages_per_block=per_block)
 
@@ -71,7 +75,8 @@ class TierCheck:
         placed_LHS = pages_LHS >= 0
         assert torch.equal((table_LHP >= 0).sum(-1), placed_LHS.sum(-1)), "pages without a slot"
         found_LHS = table_LHP.gather(-1, pages_LHS.clamp(min=0))
-        assert torch.equal(found_LHS[placed_LHS].long(), owned_LHS[placed_LHS])
+        is_same = torch.equal(found_LHS[placed_LHS].long(), owned_LHS[placed_LHS])
+        assert is_same, "a slot holds another page than the table says"
         locked_LHS = (arena.slot_step_N[owned_LHS] == LOCKED_STEP) & is_slot_LHS
         assert (locked_LHS.sum(-1) <= 1).all() and (placed_LHS | ~locked_LHS).all()
         begun_LHS = arena.slot_step_N[owned_LHS] != FREE_STEP
