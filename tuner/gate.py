@@ -45,19 +45,11 @@ def forbidden(candidate: Candidate, controls: Controls) -> RolloutReason | None:
     return None if controls.mode in allowed else RolloutReason.SWITCHED_OFF
 
 
-def limit(values: Values, state: Rollout, *, current: Knobs) -> dict[str, KnobValue]:
-    """The closest change to hot knobs that is allowed from ``current``: one rung, no pinned knob,
-    no larger chunk than the start planned memory for. Empty: nothing is left of it."""
-    pins, most = state.controls.pins, state.base.get("prefill_chunk")
+def limit(values: Values, *, current: Knobs, pins: frozenset[str]) -> dict[str, KnobValue]:
+    """The closest change to hot knobs that is allowed from ``current``: one rung, no pinned knob.
+    Empty: nothing is left of it."""
     free = {name: value for name, value in values.items() if name not in pins}
     limited = guard(free, current=current, space=live_space(current))
-    chunk = limited.get("prefill_chunk")
-    if (
-        isinstance(chunk, int)
-        and isinstance(most, int)
-        and chunk > max(most, current.prefill_chunk)
-    ):
-        del limited["prefill_chunk"]
     return {} if pins & limited.keys() else limited
 
 

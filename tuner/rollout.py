@@ -106,7 +106,7 @@ def _propose(state: Rollout, event: Proposed) -> Step:
     if event.profile:
         values = free_of(event.values, state.controls, knobs=knobs)
     else:
-        values = limit(event.values, state, current=knobs)
+        values = limit(event.values, current=knobs, pins=state.controls.pins)
     if not values or any(goes_as_far(values, item) for item in barred(state, at=event.at)):
         return state, ()
     candidate = Candidate(

@@ -27,7 +27,6 @@ from sparsed.core import (
 from sparsed.tuner.gate import barred, exploring_s, hold, is_missing_targets
 from sparsed.tuner.rollout import advance
 from sparsed.tuner.rollout_end import resume
-from sparsed.tuner.rollout_regime import live_values
 from sparsed.tuner.rollout_state import (
     Action,
     Apply,
@@ -454,17 +453,6 @@ def test_a_profile_waits_for_the_time_to_explore_like_everything_else() -> None:
     assert world.phase is Phase.WAITING
     world.serve(10)
     assert world.marked
-
-
-def test_prompts_are_never_computed_in_larger_chunks_than_memory_was_planned_for() -> None:
-    world = World()
-    world.state = replace(world.state, base=live_values(KNOBS))
-    world.tick()
-    world.propose({"prefill_chunk": 768})
-    assert world.state.candidate is None
-    world.propose({"prefill_chunk": 384})
-    assert world.state.candidate is not None
-    assert world.state.candidate.config_to == {"prefill_chunk": 384}
 
 
 def test_a_start_remembers_what_failed() -> None:
