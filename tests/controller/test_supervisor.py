@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
@@ -160,7 +161,8 @@ def test_an_engine_that_always_dies_is_given_up(
     async def kill_children() -> None:
         while True:
             for child in psutil.Process().children():
-                child.kill()
+                with suppress(psutil.NoSuchProcess):  # it ended meanwhile
+                    child.kill()
             await asyncio.sleep(0.02)
 
     async def live() -> Watcher:
