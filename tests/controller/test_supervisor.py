@@ -196,7 +196,8 @@ def test_forgiven_deaths_do_not_end_it(
         async with asyncio.timeout(60):
             while watcher.supervisor.restarts < MAX_DEATHS + 4:
                 for child in psutil.Process().children():
-                    child.kill()
+                    with suppress(psutil.NoSuchProcess):
+                        child.kill()
                 await asyncio.sleep(0.02)
         watcher.supervisor.forgive(100)  # harmless
         await watcher.supervisor.stop(0.0)
