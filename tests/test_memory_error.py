@@ -40,12 +40,12 @@ WORKSPACE = Workspace(
 )
 
 
-def row(told_bytes: int, **seen: object) -> Row:
+def row(told_bytes: int, *, failures: tuple[str, ...] = ()) -> Row:
     return Row(
         point=Point(knobs={}, prompt=1, requests=1, output=1),
         predicted=PLANNED,
         workspace=WORKSPACE,
-        seen=Seen(told_bytes=told_bytes, weights_bytes=16 * GIB, **seen),  # type: ignore[arg-type]
+        seen=Seen(told_bytes=told_bytes, weights_bytes=16 * GIB, failures=failures),
         context_bytes=GIB // 2,
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -305,11 +306,10 @@ def test_engines_side_by_side_have_equal_parts_of_the_host(
 
 def test_two_engines_may_not_pin_more_than_there_is() -> None:
     half = H100.dram_total_bytes / GIB / 2
-    place = {"shape": LLAMA, "machine": H100, "device": "cuda:0", "dtype": "bfloat16"}
-    fits = resolve_knobs({"kv_dram_gib": half}, num_engines=2, **place)  # type: ignore[arg-type]
-    assert fits.kv_dram_gib == half
+    resolve = partial(resolve_knobs, shape=LLAMA, machine=H100, device="cuda:0", dtype="bfloat16")
+    assert resolve({"kv_dram_gib": half}, num_engines=2).kv_dram_gib == half
     asked = {"kv_dram_gib": half + 1}
-    assert resolve_knobs(asked, **place).kv_dram_gib == half + 1  # type: ignore[arg-type]
+    assert resolve(asked).kv_dram_gib == half + 1
     with pytest.raises(InputError, match=r"of 2 engines .* or give fewer devices") as error:
-        resolve_knobs(asked, num_engines=2, **place)  # type: ignore[arg-type]
+        resolve(asked, num_engines=2)
     assert error.value.field == "kv_dram_gib"

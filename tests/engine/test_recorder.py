@@ -15,7 +15,7 @@ def test_nothing_is_collected_within_and_the_collector_comes_back() -> None:
     gc.disable()
     try:
         with _uncollected():
-            pass
+            assert not gc.isenabled()
         assert not gc.isenabled()
     finally:
         gc.enable()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, replace
+from functools import partial
 
 import pytest
 from hypothesis import given
@@ -47,12 +48,12 @@ def of(
 def test_more_of_anything_never_takes_less(
     chunk: int, more: int, num_seqs: int, page_size: int, selects: bool
 ) -> None:
-    sizes = {"num_seqs": num_seqs, "page_size": page_size, "selects": selects}
-    small = of(chunk=chunk, **sizes)  # type: ignore[arg-type]
-    large = of(chunk=chunk + more, **sizes)  # type: ignore[arg-type]
+    sized = partial(of, page_size=page_size, selects=selects)
+    small = sized(chunk=chunk, num_seqs=num_seqs)
+    large = sized(chunk=chunk + more, num_seqs=num_seqs)
     assert small.total_bytes <= large.total_bytes
     assert replace(small, prompt_bytes=0) == replace(large, prompt_bytes=0)
-    wide = of(chunk=chunk, **(sizes | {"num_seqs": num_seqs + 1}))  # type: ignore[arg-type]
+    wide = sized(chunk=chunk, num_seqs=num_seqs + 1)
     assert all(few <= many for few, many in zip(*map(_parts, (small, wide)), strict=True))
     assert min(_parts(small)) > 0 and small.total_bytes == sum(_parts(small))
 
