@@ -1,4 +1,4 @@
-"""Which stored study a run goes on with, and why it may not."""
+"""Which stored study a run goes on with, and why it may not; and what the newest one measured."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from sparsed.core import InputError, Objective, ProfileKey, Slo
+from sparsed.core import InputError, Objective, ProfileKey, Slo, TrialResult
 from sparsed.db.store import Study, StudyStore
 
 LAST: Final = "last"
@@ -21,6 +21,13 @@ class Question:
     objective: Objective
     slo: Slo
     seed: int
+
+
+def latest_trials(store: StudyStore, key: ProfileKey) -> tuple[TrialResult, ...]:
+    """Those of the newest study: scores of different workloads do not compare. StoreError."""
+    trials = store.list_trials(key=key)
+    begins = max((i for i, trial in enumerate(trials) if trial.number == 0), default=0)
+    return trials[begins:]
 
 
 def find_study(store: StudyStore, resume: str, *, question: Question) -> Study:

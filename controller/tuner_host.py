@@ -14,13 +14,13 @@ from typing import Final
 import msgspec
 
 from sparsed.controller.control import TunerState
+from sparsed.controller.study_resume import latest_trials
 from sparsed.core import (
     Decision,
     ProfileKey,
     RolloutRecord,
     Slo,
     Snapshot,
-    TrialResult,
     TunerMode,
     UnprovedProfile,
     Verdict,
@@ -115,7 +115,7 @@ class TunerHost:
 
     async def _ask(self, windows: tuple[Snapshot, ...]) -> None:
         try:
-            trials = await asyncio.to_thread(self._latest_trials)
+            trials = await asyncio.to_thread(latest_trials, self._store, self._key)
             question = LiveContext(
                 windows=windows,
                 trials=trials,
@@ -166,12 +166,6 @@ class TunerHost:
         if process.returncode is None:
             process.kill()
         await process.wait()
-
-    def _latest_trials(self) -> tuple[TrialResult, ...]:
-        """Trials of the newest study: scores of different workloads do not compare."""
-        trials = self._store.list_trials(key=self._key)
-        begins = max((i for i, trial in enumerate(trials) if trial.number == 0), default=0)
-        return trials[begins:]
 
     def _is_news(self, decision: Decision) -> bool:
         """Whether it says anything but the same with other figures."""

@@ -10,6 +10,7 @@ from sparsed.controller.plan.gpus import rates_of
 from sparsed.controller.seeds import load_seeds
 from sparsed.controller.start_values import site_here
 from sparsed.controller.startup import StartPlan
+from sparsed.controller.study_resume import latest_trials
 from sparsed.core import KnobValue, MatchLevel, Objective, Profile, TrialResult
 from sparsed.db.store import Store
 from sparsed.tuner.offline import DEFAULT
@@ -56,19 +57,13 @@ def find_beginning(
         return Beginning(description=f"cold start: {words} comes to the default")
     if match.level is not MatchLevel.TRANSFER:
         return Beginning(description=f"the first trial is {words}", first=values)
-    trials = latest_study(store.list_trials(key=profile.key)) if profile.seed is None else ()
+    trials = latest_trials(store, profile.key) if profile.seed is None else ()
     anchors = _anchors(profile, trials, there=there, here=here, space=space)
     known = tuple(anchors) if profile.objective is objective else ()
     return Beginning(
         description=f"the search begins around {words}, by {len(known)} scores from there",
         warm=WarmStart(values=values, anchors=known),
     )
-
-
-def latest_study(trials: Sequence[TrialResult]) -> tuple[TrialResult, ...]:
-    """Those of the newest study: scores of different workloads do not compare."""
-    begins = max((i for i, trial in enumerate(trials) if trial.number == 0), default=0)
-    return tuple(trials[begins:])
 
 
 def _anchors(

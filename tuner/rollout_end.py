@@ -60,7 +60,13 @@ def slots(num_pairs: int) -> tuple[Slot, ...]:
 def resume(good: Values, records: tuple[RolloutRecord, ...], *, rule: RolloutRule) -> Rollout:
     """The state after a start, from what was stored: ``records`` are the newest, newest first."""
     failed = [item for item in records if item.state is RolloutState.REVERTED]
-    proved = [item for item in records if item.reason is RolloutReason.COMMITTED]
+    undone = [(item.config_from, item.config_to) for item in failed]
+    proved = [
+        item
+        for item in records
+        if item.reason is RolloutReason.COMMITTED
+        and (item.config_from, item.config_to) not in undone
+    ]
     state = Rollout(
         good=good,
         failed=tuple((item, item.at + rule.quarantine_s) for item in failed),

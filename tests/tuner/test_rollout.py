@@ -244,6 +244,8 @@ def test_a_regression_on_probation_moves_the_good_back_and_doubles_the_wait() ->
         world.tick(tpot_p95_s=0.03)
     assert world.records[-1] == (RolloutState.REVERTED, RolloutReason.REGRESSED)
     assert world.good == {} and world.in_force == KNOBS and world.state.beaten == ()
+    again = resume(world.good, tuple(reversed(world.kept)), rule=RULE)
+    assert barred(again, at=world.at) == barred(world.state, at=world.at)
     waits = [world.state.cool_at - world.at]
     for _ in range(2):
         world.state = replace(world.state, failed=())

@@ -14,12 +14,12 @@ from sparsed.core import (
     KNOBS_BY_NAME,
     GpuRates,
     MatchLevel,
-    ModelShape,
     Objective,
     Profile,
     ProfileKey,
     ProfileStatus,
 )
+from sparsed.engine.models.dummy import dummy_config
 from sparsed.tuner.transfer import (
     MAX_OCTAVES,
     Site,
@@ -30,17 +30,7 @@ from sparsed.tuner.transfer import (
     nearest,
 )
 
-SHAPE = ModelShape(
-    num_layers=32,
-    num_heads=32,
-    num_kv_heads=8,
-    head_dim=128,
-    hidden_size=4096,
-    intermediate_size=14336,
-    vocab_size=128256,
-    max_position=131072,
-    num_parameters=8_000_000_000,
-)
+SHAPE = replace(dummy_config("dummy:llama-3.1-8b").shape, num_parameters=8_000_000_000)
 H100 = GpuRates(
     name="H100",
     hbm_bytes=80 << 30,
