@@ -1,11 +1,13 @@
 """Three loads, each bound by another knob: does the tuner find it, change it, and keep the evidence?
 
 Run from the root, on a machine that does nothing else: ``PYTHONPATH=benchmarks python benchmarks/binding_knobs.py
---output FILE.json``. *page_size* is searched by ``sparsed tune`` with every other knob fixed; *hbm_budget* and
-*max_num_active_seqs* begin at a bad value and are changed by the live tuner in mode ``auto``, its durations
-divided by ``--time-scale``, after a study that is cut off before its test. Whatever was accepted is then
-served by hand in turns with the value before, A B B A. Prints knob, from, to, gain with its interval, and the
-number of the decision; exits with 1 where a scenario has no accepted decision or a gain that is not there by hand.
+--output FILE.json``; ``--scenarios KNOB`` plays one. *page_size* is searched by ``sparsed tune`` with every other
+knob fixed. *hbm_budget*, on a GPU, and *max_num_active_seqs* begin at a bad value under a steady load: a live
+tuner in mode ``auto``, without trials, its durations divided by ``--time-scale``, is given until it has accepted a
+change, ``--minutes`` at the most. ``--explored-frac`` of its time may go to candidates: by the default of 1 it tests
+at once. Whatever was accepted is then served by hand in turns with the value before, A B B A. Prints knob, from,
+to, gain with its interval, and the number of the decision; exits with 1 where a scenario has no accepted decision
+or a gain that is not there by hand.
 """
 
 from __future__ import annotations
@@ -15,21 +17,24 @@ import json
 import math
 import subprocess
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, Final
 
-from cold_start import in_turns, set_knobs
+from cold_start import set_knobs
 from report import environment
-from scaled_daemon import ask, load, scaled_daemon, study
+from scaled_daemon import ask, scaled_daemon, under_load
 from scipy.stats import t as student
-from trace_replay import SPARSED
+from trace_replay import SPARSED, Daemon
 
 CONFIDENCE: Final = 0.95
-METRIC: Final = "output_tokens_per_s"
+IN_TIME: Final = {"slo-ttft-ms": "60000", "slo-tpot-ms": "500"}  # latency is no object
+POLL_S: Final = 5.0
+VOCAB_SIZE: Final = 512  # of the smallest of the models
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,23 +45,32 @@ class Scenario:
     start: int | None
     is_hot: bool
     clients: int
-    lengths: tuple[int, int]
-    fixed: Mapping[str, str] = field(default_factory=dict)
+    lengths: tuple[str, str]
+    num_requests: int  # more than are served
+    fixed: Mapping[str, str]
 
 
 SCENARIOS: Final = (
     Scenario(
-        knob="page_size", start=None, is_hot=False, clients=4, lengths=(4096, 64),
-        fixed={"token-budget": "512", "hbm-budget": "1024", "max-num-active-seqs": "4",
-               "prefill-chunk": "2048"},
+        knob="page_size", start=None, is_hot=False, clients=4, lengths=("7168", "256"),
+        num_requests=10_000,
+        fixed={"model": "dummy:tiny", "device": "cpu", "token-budget": "512", "hbm-budget": "1024",
+               "max-num-active-seqs": "4", "prefill-chunk": "2048", "max-model-len": "7680"},
     ),
     Scenario(
-        knob="hbm_budget", start=512, is_hot=True, clients=4, lengths=(4096, 64),
-        fixed={"token-budget": "512", "max-num-active-seqs": "4", "prefill-chunk": "2048"},
+        knob="hbm_budget", start=256, is_hot=True, clients=64, lengths=("1024", "384:640"),
+        num_requests=20_000,
+        fixed=IN_TIME
+        | {"model": "dummy:llama-3.1-8b", "device": "cuda:0", "token-budget": "256",
+           "max-num-active-seqs": "64", "max-num-seqs": "64", "kv-hbm-gib": "18",
+           "kv-dram-gib": "32", "max-model-len": "2048"},
     ),
     Scenario(
-        knob="max_num_active_seqs", start=1, is_hot=True, clients=8, lengths=(512, 64),
-        fixed={"token-budget": "512", "prefill-chunk": "2048"},
+        knob="max_num_active_seqs", start=1, is_hot=True, clients=8, lengths=("64:128", "8:16"),
+        num_requests=30_000,
+        fixed=IN_TIME
+        | {"model": "smollm2-135m", "device": "cpu", "token-budget": "512",
+           "prefill-chunk": "2048", "max-model-len": "1024"},
     ),
 )  # fmt: skip
 
@@ -82,63 +96,88 @@ def accepted(decisions: Sequence[Mapping[str, Any]], knob: str) -> Mapping[str, 
 
 
 def flags_of(scenario: Scenario, options: argparse.Namespace) -> list[str]:
-    pairs = {"model": options.model, "device": "cpu"} | dict(scenario.fixed)
-    return [
-        *(word for name, value in pairs.items() for word in (f"--{name}", value)),
-        *options.flags,
-    ]
+    pairs = (word for name, value in scenario.fixed.items() for word in (f"--{name}", value))
+    return [*pairs, *options.flags]
 
 
 def tune_live(scenario: Scenario, state_dir: Path, options: argparse.Namespace) -> None:
-    flags = flags_of(scenario, options)
-    study(state_dir, flags, num_trials=options.trials, search_s=options.study_s)
-    with scaled_daemon(
-        state_dir, flags, time_scale=options.time_scale, num_pairs=options.pairs
-    ) as daemon:
+    with serve(scenario, state_dir, options, flags=[]) as daemon:
         set_knobs(daemon, {scenario.knob: scenario.start})
         ask(state_dir, "tuner", "auto")
-        load(
-            daemon, seconds=60 * options.minutes, clients=scenario.clients,
-            lengths=scenario.lengths, targets=[],
-        )  # fmt: skip
+        with loaded(scenario, daemon):
+            ends_s = time.monotonic() + 60 * options.minutes
+            while time.monotonic() < ends_s:
+                time.sleep(POLL_S)
+                if accepted(ask(state_dir, "decision", "list"), scenario.knob):
+                    return
 
 
 def tune_offline(scenario: Scenario, state_dir: Path, options: argparse.Namespace) -> None:
     workload = state_dir / "workload.jsonl"
-    row = {"timestamp": 0}
-    row |= dict(zip(("input_length", "output_length"), scenario.lengths, strict=True))
-    workload.write_text((json.dumps(row) + "\n") * scenario.clients)
+    lengths = dict(zip(("input_length", "output_length"), map(int, scenario.lengths), strict=True))
+    workload.write_text((json.dumps({"timestamp": 0} | lengths) + "\n") * scenario.clients)
+    no_floor = ("--min-recall", "0")  # the recall of random weights says nothing
     command = (
         *SPARSED, "tune", *flags_of(scenario, options), "--workload", str(workload),
         "--trials", "5", "--method", "grid", "--trial-seconds", str(options.trial_s),
-        "--state-dir", str(state_dir),
+        "--state-dir", str(state_dir), *no_floor,
     )  # fmt: skip
     subprocess.run(command, check=True)
+
+
+def serve(
+    scenario: Scenario, state_dir: Path, options: argparse.Namespace, *, flags: Sequence[str]
+) -> AbstractContextManager[Daemon]:
+    return scaled_daemon(
+        state_dir, [*flags_of(scenario, options), "--regime-dwell", str(options.dwell_s), *flags],
+        time_scale=options.time_scale, num_pairs=options.pairs,
+        explored_frac=options.explored_frac,
+    )  # fmt: skip
+
+
+def loaded(scenario: Scenario, daemon: Daemon) -> AbstractContextManager[Any]:
+    return under_load(
+        daemon, clients=scenario.clients, lengths=scenario.lengths, num=scenario.num_requests,
+        flags=["--vocab-size", str(VOCAB_SIZE)],
+    )  # fmt: skip
+
+
+def tokens_per_s(daemon: Daemon, *, settle_s: float, seconds: float) -> float:
+    """Tokens a second that the daemon itself counts, once a change has settled."""
+    time.sleep(settle_s)
+    began_s, before = time.monotonic(), generated(daemon)
+    time.sleep(seconds)
+    return (generated(daemon) - before) / (time.monotonic() - began_s)
+
+
+def generated(daemon: Daemon) -> int:
+    count: int = daemon.status()["stats"]["generated_tokens"]
+    return count
 
 
 def by_hand(
     scenario: Scenario, pair: Sequence[Any], state_dir: Path, options: argparse.Namespace
 ) -> dict[str, list[float]]:
     """Tokens/s of both values, in turns; a knob of a restart takes a daemon each turn."""
-    flags = [*flags_of(scenario, options), "--no-profile", "true"]
-    serve = partial(
-        scaled_daemon, state_dir, time_scale=options.time_scale, num_pairs=options.pairs
-    )
-    served = argparse.Namespace(
-        turns=options.turns, clients=scenario.clients, lengths=scenario.lengths, metric=METRIC
-    )
     names = ("before", "after")
-    if scenario.is_hot:
-        configs = {name: {scenario.knob: value} for name, value in zip(names, pair, strict=True)}
-        with serve(flags=flags) as daemon:
-            return in_turns(daemon, configs, served, targets=[])
-    served.turns = 1
     found: dict[str, list[float]] = {name: [] for name in names}
+    times = {"settle_s": options.settle_s, "seconds": options.turn_s}
+    turns = [at for turn in range(options.turns) for at in ((0, 1) if turn % 2 == 0 else (1, 0))]
+    fresh = ["--no-profile", "true"]
+    if scenario.is_hot:
+        with serve(scenario, state_dir, options, flags=fresh) as daemon:
+            ask(state_dir, "tuner", "off")
+            with loaded(scenario, daemon):
+                time.sleep(options.fill_s)
+                for at in turns:
+                    set_knobs(daemon, {scenario.knob: pair[at]})
+                    found[names[at]].append(tokens_per_s(daemon, **times))
+        return found
     option = f"--{scenario.knob.replace('_', '-')}"
-    for turn in range(options.turns):
-        for at in (0, 1) if turn % 2 == 0 else (1, 0):
-            with serve(flags=[*flags, option, str(pair[at])]) as daemon:
-                found[names[at]] += in_turns(daemon, {"one": {}}, served, targets=[])["one"]
+    for at in turns:
+        flags = [*fresh, option, str(pair[at])]
+        with serve(scenario, state_dir, options, flags=flags) as daemon, loaded(scenario, daemon):
+            found[names[at]].append(tokens_per_s(daemon, **times))
     return found
 
 
@@ -173,16 +212,18 @@ def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", default="smollm2-135m")
     knobs = [scenario.knob for scenario in SCENARIOS]
     parser.add_argument("--scenarios", nargs="*", choices=knobs, default=knobs)
-    parser.add_argument("--minutes", type=float, default=60.0, help="of live traffic each")
-    parser.add_argument("--time-scale", type=float, default=20.0)
+    parser.add_argument("--minutes", type=float, default=15.0, help="of live traffic at the most")
+    parser.add_argument("--time-scale", type=float, default=30.0)
+    parser.add_argument("--dwell-s", type=float, default=20.0, help="of a regime")
+    parser.add_argument("--explored-frac", type=float, default=1.0)
     parser.add_argument("--pairs", type=int, default=32)
-    parser.add_argument("--study-s", type=float, default=300.0)
-    parser.add_argument("--trials", type=int, default=8)
-    parser.add_argument("--trial-s", type=float, default=18.0, help="of the offline study")
+    parser.add_argument("--trial-s", type=float, default=8.0, help="of the offline study")
     parser.add_argument("--turns", type=int, default=6)
+    parser.add_argument("--turn-s", type=float, default=10.0)
+    parser.add_argument("--settle-s", type=float, default=4.0)
+    parser.add_argument("--fill-s", type=float, default=20.0, help="before the first turn")
     parser.add_argument("--output", type=Path)
     parser.add_argument("flags", nargs="*", help="of sparsed start, after --: --name value")
     return parser.parse_args()

@@ -15,9 +15,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -47,6 +47,18 @@ def scaled(
     times["window_s"] = max(MIN_WINDOW_S, times["window_s"])
     acceptance = replace(rule.acceptance, num_pairs=num_pairs)
     return replace(rule, acceptance=acceptance, max_explored_frac=explored_frac, **times)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Load:
+    """A ``bench serve`` under way and the result that it writes at its end."""
+
+    process: subprocess.Popen[bytes]
+    file: Path
+
+    def end(self) -> Any:
+        stop(self.process)
+        return json.loads(self.file.read_text())
 
 
 @contextmanager
@@ -81,30 +93,41 @@ def ask(state_dir: Path, *words: str) -> Any:
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
-def study(state_dir: Path, flags: list[str], *, num_trials: int, search_s: float) -> None:
-    """Trials for the live tuner to learn from, of a study cut off before it verifies anything."""
-    command = (
-        *SPARSED, "tune", *flags, "--trials", str(num_trials), "--trial-seconds", "6",
-        "--max-seconds", str(search_s), "--state-dir", str(state_dir),
-    )  # fmt: skip
-    subprocess.run(command, check=True)
+@contextmanager
+def under_load(
+    daemon: Daemon,
+    *,
+    clients: int,
+    lengths: tuple[str, str],
+    flags: Sequence[str] = (),
+    num: int = MAX_REQUESTS,
+) -> Iterator[Load]:
+    """Keep ``clients`` requests under way without a pause, of ``num`` in all, until the block ends.
+    ``lengths`` in tokens, of prompts and answers; ``flags``: of ``bench serve``, further ones."""
+    with tempfile.TemporaryDirectory() as directory:
+        command = bench_serve(daemon, num=num, clients=clients, lengths=lengths)
+        command += ["--output-dir", directory, *flags]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            yield Load(process=process, file=Path(directory) / "result.json")
+        finally:
+            stop(process)
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    if process.poll() is None:
+        process.send_signal(signal.SIGINT)  # it writes what it has
+    process.wait(timeout=STOP_S)
 
 
 def serve_for(
     daemon: Daemon, *, seconds: float, clients: int, lengths: tuple[str, str], targets: list[str]
 ) -> Any:
-    """Keep ``clients`` requests under way for ``seconds`` without a pause; the result of ``bench
-    serve``. ``lengths``, ``targets``: its flags for tokens and for goodput."""
-    with tempfile.TemporaryDirectory() as directory:
-        command = bench_serve(daemon, num=MAX_REQUESTS, clients=clients, lengths=lengths)
-        command += ["--output-dir", directory, *targets]
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        try:
-            process.wait(timeout=seconds)
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGINT)  # it writes what it has
-        process.wait(timeout=STOP_S)
-        return json.loads((Path(directory) / "result.json").read_text())
+    """The result of ``bench serve`` after ``seconds`` under load; ``targets``: flags for goodput."""
+    with under_load(daemon, clients=clients, lengths=lengths, flags=targets) as load:
+        with suppress(subprocess.TimeoutExpired):
+            load.process.wait(timeout=seconds)
+        return load.end()
 
 
 def bench_serve(

@@ -20,20 +20,21 @@ from typing import Final
 from report import environment
 
 from sparsed.core import KNOBS_BY_NAME, Profile, ProfileStatus
+from sparsed.engine.planner import PAGE_TOKENS
 from sparsed.tuner.export import ExportFormat, parse_profile, render_profile
 
 ROOT: Final = Path(__file__).resolve().parents[1]
 SEEDS: Final = ROOT / "db" / "seeds"
-FIXED: Final = ("page_size", "token_budget")
 
 
 def tune_command(options: argparse.Namespace, *, state_dir: Path, export: Path) -> list[str]:
-    fixed = ((f"--{name.replace('_', '-')}", KNOBS_BY_NAME[name].default) for name in FIXED)
+    known = {"page_size": PAGE_TOKENS, "token_budget": KNOBS_BY_NAME["token_budget"].default}
+    fixed = ((f"--{name.replace('_', '-')}", value) for name, value in known.items())
     return [
         sys.executable, "-m", "sparsed", "tune", options.model, "--device", options.device,
         "--state-dir", str(state_dir), "--workload", options.workload,
         "--trials", str(options.trials), "--trial-seconds", str(options.trial_seconds),
-        "--max-seconds", str(options.max_seconds), "--no-profile", "--export", str(export),
+        "--max-seconds", str(options.max_seconds), "--export", str(export),
         *(str(word) for pair in fixed for word in pair), *options.more,
     ]  # fmt: skip
 
