@@ -236,7 +236,7 @@ def test_eight_requests_of_mixed_lengths(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("lane_blocks", "count"), [(None, NUM_TOKENS), (3, 50)])
+@pytest.mark.parametrize(("lane_blocks", "count"), [(None, 64), (3, 32)])
 def test_real_weights(
     make_engine: MakeEngine, smollm2: Path, oracle: Oracle, lane_blocks: int | None, count: int
 ) -> None:
@@ -247,7 +247,7 @@ def test_real_weights(
     tokenizer = Tokenizer.from_file(str(smollm2 / "tokenizer.json"))
     prompt = tuple(tokenizer.encode(topics["with"]).ids[:400])
     engine = make_engine(smollm2, lane_blocks=lane_blocks, prefill_chunk=100, kv_dram_gib=0.2)
-    assert greedy(engine, prompt, count) == oracle(smollm2, prompt)[:count]
+    assert greedy(engine, prompt, count) == oracle(smollm2, prompt, 64)[:count]
     assert (engine.stats().h2d_bytes > 0) == (lane_blocks is not None)
 
 
