@@ -423,7 +423,7 @@ def test_all_modes_in_one_call(
 ) -> None:
     file = tmp_path / "made" / "overload.json"
     names = [*MODES, "static-2"]
-    flags = "--model dummy:tiny --device cpu --count 8 --prompt-tokens 600 --output-tokens 60"
+    flags = "--model dummy:tiny --device cpu --count 8 --prompt-tokens 600 --output-tokens 24"
     flags += " --budget 256 --hot-gib 0.003 --prefill-chunk 128 --rates inf 40"
     flags += f" --modes {' '.join(names)} --output {file}"
     monkeypatch.setattr(sys, "argv", ["overload.py", *flags.split()])
@@ -433,7 +433,7 @@ def test_all_modes_in_one_call(
     assert [(one["mode"], one["rate"]) for one in rows] == [
         (n, r) for n in names for r in (None, 40)
     ]
-    assert all(one["finished"] == 8 and one["output_tokens"] == 480 for one in rows)
+    assert all(one["finished"] == 8 and one["output_tokens"] == 192 for one in rows)
     assert all(one["mean_delay_s"] <= one["mean_ttft_s"] <= one["p99_ttft_s"] for one in rows)
     loads = {one["mode"]: one["loads_per_step"] for one in rows if one["rate"] is None}
     assert loads["dense-resident"] == loads["sparse-resident"] == loads["dense-recompute"] == 0

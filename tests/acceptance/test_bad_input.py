@@ -25,10 +25,11 @@ PATH = "/v1/completions"
 LOG_LINE = re.compile(r"\d{4}-\d\d-\d\d .* INFO ")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", autouse=True)
 def served(daemon: StartDaemon) -> Any:
     """One daemon for all tests, whose disk is full from the start: the kernel lets it write no
-    file beyond a size that leaves room for its log, but for no page of its database."""
+    file beyond a size that leaves room for its log, but for no page of its database. There before
+    the first test: it has a minute's measurements to write by the last one."""
     running = daemon(*SMALL)
     size = running.log.stat().st_size + 3000
     resource.prlimit(running.process.pid, resource.RLIMIT_FSIZE, (size, size))

@@ -220,14 +220,12 @@ def test_a_killed_daemon_leaves_no_engine_and_the_next_one_starts(daemon: StartD
     wait_for(lambda: not engine.is_running(), what="the engine outlived the daemon")
     stale = set((first.state_dir / "run").iterdir())
     assert stale  # what the next start has to clear away
-    second = daemon(*FLAGS, "16", state_dir=first.state_dir)
+    second = daemon(*FLAGS, "16", "--shutdown-timeout", "3600", state_dir=first.state_dir)
     assert Reader(second, [1, 2], num_tokens=5).text()
     assert len(list((first.state_dir / "run").glob("engine.*"))) == 1
-    with httpx.Client() as idle:  # keeps its connection
+    with httpx.Client() as idle:  # keeps its connection, for which no end waits
         assert idle.get(f"{second.url}/health").status_code == 200
-        started = time.monotonic()
         assert second.stop() == 0
-        assert time.monotonic() - started < 10.0
     assert not list((first.state_dir / "run").iterdir())
 
 

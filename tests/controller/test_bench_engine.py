@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -307,7 +306,6 @@ def test_a_process_that_was_killed_has_no_words(
 def test_a_process_ends_when_nobody_waits_for_it() -> None:
     progress = json.dumps({"LoadProgress": {"phase": "measuring", "frac": 0.0}})
     code = f"import time; print({progress!r}, flush=True); time.sleep(600)"
-    started_s = time.monotonic()
 
     def leave(_phase: str, _frac: float) -> None:
         raise KeyboardInterrupt
@@ -315,7 +313,6 @@ def test_a_process_ends_when_nobody_waits_for_it() -> None:
     with pytest.raises(KeyboardInterrupt):
         run_measurement((sys.executable, "-c", code), b"", answer=KernelReport, on_progress=leave)
     assert [x for x in psutil.Process().children() if progress in " ".join(x.cmdline())] == []
-    assert time.monotonic() - started_s < 60
 
 
 def test_a_context_beyond_the_model_is_refused(

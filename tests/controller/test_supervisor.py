@@ -154,8 +154,9 @@ def test_an_engine_that_cannot_load_says_why(
 
 @pytest.mark.slow
 def test_an_engine_that_always_dies_is_given_up(
-    plan_start: Callable[..., StartPlan], tmp_path: Path
+    plan_start: Callable[..., StartPlan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("sparsed.controller.supervisor.MAX_BACK_OFF_S", 0.01)
     plan = plan_start()
 
     async def kill_children() -> None:

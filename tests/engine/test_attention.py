@@ -230,7 +230,7 @@ class World:
 
 
 @pytest.mark.slow
-@settings(max_examples=30)
+@settings(max_examples=20)
 @given(
     page_size=st.sampled_from(PAGE_SIZES),
     lane_blocks=st.integers(2, 12),

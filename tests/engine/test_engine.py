@@ -528,7 +528,7 @@ def test_hot_knobs_change_live_and_others_are_refused() -> None:
 
 
 def test_the_shell_around_the_model_is_thin() -> None:
-    """At batch 1 a step costs well under the 30 ms a small model takes on a CPU."""
+    """At batch 1 a step costs well under the 30 ms of processor time that a small model takes."""
     logits = torch.randn(1, 49_152)
     model = ScriptedModel()
     model.vocab_size = 49_152
@@ -539,9 +539,9 @@ def test_the_shell_around_the_model_is_thin() -> None:
     thin.step()
     times = []
     while thin.has_work:
-        started = time.perf_counter()
+        started = time.thread_time()
         thin.step()
-        times.append(time.perf_counter() - started)
+        times.append(time.thread_time() - started)
     assert sorted(times)[len(times) // 2] < 0.5e-3
 
 

@@ -333,7 +333,7 @@ class CacheMachine(RuleBasedStateMachine):
 def test_cache(make_cache: MakeCache) -> None:
     run_state_machine_as_test(
         lambda: CacheMachine(make_cache),
-        settings=settings(max_examples=80, stateful_step_count=25),
+        settings=settings(max_examples=50, stateful_step_count=25),
     )
 
 

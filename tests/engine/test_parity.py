@@ -37,7 +37,7 @@ MakeSpec = Callable[..., EngineSpec]
 MakeEngine = Callable[..., Engine]
 Oracle = Callable[..., list[int]]
 
-NUM_TOKENS = 200
+NUM_TOKENS = 100  # over 300 of a prompt: a page of every size fills
 SPARSE_METHODS = tuple(method for method in SparseMethod if method != SparseMethod.DENSE)
 
 
@@ -236,7 +236,7 @@ def test_eight_requests_of_mixed_lengths(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("lane_blocks", "count"), [(None, NUM_TOKENS), (3, 50)])
+@pytest.mark.parametrize(("lane_blocks", "count"), [(None, 64), (3, 32)])
 def test_real_weights(
     make_engine: MakeEngine, smollm2: Path, oracle: Oracle, lane_blocks: int | None, count: int
 ) -> None:
@@ -247,7 +247,7 @@ def test_real_weights(
     tokenizer = Tokenizer.from_file(str(smollm2 / "tokenizer.json"))
     prompt = tuple(tokenizer.encode(topics["with"]).ids[:400])
     engine = make_engine(smollm2, lane_blocks=lane_blocks, prefill_chunk=100, kv_dram_gib=0.2)
-    assert greedy(engine, prompt, count) == oracle(smollm2, prompt)[:count]
+    assert greedy(engine, prompt, count) == oracle(smollm2, prompt, 64)[:count]
     assert (engine.stats().h2d_bytes > 0) == (lane_blocks is not None)
 
 
@@ -284,11 +284,11 @@ def test_sparse_on_small_tiers_is_sparse_on_large_ones(
     resident, small, tiny = (
         make_runner(llama, lane_blocks=lane_blocks, **values) for lane_blocks in (None, 5, 2)
     )
-    expected = teacher_forced(resident, tokens, 800)
+    expected = teacher_forced(resident, tokens, 840)
     assert resident.stats().hot_hits > 0
     assert resident.stats().h2d_bytes == resident.stats().hot_misses == 0
     for runner in (small, tiny):
-        logits = teacher_forced(runner, tokens, 800)
+        logits = teacher_forced(runner, tokens, 840)
         torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
         assert torch.equal(logits.argmax(-1), expected.argmax(-1))
         assert runner.stats().hot_misses > 0

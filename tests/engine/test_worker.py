@@ -254,13 +254,14 @@ def test_knobs_are_applied_or_refused_by_name(loaded: Controller) -> None:
     assert "page_size" in str(refused.error)
 
 
-def test_it_reports_every_second_while_idle(loaded: Controller) -> None:
+def test_it_reports_as_often_as_it_beats_while_idle(loaded: Controller) -> None:
+    """That is every second; two threads of one process, each with a clock of its own."""
     loaded.wait_for(EngineStats)
-    loaded.wait_for(Heartbeat)
-    started = time.monotonic()
-    loaded.wait_for(EngineStats)
+    num_seen = len(loaded.seen)
+    for _ in range(3):
+        loaded.wait_for(EngineStats)
+    assert 1 <= sum(isinstance(one, Heartbeat) for one in loaded.seen[num_seen:]) <= 9
     beat = loaded.wait_for(Heartbeat)
-    assert 0.3 < time.monotonic() - started < 3.0
     assert beat.step_age_s == 0.0
     assert beat.step_id > 40
 

@@ -30,7 +30,7 @@ def test_resolve_and_seal(cases, page_size, columns, num_blocks, max_slots):
     tables = cases.page_tables(page_size=page_size, num_blocks=num_blocks, row_frames=12)
     expected_tables, total_4 = clones(tables), torch.zeros(4, dtype=torch.int64)
     for step, *batch, pages_BLHK in cases.decode_steps(
-        tables, page_size=page_size, columns=columns, steps=10, seed=columns
+        tables, page_size=page_size, columns=columns, steps=8, seed=columns
     ):
         rows_B, positions_B = (torch.tensor(part, dtype=torch.int32) for part in batch)
         step_1 = torch.tensor([step], dtype=torch.int32)

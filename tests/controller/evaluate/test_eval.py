@@ -29,7 +29,8 @@ from sparsed.core import (
 from sparsed.engine.models.dummy import dummy_config
 
 Eval = Callable[..., int]
-QUICK = "--text documentation --context 512 --scored 33 --windows 1 --device cpu"
+QUICK = "--text documentation --context 256 --scored 33 --windows 1 --device cpu"
+ROOM_FOR_NEEDLES = QUICK.replace("256", "512")
 
 
 @pytest.fixture
@@ -66,7 +67,7 @@ def test_through_the_real_process(
     )
     needles = "--needles 1 --needle-depths 1"
     files = f"--output {file} --plots {plots}"
-    assert evaluate(f"{QUICK} {choices} {needles} {files} -o json") == 0
+    assert evaluate(f"{ROOM_FOR_NEEDLES} {choices} {needles} {files} -o json") == 0
     out, err = capsys.readouterr()
     assert err == ""
     plain = json.loads(out)
@@ -93,7 +94,7 @@ def test_a_table_and_plain_words(evaluate: Eval, capsys: pytest.CaptureFixture[s
     assert "loading weights" in err and "learning a basis of keys" in err
     assert "documentation, window 1: quest:share=1/4,page_size=16" in err
     assert "documentation, window 1: mean-key:share=1/4" in err
-    for word in ("gap closed", "quest:page_size=16", "mean-key", "33 tokens scored after 512"):
+    for word in ("gap closed", "quest:page_size=16", "mean-key", "33 tokens scored after 256"):
         assert word in out
     assert "quest:page_size=16 at 1/4 (reads 0.2" in out.splitlines()[-1]
 
