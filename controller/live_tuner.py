@@ -22,6 +22,7 @@ from sparsed.core import (
     InputError,
     KnobClass,
     RolloutReason,
+    Slo,
     Snapshot,
     TunerMode,
     UnprovedProfile,
@@ -74,7 +75,7 @@ class LiveTuner:
             apply=apply,
             read_failures=read_failures,
             kill_file=config.state_dir.tuner_kill_file,
-            fixed=frozenset(name for name, source in plan.sources.items() if source in GIVEN),
+            fixed=_fixed(plan, slo=slo),
             rule=rule or live_rule(slo, dwell_s=config.regime_dwell_s),
             knobs=plan.spec.knobs,
             versions=plan.versions,
@@ -254,6 +255,13 @@ class LiveTuner:
                 "the advice cannot be tested now: another candidate is, or what it changes is "
                 "pinned, quarantined or in force already; see: sparsed tuner status"
             )
+
+
+def _fixed(plan: StartPlan, *, slo: Slo) -> frozenset[str]:
+    """Knobs to leave alone in all of this life: what the start was told, and without a floor of
+    recall that which changes what texts say."""
+    given = frozenset(name for name, source in plan.sources.items() if source in GIVEN)
+    return given if slo.min_recall is not None else given | {"token_budget"}
 
 
 def _with_pin(pins: frozenset[str], verb: TunerVerb, knob: str) -> frozenset[str]:

@@ -32,6 +32,7 @@ from sparsed.core import (
     GIB,
     QUEUED_RECALL_STRIDE,
     RECALL_STRIDE,
+    WATCHED_RECALL_STRIDE,
     EngineSpec,
     InputError,
     KnobValue,
@@ -40,6 +41,7 @@ from sparsed.core import (
     ModelShape,
     ProfileKey,
     Service,
+    Slo,
     SparseMethod,
     UnprovedProfile,
     VerifyMode,
@@ -123,7 +125,7 @@ def prepare(
             seed=config.seed,
             enforce_eager=config.enforce_eager,
             always_select=config.always_select,
-            recall_stride=RECALL_STRIDE if device == "cpu" else QUEUED_RECALL_STRIDE,
+            recall_stride=_recall_stride(device, slo=config.slo),
             verify_kv=VerifyMode(config.verify_kv),
             selection_trace=find_selection_trace(config.selection_trace, knobs=sized.knobs),
             service=Service(tpot_s=config.slo.tpot_s, recall_floor=config.recall_floor),
@@ -145,6 +147,12 @@ def prepare(
         stale_profile_id=chosen.stale_profile_id,
         unproved=chosen.unproved,
     )
+
+
+def _recall_stride(device: str, *, slo: Slo) -> int:
+    if device == "cpu":
+        return RECALL_STRIDE
+    return QUEUED_RECALL_STRIDE if slo.min_recall is None else WATCHED_RECALL_STRIDE
 
 
 def check_next_start(plan: StartPlan, values: Mapping[str, KnobValue]) -> None:

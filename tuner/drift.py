@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import Final
 
 from sparsed.core import KnobValue, Platform, Slo, Snapshot
-from sparsed.tuner.targets import breaks_target
+from sparsed.tuner.targets import MIN_SAMPLES, is_low, mean_recall, missed
 
 NUM_REFERENCE: Final = 30  # stretches that say what to expect
 NUM_RECENT: Final = 10  # that a loss is a mean of
@@ -144,8 +144,11 @@ def _point(seen: tuple[Snapshot, ...], slo: Slo) -> tuple[float, float] | None:
     busy = [one for one in seen if one.steps and one.num_running]
     busy_s = sum(one.step_s for one in busy)
     tokens = sum(one.generated_tokens_per_s * one.window_s for one in busy)
+    is_bad = is_low(mean_recall(busy, least=MIN_SAMPLES), slo)
     good = sum(
-        one.generated_tokens_per_s * one.window_s for one in busy if not breaks_target(one, slo)
+        one.generated_tokens_per_s * one.window_s
+        for one in busy
+        if not is_bad and not missed(one, slo)
     )
     if 2 * len(busy) < len(seen) or busy_s <= 0 or tokens <= 0:
         return None

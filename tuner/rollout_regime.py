@@ -37,7 +37,7 @@ from sparsed.tuner.rollout_state import (
     Ticked,
     Values,
 )
-from sparsed.tuner.targets import breaks_target
+from sparsed.tuner.targets import missed
 from sparsed.tuner.tripwire import count, trip
 
 REGIME: Final = "regime"  # who initiated a switch
@@ -93,7 +93,7 @@ def switch(state: Rollout, snapshot: Snapshot, *, at: float, slo: Slo) -> Step:
         since=at,
         turn_since=at,
         regime_id=standing.regime_id,
-        is_armed=not breaks_target(snapshot, slo),
+        excused=missed(snapshot, slo, recall=state.recall.mean),
     )
     record = record_of(candidate, RolloutState.SUCCESS, RolloutReason.REGIME_SWITCHED, at=at)
     state = replace(state, candidate=candidate, switched=switched)
@@ -124,7 +124,8 @@ def watch_switch(
     assert candidate is not None
     if not has(snapshot, candidate.config_to):
         return not_in_force(state, at=at, rule=rule)
-    candidate = replace(count(candidate, snapshot, failures=failures, slo=slo), seen=())
+    candidate = count(candidate, snapshot, failures=failures, slo=slo, recall=state.recall.mean)
+    candidate = replace(candidate, seen=())
     state = replace(state, candidate=candidate)
     if (reason := trip(candidate, snapshot, rule)) is not None:
         return end(state, reason, at=at, rule=rule)

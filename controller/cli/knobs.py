@@ -35,6 +35,10 @@ CLASS_WORDS: Final = {
     KnobClass.RESTART: "at the next start",
 }
 
+NO_FLOOR: Final = (
+    "leaves it alone: nothing says how much recall may be lost; start with --min-recall SHARE"
+)
+
 app = typer.Typer(help="Read and change settings of the running daemon.", no_args_is_help=True)
 
 
@@ -61,10 +65,11 @@ def explain(
         raise typer.BadParameter(f"unknown knob {name!r}; known: {', '.join(KNOB_GUIDES)}")
     with connect(state_dir) as client:
         states = {state.spec.name: state for state in client.list_knobs()}
+        floor = client.status().slo.min_recall
     if output is Output.JSON:
         print_json({"knob": states[name], "guide": KNOB_GUIDES[name]})
     else:
-        print_table((name, ""), _explanation(states[name], KNOB_GUIDES[name]))
+        print_table((name, ""), _explanation(states[name], KNOB_GUIDES[name], floor=floor))
 
 
 @app.command("set")
@@ -101,7 +106,9 @@ def reset(
     _report(states, names=names, output=output)
 
 
-def _explanation(state: KnobState, guide: KnobGuide) -> Iterator[tuple[str, object]]:
+def _explanation(
+    state: KnobState, guide: KnobGuide, *, floor: float | None
+) -> Iterator[tuple[str, object]]:
     spec = state.spec
     fixed = spec.default is not None
     yield "what it is", spec.help
@@ -112,6 +119,8 @@ def _explanation(state: KnobState, guide: KnobGuide) -> Iterator[tuple[str, obje
     yield "default", spec.default if fixed else "auto" if spec.auto else "from the machine"
     yield "allowed", spec.allowed.removeprefix("allowed: ")
     yield "changes", CLASS_WORDS[spec.klass]
+    if spec.name == "token_budget":
+        yield "live tuner", NO_FLOOR if floor is None else f"keeps attention recall at {floor:g}"
     yield "rises with it", guide.rises
     yield "falls with it", guide.falls
     yield "bounded by", guide.bounded_by

@@ -8,14 +8,19 @@ from typing import Annotated
 
 import typer
 
-from sparsed.controller.cli.flags import DEVICES_FLAG, MODEL_FLAGS, TRIAL_FLAGS, takes
+from sparsed.controller.cli.flags import (
+    DEVICES_FLAG,
+    MODEL_FLAGS,
+    TRIAL_FLAGS,
+    WINNER_RECALL_FLAG,
+    takes,
+)
 from sparsed.controller.cli.start import ConfigOption, one_model
 from sparsed.controller.config import load_config
 from sparsed.core import InputError, Objective, SearchMethod
 
-TUNED_MODEL_FLAGS = tuple(
-    DEVICES_FLAG if flag.name == DEVICES_FLAG.name else flag for flag in MODEL_FLAGS
-)
+OWN_FLAGS = {flag.name: flag for flag in (DEVICES_FLAG, WINNER_RECALL_FLAG)}
+TUNED_MODEL_FLAGS = tuple(OWN_FLAGS.get(flag.name, flag) for flag in MODEL_FLAGS)
 
 
 @takes(*TUNED_MODEL_FLAGS, *TRIAL_FLAGS)
@@ -71,16 +76,6 @@ def tune(
             min=1,
             help="Measured time of a trial, in two windows; the workload is cut to it. "
             "Default: 6 on a CPU, 30 on a GPU.",
-        ),
-    ] = None,
-    min_recall: Annotated[
-        float | None,
-        typer.Option(
-            metavar="FRAC",
-            min=0,
-            max=1,
-            help="Attention recall that a winner must keep. Default: 3 % below the default's, and "
-            "the acceptance test must show that no more is lost.",
         ),
     ] = None,
     max_seconds: Annotated[
@@ -147,7 +142,6 @@ def tune(
         objective=objective,
         method=method,
         trial_s=trial_seconds,
-        min_recall=min_recall,
         max_s=max_seconds,
         export=export,
         output_dir=output_dir,

@@ -61,13 +61,16 @@ def play(
         raise AssertionError(f"nothing was to be applied, but {values}")
 
     def run(
-        scenario: Callable[[LiveTuner], Awaitable[None]], *, unproved: UnprovedProfile | None = None
+        scenario: Callable[[LiveTuner], Awaitable[None]],
+        *,
+        unproved: UnprovedProfile | None = None,
+        floor: float | None = 0.5,
     ) -> None:
         async def live() -> None:
             tuner = LiveTuner(
                 store,
                 replace(plan, unproved=unproved),
-                config=configure(regime_dwell=20),
+                config=configure(regime_dwell=20, min_recall=floor),
                 apply=apply,
                 read_failures=lambda: 0,
                 read_facts=lambda: None,
@@ -226,3 +229,19 @@ def test_pinned_knobs_are_no_part_of_a_compatible_profile(play: Play) -> None:
         assert left is not None and left.values == {"token_budget": 512}
 
     play(scenario, unproved=UNPROVED)
+
+
+def test_without_a_floor_of_recall_the_token_budget_is_left_alone(play: Play) -> None:
+    async def scenario(tuner: LiveTuner) -> None:
+        assert "token_budget" in tuner.state().pins
+        left = tuner._read_unproved()
+        assert left is not None and left.values == {"max_num_active_seqs": 2}
+        tuner.set_mode(TunerMode.AUTO)
+        tuner._on_decision(ADVICE)
+        assert tuner.state().rollouts == ()
+
+    async def with_a_floor(tuner: LiveTuner) -> None:
+        assert "token_budget" not in tuner.state().pins
+
+    play(scenario, unproved=UNPROVED, floor=None)
+    play(with_a_floor)

@@ -49,7 +49,7 @@ def advise(
 ) -> Decision:
     window = replace(WINDOW, **changes)  # type: ignore[arg-type]  # fields by name
     context = LiveContext(
-        windows=(window,) * 4,
+        windows=(window,) * 8,
         trials=tuple(trials),
         slo=slo or Slo(),
         verdict=verdict,

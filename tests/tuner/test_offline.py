@@ -260,7 +260,7 @@ def test_the_rule_guards_what_was_given() -> None:
     slo = Slo(ttft_s=1.0, tpot_s=0.05, min_recall=0.9)
     rule = offline_rule(objective=Objective.GOODPUT, slo=slo)
     assert rule.guards == (Guard.TTFT, Guard.TPOT, Guard.ERRORS)
-    assert rule.targets == {Guard.TTFT: 1.0, Guard.TPOT: 0.05}
+    assert rule.targets == {Guard.TTFT: 1.0, Guard.TPOT: 0.05, Guard.QUALITY: 0.9}
     assert rule.metric == "goodput_requests_per_s"
 
 
