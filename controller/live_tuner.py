@@ -76,7 +76,12 @@ class LiveTuner:
             read_failures=read_failures,
             kill_file=config.state_dir.tuner_kill_file,
             fixed=_fixed(plan, slo=slo),
-            rule=rule or live_rule(slo, dwell_s=config.regime_dwell_s),
+            rule=rule
+            or live_rule(
+                slo,
+                dwell_s=config.regime_dwell_s,
+                max_prefill_chunk=plan.max_prefill_chunk,
+            ),
             knobs=plan.spec.knobs,
             versions=plan.versions,
         )
@@ -85,6 +90,7 @@ class LiveTuner:
             store,
             plan.key,
             slo=slo,
+            max_prefill_chunk=plan.max_prefill_chunk,
             mode=mode,
             judge=self._judge,
             read_failed=lambda: self._rollout.barred,

@@ -51,7 +51,7 @@ from sparsed.engine.kvcache.geometry import num_frames
 from sparsed.engine.models.catalog import ResolvedModel, resolve_model
 from sparsed.engine.models.config import ModelConfig, load_config
 from sparsed.engine.models.dummy import dummy_config
-from sparsed.engine.planner import plan_memory, resolve_knobs
+from sparsed.engine.planner import max_prefill_chunk, plan_memory, resolve_knobs
 from sparsed.profiler.machine import read_machine
 
 FIT_EXAMPLES_TOKENS = (8_192, 32_768, 131_072)
@@ -83,6 +83,17 @@ class StartPlan:
     def gpu_plan(self) -> MemoryPlan | None:
         """What is planned for the memory of a GPU; None on a CPU."""
         return None if self.spec.device == "cpu" else self.spec.plan
+
+    @property
+    def max_prefill_chunk(self) -> int | None:
+        """The largest chunk of prompts that memory has room for until a restart; None on a CPU,
+        whose workspace is not planned."""
+        if self.spec.device == "cpu":
+            return None
+        spec, shape = self.spec, self.model.shape
+        return max_prefill_chunk(
+            spec.knobs, spec.plan, shape=shape, machine=self.machine, dtype=spec.dtype
+        )
 
 
 def prepare(

@@ -47,12 +47,14 @@ def forbidden(candidate: Candidate, controls: Controls) -> RolloutReason | None:
 
 
 def limit(
-    values: Values, *, current: Knobs, pins: frozenset[str], slo: Slo
+    values: Values, *, current: Knobs, pins: frozenset[str], rule: RolloutRule, slo: Slo
 ) -> dict[str, KnobValue]:
     """The closest change to hot knobs that is allowed from ``current``: one rung, no pinned knob,
-    the token budget under a floor of recall alone. Empty: nothing is left of it."""
+    no chunk that memory has no room for, the token budget under a floor of recall alone. Empty:
+    nothing is left of it."""
     free = {name: value for name, value in values.items() if name not in pins}
-    limited = guard(free, current=current, space=live_space(current, slo=slo))
+    space = live_space(current, slo=slo, max_prefill_chunk=rule.max_prefill_chunk)
+    limited = guard(free, current=current, space=space)
     return {} if pins & limited.keys() else limited
 
 

@@ -74,10 +74,12 @@ def try_profile(context: LiveContext, *, current: Knobs) -> Change | None:
         return None
     values = {n: value for n, value in profile.values.items() if value != getattr(current, n)}
     try:
-        current.with_values(values)
+        chunk = current.with_values(values).prefill_chunk
     except InputError:
         return None
-    if not values or _failed(values, context):
+    most = context.max_prefill_chunk
+    has_room = most is None or chunk <= max(most, current.prefill_chunk)
+    if not values or not has_room or _failed(values, context):
         return None
     return values, f"{profile.name}, to be proved first: {profile.why}"
 
@@ -126,7 +128,7 @@ def _failed(values: Mapping[str, KnobValue], context: LiveContext) -> bool:
 
 def _may_try(remedy: Remedy, context: LiveContext, *, current: Knobs) -> bool:
     """Hot knobs only; fewer tokens are read only well over a floor of recall."""
-    if remedy.up is None or remedy.knob not in live_space(current, slo=context.slo).names:
+    if remedy.up is None or remedy.knob not in _space(context, current).names:
         return False
     return remedy.knob != "token_budget" or remedy.up or _may_read_less(context)
 
@@ -147,7 +149,7 @@ def improve(context: LiveContext, *, current: Knobs) -> tuple[Mapping[str, KnobV
     """The neighbour that past trials promise most from, of those that have not failed: values,
     reason, predicted ratio."""
     done = [trial for trial in context.trials if trial.status is not TrialStatus.INTERRUPTED]
-    space = live_space(current, slo=context.slo)
+    space = _space(context, current)
     here = space.encode({})
 
     def change(point: Point) -> Mapping[str, KnobValue]:
@@ -184,10 +186,14 @@ def _lift(point: Point, space: SearchSpace, whole: SearchSpace) -> Point:
     return whole.encode(space.decode(point))
 
 
+def _space(context: LiveContext, current: Knobs) -> SearchSpace:
+    return live_space(current, slo=context.slo, max_prefill_chunk=context.max_prefill_chunk)
+
+
 def _step(context: LiveContext, knob: str, *, up: bool, reason: str) -> Change:
     current = context.windows[-1].knobs
     assert current is not None
-    space = live_space(current, slo=context.slo)
+    space = _space(context, current)
     ladder = next(ladder for ladder in space.ladders if ladder.name == knob)
     rung = ladder.nearest(getattr(current, knob)) + (1 if up else -1)
     if not 0 <= rung < len(ladder.rungs):

@@ -89,7 +89,7 @@ def advance(state: Rollout, event: Event, *, rule: RolloutRule, slo: Slo) -> Ste
     """What is known after ``event``, and what is to be done."""
     match event:
         case Proposed():
-            return _propose(state, event, slo=slo)
+            return _propose(state, event, rule=rule, slo=slo)
         case Ticked():
             return _tick(state, event, rule=rule, slo=slo)
         case Tripped():
@@ -100,14 +100,14 @@ def advance(state: Rollout, event: Event, *, rule: RolloutRule, slo: Slo) -> Ste
             return fall_back(state, event, rule=rule)
 
 
-def _propose(state: Rollout, event: Proposed, *, slo: Slo) -> Step:
+def _propose(state: Rollout, event: Proposed, *, rule: RolloutRule, slo: Slo) -> Step:
     knobs = state.snapshot.knobs if state.snapshot else None
     if state.candidate is not None or knobs is None:
         return state, ()
     if event.profile:
-        values = free_of(event.values, state.controls, knobs=knobs)
+        values = free_of(event.values, state.controls, knobs=knobs, rule=rule)
     else:
-        values = limit(event.values, current=knobs, pins=state.controls.pins, slo=slo)
+        values = limit(event.values, current=knobs, pins=state.controls.pins, rule=rule, slo=slo)
     if not values or any(goes_as_far(values, item) for item in barred(state, at=event.at)):
         return state, ()
     candidate = Candidate(
@@ -159,7 +159,7 @@ def _tick(state: Rollout, event: Ticked, *, rule: RolloutRule, slo: Slo) -> Step
                 state, event.snapshot, failures=failures, at=event.at, rule=rule, slo=slo
             )
         case None if event.snapshot is not None:
-            return switch(state, event.snapshot, at=event.at, slo=slo)
+            return switch(state, event.snapshot, at=event.at, rule=rule, slo=slo)
     return state, ()
 
 

@@ -70,7 +70,7 @@ def follow(state: Rollout, event: Ticked, *, rule: RolloutRule, slo: Slo) -> Ste
     return end(state, RolloutReason.REGIME_CHANGED, at=event.at, rule=rule)
 
 
-def switch(state: Rollout, snapshot: Snapshot, *, at: float, slo: Slo) -> Step:
+def switch(state: Rollout, snapshot: Snapshot, *, at: float, rule: RolloutRule, slo: Slo) -> Step:
     """Once in every stay in a regime, and with no candidate about: have its incumbent in force, or
     where there is none the last known good."""
     standing, knobs = state.regimes.standing, snapshot.knobs
@@ -80,7 +80,7 @@ def switch(state: Rollout, snapshot: Snapshot, *, at: float, slo: Slo) -> Step:
     assert standing is not None
     if knobs is None:
         return state, ()
-    values = wanted(state, standing, knobs=knobs)
+    values = wanted(state, standing, knobs=knobs, rule=rule)
     state = replace(state, settled=standing.regime_id)
     if not values or is_quarantined(values, state, at=at):
         return state, ()
@@ -100,14 +100,16 @@ def switch(state: Rollout, snapshot: Snapshot, *, at: float, slo: Slo) -> Step:
     return state, (Apply(values=values), Note(record=record))
 
 
-def wanted(state: Rollout, regime: Regime, *, knobs: Knobs) -> dict[str, KnobValue]:
+def wanted(
+    state: Rollout, regime: Regime, *, knobs: Knobs, rule: RolloutRule
+) -> dict[str, KnobValue]:
     """What ``regime`` would change of ``knobs``; pinned ones stay. Empty, too, if the rest does
     not fit them."""
     values: Values = regime.incumbent
     if not values:
         good = {**state.base, **state.good}
         values = {name: good[name] for name in state.switched if name in good}
-    return free_of(values, state.controls, knobs=knobs)
+    return free_of(values, state.controls, knobs=knobs, rule=rule)
 
 
 def watch_switch(
@@ -179,7 +181,7 @@ def fall_back(state: Rollout, event: Drifted, *, rule: RolloutRule) -> Step:
         regimes=replace(state.regimes, known=known),
     )
     may_apply = _may_switch(state.controls)
-    values = free_of(event.values, state.controls, knobs=knobs) if may_apply else {}
+    values = free_of(event.values, state.controls, knobs=knobs, rule=rule) if may_apply else {}
     record = RolloutRecord(
         state=RolloutState.EXPIRED,
         reason=RolloutReason.PLATFORM_DRIFT,
@@ -230,15 +232,19 @@ def _may_switch(controls: Controls) -> bool:
     return controls.mode is TunerMode.AUTO and not controls.frozen and not controls.killed
 
 
-def free_of(values: Values, controls: Controls, *, knobs: Knobs) -> dict[str, KnobValue]:
-    """What differs from ``knobs`` of what is not pinned; nothing if it does not fit them."""
+def free_of(
+    values: Values, controls: Controls, *, knobs: Knobs, rule: RolloutRule
+) -> dict[str, KnobValue]:
+    """What differs from ``knobs`` of what is not pinned; nothing if it does not fit them, or memory
+    has no room for its chunks."""
     free = {
         name: value
         for name, value in values.items()
         if name not in controls.pins and value != getattr(knobs, name)
     }
     try:
-        knobs.with_values(free)
+        chunk = knobs.with_values(free).prefill_chunk
     except InputError:
         return {}
-    return free
+    most = rule.max_prefill_chunk
+    return free if most is None or chunk <= max(most, knobs.prefill_chunk) else {}

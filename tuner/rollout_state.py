@@ -42,7 +42,8 @@ class RolloutRule:
     ``max_explored_frac``: of the busy time; ``slo_budget_frac``: of the windows of about the last
     ``slo_horizon_s`` that may break a target. ``hbm_soft_frac``: of the memory of the GPU.
     ``max_queue_growth``: waiting requests more than when the candidate's turn began. ``dwell_s``:
-    of a load, before it is another regime.
+    of a load, before it is another regime. ``max_prefill_chunk``: what memory has room for, None:
+    any chunk.
     """
 
     acceptance: AcceptanceRule = field(
@@ -71,6 +72,7 @@ class RolloutRule:
     hbm_soft_frac: float = 0.97
     max_queue_growth: int = 16
     dwell_s: float = DWELL_S
+    max_prefill_chunk: int | None = None
 
     @property
     def watch_s(self) -> float:
@@ -83,11 +85,13 @@ class RolloutRule:
                 raise InputError(f"{name} is not above 0; give a number above 0", field=name)
 
 
-def live_rule(slo: Slo, *, dwell_s: float = DWELL_S) -> RolloutRule:
+def live_rule(
+    slo: Slo, *, dwell_s: float = DWELL_S, max_prefill_chunk: int | None = None
+) -> RolloutRule:
     """The rule of a daemon with these targets: latency within its target, and recall over its
     floor, are no loss, as in the test of ``sparsed tune``; without a target any loss counts."""
     targets = guard_targets(slo)
-    rule = RolloutRule(dwell_s=dwell_s)
+    rule = RolloutRule(dwell_s=dwell_s, max_prefill_chunk=max_prefill_chunk)
     return replace(
         rule,
         acceptance=replace(rule.acceptance, targets=targets),

@@ -388,6 +388,18 @@ def test_recall_that_is_not_measured_accepts_nothing() -> None:
         assert world.good == {} and world.in_force == KNOBS
 
 
+def test_no_candidate_asks_for_chunks_that_memory_has_no_room_for() -> None:
+    for profile in ("", PROFILE):
+        for most in (512, 768):
+            world = World()
+            world.rule = replace(world.rule, max_prefill_chunk=most)
+            world.tick()
+            world.propose({"prefill_chunk": 768}, profile=profile)
+            assert (world.state.candidate is not None) is (most == 768)
+            world.propose({"prefill_chunk": 384}, profile=profile)
+            assert world.state.candidate is not None
+
+
 def test_without_a_floor_of_recall_the_token_budget_stays() -> None:
     assert reading_less(0.9, slo=SLO).state.candidate is None
 
