@@ -217,7 +217,7 @@ def forgotten(good: LastKnownGood, *, at: float) -> RolloutRecord:
 def _watched(state: Rollout, snapshot: Snapshot, *, rule: RolloutRule, slo: Slo) -> Drift:
     """Windows of a test are left out, and those of a load that is on its way."""
     if state.is_testing or state.regimes.elsewhere is not None or snapshot.knobs is None:
-        return replace(state.drift, seen=())
+        return state.drift
     return watch(
         state.drift,
         snapshot,
