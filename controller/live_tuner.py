@@ -22,6 +22,7 @@ from sparsed.core import (
     InputError,
     KnobClass,
     RolloutReason,
+    RolloutState,
     Slo,
     Snapshot,
     TunerMode,
@@ -198,11 +199,20 @@ class LiveTuner:
         stale = self._rollout.stale
         found = (
             SAFE_MODE if self._rollout.controls.safe_since is not None else "",
-            self._plan.stale,
+            "" if self._is_proved else self._plan.stale,
             f"{stale}; what was tuned here holds no more, run: sparsed tune" if stale else "",
             "" if stale else self.load.drift,
         )
         return tuple(reason for reason in found if reason)
+
+    @property
+    def _is_proved(self) -> bool:
+        """Whether the profile that the start left out has passed its test on these versions."""
+        profile = self._plan.unproved
+        last = verdict_on(profile.name, self._rollout.records) if profile else None
+        return last is not None and (
+            last.state is RolloutState.SUCCESS or last.reason is RolloutReason.COMMITTED
+        )
 
     async def _await_drift(self) -> None:
         while not self._rollout.stale:
@@ -253,6 +263,10 @@ class LiveTuner:
         self._rollout.trip(RolloutReason.REJECTED)
 
     def _approve(self) -> None:
+        if self._rollout.is_killed:
+            is_safe = self._rollout.controls.safe_since is not None
+            why = "in safe mode" if is_safe else "stopped by its kill switch"
+            raise InputError(f"the live tuner is {why}; first: sparsed tuner revive")
         advice = self._advice.state().decisions
         if not advice or not advice[0].values:
             raise InputError("there is no advice to approve; see: sparsed tuner status")
