@@ -120,8 +120,8 @@ def tune(
     --no-profile says otherwise. Owns the machine while it runs. Knobs given as flags are fixed;
     Ctrl-C keeps what was measured.
     With several GPUs of one kind, as --device cuda:0,cuda:1, each has an engine of its own and takes
-    a trial whenever it is free; the host's memory is divided among them. The default, and all that
-    follows the search, run on the first one alone.
+    a trial whenever it is free; the host's memory is divided among them. The default runs on
+    the first one alone, and all that follows the search on the first one that still works.
     What the search recommends, the next best (three in all) and the default are measured again in
     five other arrival orders; the one whose worst run is the best is then tested against the
     default, in 32 pairs of windows.
