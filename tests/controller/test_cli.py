@@ -140,10 +140,11 @@ def test_status_says_why_requests_wait(
 
 
 @pytest.mark.parametrize(
-    ("slo", "targets", "live"),
+    ("slo", "pins", "targets", "live"),
     [
-        (Slo(), "none", "start with --min-recall"),
-        (Slo(tpot_s=0.05, min_recall=0.9), "TPOT 50 ms, attention recall 0.9", "at 0.9"),
+        (Slo(), (), "none", "start with --min-recall"),
+        (Slo(tpot_s=0.05, min_recall=0.9), (), "TPOT 50 ms, attention recall 0.9", "may change"),
+        (Slo(min_recall=0.9), ("token_budget",), "attention recall 0.9", "it is pinned"),
     ],
 )
 def test_targets_are_told(
@@ -151,10 +152,12 @@ def test_targets_are_told(
     daemon: Any,
     capsys: pytest.CaptureFixture[str],
     slo: Slo,
+    pins: tuple[str, ...],
     targets: str,
     live: str,
 ) -> None:
     daemon.control.now = replace(daemon.control.now, slo=slo)
+    daemon.control.pins.update(pins)
     assert sparsed("status") == 0
     assert targets in capsys.readouterr().out
     assert sparsed("knobs", "explain", "token_budget") == 0
