@@ -11,6 +11,8 @@ from typing import TypeVar
 
 from sparsed.controller.time_budget import TimeBudget
 from sparsed.controller.trials import EngineBench
+from sparsed.core import TrialStatus
+from sparsed.tuner.objective import TrialFailed
 
 Result = TypeVar("Result")
 
@@ -36,7 +38,8 @@ class BenchThread:
         tell: Callable[[Result | Exception], None],
     ) -> None:
         """Returns at once; ``tell`` gets the result, or the error, OutOfTime at the end of the
-        budget among them, in the thread of the loop. It is not called after ``stop``."""
+        budget among them, in the thread of the loop; TrialFailed for work that something else than
+        ``stop`` cancelled. It is not called after ``stop``."""
         asyncio.run_coroutine_threadsafe(self._run(work, tell=tell), self._loop)
 
     def run(self, work: Callable[[], Awaitable[Result]]) -> Result:
@@ -64,9 +67,15 @@ class BenchThread:
         *,
         tell: Callable[[Result | Exception], None],
     ) -> None:
-        self._work = asyncio.current_task()
+        self._work = task = asyncio.current_task()
+        assert task is not None
         try:
             ended: Result | Exception = await self._budget.within(work, on_cut=self.bench.close)
+        except asyncio.CancelledError:
+            if task.cancelling():  # by ``stop``, and nobody waits any more
+                raise
+            message = f"the work on {self.bench.device} was cancelled from within"
+            ended = TrialFailed(message, status=TrialStatus.ENGINE_ERROR)
         except Exception as error:  # noqa: BLE001  # whoever waits for it raises it
             ended = error
         tell(ended)

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import difflib
 import json
-import re
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NoReturn
 
 from sparsed.controller.control import KnobSource
+from sparsed.controller.options import (
+    ENVIRONMENT_PREFIX,
+    OPTIONS,
+    Given,
+    parse_knob,
+    parse_path,
+)
 from sparsed.controller.state_dir import StateDir, resolve_cache_dir, resolve_state_dir
 from sparsed.core import (
-    DTYPE_BYTES,
     KNOBS_BY_NAME,
     ExitCode,
     InputError,
@@ -27,9 +31,9 @@ from sparsed.profiler.context import HORIZON_S
 from sparsed.tuner.export import TUNED_FOR, read_tuned_for
 
 CONFIG_VERSION = 1
-ENVIRONMENT_PREFIX = "SPARSED_"
 TEST_PREFIX = "SPARSED_TEST_"  # variables of the test suite, inherited by the daemons it starts
 BUILTIN_MODEL = "smollm2-135m"
+SLO_NAMES = {"ttft_s": "slo_ttft_ms", "tpot_s": "slo_tpot_ms", "min_recall": "min_recall"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,15 +82,6 @@ class DaemonConfig:
         return f"http://{f'[{self.host}]' if ':' in self.host else self.host}:{self.port}"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Given:
-    """One value as it was given; ``where`` is the name to blame, as the user wrote it."""
-
-    value: object
-    source: KnobSource
-    where: str
-
-
 def load_config(
     *,
     flags: Mapping[str, object],
@@ -96,13 +91,13 @@ def load_config(
     """Merge the sources and check them: a flag over SPARSED_* over what a daemon of the same state
     directory was told to use from its next start on, over the file, over the default.
 
-    ``flags``: by flag name with underscores (``OPTION_NAMES`` and knob names); None: not given.
+    ``flags``: by flag name with underscores (``OPTIONS`` and knob names); None: not given.
     Errors: InputError naming the field, where it was given, and what is allowed.
     """
     from_file, tuned_for = _from_file(file) if file is not None else ({}, None)
     told = _from_environment(environment) | _from_flags(flags)
     place = (from_file | told).get("state_dir")
-    explicit = _path(place) if place else None
+    explicit = parse_path(place) if place else None
     state_dir = resolve_state_dir(explicit, environment=environment)
     pending = state_dir.pending_file
     waiting = _from_file(pending, source=KnobSource.LIVE)[0] if pending.exists() else {}
@@ -110,9 +105,9 @@ def load_config(
     for name, item in from_file.items():
         _parse(name, item)  # also what is overridden now: it would strike at another start
     values = {name: _parse(name, item) for name, item in given.items()}
-    options = {name: value for name, value in values.items() if name in _OPTIONS}
+    options = {name: value for name, value in values.items() if name in OPTIONS}
     options.pop("state_dir", None)
-    ttft_s, tpot_s = options.pop("slo_ttft_ms", None), options.pop("slo_tpot_ms", None)
+    slo = {field: options.pop(name, None) for field, name in SLO_NAMES.items()}
     if "shutdown_timeout" in options:
         options["drain_timeout_s"] = options.pop("shutdown_timeout")
     if "regime_dwell" in options:
@@ -120,40 +115,40 @@ def load_config(
     return DaemonConfig(
         state_dir=state_dir,
         cache_dir=resolve_cache_dir(environment),
-        slo=Slo(ttft_s=ttft_s, tpot_s=tpot_s),  # type: ignore[arg-type]  # checked by _OPTIONS
-        knobs={name: value for name, value in values.items() if name not in _OPTIONS},  # type: ignore[misc]  # checked by _knob
+        slo=Slo(**slo),  # type: ignore[arg-type]  # checked by OPTIONS
+        knobs={name: value for name, value in values.items() if name not in OPTIONS},  # type: ignore[misc]  # checked by parse_knob
         origins={name: item.source for name, item in given.items()},
         tuned_for=tuned_for,
-        **options,  # type: ignore[arg-type]  # each value was made by its parser in _OPTIONS
+        **options,  # type: ignore[arg-type]  # each value was made by its parser in OPTIONS
     )
 
 
-def _parse(name: str, given: _Given) -> object:
+def _parse(name: str, given: Given) -> object:
     """The value, checked; a wrong one from a file is an error of configuration."""
     try:
-        return _OPTIONS[name](given) if name in _OPTIONS else _knob(name, given)
+        return OPTIONS[name](given) if name in OPTIONS else parse_knob(name, given)
     except InputError as error:
         from_file = given.source in (KnobSource.FILE, KnobSource.LIVE)
         code = ExitCode.CONFIG if from_file else ExitCode.USAGE
         raise InputError(str(error), field=error.field, code=code) from None
 
 
-def _from_flags(flags: Mapping[str, object]) -> dict[str, _Given]:
+def _from_flags(flags: Mapping[str, object]) -> dict[str, Given]:
     named = {name: value for name, value in flags.items() if value is not None}
     return {
-        name: _Given(value=value, source=KnobSource.FLAG, where=f"--{name.replace('_', '-')}")
+        name: Given(value=value, source=KnobSource.FLAG, where=f"--{name.replace('_', '-')}")
         for name, value in named.items()
         if _known(name, where=f"--{name.replace('_', '-')}")
     }
 
 
-def _from_environment(environment: Mapping[str, str]) -> dict[str, _Given]:
+def _from_environment(environment: Mapping[str, str]) -> dict[str, Given]:
     given = {}
     for variable, value in environment.items():
         if variable.startswith(ENVIRONMENT_PREFIX) and not variable.startswith(TEST_PREFIX):
             name = variable.removeprefix(ENVIRONMENT_PREFIX).lower()
             _known(name, where=f"environment variable {variable}")
-            given[name] = _Given(value=value, source=KnobSource.ENVIRONMENT, where=variable)
+            given[name] = Given(value=value, source=KnobSource.ENVIRONMENT, where=variable)
     return given
 
 
@@ -183,7 +178,7 @@ def _write_pending(file: Path, values: Mapping[str, KnobValue]) -> None:
 
 def _from_file(
     file: Path, *, source: KnobSource = KnobSource.FILE
-) -> tuple[dict[str, _Given], Profile | None]:
+) -> tuple[dict[str, Given], Profile | None]:
     """The values, and the profile the file is an export of, if it is one."""
     try:
         content = tomllib.loads(file.read_text(encoding="utf-8"))
@@ -205,7 +200,7 @@ def _from_file(
         )
     tuned_for = read_tuned_for(content.pop(TUNED_FOR)) if TUNED_FOR in content else None
     given = {
-        name: _Given(value=value, source=source, where=f"{name} in {file}")
+        name: Given(value=value, source=source, where=f"{name} in {file}")
         for name, value in content.items()
         if _known(name, where=f"key {name!r} in {file}")
     }
@@ -213,138 +208,9 @@ def _from_file(
 
 
 def _known(name: str, *, where: str) -> bool:
-    if name in OPTION_NAMES or name in KNOBS_BY_NAME:
+    if name in OPTIONS or name in KNOBS_BY_NAME:
         return True
-    near = difflib.get_close_matches(name, [*OPTION_NAMES, *KNOBS_BY_NAME], n=1)
+    near = difflib.get_close_matches(name, [*OPTIONS, *KNOBS_BY_NAME], n=1)
     hint = f"; did you mean {near[0]!r}?" if near else "; see: sparsed start --help"
     code = ExitCode.CONFIG if where.startswith("key ") else ExitCode.USAGE
     raise InputError(f"unknown {where}{hint}", field=name, code=code)
-
-
-def _knob(name: str, given: _Given) -> KnobValue:
-    spec = KNOBS_BY_NAME[name]
-    from_toml = given.source in (KnobSource.FILE, KnobSource.LIVE)
-    is_text = isinstance(given.value, str) and given.value != "auto"
-    if from_toml and is_text and not (spec.choices and isinstance(spec.choices[0], str)):
-        raise InputError(
-            f"{given.where}: {given.value!r} is text, not a number; "
-            f"remove the quotes ({spec.allowed})",
-            field=name,
-        )
-    try:
-        return spec.check(given.value)
-    except InputError as error:
-        raise InputError(f"{given.where}: {error}", field=name) from None
-
-
-# --------------------------------------------------------------------------------------------
-# Parsers: one value each, InputError saying what is allowed
-# --------------------------------------------------------------------------------------------
-
-
-def _refuse(given: _Given, allowed: str) -> NoReturn:
-    name = re.split(r"[ =]", given.where)[0].lstrip("-").removeprefix(ENVIRONMENT_PREFIX)
-    raise InputError(
-        f"{given.where}: {given.value!r} is not {allowed}", field=name.replace("-", "_").lower()
-    )
-
-
-def _text(given: _Given) -> str:
-    if not isinstance(given.value, str) or not given.value.strip():
-        _refuse(given, "a text (in quotes in a file, and not empty)")
-    return given.value
-
-
-def _path(given: _Given) -> Path:
-    return Path(given.value if isinstance(given.value, Path) else _text(given))
-
-
-def _number(minimum: float, maximum: float, *, unit: str) -> Callable[[_Given], float]:
-    def parse(given: _Given) -> float:
-        allowed = f"a number from {minimum:g} to {maximum:g}{unit}"
-        if isinstance(given.value, bool) or (
-            given.source is KnobSource.FILE and isinstance(given.value, str)
-        ):
-            _refuse(given, allowed)
-        try:
-            number = float(str(given.value))
-        except ValueError:
-            _refuse(given, allowed)
-        if not minimum <= number <= maximum:
-            _refuse(given, allowed)
-        return number
-
-    return parse
-
-
-def _integer(minimum: int, maximum: int) -> Callable[[_Given], int]:
-    parse_number = _number(minimum, maximum, unit="")
-
-    def parse(given: _Given) -> int:
-        number = parse_number(given)
-        if number != int(number):
-            _refuse(given, "a whole number")
-        return int(number)
-
-    return parse
-
-
-def _boolean(given: _Given) -> bool:
-    if isinstance(given.value, bool):
-        return given.value
-    words = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
-    if given.source is KnobSource.FILE or str(given.value).lower() not in words:
-        _refuse(given, "true or false")
-    return words[str(given.value).lower()]
-
-
-def _pattern(pattern: str, *, allowed: str) -> Callable[[_Given], str]:
-    def parse(given: _Given) -> str:
-        if not re.fullmatch(pattern, str(given.value)):
-            _refuse(given, f"one of {allowed}")
-        return str(given.value)
-
-    return parse
-
-
-def _milliseconds(given: _Given) -> float:
-    """Targets are given in milliseconds and kept in seconds."""
-    return _number(0.001, 1e9, unit=" ms")(given) / 1e3
-
-
-def _one_gpu(given: _Given) -> int:
-    size = _integer(1, 1024)(given)
-    if size > 1:
-        raise InputError(
-            f"{given.where}: a model over {size} GPUs is not supported; "
-            "start one daemon per GPU with --device cuda:N",
-            field="tensor_parallel_size",
-        )
-    return size
-
-
-_OPTIONS: Mapping[str, Callable[[_Given], object]] = {
-    "model": _text,
-    "served_model_name": _text,
-    "host": _text,
-    "port": _integer(1, 65535),
-    "state_dir": _path,
-    "api_key": _text,
-    "device": _pattern(r"auto|cpu|cuda(:\d{1,3})?", allowed="auto, cpu, cuda, cuda:N"),
-    "dtype": _pattern("|".join(("auto", *DTYPE_BYTES)), allowed=", ".join(("auto", *DTYPE_BYTES))),
-    "slo_ttft_ms": _milliseconds,
-    "slo_tpot_ms": _milliseconds,
-    "shutdown_timeout": _number(0, 86400, unit=" s"),
-    "max_queued_requests": _integer(0, 1_000_000),
-    "regime_dwell": _number(1, 86400, unit=" s"),
-    "recall_floor": _number(0, 0.99, unit=""),
-    "seed": _integer(0, 2**31 - 1),
-    "no_profile": _boolean,
-    "enforce_eager": _boolean,
-    "always_select": _boolean,
-    "verify_kv": _pattern("|".join(VerifyMode), allowed=", ".join(VerifyMode)),
-    "selection_trace": _path,
-    "tensor_parallel_size": _one_gpu,
-}
-
-OPTION_NAMES: tuple[str, ...] = tuple(_OPTIONS)

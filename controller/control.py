@@ -20,6 +20,7 @@ from sparsed.core import (
     Regime,
     Remedy,
     RolloutRecord,
+    Slo,
     Snapshot,
     TunerMode,
     Verdict,
@@ -81,6 +82,7 @@ class DaemonStatus:
     facts: EngineFacts | None = None
     stats: EngineStats | None = None  # counters over every engine, gauges of the last report
     snapshot: Snapshot | None = None
+    slo: Slo = field(default_factory=Slo)  # the targets of this start
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,7 +102,7 @@ class LoadState:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TunerState:
     """``hold``: why no candidate is tested now, empty while one is. ``pins``: knobs that are left
-    alone, by operators and by the start's flags. ``explored_frac``: of the busy time so far."""
+    alone, by operators and by the start's flags, and the token budget without a floor of recall. ``explored_frac``: of the busy time so far."""
 
     mode: TunerMode
     num_observations: int

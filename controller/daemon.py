@@ -26,6 +26,7 @@ from sparsed.controller.control import (
     TunerVerb,
 )
 from sparsed.controller.engine_link import EngineLink
+from sparsed.controller.health import copy_reasons, state_of, store_reasons
 from sparsed.controller.http.app import create_app
 from sparsed.controller.http.context import HttpContext
 from sparsed.controller.http_server import HttpServer, bind_port
@@ -228,6 +229,7 @@ class Daemon:
             facts=self._engine.facts,
             stats=self._senses.stats,
             snapshot=self._senses.snapshot,
+            slo=self._config.slo,
         )
 
     def list_knobs(self) -> tuple[KnobState, ...]:
@@ -286,22 +288,13 @@ class Daemon:
         return (given,) if given else (self._plan.model_id,)
 
     def _state(self) -> DaemonState:
-        if self._engine.ledger.draining:
-            return DaemonState.DRAINING
-        if self._engine.facts is None:
-            return DaemonState.LOADING
-        if not self._engine.up:
-            return DaemonState.RESTARTING
-        return DaemonState.DEGRADED if self._reasons() else DaemonState.SERVING
+        return state_of(self._engine, reasons=self._reasons())
 
     def _reasons(self) -> tuple[str, ...]:
-        reasons = [self._store_fault] if self._store_fault else []
-        if lost := self._writer.lost_writes:
-            reasons.append(f"the store lost {lost} writes; is the disk full?")
-        if broken := self._senses.totals.verify_mismatches:
-            reasons.append(f"{broken} KV pages differed after a copy; see the log")
+        store = store_reasons(fault=self._store_fault, lost_writes=self._writer.lost_writes)
+        copies = copy_reasons(self._senses.totals.verify_mismatches)
         faults = self._senses.faults if self._engine.up else ()
-        return (*reasons, *self._tuner.reasons(), *faults)
+        return (*store, *copies, *self._tuner.reasons(), *faults)
 
     def _keep_pending(self, pending: Mapping[str, KnobValue]) -> None:
         board = self._engine.board

@@ -55,7 +55,9 @@ class EngineLink:
     ) -> None:
         self.facts: EngineFacts | None = None
         self.up = False
-        self.board = KnobBoard(plan.spec.knobs, sources=plan.sources)
+        self.board = KnobBoard(
+            plan.spec.knobs, sources=plan.sources, max_prefill_chunk=plan.max_prefill_chunk
+        )
         self._log_progress = ProgressLog()
         self._senses = senses
         senses.switch(plan.spec.knobs.is_profiled)

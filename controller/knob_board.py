@@ -30,10 +30,18 @@ class KnobBoard:
 
     A change begins from those asked for last, ``wanted``, so that none is lost that the engine is
     still getting ready for. What was set for a restart is also wanted by every start after it.
+    ``max_prefill_chunk``: what memory has room for until a restart, None: any chunk.
     """
 
-    def __init__(self, knobs: Knobs, *, sources: Mapping[str, KnobSource]) -> None:
+    def __init__(
+        self,
+        knobs: Knobs,
+        *,
+        sources: Mapping[str, KnobSource],
+        max_prefill_chunk: int | None = None,
+    ) -> None:
         self.knobs = knobs
+        self._max_prefill_chunk = max_prefill_chunk
         self._sources = dict(sources)
         self._pending: dict[str, KnobValue] = {}
         self._asked: dict[int, Knobs] = {}  # by id, the newest last; not answered yet
@@ -45,7 +53,9 @@ class KnobBoard:
         return next(reversed(self._asked.values()), self.knobs)
 
     def ask(self, knobs: Knobs) -> int:
-        """The engine is asked for ``knobs``; an id that no other question has."""
+        """The engine is asked for ``knobs``; an id that no other question has. InputError, and it is
+        not asked, where they need more memory than there is."""
+        self._check_memory(knobs)
         change_id = next(self._ids)
         self._asked[change_id] = knobs
         return change_id
@@ -63,6 +73,7 @@ class KnobBoard:
         checked = check_knob_values(values)
         hot = {name: value for name, value in checked.items() if _is_hot(name)}
         knobs = self.wanted.with_values(hot)
+        self._check_memory(knobs)
         asked = self._pending | {name: checked[name] for name in checked.keys() - hot.keys()}
         pending = {name: value for name, value in asked.items() if value != getattr(knobs, name)}
         knobs.with_values(pending)  # what the next start will be told must hold together
@@ -109,6 +120,16 @@ class KnobBoard:
             )
             for spec in KNOB_SPECS
         )
+
+    def _check_memory(self, knobs: Knobs) -> None:
+        chunk, most = knobs.prefill_chunk, self._max_prefill_chunk
+        if most is not None and chunk > max(most, self.knobs.prefill_chunk):
+            raise InputError(
+                f"prefill_chunk={chunk} does not fit: beside the tiers of this start the device has "
+                f"room for chunks of {most} tokens; restart with --prefill-chunk {chunk}, which "
+                "makes the hot tier smaller, or lower it",
+                field="prefill_chunk",
+            )
 
     def _changed_sources(self, knobs: Knobs) -> dict[str, KnobSource]:
         before, after = self.knobs.as_dict(), knobs.as_dict()

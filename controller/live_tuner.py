@@ -22,6 +22,8 @@ from sparsed.core import (
     InputError,
     KnobClass,
     RolloutReason,
+    RolloutState,
+    Slo,
     Snapshot,
     TunerMode,
     UnprovedProfile,
@@ -74,8 +76,13 @@ class LiveTuner:
             apply=apply,
             read_failures=read_failures,
             kill_file=config.state_dir.tuner_kill_file,
-            fixed=frozenset(name for name, source in plan.sources.items() if source in GIVEN),
-            rule=rule or live_rule(slo, dwell_s=config.regime_dwell_s),
+            fixed=_fixed(plan, slo=slo),
+            rule=rule
+            or live_rule(
+                slo,
+                dwell_s=config.regime_dwell_s,
+                max_prefill_chunk=plan.max_prefill_chunk,
+            ),
             knobs=plan.spec.knobs,
             versions=plan.versions,
         )
@@ -84,6 +91,7 @@ class LiveTuner:
             store,
             plan.key,
             slo=slo,
+            max_prefill_chunk=plan.max_prefill_chunk,
             mode=mode,
             judge=self._judge,
             read_failed=lambda: self._rollout.barred,
@@ -191,11 +199,20 @@ class LiveTuner:
         stale = self._rollout.stale
         found = (
             SAFE_MODE if self._rollout.controls.safe_since is not None else "",
-            self._plan.stale,
+            "" if self._is_proved else self._plan.stale,
             f"{stale}; what was tuned here holds no more, run: sparsed tune" if stale else "",
             "" if stale else self.load.drift,
         )
         return tuple(reason for reason in found if reason)
+
+    @property
+    def _is_proved(self) -> bool:
+        """Whether the profile that the start left out has passed its test on these versions."""
+        profile = self._plan.unproved
+        last = verdict_on(profile.name, self._rollout.records) if profile else None
+        return last is not None and (
+            last.state is RolloutState.SUCCESS or last.reason is RolloutReason.COMMITTED
+        )
 
     async def _await_drift(self) -> None:
         while not self._rollout.stale:
@@ -246,6 +263,10 @@ class LiveTuner:
         self._rollout.trip(RolloutReason.REJECTED)
 
     def _approve(self) -> None:
+        if self._rollout.is_killed:
+            is_safe = self._rollout.controls.safe_since is not None
+            why = "in safe mode" if is_safe else "stopped by its kill switch"
+            raise InputError(f"the live tuner is {why}; first: sparsed tuner revive")
         advice = self._advice.state().decisions
         if not advice or not advice[0].values:
             raise InputError("there is no advice to approve; see: sparsed tuner status")
@@ -254,6 +275,13 @@ class LiveTuner:
                 "the advice cannot be tested now: another candidate is, or what it changes is "
                 "pinned, quarantined or in force already; see: sparsed tuner status"
             )
+
+
+def _fixed(plan: StartPlan, *, slo: Slo) -> frozenset[str]:
+    """Knobs to leave alone in all of this life: what the start was told, and without a floor of
+    recall that which changes what texts say."""
+    given = frozenset(name for name, source in plan.sources.items() if source in GIVEN)
+    return given if slo.min_recall is not None else given | {"token_budget"}
 
 
 def _with_pin(pins: frozenset[str], verb: TunerVerb, knob: str) -> frozenset[str]:

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Final
 
 from sparsed.controller.plan.forecast import Configuration, Place, Traffic
 from sparsed.controller.plan.gpus import gpu_of
@@ -30,7 +29,7 @@ from sparsed.core import (
     Workload,
 )
 from sparsed.engine.hit_curve import Learned
-from sparsed.engine.planner import plan_memory
+from sparsed.engine.planner import HBM_MARGIN_FRAC, plan_memory
 from sparsed.engine.workspace import plan_workspace
 from sparsed.tuner.beliefs import Expectation, Prior, expect_nothing
 from sparsed.tuner.constrained import MemoryLimit
@@ -42,7 +41,6 @@ from sparsed.tuner.space import SearchSpace, build_space
 
 # The planner's sum was within 1.1 % of six measured peaks, of one model shape on one GPU: another may be
 # further off. The default leaves more than this.
-MARGIN_FRAC: Final = 0.02  # of the device's memory
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -117,7 +115,7 @@ def memory_limit(plan: StartPlan) -> MemoryLimit:
     """What was free before anything was loaded, by the planner's sum for each configuration. The
     default is the measure where it is planned to take more: it is always the first trial."""
     machine, spec = plan.machine, plan.spec
-    margin = MARGIN_FRAC * machine.hbm_total_bytes
+    margin = HBM_MARGIN_FRAC * machine.hbm_total_bytes
 
     def predict(values: Mapping[str, KnobValue]) -> float:
         """Infinite where the planner refuses."""

@@ -32,6 +32,7 @@ from sparsed.core import (
     GIB,
     QUEUED_RECALL_STRIDE,
     RECALL_STRIDE,
+    WATCHED_RECALL_STRIDE,
     EngineSpec,
     InputError,
     KnobValue,
@@ -40,6 +41,7 @@ from sparsed.core import (
     ModelShape,
     ProfileKey,
     Service,
+    Slo,
     SparseMethod,
     UnprovedProfile,
     VerifyMode,
@@ -49,7 +51,7 @@ from sparsed.engine.kvcache.geometry import num_frames
 from sparsed.engine.models.catalog import ResolvedModel, resolve_model
 from sparsed.engine.models.config import ModelConfig, load_config
 from sparsed.engine.models.dummy import dummy_config
-from sparsed.engine.planner import plan_memory, resolve_knobs
+from sparsed.engine.planner import max_prefill_chunk, plan_memory, resolve_knobs
 from sparsed.profiler.machine import read_machine
 
 FIT_EXAMPLES_TOKENS = (8_192, 32_768, 131_072)
@@ -81,6 +83,17 @@ class StartPlan:
     def gpu_plan(self) -> MemoryPlan | None:
         """What is planned for the memory of a GPU; None on a CPU."""
         return None if self.spec.device == "cpu" else self.spec.plan
+
+    @property
+    def max_prefill_chunk(self) -> int | None:
+        """The largest chunk of prompts that memory has room for until a restart; None on a CPU,
+        whose workspace is not planned."""
+        if self.spec.device == "cpu":
+            return None
+        spec, shape = self.spec, self.model.shape
+        return max_prefill_chunk(
+            spec.knobs, spec.plan, shape=shape, machine=self.machine, dtype=spec.dtype
+        )
 
 
 def prepare(
@@ -123,7 +136,7 @@ def prepare(
             seed=config.seed,
             enforce_eager=config.enforce_eager,
             always_select=config.always_select,
-            recall_stride=RECALL_STRIDE if device == "cpu" else QUEUED_RECALL_STRIDE,
+            recall_stride=_recall_stride(device, slo=config.slo),
             verify_kv=VerifyMode(config.verify_kv),
             selection_trace=find_selection_trace(config.selection_trace, knobs=sized.knobs),
             service=Service(tpot_s=config.slo.tpot_s, recall_floor=config.recall_floor),
@@ -145,6 +158,12 @@ def prepare(
         stale_profile_id=chosen.stale_profile_id,
         unproved=chosen.unproved,
     )
+
+
+def _recall_stride(device: str, *, slo: Slo) -> int:
+    if device == "cpu":
+        return RECALL_STRIDE
+    return QUEUED_RECALL_STRIDE if slo.min_recall is None else WATCHED_RECALL_STRIDE
 
 
 def check_next_start(plan: StartPlan, values: Mapping[str, KnobValue]) -> None:

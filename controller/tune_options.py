@@ -15,7 +15,8 @@ from sparsed.tuner.export import FORMAT_BY_SUFFIX
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TuneOptions:
     """``trials``: of each arm. ``trial_s``: seconds of one trial, None by the device.
-    Knobs given in ``config`` are fixed. ``min_recall`` None: a little below the default's.
+    Knobs given in ``config`` are fixed; without ``config.slo.min_recall`` the floor is a little
+    below the default's.
     ``resume``: the number of a study, or ``last``; None: begin one. ``output_dir``: for figures, a
     page and data.
     ``devices``: where trials are measured side by side, of one kind; empty: on that of ``config``.
@@ -30,7 +31,6 @@ class TuneOptions:
     output_dir: Path | None = None
     resume: str | None = None
     trial_s: float | None = None
-    min_recall: float | None = None
     max_s: float | None = None
     devices: tuple[str, ...] = ()
 

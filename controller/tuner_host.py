@@ -53,6 +53,7 @@ class TunerHost:
         key: ProfileKey,
         *,
         slo: Slo | None = None,
+        max_prefill_chunk: int | None = None,
         mode: TunerMode = TunerMode.ADVISE,
         num_windows: int = NUM_WINDOWS,
         judge: Callable[[Sequence[Snapshot]], Verdict],
@@ -63,6 +64,7 @@ class TunerHost:
         self._store: Final = store
         self._key: Final = key
         self._slo: Final = slo or Slo()
+        self._max_prefill_chunk: Final = max_prefill_chunk
         self._mode = mode
         self._windows: deque[Snapshot] = deque(maxlen=num_windows)
         self._judge: Final = judge
@@ -123,6 +125,7 @@ class TunerHost:
                 unproved=self._read_unproved(),
                 verdict=self._judge(windows),
                 failed=self._read_failed(),
+                max_prefill_chunk=self._max_prefill_chunk,
             )
             decision = await self._exchange(question)
             if self._is_news(decision):

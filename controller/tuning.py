@@ -89,7 +89,7 @@ class _Tune:
         self._options = options
         self._store = store
         self._console = console
-        self._slo = replace(config.slo, min_recall=options.min_recall)
+        self._slo = config.slo
         devices = options.devices or (config.device,)
         places = prepare_places(config, devices, progress=self._say_progress)
         self._plan = places[0].plan

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
@@ -21,14 +21,7 @@ from sparsed.core import (
     WorkloadRequest,
 )
 
-UNREADABLE: Final = (
-    ValueError,
-    KeyError,
-    TypeError,
-    AttributeError,
-    OverflowError,
-    RecursionError,
-)
+MAX_SHOWN: Final = 60  # characters of a wrong value
 MIN_REQUESTS: Final = 2
 MIN_INPUT_TOKENS: Final = 32
 MIN_OUTPUT_TOKENS: Final = 8
@@ -64,7 +57,11 @@ def load_workload(name: str) -> Workload:
     """
     if shapes := PRESETS.get(name):
         sizes = shapes * PRESET_REPEATS
-        return Workload(name=name, requests=tuple(_request(0.0, *size) for size in sizes))
+        requests = (
+            WorkloadRequest(arrival_s=0.0, input_tokens=num_input, output_tokens=num_output)
+            for num_input, num_output in sizes
+        )
+        return Workload(name=name, requests=tuple(requests))
     path = Path(name)
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -80,26 +77,66 @@ def load_workload(name: str) -> Workload:
 def parse_trace(lines: list[str], *, field: str = "workload") -> tuple[WorkloadRequest, ...]:
     """Requests of a trace, by arrival; ``hash_ids`` of a row become its block ids.
 
-    InputError names ``field`` and the line.
+    InputError names ``field``, the line, and what is wrong in it.
     """
     requests = []
     for number, line in enumerate(lines, start=1):
         try:
-            row = json.loads(line)
-            sizes = int(row["input_length"]), int(row["output_length"])
-            block_ids = tuple(int(item) for item in row.get("hash_ids", ()))
-            request = _request(float(row["timestamp"]) / 1e3, *sizes, block_ids=block_ids)
-        except UNREADABLE as error:
-            raise InputError(
-                f"line {number} of the {field}: {error!r}; each line is a JSON object with "
-                "timestamp, input_length and output_length, all positive, and perhaps hash_ids, "
-                "a list of integers",
-                field=field,
-            ) from None
-        requests.append(request)
+            requests.append(_row(line))
+        except InputError as error:
+            raise InputError(f"line {number} of the {field}: {error}", field=field) from None
     if not requests:
         raise InputError(f"the {field} has no requests", field=field)
     return tuple(sorted(requests, key=lambda request: request.arrival_s))
+
+
+def _row(line: str) -> WorkloadRequest:
+    """InputError naming the field of the line, and what it must be."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        row = None
+    if not isinstance(row, dict):
+        raise InputError(
+            "it is not a JSON object; write one with timestamp, input_length and output_length, "
+            "and perhaps hash_ids"
+        )
+    return WorkloadRequest(
+        arrival_s=_figure(row, "timestamp", least=0.0, what="milliseconds, 0 or more") / 1e3,
+        input_tokens=int(_figure(row, "input_length", least=1, what="tokens, 1 or more")),
+        output_tokens=int(_figure(row, "output_length", least=1, what="tokens, 1 or more")),
+        block_ids=_block_ids(row.get("hash_ids", [])),
+    )
+
+
+def _figure(row: Mapping[str, object], name: str, *, least: float, what: str) -> float:
+    value = row.get(name)
+    try:
+        number = float(str(value)) if not isinstance(value, bool) else math.nan
+    except ValueError:
+        number = math.nan
+    if not least <= number < math.inf:
+        told = f"is {_short(value)}" if name in row else "is missing"
+        raise InputError(f"{name} {told}; give {what}", field=name)
+    return number
+
+
+def _block_ids(value: object) -> tuple[int, ...]:
+    ids = value if isinstance(value, list) else [None]
+    if any(not isinstance(item, int) or isinstance(item, bool) for item in ids):
+        raise InputError(
+            "hash_ids is no list of whole numbers; give one, or leave it out",
+            field="hash_ids",
+        )
+    return tuple(ids)
+
+
+def _short(value: object) -> str:
+    """A wrong value in the words of a trace; of a list or an object, that it is one."""
+    if isinstance(value, list | dict):
+        return "a list" if isinstance(value, list) else "an object"
+    text = json.dumps(value)
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
 
 
 def fit_workload(
@@ -187,19 +224,6 @@ def to_messages(
             sparse=SparseOptions(mode=SparseMode.AUTO),
         )
         for number, (item, prompt) in enumerate(pairs)
-    )
-
-
-def _request(
-    arrival_s: float, input_tokens: int, output_tokens: int, *, block_ids: tuple[int, ...] = ()
-) -> WorkloadRequest:
-    if not 0 <= arrival_s < math.inf or input_tokens < 1 or output_tokens < 1:
-        raise ValueError(f"{arrival_s=}, {input_tokens=}, {output_tokens=}")
-    return WorkloadRequest(
-        arrival_s=arrival_s,
-        input_tokens=input_tokens,
-        output_tokens=output_tokens,
-        block_ids=block_ids,
     )
 
 

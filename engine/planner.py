@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -23,12 +24,13 @@ from sparsed.core import (
     check_knob_values,
 )
 from sparsed.engine.kvcache.geometry import Geometry, num_frames
-from sparsed.engine.workspace import workspace
+from sparsed.engine.workspace import plan_workspace, workspace
 
 STAGING_TOKENS = 8192  # of one layer: earlier pages on their way to the attention of a chunk
 SLOT_BYTES = 8  # owner and age of a slot
 MAX_NUM_SEQS = {"cpu": 16, "cuda": 64}
 HBM_USE_FRAC = 0.92  # of what is free after the weights and the workspace
+HBM_MARGIN_FRAC = 0.02  # of a device's memory: how exactly its use is foreseen
 DRAM_USE_FRAC = 0.8  # of what is free (after the weights, on a CPU)
 CPU_HOT_FRAC = 0.4  # of the memory both tiers share on a CPU
 TABLES_FRAC = 0.25  # most of the hot tier that rows may take with their tables
@@ -102,9 +104,8 @@ def plan_memory(knobs: Knobs, *, shape: ModelShape, dtype: str) -> MemoryPlan:
     """
     geometry = Geometry.of(shape, dtype=dtype, page_size=knobs.page_size)
     hot_bytes = int(knobs.kv_hbm_gib * GIB)
-    row_bytes = 2 * shape.num_kv_heads * shape.head_dim * geometry.element_bytes  # of one layer
-    staging_bytes = STAGING_TOKENS * row_bytes
-    buffer_bytes = (num_frames(knobs.prefill_chunk) + 1) * BLOCK_TOKENS * row_bytes
+    staging_bytes = STAGING_TOKENS * _row_bytes(shape, dtype)
+    buffer_bytes = _buffer_bytes(knobs.prefill_chunk, shape=shape, dtype=dtype)
     frames = _num_frames(knobs, geometry)
     tables_bytes = geometry.table_bytes(knobs.max_num_seqs, knobs.max_model_len, pool_frames=frames)
     summaries_bytes = (frames + 1) * geometry.summary_bytes_per_frame(knobs.sparse_method)
@@ -130,6 +131,34 @@ def plan_memory(knobs: Knobs, *, shape: ModelShape, dtype: str) -> MemoryPlan:
         num_blocks=num_blocks,
         num_frames=frames,
     )
+
+
+def max_prefill_chunk(
+    knobs: Knobs, plan: MemoryPlan, *, shape: ModelShape, machine: MachineFacts, dtype: str
+) -> int:
+    """The largest chunk of prompts that a running GPU engine has room for beside its weights and
+    its tiers, in what was free before it started; never less than it was started with."""
+    most = int(KNOBS_BY_NAME["prefill_chunk"].maximum or 0)
+    margin = HBM_MARGIN_FRAC * machine.hbm_total_bytes
+    free = machine.hbm_free_bytes - margin - plan.weights_bytes - plan.hot_bytes
+
+    def needed(chunk: int) -> int:
+        larger = replace(knobs, prefill_chunk=chunk)
+        buffer = _buffer_bytes(chunk, shape=shape, dtype=dtype) - plan.prefill_buffer_bytes
+        return plan_workspace(larger, shape=shape, dtype=dtype).total_bytes + max(0, buffer)
+
+    chunks = range(knobs.prefill_chunk, most + 1)
+    return knobs.prefill_chunk + max(0, bisect_right(chunks, free, key=needed) - 1)
+
+
+def _buffer_bytes(chunk: int, *, shape: ModelShape, dtype: str) -> int:
+    """K and V of a chunk in one layer, in whole blocks."""
+    return (num_frames(chunk) + 1) * BLOCK_TOKENS * _row_bytes(shape, dtype)
+
+
+def _row_bytes(shape: ModelShape, dtype: str) -> int:
+    """K and V of a token in one layer."""
+    return 2 * shape.num_kv_heads * shape.head_dim * DTYPE_BYTES[dtype]
 
 
 def _num_frames(knobs: Knobs, geometry: Geometry) -> int:

@@ -91,7 +91,9 @@ def measure(seconds: Sequence[_Second]) -> WorkloadContext:
         h2d_bytes_per_token=_ratio(h2d_bytes, tokens),
         h2d_gb_per_s=_ratio(h2d_bytes / 1e9, sum(_copy_s(one) for one in snapshots)),
         hbm_free_bytes=snapshots[0].hbm.free_bytes if snapshots[0].hbm else None,
-        attention_recall=_mean(snapshots, lambda one: one.attention_recall, lambda one: one.steps),
+        attention_recall=_mean(
+            snapshots, lambda one: one.attention_recall, lambda one: one.recall_samples
+        ),
     )
 
 

@@ -86,6 +86,7 @@ class Span:
             exposed_s_per_step=_ratio(grown.exposed_s, grown.timed_steps),
             waiting=_waiting(totals),
             hbm=hbm,
+            recall_samples=grown.recall_samples,
         )
 
 

@@ -41,6 +41,7 @@ WORSE: Final = {
     Guard.ERRORS: DecisionReason.ERRORS_WORSE,
     Guard.QUALITY: DecisionReason.QUALITY_WORSE,
 }
+LEAST_LOSS: Final = 1e-3  # of attention: a floor nearer to 1 cannot be told from 1
 FLOOR_FRAC: Final = 1e-2  # of the largest value: what zero counts as, for it has no logarithm
 BROKEN_FRAC: Final = 1e-2  # of the best: what a window is worth that just misses a target
 SD_OF_MAD: Final = 1.4826  # of normal noise
@@ -168,7 +169,7 @@ def _test(pairs: Sequence[_Pair], *, rule: AcceptanceRule) -> AcceptanceVerdict:
         [_merit(pair.incumbent, rule, best=best) for pair in pairs],
         floor_frac=BROKEN_FRAC * FLOOR_FRAC,
     )
-    p, hl, cv = p_greater(gains), hodges_lehmann(gains), _noise(gains)
+    p, hl, cv = p_greater(gains), hodges_lehmann(gains), _noise(pairs, gains)
     bounds = {guard: _loss_bound(pairs, guard, rule=rule) for guard in rule.guards}
     loss = upper_bound([-gain for gain in gains], alpha=rule.guard_alpha)
     reason = _reason(p=p, hl=hl, cv=cv, loss=loss, bounds=bounds, rule=rule)
@@ -189,11 +190,19 @@ def _test(pairs: Sequence[_Pair], *, rule: AcceptanceRule) -> AcceptanceVerdict:
 def _merit(window: AcceptanceWindow, rule: AcceptanceRule, *, best: float) -> float:
     """What counts of a window beside its partner. Of those that miss a target the nearest to it is
     worth most, at most ``BROKEN_FRAC`` of the best one, so that a repair may take several changes;
-    one that misses none is worth no less."""
+    one that misses none is worth no less. Under a floor of recall it is the share of attention that
+    is lost that counts, over what may be."""
     if window.status is TrialStatus.OK:
         return max(_figure(window, rule), BROKEN_FRAC * best)
-    excesses = [(window.metrics.get(guard) or 0.0) / at for guard, at in rule.targets.items() if at]
+    excesses = [_excess(guard, window.metrics.get(guard), at) for guard, at in rule.targets.items()]
     return BROKEN_FRAC * best / max([1.0, *excesses])
+
+
+def _excess(guard: Guard, figure: float | None, target: float) -> float:
+    """How many times what its target allows; a recall that is unknown is no better than none."""
+    if guard is Guard.QUALITY:
+        return (1.0 - (figure or 0.0)) / max(1.0 - target, LEAST_LOSS)
+    return (figure or 0.0) / target if target else 0.0
 
 
 def _figure(window: AcceptanceWindow, rule: AcceptanceRule) -> float:
@@ -226,9 +235,12 @@ def _reason(
 
 def _loss_bound(pairs: Sequence[_Pair], guard: Guard, *, rule: AcceptanceRule) -> float:
     """Upper limit of the logarithm of what the candidate loses in ``guard``."""
-    alpha, target = rule.guard_alpha, rule.targets.get(guard, 0.0)
-    before = [max(pair.incumbent.metrics[guard] or 0.0, target) for pair in pairs]
-    after = [max(pair.candidate.metrics[guard] or 0.0, target) for pair in pairs]
+    alpha, target = rule.guard_alpha, rule.targets.get(guard)
+    figures = [[side.metrics[guard] or 0.0 for side in sides] for sides in zip(*pairs, strict=True)]
+    if target is not None:
+        worst = min if guard is Guard.QUALITY else max
+        figures = [[worst(figure, target) for figure in side] for side in figures]
+    before, after = figures
     if guard is Guard.QUALITY:
         return upper_bound(_log_ratios(before, after), alpha=alpha)
     if guard is not Guard.ERRORS:
@@ -248,11 +260,15 @@ def _log_ratios(
     return [math.log(max(one, floor)) - math.log(max(other, floor)) for one, other in pairs]
 
 
-def _noise(gains: Sequence[float]) -> float:
+def _noise(pairs: Sequence[_Pair], gains: Sequence[float]) -> float:
     """Of one window, as a share: from the median absolute deviation, for the few windows that
-    something else disturbed are noise that ranks bear."""
-    centre = median(gains)
-    return SD_OF_MAD * median(abs(gain - centre) for gain in gains) / math.sqrt(2)
+    something else disturbed are noise that ranks bear. Pairs are compared with those in which the
+    same sides met their targets: that a side met them is no noise, but what is to be found out."""
+    alike: defaultdict[tuple[bool, ...], list[float]] = defaultdict(list)
+    for pair, gain in zip(pairs, gains, strict=True):
+        alike[tuple(side.status is TrialStatus.OK for side in pair)].append(gain)
+    centred = [abs(gain - median(group)) for group in alike.values() for gain in group]
+    return SD_OF_MAD * median(centred) / math.sqrt(2)
 
 
 def _without_statistics(reason: DecisionReason, *, num_pairs: int = 0) -> AcceptanceVerdict:

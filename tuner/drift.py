@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import Final
 
 from sparsed.core import KnobValue, Platform, Slo, Snapshot
-from sparsed.tuner.targets import breaks_target
+from sparsed.tuner.targets import MIN_SAMPLES, is_low, mean_recall, missed
 
 NUM_REFERENCE: Final = 30  # stretches that say what to expect
 NUM_RECENT: Final = 10  # that a loss is a mean of
@@ -65,22 +65,39 @@ class Reference:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Drift:
-    """``references``: by regime; ``seen``: windows of the stretch that is under way; ``losses``:
-    the newest (predicted - observed), logarithms; ``excess``: their cumulated sum in
-    deviations."""
+class Trail:
+    """What is known of one regime, over all stays in it. ``seen``: windows of the stretch that is
+    under way; ``losses``: the newest (predicted - observed), logarithms; ``excess``: their cumulated
+    sum in deviations."""
 
-    regime_id: int | None = None
-    references: Mapping[int, Reference] = field(default_factory=dict)
+    reference: Reference
     seen: tuple[Snapshot, ...] = ()
     losses: tuple[float, ...] = ()
     excess: float = 0.0
     has_drifted: bool = False
 
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Drift:
+    """``trails``: by regime; ``regime_id``: of the one that was watched last."""
+
+    regime_id: int | None = None
+    trails: Mapping[int, Trail] = field(default_factory=dict)
+
+    @property
+    def trail(self) -> Trail | None:
+        return None if self.regime_id is None else self.trails.get(self.regime_id)
+
+    @property
+    def has_drifted(self) -> bool:
+        return self.trail is not None and self.trail.has_drifted
+
     @property
     def loss_frac(self) -> float | None:
         """Of the goodput that was to be expected, lately; None before there is an expectation."""
-        return 1.0 - math.exp(-fmean(self.losses)) if self.losses else None
+        if self.trail is None or not self.trail.losses:
+            return None
+        return 1.0 - math.exp(-fmean(self.trail.losses))
 
 
 def watch(
@@ -95,22 +112,20 @@ def watch(
     """The state after a window of the regime in force with nothing under test.
 
     ``knobs``: those that the live tuner may change, as they are; others are another incumbent,
-    of which nothing is known yet. A cumulated sum (CUSUM) over stretches of ``window_s``; once it
-    is over ``LIMIT`` it must come back to 0 for the drift to be over.
+    of which nothing is known yet. A cumulated sum (CUSUM) over stretches of ``window_s``, which
+    short stays in a regime fill together; once it is over ``LIMIT`` it must come back to 0 for the
+    drift to be over.
     """
     if regime_id is None:
         return state
-    reference = state.references.get(regime_id)
-    if regime_id != state.regime_id or reference is None or reference.knobs != knobs:
-        if reference is None or reference.knobs != knobs:
-            reference = Reference(knobs=knobs)
-        references = {**state.references, regime_id: reference}
-        state = Drift(regime_id=regime_id, references=references)
-    state = replace(state, seen=(*state.seen, snapshot))
-    if sum(one.window_s for one in state.seen) < window_s:
-        return state
-    point, state = _point(state.seen, slo), replace(state, seen=())
-    return state if point is None else _judge(state, reference, *point)
+    trail = state.trails.get(regime_id)
+    if trail is None or trail.reference.knobs != knobs:
+        trail = Trail(reference=Reference(knobs=knobs))
+    trail = replace(trail, seen=(*trail.seen, snapshot))
+    if sum(one.window_s for one in trail.seen) >= window_s:
+        point, trail = _point(trail.seen, slo), replace(trail, seen=())
+        trail = trail if point is None else _judge(trail, *point)
+    return Drift(regime_id=regime_id, trails={**state.trails, regime_id: trail})
 
 
 def in_words(state: Drift) -> str:
@@ -123,18 +138,17 @@ def in_words(state: Drift) -> str:
     )
 
 
-def _judge(state: Drift, reference: Reference, u: float, x: float) -> Drift:
-    assert state.regime_id is not None
+def _judge(trail: Trail, u: float, x: float) -> Trail:
+    reference = trail.reference
     if reference.num < NUM_REFERENCE:
-        grown = {**state.references, state.regime_id: reference.with_point(u, x)}
-        return replace(state, references=grown)
+        return replace(trail, reference=reference.with_point(u, x))
     mean, sd = reference.predict(u)
-    excess = min(2 * LIMIT, max(0.0, state.excess + (mean - x) / sd - SLACK))
+    excess = min(2 * LIMIT, max(0.0, trail.excess + (mean - x) / sd - SLACK))
     return replace(
-        state,
+        trail,
         excess=excess,
-        losses=(*state.losses, mean - x)[-NUM_RECENT:],
-        has_drifted=excess > LIMIT or (state.has_drifted and excess > 0.0),
+        losses=(*trail.losses, mean - x)[-NUM_RECENT:],
+        has_drifted=excess > LIMIT or (trail.has_drifted and excess > 0.0),
     )
 
 
@@ -144,8 +158,11 @@ def _point(seen: tuple[Snapshot, ...], slo: Slo) -> tuple[float, float] | None:
     busy = [one for one in seen if one.steps and one.num_running]
     busy_s = sum(one.step_s for one in busy)
     tokens = sum(one.generated_tokens_per_s * one.window_s for one in busy)
+    is_bad = is_low(mean_recall(busy, least=MIN_SAMPLES), slo)
     good = sum(
-        one.generated_tokens_per_s * one.window_s for one in busy if not breaks_target(one, slo)
+        one.generated_tokens_per_s * one.window_s
+        for one in busy
+        if not is_bad and not missed(one, slo)
     )
     if 2 * len(busy) < len(seen) or busy_s <= 0 or tokens <= 0:
         return None

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import Final
 
-from sparsed.core import Knobs, KnobValue, RolloutReason, RolloutRecord, TunerMode
+from sparsed.core import Knobs, KnobValue, RolloutReason, RolloutRecord, Slo, TunerMode
 from sparsed.tuner.guard import guard
 from sparsed.tuner.rollout_state import (
     Candidate,
@@ -19,6 +19,7 @@ from sparsed.tuner.rollout_state import (
 )
 from sparsed.tuner.schedule import paired_slots
 from sparsed.tuner.space import live_space
+from sparsed.tuner.targets import Guards
 from sparsed.tuner.tripwire import is_over_hbm
 
 TUNER: Final = "auto"  # who initiated what no operator approved
@@ -45,11 +46,15 @@ def forbidden(candidate: Candidate, controls: Controls) -> RolloutReason | None:
     return None if controls.mode in allowed else RolloutReason.SWITCHED_OFF
 
 
-def limit(values: Values, *, current: Knobs, pins: frozenset[str]) -> dict[str, KnobValue]:
-    """The closest change to hot knobs that is allowed from ``current``: one rung, no pinned knob.
-    Empty: nothing is left of it."""
+def limit(
+    values: Values, *, current: Knobs, pins: frozenset[str], rule: RolloutRule, slo: Slo
+) -> dict[str, KnobValue]:
+    """The closest change to hot knobs that is allowed from ``current``: one rung, no pinned knob,
+    no chunk that memory has no room for, the token budget under a floor of recall alone. Empty:
+    nothing is left of it."""
     free = {name: value for name, value in values.items() if name not in pins}
-    limited = guard(free, current=current, space=live_space(current))
+    space = live_space(current, slo=slo, max_prefill_chunk=rule.max_prefill_chunk)
+    limited = guard(free, current=current, space=space)
     return {} if pins & limited.keys() else limited
 
 
@@ -95,10 +100,14 @@ def is_budget_spent(state: Rollout, rule: RolloutRule) -> bool:
     return state.recent_broken_s > rule.slo_budget_frac * state.recent_s
 
 
-def is_missing_targets(state: Rollout) -> bool:
-    """Whether what runs misses its targets in most of the windows that tell: then there is no budget
-    to protect, and no better way out than a test."""
-    return state.recent_broken_s > MISSING_FRAC * state.recent_told_s
+def missed_for_good(state: Rollout) -> Guards:
+    """The targets that what runs misses in most of the windows that tell of them: they have no
+    budget to protect, and no better way out than a test."""
+    return frozenset(
+        guard
+        for guard, missed_s in state.recent_missed_s.items()
+        if missed_s > MISSING_FRAC * state.recent_told_s[guard]
+    )
 
 
 def exploring_s(rule: RolloutRule, *, num_pairs: int) -> float:
@@ -129,7 +138,7 @@ def _holds(state: Rollout, candidate: Candidate, rule: RolloutRule, *, at: float
     busy_s, recent_s = state.recent_busy_s, state.recent_s
     if busy_s < max(rule.min_busy_s, rule.min_busy_frac * recent_s):
         yield "too little traffic"
-    if is_budget_spent(state, rule) and not is_missing_targets(state):
+    if is_budget_spent(state, rule) and not missed_for_good(state):
         yield "the error budget of the targets is spent"
     needed_s = state.explored_s + exploring_s(rule, num_pairs=rule_of(candidate, rule).num_pairs)
     if needed_s > rule.max_explored_frac * state.busy_s:

@@ -25,11 +25,13 @@ from sparsed.tuner.policy import neighbours
 from sparsed.tuner.remedies import remedies
 from sparsed.tuner.space import Point, SearchSpace, build_space, live_space
 from sparsed.tuner.surrogate import Surrogate, penalized
+from sparsed.tuner.targets import MIN_SAMPLES, is_low, mean_recall
 
 MIN_BUSY_FRAC: Final = 0.5  # of the windows
 MIN_TRIALS: Final = 4
 MIN_GAIN_FRAC: Final = 0.03  # below this the incumbent stays
 RECALL_MARGIN: Final = 0.02  # over the floor, before fewer tokens are read
+NO_FLOOR: Final = "the token budget stays, as no floor of recall is set; start with --min-recall"
 # Where a step on a knob gives more tokens a second. Shorter chunks, which help where products of
 # matrices bind, only shift time from TPOT to TTFT.
 RELIEVED: Final = frozenset({Bound.CAPACITY, Bound.LINK, Bound.HBM, Bound.HOST})
@@ -72,10 +74,12 @@ def try_profile(context: LiveContext, *, current: Knobs) -> Change | None:
         return None
     values = {n: value for n, value in profile.values.items() if value != getattr(current, n)}
     try:
-        current.with_values(values)
+        chunk = current.with_values(values).prefill_chunk
     except InputError:
         return None
-    if not values or _failed(values, context):
+    most = context.max_prefill_chunk
+    has_room = most is None or chunk <= max(most, current.prefill_chunk)
+    if not values or not has_room or _failed(values, context):
         return None
     return values, f"{profile.name}, to be proved first: {profile.why}"
 
@@ -83,21 +87,21 @@ def try_profile(context: LiveContext, *, current: Knobs) -> Change | None:
 def repair_targets(context: LiveContext, *, current: Knobs) -> Change | None:
     """A step towards a target that is missed now; None if all are met or unknown."""
     slo, windows = context.slo, context.windows
-    recall = _median([window.attention_recall for window in windows])
+    recall = mean_recall(windows, least=MIN_SAMPLES)
     tpot_s = _median([window.tpot_p95_s for window in windows])
     ttft_s = _median([window.ttft_p95_s for window in windows])
-    if slo.min_recall is not None and recall is not None and recall < slo.min_recall:
+    if is_low(recall, slo):
         reason = f"attention recall {recall:.3f} is below {slo.min_recall:.3f}: read more tokens"
-        return _step(current, "token_budget", up=True, reason=reason)
+        return _step(context, "token_budget", up=True, reason=reason)
     if slo.tpot_s is not None and tpot_s is not None and tpot_s > slo.tpot_s:
         reason = f"time per token {tpot_s:.3f} s is above {slo.tpot_s:.3f} s: run fewer at once"
-        return _step(current, "max_num_active_seqs", up=False, reason=reason)
+        return _step(context, "max_num_active_seqs", up=False, reason=reason)
     if slo.ttft_s is not None and ttft_s is not None and ttft_s > slo.ttft_s:
         waiting = any(window.num_waiting for window in windows)
         knob = "max_num_active_seqs" if waiting else "prefill_chunk"
         why = "requests wait for a place" if waiting else "prompts take too many steps"
         reason = f"time to first token {ttft_s:.3f} s is above {slo.ttft_s:.3f} s: {why}"
-        return _step(current, knob, up=True, reason=reason)
+        return _step(context, knob, up=True, reason=reason)
     return None
 
 
@@ -110,10 +114,11 @@ def relieve(context: LiveContext, *, current: Knobs) -> Change:
         if not _may_try(remedy, context, current=current):
             continue
         assert remedy.knob is not None and remedy.up is not None
-        values, reason = _step(current, remedy.knob, up=remedy.up, reason=f"{told}; {remedy.why}")
+        values, reason = _step(context, remedy.knob, up=remedy.up, reason=f"{told}; {remedy.why}")
         if values and not _failed(values, context):
             return values, reason
-    return {}, f"{told}; no step is known to help, and there are no trials; run: sparsed tune"
+    no_step = f"{told}; no step is known to help, and there are no trials; run: sparsed tune"
+    return {}, no_step if context.slo.min_recall is not None else f"{no_step}; {NO_FLOOR}"
 
 
 def _failed(values: Mapping[str, KnobValue], context: LiveContext) -> bool:
@@ -123,12 +128,14 @@ def _failed(values: Mapping[str, KnobValue], context: LiveContext) -> bool:
 
 def _may_try(remedy: Remedy, context: LiveContext, *, current: Knobs) -> bool:
     """Hot knobs only; fewer tokens are read only well over a floor of recall."""
-    if remedy.up is None or remedy.knob not in live_space(current).names:
+    if remedy.up is None or remedy.knob not in _space(context, current).names:
         return False
-    if remedy.knob != "token_budget" or remedy.up:
-        return True
-    floor = context.slo.min_recall
-    recall = _median([window.attention_recall for window in context.windows])
+    return remedy.knob != "token_budget" or remedy.up or _may_read_less(context)
+
+
+def _may_read_less(context: LiveContext) -> bool:
+    """Whether recall is measured, and well over its floor."""
+    floor, recall = context.slo.min_recall, mean_recall(context.windows, least=MIN_SAMPLES)
     return floor is not None and recall is not None and recall > floor + RECALL_MARGIN
 
 
@@ -142,15 +149,20 @@ def improve(context: LiveContext, *, current: Knobs) -> tuple[Mapping[str, KnobV
     """The neighbour that past trials promise most from, of those that have not failed: values,
     reason, predicted ratio."""
     done = [trial for trial in context.trials if trial.status is not TrialStatus.INTERRUPTED]
-    space = live_space(current)
+    space = _space(context, current)
     here = space.encode({})
 
     def change(point: Point) -> Mapping[str, KnobValue]:
         return guard(space.decode(point), current=current, space=space)
 
-    near = [point for point in neighbours(space, here) if not _failed(change(point), context)]
+    def is_open(values: Mapping[str, KnobValue]) -> bool:
+        budget = values.get("token_budget")
+        reads_less = isinstance(budget, int) and budget < current.token_budget
+        return not _failed(values, context) and (not reads_less or _may_read_less(context))
+
+    near = [point for point in neighbours(space, here) if is_open(change(point))]
     if not near:
-        return {}, "every step failed a while ago", 1.0
+        return {}, "every step failed a while ago, or would read less than recall allows", 1.0
     # On auto a request keeps what it can: as much as its length where there is room.
     whole = build_space(current, auto_hbm_budget=min(current.max_model_len, MAX_HBM_BUDGET))
     values = penalized([trial.score for trial in done])
@@ -174,8 +186,14 @@ def _lift(point: Point, space: SearchSpace, whole: SearchSpace) -> Point:
     return whole.encode(space.decode(point))
 
 
-def _step(current: Knobs, knob: str, *, up: bool, reason: str) -> Change:
-    space = live_space(current)
+def _space(context: LiveContext, current: Knobs) -> SearchSpace:
+    return live_space(current, slo=context.slo, max_prefill_chunk=context.max_prefill_chunk)
+
+
+def _step(context: LiveContext, knob: str, *, up: bool, reason: str) -> Change:
+    current = context.windows[-1].knobs
+    assert current is not None
+    space = _space(context, current)
     ladder = next(ladder for ladder in space.ladders if ladder.name == knob)
     rung = ladder.nearest(getattr(current, knob)) + (1 if up else -1)
     if not 0 <= rung < len(ladder.rungs):

@@ -20,7 +20,7 @@ class LiveContext:
     """One question. ``windows``: consecutive, oldest first, all under the same knobs;
     ``trials``: of one study of this hardware and model, maybe none. ``verdict``: what binds in
     these windows; ``failed``: candidates that are not to be tested again now; ``unproved``: what
-    is to be tested before anything else."""
+    is to be tested before anything else. ``max_prefill_chunk``: as in ``RolloutRule``."""
 
     windows: tuple[Snapshot, ...]
     trials: tuple[TrialResult, ...]
@@ -28,6 +28,7 @@ class LiveContext:
     verdict: Verdict
     failed: tuple[RolloutRecord, ...] = ()
     unproved: UnprovedProfile | None = None
+    max_prefill_chunk: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from sparsed.core import Guard, Measurement, Objective, Slo, TrialResult, TrialStatus
+from sparsed.tuner.acceptance import LEAST_LOSS
 from sparsed.tuner.policy import Constraint, Crash, Observation
 
 METRICS: Final = {
@@ -19,7 +20,6 @@ METRICS: Final = {
 }
 ANSWER_TOKENS: Final = 256  # of the answer that latency is stated for
 GIB: Final = 1 << 30
-LEAST_LOSS: Final = 1e-3  # of attention: a floor nearer to 1 cannot be told from 1
 MAX_HBM_FRAC: Final = 1.0  # of the device, all its users together
 MAX_LINK_BUSY_FRAC: Final = 0.9
 LEAST_SCORE: Final = 1e-9  # of a run that gave nothing: its logarithm must be finite

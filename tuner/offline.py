@@ -111,7 +111,8 @@ def run_study(
     """Run ``plan`` to its end, or to Ctrl-C, which keeps what was measured.
 
     The default is the first trial, alone on the first of ``benches``. Then every device that is
-    free gets a trial. The verification is on the first device, with nothing running on the others.
+    free gets a trial. The verification is on the first device that still works, with nothing
+    running on the others.
     ``left_frac`` is the share of the time that is left. ``record`` gets every trial as it ends,
     ``record_window`` every window of the verification. ``previous`` are the trials of the same
     study that an earlier run recorded: they count as done.
@@ -226,9 +227,10 @@ class _Study:
         if not candidates:
             cut = " in the time that the search had" if self._was_cut else ""
             return self.outcome(f"nothing is better than the default{cut}; the default stays")
-        self._benches.leave_only(FIRST)
+        place = self._trials.first_sound
+        self._benches.leave_only(place)
         verification = Verification(
-            measure_on(self._benches, FIRST),
+            measure_on(self._benches, place),
             objective=self._plan.objective,
             slo=self._slo,
             rule=self._rule,

@@ -8,7 +8,6 @@ Time comes in with events.
 from __future__ import annotations
 
 from dataclasses import replace
-from math import exp
 
 from sparsed.core import (
     AcceptanceWindow,
@@ -26,8 +25,8 @@ from sparsed.tuner.gate import (
     goes_as_far,
     hold,
     is_budget_spent,
-    is_missing_targets,
     limit,
+    missed_for_good,
 )
 from sparsed.tuner.rollout_end import (
     Step,
@@ -42,6 +41,7 @@ from sparsed.tuner.rollout_end import (
     wanted,
     way_back,
 )
+from sparsed.tuner.rollout_observe import observe_window
 from sparsed.tuner.rollout_regime import (
     abroad,
     fall_back,
@@ -70,7 +70,7 @@ from sparsed.tuner.rollout_state import (
     slot_seconds,
 )
 from sparsed.tuner.schedule import Slot
-from sparsed.tuner.targets import breaks_target, tells_of_targets
+from sparsed.tuner.targets import NOTHING
 from sparsed.tuner.tripwire import (
     CUSUM_LIMIT,
     count,
@@ -78,6 +78,7 @@ from sparsed.tuner.tripwire import (
     figures,
     is_over_hbm,
     middle,
+    reads_less,
     status_of,
     trip,
     usual_tpot,
@@ -88,7 +89,7 @@ def advance(state: Rollout, event: Event, *, rule: RolloutRule, slo: Slo) -> Ste
     """What is known after ``event``, and what is to be done."""
     match event:
         case Proposed():
-            return _propose(state, event)
+            return _propose(state, event, rule=rule, slo=slo)
         case Ticked():
             return _tick(state, event, rule=rule, slo=slo)
         case Tripped():
@@ -99,14 +100,14 @@ def advance(state: Rollout, event: Event, *, rule: RolloutRule, slo: Slo) -> Ste
             return fall_back(state, event, rule=rule)
 
 
-def _propose(state: Rollout, event: Proposed) -> Step:
+def _propose(state: Rollout, event: Proposed, *, rule: RolloutRule, slo: Slo) -> Step:
     knobs = state.snapshot.knobs if state.snapshot else None
     if state.candidate is not None or knobs is None:
         return state, ()
     if event.profile:
-        values = free_of(event.values, state.controls, knobs=knobs)
+        values = free_of(event.values, state.controls, knobs=knobs, rule=rule)
     else:
-        values = limit(event.values, current=knobs, pins=state.controls.pins)
+        values = limit(event.values, current=knobs, pins=state.controls.pins, rule=rule, slo=slo)
     if not values or any(goes_as_far(values, item) for item in barred(state, at=event.at)):
         return state, ()
     candidate = Candidate(
@@ -142,7 +143,7 @@ def _steer(state: Rollout, event: Steered, *, rule: RolloutRule) -> Step:
 
 def _tick(state: Rollout, event: Ticked, *, rule: RolloutRule, slo: Slo) -> Step:
     failures = max(0, event.num_failed - state.num_failed)
-    state = _observe(state, event, rule=rule, slo=slo)
+    state = observe_window(state, event, rule=rule, slo=slo)
     state, actions = follow(state, event, rule=rule, slo=slo)
     if actions:
         return state, actions
@@ -158,36 +159,8 @@ def _tick(state: Rollout, event: Ticked, *, rule: RolloutRule, slo: Slo) -> Step
                 state, event.snapshot, failures=failures, at=event.at, rule=rule, slo=slo
             )
         case None if event.snapshot is not None:
-            return switch(state, event.snapshot, at=event.at, slo=slo)
+            return switch(state, event.snapshot, at=event.at, rule=rule, slo=slo)
     return state, ()
-
-
-def _observe(state: Rollout, event: Ticked, *, rule: RolloutRule, slo: Slo) -> Rollout:
-    elapsed_s = max(0.0, event.at - state.at) if state.at is not None else 0.0
-    candidate = state.candidate
-    explores = state.is_testing and candidate is not None and slot_of(candidate, rule).is_candidate
-    state = replace(
-        state,
-        at=event.at,
-        num_failed=event.num_failed,
-        explored_s=state.explored_s + (elapsed_s if explores else 0.0),
-    )
-    if (snapshot := event.snapshot) is None:
-        return state
-    kept, seconds = exp(-snapshot.window_s / rule.slo_horizon_s), snapshot.window_s
-    busy_s = seconds if snapshot.steps else 0.0
-    told_s = seconds if tells_of_targets(snapshot, slo) else 0.0
-    broken_s = seconds if breaks_target(snapshot, slo) else 0.0
-    return replace(
-        state,
-        snapshot=snapshot,
-        fresh_at=event.at,
-        busy_s=state.busy_s + busy_s,
-        recent_s=kept * state.recent_s + seconds,
-        recent_busy_s=kept * state.recent_busy_s + busy_s,
-        recent_told_s=kept * state.recent_told_s + told_s,
-        recent_broken_s=kept * state.recent_broken_s + broken_s,
-    )
 
 
 def _wait(state: Rollout, *, at: float, rule: RolloutRule) -> Step:
@@ -199,7 +172,7 @@ def _wait(state: Rollout, *, at: float, rule: RolloutRule) -> Step:
         return end(state, RolloutReason.OVERTAKEN, at=at, rule=rule)
     if hold(state, candidate, rule, at=at) is not None:
         return state, ()
-    repairs = is_budget_spent(state, rule) and is_missing_targets(state)  # else tripwires stay
+    repairs = missed_for_good(state) if is_budget_spent(state, rule) else NOTHING
     candidate = replace(candidate, phase=Phase.CANARY, since=at, turn_since=at, repairs=repairs)
     mark = Mark(record=record_of(candidate, RolloutState.VERIFYING, RolloutReason.CANARY, at=at))
     return replace(state, candidate=candidate), (mark,)
@@ -218,7 +191,7 @@ def _canary(state: Rollout, event: Ticked, *, failures: int, rule: RolloutRule, 
         ), ()
     if not has(snapshot, wanted(candidate, rule)):
         return not_in_force(state, at=at, rule=rule)
-    candidate = count(candidate, snapshot, failures=failures, slo=slo)
+    candidate = count(candidate, snapshot, failures=failures, slo=slo, recall=state.recall.mean)
     state = replace(state, candidate=candidate)
     if (reason := trip(candidate, snapshot, rule)) is not None:
         return end(state, reason, at=at, rule=rule)
@@ -265,7 +238,11 @@ def _window(
         order=0,
         values=wanted(candidate, rule),
         status=status_of(candidate.seen, slo),
-        metrics=figures(candidate.seen, failures=candidate.failures),
+        metrics=figures(
+            candidate.seen,
+            failures=candidate.failures,
+            needs_recall=slot.is_candidate and reads_less(candidate),
+        ),
         started_at=candidate.turn_since,
         ended_at=at,
     )

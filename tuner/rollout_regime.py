@@ -37,7 +37,7 @@ from sparsed.tuner.rollout_state import (
     Ticked,
     Values,
 )
-from sparsed.tuner.targets import breaks_target
+from sparsed.tuner.targets import missed
 from sparsed.tuner.tripwire import count, trip
 
 REGIME: Final = "regime"  # who initiated a switch
@@ -70,7 +70,7 @@ def follow(state: Rollout, event: Ticked, *, rule: RolloutRule, slo: Slo) -> Ste
     return end(state, RolloutReason.REGIME_CHANGED, at=event.at, rule=rule)
 
 
-def switch(state: Rollout, snapshot: Snapshot, *, at: float, slo: Slo) -> Step:
+def switch(state: Rollout, snapshot: Snapshot, *, at: float, rule: RolloutRule, slo: Slo) -> Step:
     """Once in every stay in a regime, and with no candidate about: have its incumbent in force, or
     where there is none the last known good."""
     standing, knobs = state.regimes.standing, snapshot.knobs
@@ -80,7 +80,7 @@ def switch(state: Rollout, snapshot: Snapshot, *, at: float, slo: Slo) -> Step:
     assert standing is not None
     if knobs is None:
         return state, ()
-    values = wanted(state, standing, knobs=knobs)
+    values = wanted(state, standing, knobs=knobs, rule=rule)
     state = replace(state, settled=standing.regime_id)
     if not values or is_quarantined(values, state, at=at):
         return state, ()
@@ -93,21 +93,23 @@ def switch(state: Rollout, snapshot: Snapshot, *, at: float, slo: Slo) -> Step:
         since=at,
         turn_since=at,
         regime_id=standing.regime_id,
-        is_armed=not breaks_target(snapshot, slo),
+        excused=missed(snapshot, slo, recall=state.recall.mean),
     )
     record = record_of(candidate, RolloutState.SUCCESS, RolloutReason.REGIME_SWITCHED, at=at)
     state = replace(state, candidate=candidate, switched=switched)
     return state, (Apply(values=values), Note(record=record))
 
 
-def wanted(state: Rollout, regime: Regime, *, knobs: Knobs) -> dict[str, KnobValue]:
+def wanted(
+    state: Rollout, regime: Regime, *, knobs: Knobs, rule: RolloutRule
+) -> dict[str, KnobValue]:
     """What ``regime`` would change of ``knobs``; pinned ones stay. Empty, too, if the rest does
     not fit them."""
     values: Values = regime.incumbent
     if not values:
         good = {**state.base, **state.good}
         values = {name: good[name] for name in state.switched if name in good}
-    return free_of(values, state.controls, knobs=knobs)
+    return free_of(values, state.controls, knobs=knobs, rule=rule)
 
 
 def watch_switch(
@@ -124,7 +126,8 @@ def watch_switch(
     assert candidate is not None
     if not has(snapshot, candidate.config_to):
         return not_in_force(state, at=at, rule=rule)
-    candidate = replace(count(candidate, snapshot, failures=failures, slo=slo), seen=())
+    candidate = count(candidate, snapshot, failures=failures, slo=slo, recall=state.recall.mean)
+    candidate = replace(candidate, seen=())
     state = replace(state, candidate=candidate)
     if (reason := trip(candidate, snapshot, rule)) is not None:
         return end(state, reason, at=at, rule=rule)
@@ -178,7 +181,7 @@ def fall_back(state: Rollout, event: Drifted, *, rule: RolloutRule) -> Step:
         regimes=replace(state.regimes, known=known),
     )
     may_apply = _may_switch(state.controls)
-    values = free_of(event.values, state.controls, knobs=knobs) if may_apply else {}
+    values = free_of(event.values, state.controls, knobs=knobs, rule=rule) if may_apply else {}
     record = RolloutRecord(
         state=RolloutState.EXPIRED,
         reason=RolloutReason.PLATFORM_DRIFT,
@@ -214,7 +217,7 @@ def forgotten(good: LastKnownGood, *, at: float) -> RolloutRecord:
 def _watched(state: Rollout, snapshot: Snapshot, *, rule: RolloutRule, slo: Slo) -> Drift:
     """Windows of a test are left out, and those of a load that is on its way."""
     if state.is_testing or state.regimes.elsewhere is not None or snapshot.knobs is None:
-        return replace(state.drift, seen=())
+        return state.drift
     return watch(
         state.drift,
         snapshot,
@@ -229,15 +232,19 @@ def _may_switch(controls: Controls) -> bool:
     return controls.mode is TunerMode.AUTO and not controls.frozen and not controls.killed
 
 
-def free_of(values: Values, controls: Controls, *, knobs: Knobs) -> dict[str, KnobValue]:
-    """What differs from ``knobs`` of what is not pinned; nothing if it does not fit them."""
+def free_of(
+    values: Values, controls: Controls, *, knobs: Knobs, rule: RolloutRule
+) -> dict[str, KnobValue]:
+    """What differs from ``knobs`` of what is not pinned; nothing if it does not fit them, or memory
+    has no room for its chunks."""
     free = {
         name: value
         for name, value in values.items()
         if name not in controls.pins and value != getattr(knobs, name)
     }
     try:
-        knobs.with_values(free)
+        chunk = knobs.with_values(free).prefill_chunk
     except InputError:
         return {}
-    return free
+    most = rule.max_prefill_chunk
+    return free if most is None or chunk <= max(most, knobs.prefill_chunk) else {}

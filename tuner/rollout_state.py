@@ -24,6 +24,7 @@ from sparsed.core import (
 from sparsed.tuner.drift import Drift
 from sparsed.tuner.regimes import Regimes
 from sparsed.tuner.schedule import Slot
+from sparsed.tuner.targets import NOTHING, Guards, Recall, guard_targets
 
 DWELL_S: Final = 600.0
 
@@ -41,7 +42,8 @@ class RolloutRule:
     ``max_explored_frac``: of the busy time; ``slo_budget_frac``: of the windows of about the last
     ``slo_horizon_s`` that may break a target. ``hbm_soft_frac``: of the memory of the GPU.
     ``max_queue_growth``: waiting requests more than when the candidate's turn began. ``dwell_s``:
-    of a load, before it is another regime.
+    of a load, before it is another regime. ``max_prefill_chunk``: what memory has room for, None:
+    any chunk.
     """
 
     acceptance: AcceptanceRule = field(
@@ -70,6 +72,7 @@ class RolloutRule:
     hbm_soft_frac: float = 0.97
     max_queue_growth: int = 16
     dwell_s: float = DWELL_S
+    max_prefill_chunk: int | None = None
 
     @property
     def watch_s(self) -> float:
@@ -82,12 +85,13 @@ class RolloutRule:
                 raise InputError(f"{name} is not above 0; give a number above 0", field=name)
 
 
-def live_rule(slo: Slo, *, dwell_s: float = DWELL_S) -> RolloutRule:
-    """The rule of a daemon with these targets: latency within its target is no loss, as in the
-    test of ``sparsed tune``; without a target any loss of it counts."""
-    given = {Guard.TTFT: slo.ttft_s, Guard.TPOT: slo.tpot_s}
-    targets = {guard: target for guard, target in given.items() if target is not None}
-    rule = RolloutRule(dwell_s=dwell_s)
+def live_rule(
+    slo: Slo, *, dwell_s: float = DWELL_S, max_prefill_chunk: int | None = None
+) -> RolloutRule:
+    """The rule of a daemon with these targets: latency within its target, and recall over its
+    floor, are no loss, as in the test of ``sparsed tune``; without a target any loss counts."""
+    targets = guard_targets(slo)
+    rule = RolloutRule(dwell_s=dwell_s, max_prefill_chunk=max_prefill_chunk)
     return replace(
         rule,
         acceptance=replace(rule.acceptance, targets=targets),
@@ -116,9 +120,9 @@ class Phase(StrEnum):
 class Candidate:
     """``turn``: which slot of the paired test runs; ``turn_s``: seconds of it, from the first
     window in which its knobs were in force, None before. ``good_before`` and ``regime_before``:
-    what probation falls back to, the latter None where no regime was known. ``is_armed``: the
-    targets were met before, so that a breach is its fault. ``repairs``: they were missed for good
-    when its test began. ``profile``: as in ``RolloutRecord``."""
+    what probation falls back to, the latter None where no regime was known. ``excused``:
+    targets that were missed before it, and have not been met since. ``repairs``: those that were
+    missed for good when its test began. ``profile``: as in ``RolloutRecord``."""
 
     phase: Phase
     config_from: Values
@@ -139,9 +143,9 @@ class Candidate:
     regime_id: int | None = None
     regime_before: Regime | None = None
     foreign_s: float = 0.0  # of this turn, under another load
-    is_armed: bool = True
+    excused: Guards = NOTHING
     profile: str = ""
-    repairs: bool = False
+    repairs: Guards = NOTHING
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -163,11 +167,14 @@ class Rollout:
     num_failed: int = 0
     busy_s: float = 0.0
     explored_s: float = 0.0
-    # Decaying seconds of windows: all, busy ones, those that tell of targets, and that broke one.
+    recall: Recall = field(default_factory=Recall)  # under the knobs in force
+    # Decaying seconds of windows: all, busy ones, those that missed any target, and for each target
+    # those that tell of it, and that missed it.
     recent_s: float = 0.0
     recent_busy_s: float = 0.0
-    recent_told_s: float = 0.0
     recent_broken_s: float = 0.0
+    recent_told_s: Mapping[Guard, float] = field(default_factory=dict)
+    recent_missed_s: Mapping[Guard, float] = field(default_factory=dict)
     cooldown_s: float = 0.0
     cool_at: float = 0.0
     failed: tuple[tuple[RolloutRecord, float], ...] = ()

@@ -15,6 +15,7 @@ from sparsed.core import (
     InputError,
     Knobs,
     KnobValue,
+    Slo,
     SparseMethod,
     Workload,
 )
@@ -187,15 +188,30 @@ def _in_blocks(num_tokens: int) -> int:
     return -(-num_tokens // BLOCK_TOKENS) * BLOCK_TOKENS
 
 
-def live_space(current: Knobs) -> SearchSpace:
-    """Hot knobs only; a hot budget on auto is left to its closed form, and a watermark of 0 is
-    left alone."""
-    auto = {"hbm_budget"} if current.hbm_budget is None else set()
+def live_space(current: Knobs, *, slo: Slo, max_prefill_chunk: int | None = None) -> SearchSpace:
+    """Hot knobs only; a hot budget on auto is left to its closed form, a watermark of 0 is left
+    alone, and so is the token budget where no floor of recall says what may be lost.
+    ``max_prefill_chunk``: what memory has room for, None: any chunk."""
+    fixed = set(RESTART_KNOBS)
+    if current.hbm_budget is None:
+        fixed.add("hbm_budget")
+    if slo.min_recall is None:
+        fixed.add("token_budget")
     hbm_budget = current.hbm_budget or current.token_budget
-    space = build_space(current, auto_hbm_budget=hbm_budget, fixed=RESTART_KNOBS | auto)
+    space = build_space(current, auto_hbm_budget=hbm_budget, fixed=fixed)
+    if max_prefill_chunk is not None:
+        most = max(max_prefill_chunk, current.prefill_chunk)
+        space = replace(space, ladders=tuple(_cut(one, most) for one in space.ladders))
     if not current.residency_watermark:
         return space
     return replace(space, ladders=(*space.ladders, _watermark(current)))
+
+
+def _cut(ladder: Ladder, most: int) -> Ladder:
+    """``ladder`` up to ``most``, if it is that of chunks."""
+    if ladder.name != "prefill_chunk":
+        return ladder
+    return replace(ladder, rungs=tuple(rung for rung in ladder.rungs if rung <= most))
 
 
 def _within_reach(ladder: Ladder, *, default: Knobs, workload: Workload) -> Ladder:

@@ -94,6 +94,11 @@ class Trials:
             self._running.clear()
             raise
 
+    @property
+    def first_sound(self) -> int:
+        """The first device that has not been given up; the first of all where every one has."""
+        return self._sound_places()[0]
+
     def _sound_places(self) -> list[int]:
         """All of them where none is."""
         every = range(len(self._faults))

@@ -16,7 +16,7 @@ from sparsed.core import (
     TrialStatus,
 )
 from sparsed.tuner.rollout_state import Candidate, RolloutRule
-from sparsed.tuner.targets import breaks_target, misses_targets
+from sparsed.tuner.targets import has_selected, is_low, is_mostly_late, mean_recall, missed, told
 
 MAX_BREACHES = 2  # windows of the profiler in a row
 CUSUM_SLACK = 0.5  # deviations that count as nothing
@@ -40,18 +40,25 @@ def trip(candidate: Candidate, snapshot: Snapshot, rule: RolloutRule) -> Rollout
     return RolloutReason.HBM_OVER_LIMIT if is_over_hbm(snapshot, rule) else None
 
 
-def count(candidate: Candidate, snapshot: Snapshot, *, failures: int, slo: Slo) -> Candidate:
+def count(
+    candidate: Candidate, snapshot: Snapshot, *, failures: int, slo: Slo, recall: float | None
+) -> Candidate:
     """``candidate`` after one more window, and requests that failed since the one before.
+    ``recall``: the mean of the samples since its knobs are in force, None of too few.
 
-    Targets that were missed before it came into force are not its fault while they still are; those
+    A target that was missed before it came into force is not its fault while it still is; those
     that its test is to repair never are.
     """
-    is_broken = breaks_target(snapshot, slo)
-    is_armed = candidate.is_armed or not is_broken
-    is_fault = is_broken and is_armed and not candidate.repairs
-    breaches = candidate.breaches + 1 if is_fault else 0
-    failures += candidate.failures
-    candidate = replace(candidate, breaches=breaches, failures=failures, is_armed=is_armed)
+    misses = missed(snapshot, slo, recall=recall)
+    met = told(snapshot, slo, recall=recall) - misses
+    excused = candidate.excused - met
+    is_fault = bool(misses - excused - candidate.repairs)
+    candidate = replace(
+        candidate,
+        breaches=candidate.breaches + 1 if is_fault else 0,
+        failures=candidate.failures + failures,
+        excused=excused,
+    )
     if candidate.turn_s is None:  # the knobs came into force within this window
         return replace(candidate, turn_s=0.0, turn_waiting=snapshot.num_waiting)
     return replace(
@@ -61,30 +68,42 @@ def count(candidate: Candidate, snapshot: Snapshot, *, failures: int, slo: Slo) 
     )
 
 
-def figures(seen: Sequence[Snapshot], *, failures: int) -> dict[str, float | None]:
+def figures(
+    seen: Sequence[Snapshot], *, failures: int, needs_recall: bool = False
+) -> dict[str, float | None]:
     """Figures of a paired window, of the seconds in it: those that ``AcceptanceRule`` names.
 
-    Quality is 1 where nothing was selected, so every token was read.
+    Quality is 1 where nothing was selected, so every token was read. ``needs_recall``: there it is
+    unknown, for what runs reads less than what ran before, and some of it must be measured.
     """
-    recalls = [item.attention_recall for item in seen]
-    has_selected = any(item.hot_hit_frac is not None for item in seen)
+    reads_all = not needs_recall and not has_selected(seen)
     finished = sum(item.requests_finished for item in seen)
     seconds = sum(item.window_s for item in seen)
     tokens = sum(item.generated_tokens_per_s * item.window_s for item in seen)
     ended = failures + finished
-    quality = middle(recalls)
+    quality = mean_recall(seen)
     return {
         "output_tokens_per_s": tokens / seconds if seconds else None,
         Guard.TTFT.value: middle([item.ttft_p95_s for item in seen]),
         Guard.TPOT.value: middle([item.tpot_p95_s for item in seen]),
         Guard.ERRORS.value: failures / ended if ended else None,
-        Guard.QUALITY.value: 1.0 if quality is None and not has_selected else quality,
+        Guard.QUALITY.value: 1.0 if quality is None and reads_all else quality,
     }
 
 
+def reads_less(candidate: Candidate) -> bool:
+    """Whether it selects fewer tokens than what ran before."""
+    values = (of.get("token_budget") for of in (candidate.config_to, candidate.config_from))
+    now, before = (value if isinstance(value, int) else None for value in values)
+    return now is not None and before is not None and now < before
+
+
 def status_of(seen: Sequence[Snapshot], slo: Slo) -> TrialStatus:
-    """A window is broken where most of its seconds that tell of a target miss it."""
-    return TrialStatus.SLO_BROKEN if misses_targets(seen, slo) else TrialStatus.OK
+    """A window is broken where most of its seconds that tell of a latency miss their target, or
+    where the mean of its samples of recall is under the floor."""
+    if is_mostly_late(seen, slo):
+        return TrialStatus.SLO_BROKEN
+    return TrialStatus.RECALL_BROKEN if is_low(mean_recall(seen), slo) else TrialStatus.OK
 
 
 def middle(values: Sequence[float | None]) -> float | None:

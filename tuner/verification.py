@@ -22,6 +22,7 @@ from sparsed.tuner.acceptance import WITHOUT_FIGURES, decide, worst_of
 from sparsed.tuner.benches import Measure
 from sparsed.tuner.objective import METRICS, OutOfTime, TrialFailed, judge, window_metrics
 from sparsed.tuner.schedule import paired_slots, ranking_slots
+from sparsed.tuner.targets import guard_targets
 
 NUM_ROUNDS: Final = 5
 NUM_CANDIDATES: Final = 3
@@ -42,12 +43,12 @@ class Comparison:
 def offline_rule(*, objective: Objective, slo: Slo) -> AcceptanceRule:
     """Guards are the targets that were given, errors, and quality where no floor was given: a
     floor says what may be lost of it, and a target what latency is good enough."""
-    given = {Guard.TTFT: slo.ttft_s, Guard.TPOT: slo.tpot_s}
-    targets = {guard: target for guard, target in given.items() if target is not None}
+    targets = guard_targets(slo)
+    times = [guard for guard in targets if guard is not Guard.QUALITY]
     quality = (Guard.QUALITY,) if slo.min_recall is None else ()
     return AcceptanceRule(
         metric=METRICS[objective],
-        guards=(*targets, Guard.ERRORS, *quality),
+        guards=(*times, Guard.ERRORS, *quality),
         targets=targets,
         num_rounds=NUM_ROUNDS,
     )

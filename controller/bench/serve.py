@@ -102,11 +102,13 @@ class _Preparation:
         return self._prepared(number, item, tokens=self._prompts.tokens(f"{number}", item))
 
     def warm_up(self, number: int, item: WorkloadRequest) -> PreparedRequest:
-        """Of the same size, at once, and with nothing that a prefix cache could use later."""
+        """Of the same size, at once, and with nothing that a prefix cache could use later. Each has
+        the largest id that a run may send: a model that does not know it refuses every one."""
         alone = PromptMaker(
             ids=TokenIds.below(self._options.vocab_size), seed=self._options.plan.options.seed
         )
         tokens = alone.tokens(f"warm-up {number}", replace(item, block_ids=()))
+        tokens[-1] = self._options.vocab_size - 1
         return self._prepared(number, replace(item, arrival_s=0.0), tokens=tokens)
 
     def _prepared(

@@ -145,7 +145,8 @@ def serve(
             metavar="N",
             min=0,
             rich_help_panel=LOAD,
-            help="Requests sent together before the measured ones.",
+            help="Requests sent together before the measured ones; a run whose token ids the model "
+            "does not know ends with them. 0: none, and nothing is found out.",
         ),
     ] = 1,
     timeout_s: Annotated[

@@ -23,7 +23,7 @@ from sparsed.core import ExitCode, StartError
 
 if TYPE_CHECKING:
     from sparsed.controller.control import DaemonStatus
-    from sparsed.core import CopyTotal, EngineStats, HbmUse, LinkProbe, Snapshot
+    from sparsed.core import CopyTotal, EngineStats, HbmUse, LinkProbe, Slo, Snapshot
 
 POLL_S = 0.2
 
@@ -103,6 +103,7 @@ def _lines(now: DaemonStatus) -> Iterator[tuple[str, object]]:
     if now.facts and now.facts.selection_trace:
         yield "selections", f"replayed from {now.facts.selection_trace}"
     yield "tuner", now.tuner_mode.value
+    yield "targets", targets_in_words(now.slo)
     if not now.knobs.is_profiled:
         yield "profiler", "off: what follows is as it was last reported"
     yield "engine restarts", now.engine_restarts
@@ -122,6 +123,21 @@ def _lines(now: DaemonStatus) -> Iterator[tuple[str, object]]:
         yield from _traffic_lines(now.snapshot)
         if now.facts:
             yield "link in use H2D / D2H", _link_shares(now.snapshot, now.facts.link)
+
+
+def targets_in_words(slo: Slo) -> str:
+    """As they were given to the start."""
+    given = (
+        ("TTFT", slo.ttft_s, 1e3, " ms"),
+        ("TPOT", slo.tpot_s, 1e3, " ms"),
+        ("attention recall", slo.min_recall, 1.0, ""),
+    )
+    shown = [
+        f"{name} {factor * target:g}{unit}"
+        for name, target, factor, unit in given
+        if target is not None
+    ]
+    return ", ".join(shown) or "none"
 
 
 def _tier_lines(stats: EngineStats) -> Iterator[tuple[str, object]]:

@@ -96,12 +96,24 @@ MODEL_FLAGS = (
     _option("tensor_parallel_size", "N", "GPUs of one model; only 1 is supported"),
     _option("slo_ttft_ms", "MS", "Target of the time to the first token, milliseconds"),
     _option("slo_tpot_ms", "MS", "Target of the time per further token, milliseconds"),
+    _option(
+        "min_recall",
+        "SHARE",
+        "Floor of attention recall, mean of the samples, a target like those of times; without one "
+        "the live tuner leaves token_budget alone",
+    ),
 )
 DEVICES_FLAG = _option(
     "device",
     "DEVICES",
     "auto, cpu, cuda or cuda:N; or a list of GPUs of one kind, as cuda:0,cuda:1, each with trials "
     "of its own",
+)
+WINNER_RECALL_FLAG = _option(
+    "min_recall",
+    "SHARE",
+    "Attention recall that a winner must keep. Default: 3 % below the default's, and the acceptance "
+    "test must show that no more is lost",
 )
 SERVING_FLAGS = (
     _option("served_model_name", "NAME", "Name of the model in the HTTP interface"),
@@ -123,7 +135,7 @@ SERVING_FLAGS = (
     _option(
         "recall_floor",
         "SHARE",
-        "Attention recall under which a request reads more, then everything; 0 turns that off",
+        "Attention recall under which a single request reads more, then everything; 0 turns that off",
     ),
     _option(
         "no_profile", "", "Ignore stored profiles, and what the live tuner proved", is_switch=True

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
@@ -35,6 +35,10 @@ CLASS_WORDS: Final = {
     KnobClass.RESTART: "at the next start",
 }
 
+NO_FLOOR: Final = (
+    "leaves it alone: nothing says how much recall may be lost; start with --min-recall SHARE"
+)
+
 app = typer.Typer(help="Read and change settings of the running daemon.", no_args_is_help=True)
 
 
@@ -61,10 +65,13 @@ def explain(
         raise typer.BadParameter(f"unknown knob {name!r}; known: {', '.join(KNOB_GUIDES)}")
     with connect(state_dir) as client:
         states = {state.spec.name: state for state in client.list_knobs()}
+        floor, pins = client.status().slo.min_recall, client.tuner().pins
     if output is Output.JSON:
         print_json({"knob": states[name], "guide": KNOB_GUIDES[name]})
     else:
-        print_table((name, ""), _explanation(states[name], KNOB_GUIDES[name]))
+        print_table(
+            (name, ""), _explanation(states[name], KNOB_GUIDES[name], live=_live_words(floor, pins))
+        )
 
 
 @app.command("set")
@@ -101,7 +108,7 @@ def reset(
     _report(states, names=names, output=output)
 
 
-def _explanation(state: KnobState, guide: KnobGuide) -> Iterator[tuple[str, object]]:
+def _explanation(state: KnobState, guide: KnobGuide, *, live: str) -> Iterator[tuple[str, object]]:
     spec = state.spec
     fixed = spec.default is not None
     yield "what it is", spec.help
@@ -112,12 +119,23 @@ def _explanation(state: KnobState, guide: KnobGuide) -> Iterator[tuple[str, obje
     yield "default", spec.default if fixed else "auto" if spec.auto else "from the machine"
     yield "allowed", spec.allowed.removeprefix("allowed: ")
     yield "changes", CLASS_WORDS[spec.klass]
+    if spec.name == "token_budget":
+        yield "live tuner", live
     yield "rises with it", guide.rises
     yield "falls with it", guide.falls
     yield "bounded by", guide.bounded_by
     for move in guide.moves:
         waits = f", requests wait for {move.limit.value}" if move.limit else ""
         yield f"{'raise' if move.up else 'lower'} it if {move.bound.value}{waits}", move.why
+
+
+def _live_words(floor: float | None, pins: Collection[str]) -> str:
+    """What the live tuner may do with the token budget, and why."""
+    if floor is None:
+        return NO_FLOOR
+    if "token_budget" in pins:
+        return "leaves it alone: it is pinned, or was given to this start"
+    return f"may change it, with attention recall at {floor:g} or more"
 
 
 def _assignment(text: str) -> tuple[str, KnobValue]:

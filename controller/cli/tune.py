@@ -8,14 +8,19 @@ from typing import Annotated
 
 import typer
 
-from sparsed.controller.cli.flags import DEVICES_FLAG, MODEL_FLAGS, TRIAL_FLAGS, takes
+from sparsed.controller.cli.flags import (
+    DEVICES_FLAG,
+    MODEL_FLAGS,
+    TRIAL_FLAGS,
+    WINNER_RECALL_FLAG,
+    takes,
+)
 from sparsed.controller.cli.start import ConfigOption, one_model
 from sparsed.controller.config import load_config
 from sparsed.core import InputError, Objective, SearchMethod
 
-TUNED_MODEL_FLAGS = tuple(
-    DEVICES_FLAG if flag.name == DEVICES_FLAG.name else flag for flag in MODEL_FLAGS
-)
+OWN_FLAGS = {flag.name: flag for flag in (DEVICES_FLAG, WINNER_RECALL_FLAG)}
+TUNED_MODEL_FLAGS = tuple(OWN_FLAGS.get(flag.name, flag) for flag in MODEL_FLAGS)
 
 
 @takes(*TUNED_MODEL_FLAGS, *TRIAL_FLAGS)
@@ -73,16 +78,6 @@ def tune(
             "Default: 6 on a CPU, 30 on a GPU.",
         ),
     ] = None,
-    min_recall: Annotated[
-        float | None,
-        typer.Option(
-            metavar="FRAC",
-            min=0,
-            max=1,
-            help="Attention recall that a winner must keep. Default: 3 % below the default's, and "
-            "the acceptance test must show that no more is lost.",
-        ),
-    ] = None,
     max_seconds: Annotated[
         float | None,
         typer.Option(
@@ -125,8 +120,8 @@ def tune(
     --no-profile says otherwise. Owns the machine while it runs. Knobs given as flags are fixed;
     Ctrl-C keeps what was measured.
     With several GPUs of one kind, as --device cuda:0,cuda:1, each has an engine of its own and takes
-    a trial whenever it is free; the host's memory is divided among them. The default, and all that
-    follows the search, run on the first one alone.
+    a trial whenever it is free; the host's memory is divided among them. The default runs on
+    the first one alone, and all that follows the search on the first one that still works.
     What the search recommends, the next best (three in all) and the default are measured again in
     five other arrival orders; the one whose worst run is the best is then tested against the
     default, in 32 pairs of windows.
@@ -147,7 +142,6 @@ def tune(
         objective=objective,
         method=method,
         trial_s=trial_seconds,
-        min_recall=min_recall,
         max_s=max_seconds,
         export=export,
         output_dir=output_dir,

@@ -13,7 +13,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
 from sparsed.controller.ledger import Unavailable
-from sparsed.core import InputError
+from sparsed.core import InputError, RefusalReason
 
 ERROR_TYPES: Mapping[int, str] = {
     400: "BadRequestError",
@@ -35,6 +35,11 @@ class GenerationError(Exception):
 
 class ModelNotFoundError(InputError):
     """The body names a model that is not served."""
+
+
+class TextTooLongError(InputError):
+    """A text has more characters than all tokens that the model takes: it is not tokenized, and
+    counts as a request that was too long."""
 
 
 def error_body(message: str, *, status: int, param: str | None = None) -> dict[str, object]:
@@ -98,6 +103,8 @@ def install_handlers(app: FastAPI) -> None:
 
 
 async def _on_error(request: Request, error: Exception) -> Response:
+    if isinstance(error, TextTooLongError):
+        request.app.state.context.ledger.refuse(RefusalReason.TOO_LONG)
     headers = dict(getattr(error, "headers", None) or {})
     if isinstance(error, Unavailable):
         headers["Retry-After"] = str(math.ceil(error.retry_after_s))

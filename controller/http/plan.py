@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sparsed.controller.http.context import HttpContext
+from sparsed.controller.http.errors import TextTooLongError
 from sparsed.controller.http.generation import ChoicePlan, TextRules
 from sparsed.controller.http.protocol import ChatBody, GenerationBody, TokenizeBody
 from sparsed.controller.http.sampling import (
@@ -74,20 +75,24 @@ def _check_count(body: GenerationBody, num_prompts: int, *, context: HttpContext
     )
 
 
-def encode_text(
-    text: str, *, field: str, add_special_tokens: bool, context: HttpContext
-) -> tuple[int, ...]:
-    """Token ids of a prompt; InputError if there is none, or one the model does not know.
-
-    A text that is too long whatever its tokens is not tokenized: that would take gigabytes.
-    """
+def check_length(text: str, *, field: str, context: HttpContext) -> None:
+    """TextTooLongError for a text that is too long whatever its tokens: to tokenize it would take
+    gigabytes."""
     most = context.max_model_len * context.tokenizer.longest_token_chars
     if len(text) > most:
-        raise InputError(
+        raise TextTooLongError(
             f"{field} has {len(text)} characters, which cannot be fewer than the model's "
             f"{context.max_model_len} tokens; shorten it",
             field=field,
         )
+
+
+def encode_text(
+    text: str, *, field: str, add_special_tokens: bool, context: HttpContext
+) -> tuple[int, ...]:
+    """Token ids of a prompt; InputError if there is none, or one the model does not know, or as
+    ``check_length``."""
+    check_length(text, field=field, context=context)
     try:
         token_ids = context.tokenizer.encode(text, add_special_tokens=add_special_tokens)
     except InputError as error:

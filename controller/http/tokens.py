@@ -10,7 +10,7 @@ from fastapi import APIRouter, Depends
 from sparsed.controller.http.bodies import body_of
 from sparsed.controller.http.context import Context, HttpContext
 from sparsed.controller.http.logprobs import token_text
-from sparsed.controller.http.plan import encode_chat
+from sparsed.controller.http.plan import check_length, encode_chat
 from sparsed.controller.http.protocol import DetokenizeBody, TokenizeBody
 from sparsed.controller.http.sampling import check_model, check_token_ids
 
@@ -47,5 +47,6 @@ async def detokenize(body: CheckedDetokenizeBody, context: Context) -> dict[str,
 def _encode(body: TokenizeBody, *, context: HttpContext) -> list[int]:
     if body.prompt is None:
         return list(encode_chat(body, context=context))
+    check_length(body.prompt, field="prompt", context=context)
     special = True if body.add_special_tokens is None else body.add_special_tokens
     return context.tokenizer.encode(body.prompt, add_special_tokens=special)

@@ -733,7 +733,7 @@ class HbmUse(_message.Message):
     def __init__(self, weights_bytes: _Optional[int] = ..., hot_pages_bytes: _Optional[int] = ..., summaries_bytes: _Optional[int] = ..., tables_bytes: _Optional[int] = ..., staging_bytes: _Optional[int] = ..., prefill_buffer_bytes: _Optional[int] = ..., rest_bytes: _Optional[int] = ..., others_bytes: _Optional[int] = ..., free_bytes: _Optional[int] = ..., peak_bytes: _Optional[int] = ...) -> None: ...
 
 class Snapshot(_message.Message):
-    __slots__ = ("ended_at", "window_s", "steps", "step_p50_s", "step_p95_s", "step_p99_s", "prompt_tokens_per_s", "generated_tokens_per_s", "hot_hit_frac", "miss_bytes_per_step", "h2d_bytes", "d2h_bytes", "h2d_gb_per_s", "d2h_gb_per_s", "attention_recall", "num_running", "num_waiting", "hot_used_frac", "dram_used_frac", "requests_finished", "ttft_p50_s", "ttft_p95_s", "tpot_p50_s", "tpot_p95_s", "host", "knobs", "misses_per_step", "working_set_pages", "working_set_bytes", "metadata_bytes", "step_s", "selected_pages_per_step", "exposed_s_per_step", "waiting", "hbm", "context")
+    __slots__ = ("ended_at", "window_s", "steps", "step_p50_s", "step_p95_s", "step_p99_s", "prompt_tokens_per_s", "generated_tokens_per_s", "hot_hit_frac", "miss_bytes_per_step", "h2d_bytes", "d2h_bytes", "h2d_gb_per_s", "d2h_gb_per_s", "attention_recall", "num_running", "num_waiting", "hot_used_frac", "dram_used_frac", "requests_finished", "ttft_p50_s", "ttft_p95_s", "tpot_p50_s", "tpot_p95_s", "host", "knobs", "misses_per_step", "working_set_pages", "working_set_bytes", "metadata_bytes", "step_s", "selected_pages_per_step", "exposed_s_per_step", "waiting", "hbm", "context", "recall_samples")
     ENDED_AT_FIELD_NUMBER: _ClassVar[int]
     WINDOW_S_FIELD_NUMBER: _ClassVar[int]
     STEPS_FIELD_NUMBER: _ClassVar[int]
@@ -770,6 +770,7 @@ class Snapshot(_message.Message):
     WAITING_FIELD_NUMBER: _ClassVar[int]
     HBM_FIELD_NUMBER: _ClassVar[int]
     CONTEXT_FIELD_NUMBER: _ClassVar[int]
+    RECALL_SAMPLES_FIELD_NUMBER: _ClassVar[int]
     ended_at: float
     window_s: float
     steps: int
@@ -806,10 +807,21 @@ class Snapshot(_message.Message):
     waiting: _containers.RepeatedCompositeFieldContainer[WaitCount]
     hbm: HbmUse
     context: WorkloadContext
-    def __init__(self, ended_at: _Optional[float] = ..., window_s: _Optional[float] = ..., steps: _Optional[int] = ..., step_p50_s: _Optional[float] = ..., step_p95_s: _Optional[float] = ..., step_p99_s: _Optional[float] = ..., prompt_tokens_per_s: _Optional[float] = ..., generated_tokens_per_s: _Optional[float] = ..., hot_hit_frac: _Optional[float] = ..., miss_bytes_per_step: _Optional[float] = ..., h2d_bytes: _Optional[int] = ..., d2h_bytes: _Optional[int] = ..., h2d_gb_per_s: _Optional[float] = ..., d2h_gb_per_s: _Optional[float] = ..., attention_recall: _Optional[float] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., hot_used_frac: _Optional[float] = ..., dram_used_frac: _Optional[float] = ..., requests_finished: _Optional[int] = ..., ttft_p50_s: _Optional[float] = ..., ttft_p95_s: _Optional[float] = ..., tpot_p50_s: _Optional[float] = ..., tpot_p95_s: _Optional[float] = ..., host: _Optional[_Union[HostGauges, _Mapping]] = ..., knobs: _Optional[_Union[Knobs, _Mapping]] = ..., misses_per_step: _Optional[float] = ..., working_set_pages: _Optional[int] = ..., working_set_bytes: _Optional[int] = ..., metadata_bytes: _Optional[int] = ..., step_s: _Optional[float] = ..., selected_pages_per_step: _Optional[float] = ..., exposed_s_per_step: _Optional[float] = ..., waiting: _Optional[_Iterable[_Union[WaitCount, _Mapping]]] = ..., hbm: _Optional[_Union[HbmUse, _Mapping]] = ..., context: _Optional[_Union[WorkloadContext, _Mapping]] = ...) -> None: ...
+    recall_samples: int
+    def __init__(self, ended_at: _Optional[float] = ..., window_s: _Optional[float] = ..., steps: _Optional[int] = ..., step_p50_s: _Optional[float] = ..., step_p95_s: _Optional[float] = ..., step_p99_s: _Optional[float] = ..., prompt_tokens_per_s: _Optional[float] = ..., generated_tokens_per_s: _Optional[float] = ..., hot_hit_frac: _Optional[float] = ..., miss_bytes_per_step: _Optional[float] = ..., h2d_bytes: _Optional[int] = ..., d2h_bytes: _Optional[int] = ..., h2d_gb_per_s: _Optional[float] = ..., d2h_gb_per_s: _Optional[float] = ..., attention_recall: _Optional[float] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., hot_used_frac: _Optional[float] = ..., dram_used_frac: _Optional[float] = ..., requests_finished: _Optional[int] = ..., ttft_p50_s: _Optional[float] = ..., ttft_p95_s: _Optional[float] = ..., tpot_p50_s: _Optional[float] = ..., tpot_p95_s: _Optional[float] = ..., host: _Optional[_Union[HostGauges, _Mapping]] = ..., knobs: _Optional[_Union[Knobs, _Mapping]] = ..., misses_per_step: _Optional[float] = ..., working_set_pages: _Optional[int] = ..., working_set_bytes: _Optional[int] = ..., metadata_bytes: _Optional[int] = ..., step_s: _Optional[float] = ..., selected_pages_per_step: _Optional[float] = ..., exposed_s_per_step: _Optional[float] = ..., waiting: _Optional[_Iterable[_Union[WaitCount, _Mapping]]] = ..., hbm: _Optional[_Union[HbmUse, _Mapping]] = ..., context: _Optional[_Union[WorkloadContext, _Mapping]] = ..., recall_samples: _Optional[int] = ...) -> None: ...
+
+class Slo(_message.Message):
+    __slots__ = ("ttft_s", "tpot_s", "min_recall")
+    TTFT_S_FIELD_NUMBER: _ClassVar[int]
+    TPOT_S_FIELD_NUMBER: _ClassVar[int]
+    MIN_RECALL_FIELD_NUMBER: _ClassVar[int]
+    ttft_s: float
+    tpot_s: float
+    min_recall: float
+    def __init__(self, ttft_s: _Optional[float] = ..., tpot_s: _Optional[float] = ..., min_recall: _Optional[float] = ...) -> None: ...
 
 class DaemonStatus(_message.Message):
-    __slots__ = ("state", "reasons", "version", "pid", "uptime_s", "http_url", "model", "device", "dtype", "knobs", "plan", "profile", "engine_restarts", "requests_failed", "store_lost_writes", "tuner_mode", "facts", "stats", "snapshot")
+    __slots__ = ("state", "reasons", "version", "pid", "uptime_s", "http_url", "model", "device", "dtype", "knobs", "plan", "profile", "engine_restarts", "requests_failed", "store_lost_writes", "tuner_mode", "facts", "stats", "snapshot", "slo")
     STATE_FIELD_NUMBER: _ClassVar[int]
     REASONS_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -829,6 +841,7 @@ class DaemonStatus(_message.Message):
     FACTS_FIELD_NUMBER: _ClassVar[int]
     STATS_FIELD_NUMBER: _ClassVar[int]
     SNAPSHOT_FIELD_NUMBER: _ClassVar[int]
+    SLO_FIELD_NUMBER: _ClassVar[int]
     state: DaemonState
     reasons: _containers.RepeatedScalarFieldContainer[str]
     version: str
@@ -848,7 +861,8 @@ class DaemonStatus(_message.Message):
     facts: EngineFacts
     stats: EngineStats
     snapshot: Snapshot
-    def __init__(self, state: _Optional[_Union[DaemonState, str]] = ..., reasons: _Optional[_Iterable[str]] = ..., version: _Optional[str] = ..., pid: _Optional[int] = ..., uptime_s: _Optional[float] = ..., http_url: _Optional[str] = ..., model: _Optional[str] = ..., device: _Optional[str] = ..., dtype: _Optional[str] = ..., knobs: _Optional[_Union[Knobs, _Mapping]] = ..., plan: _Optional[_Union[MemoryPlan, _Mapping]] = ..., profile: _Optional[str] = ..., engine_restarts: _Optional[int] = ..., requests_failed: _Optional[int] = ..., store_lost_writes: _Optional[int] = ..., tuner_mode: _Optional[_Union[TunerMode, str]] = ..., facts: _Optional[_Union[EngineFacts, _Mapping]] = ..., stats: _Optional[_Union[EngineStats, _Mapping]] = ..., snapshot: _Optional[_Union[Snapshot, _Mapping]] = ...) -> None: ...
+    slo: Slo
+    def __init__(self, state: _Optional[_Union[DaemonState, str]] = ..., reasons: _Optional[_Iterable[str]] = ..., version: _Optional[str] = ..., pid: _Optional[int] = ..., uptime_s: _Optional[float] = ..., http_url: _Optional[str] = ..., model: _Optional[str] = ..., device: _Optional[str] = ..., dtype: _Optional[str] = ..., knobs: _Optional[_Union[Knobs, _Mapping]] = ..., plan: _Optional[_Union[MemoryPlan, _Mapping]] = ..., profile: _Optional[str] = ..., engine_restarts: _Optional[int] = ..., requests_failed: _Optional[int] = ..., store_lost_writes: _Optional[int] = ..., tuner_mode: _Optional[_Union[TunerMode, str]] = ..., facts: _Optional[_Union[EngineFacts, _Mapping]] = ..., stats: _Optional[_Union[EngineStats, _Mapping]] = ..., snapshot: _Optional[_Union[Snapshot, _Mapping]] = ..., slo: _Optional[_Union[Slo, _Mapping]] = ...) -> None: ...
 
 class Decision(_message.Message):
     __slots__ = ("made_at", "values", "reason", "predicted_score", "current_score")

@@ -556,9 +556,10 @@ class CalibrateLink:
 
 
 # Of a daemon: a measurement costs dense attention in one layer. Where steps are queued on a device
-# it also waits for it, and pages that are not hot cross the link.
+# it also waits for it, and pages that are not hot cross the link: seldom, unless there is a floor.
 RECALL_STRIDE = 32
 QUEUED_RECALL_STRIDE = 256
+WATCHED_RECALL_STRIDE = 64
 NO_RECALL = 1 << 30  # a stride for measurements, which a sample would be part of
 
 
@@ -1144,6 +1145,7 @@ class Snapshot:
     waiting: tuple[WaitCount, ...] = ()  # of the requests that wait at its end, the oldest ones
     hbm: HbmUse | None = None  # None: not on a GPU
     context: WorkloadContext | None = None  # of this window and those before it
+    recall_samples: int = 0  # that ``attention_recall`` is the mean of
 
 
 class Bound(StrEnum):
@@ -1440,7 +1442,7 @@ class TrialStatus(StrEnum):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Slo:
-    """Targets; None: no target. ``min_recall`` is the floor of attention recall."""
+    """Targets; None: no target. ``min_recall``: the floor of attention recall, mean of the samples."""
 
     ttft_s: float | None = None
     tpot_s: float | None = None
@@ -1577,8 +1579,8 @@ class AcceptanceRule:
 
     ``metric``: name of the figure that is to grow. ``num_rounds``: measurements of each
     candidate before the test; 0: there is one candidate. ``num_pairs`` is fixed beforehand,
-    fewer decide nothing. ``targets``: of guards; what is below its target counts as the target, so
-    only what is over it is lost. ``max_loss_frac``: by which a guard must be shown to be no worse;
+    fewer decide nothing. ``targets``: of guards; what is better than its target counts as the
+    target, so only what misses it is lost. ``max_loss_frac``: by which a guard must be shown to be no worse;
     ``max_error_frac``: the same for the share of requests that are answered. ``max_cv_frac``:
     noise of one window over which nothing is decided. ``needs_gain`` False: ``metric`` is one more
     guard, and need not grow. InputError if no result could pass.

@@ -18,8 +18,9 @@ from sparsed.controller.cli import start as start_verb
 from sparsed.controller.cli.detach import _wait_until_ready
 from sparsed.controller.cli.flags import KNOB_FLAGS, SERVING_FLAGS
 from sparsed.controller.cli.main import app, run
-from sparsed.controller.config import OPTION_NAMES, DaemonConfig
+from sparsed.controller.config import DaemonConfig
 from sparsed.controller.control import DaemonState, LoadState
+from sparsed.controller.options import OPTIONS
 from sparsed.controller.state_dir import StateLock
 from sparsed.core import (
     KNOB_GUIDES,
@@ -37,6 +38,7 @@ from sparsed.core import (
     RefusalCount,
     RefusalReason,
     Regime,
+    Slo,
     StartError,
     TunerMode,
     WaitCount,
@@ -90,7 +92,7 @@ def test_verbs_and_flags_are_the_golden_ones() -> None:
 
 
 def test_start_takes_every_option_and_knob() -> None:
-    names = [*OPTION_NAMES, *(spec.name for spec in KNOB_SPECS)]
+    names = [*OPTIONS, *(spec.name for spec in KNOB_SPECS)]
     flags = {f"sparsed start --{name.replace('_', '-')}" for name in names}
     assert flags <= surface()
 
@@ -135,6 +137,31 @@ def test_status_says_why_requests_wait(
         "low recall 2 budgets raised, 1 requests made dense",
     ):
         assert words in shown
+
+
+@pytest.mark.parametrize(
+    ("slo", "pins", "targets", "live"),
+    [
+        (Slo(), (), "none", "start with --min-recall"),
+        (Slo(tpot_s=0.05, min_recall=0.9), (), "TPOT 50 ms, attention recall 0.9", "may change"),
+        (Slo(min_recall=0.9), ("token_budget",), "attention recall 0.9", "it is pinned"),
+    ],
+)
+def test_targets_are_told(
+    sparsed: Sparsed,
+    daemon: Any,
+    capsys: pytest.CaptureFixture[str],
+    slo: Slo,
+    pins: tuple[str, ...],
+    targets: str,
+    live: str,
+) -> None:
+    daemon.control.now = replace(daemon.control.now, slo=slo)
+    daemon.control.pins.update(pins)
+    assert sparsed("status") == 0
+    assert targets in capsys.readouterr().out
+    assert sparsed("knobs", "explain", "token_budget") == 0
+    assert live in " ".join(capsys.readouterr().out.split())
 
 
 def test_status_tells_of_a_change_under_way(

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparsed.controller.config import OPTION_NAMES, DaemonConfig, load_config, write_pending
+from sparsed.controller.config import DaemonConfig, load_config, write_pending
 from sparsed.controller.control import KnobSource
+from sparsed.controller.options import OPTIONS
 from sparsed.core import KNOBS_BY_NAME, ExitCode, InputError
 
 
@@ -84,7 +85,10 @@ def test_a_wrong_value_in_a_file_is_found_though_a_flag_overrides_it(tmp_path: P
         ("no_profile = 'yes'", "no_profile", "true or false"),
         ("device = 'tpu'", "device", "auto, cpu, cuda, cuda:N"),
         ("dtype = 'int8'", "dtype", "bfloat16"),
+        ("device = 'cuda:0,cuda:1'", "device", "sparsed tune --device"),
         ("slo_ttft_ms = -1", "slo_ttft_ms", "0.001"),
+        ("min_recall = 1.5", "min_recall", "a number from 0 to 1"),
+        ("min_recall = '0.9'", "min_recall", "a number from 0 to 1"),
         ("tensor_parallel_size = 2", "tensor_parallel_size", "one daemon per GPU"),
         ("token_budget = '512'", "token_budget", "remove the quotes"),
         ("token_budget = -5", "token_budget", "256 to 8192"),
@@ -101,6 +105,19 @@ def test_a_bad_file_names_field_file_and_remedy(
     assert caught.value.field == field
     assert says in str(caught.value)
     assert "sparsed.toml" in str(caught.value)
+
+
+def test_the_floor_of_recall_is_a_target_from_every_source(tmp_path: Path) -> None:
+    assert load(tmp_path).slo.min_recall is None
+    assert load(tmp_path, text="min_recall = 0.9").slo.min_recall == 0.9
+    told = {"SPARSED_MIN_RECALL": "0.8"}
+    assert load(tmp_path, text="min_recall = 0.9", **told).slo.min_recall == 0.8
+    assert load(tmp_path, flags={"min_recall": "0.7"}, **told).slo.min_recall == 0.7
+
+
+def test_a_list_of_devices_is_refused_by_the_name_of_the_flag(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"SPARSED_DEVICE.*sparsed tune --device"):
+        load(tmp_path, SPARSED_DEVICE="cuda:0,cuda:1")
 
 
 def test_a_bad_flag_is_blamed_as_it_was_written(tmp_path: Path) -> None:
@@ -147,7 +164,7 @@ def test_the_key_is_not_shown() -> None:
     assert "secret" not in repr(config)
 
 
-@given(st.dictionaries(st.sampled_from((*OPTION_NAMES, *KNOBS_BY_NAME)), st.text(max_size=8)))
+@given(st.dictionaries(st.sampled_from((*OPTIONS, *KNOBS_BY_NAME)), st.text(max_size=8)))
 def test_any_text_is_taken_or_refused_with_its_name(flags: dict[str, object]) -> None:
     try:
         config = load_config(flags=flags, environment={"HOME": "/home/me"})

@@ -33,6 +33,18 @@ def find(states: tuple[KnobState, ...], name: str) -> KnobState:
     return state
 
 
+def test_a_chunk_that_memory_has_no_room_for_is_refused_whoever_asks() -> None:
+    sources = {spec.name: KnobSource.DEFAULT for spec in KNOB_SPECS}
+    board = KnobBoard(KNOBS, sources=sources, max_prefill_chunk=1024)
+    assert board.resolve({"prefill_chunk": 1024}).knobs.prefill_chunk == 1024
+    with pytest.raises(InputError, match="restart with --prefill-chunk 1025") as raised:
+        board.resolve({"prefill_chunk": 1025})
+    assert raised.value.field == "prefill_chunk"
+    with pytest.raises(InputError, match="chunks of 1024 tokens"):
+        board.ask(KNOBS.with_values({"prefill_chunk": 2048}))
+    assert board.wanted == KNOBS, "it was not asked for"
+
+
 def test_hot_values_are_for_now_and_others_wait(board: KnobBoard) -> None:
     change = board.resolve({"token_budget": 2048, "page_size": 16})
     assert change.knobs.token_budget == 2048

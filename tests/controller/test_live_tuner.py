@@ -18,6 +18,8 @@ from sparsed.core import (
     Decision,
     InputError,
     RolloutReason,
+    RolloutRecord,
+    RolloutState,
     TunerControls,
     TunerMode,
     UnprovedProfile,
@@ -61,13 +63,16 @@ def play(
         raise AssertionError(f"nothing was to be applied, but {values}")
 
     def run(
-        scenario: Callable[[LiveTuner], Awaitable[None]], *, unproved: UnprovedProfile | None = None
+        scenario: Callable[[LiveTuner], Awaitable[None]],
+        *,
+        unproved: UnprovedProfile | None = None,
+        floor: float | None = 0.5,
     ) -> None:
         async def live() -> None:
             tuner = LiveTuner(
                 store,
                 replace(plan, unproved=unproved),
-                config=configure(regime_dwell=20),
+                config=configure(regime_dwell=20, min_recall=floor),
                 apply=apply,
                 read_failures=lambda: 0,
                 read_facts=lambda: None,
@@ -143,6 +148,9 @@ def test_killed_it_stays_off_over_a_restart(
         assert configure().state_dir.tuner_kill_file.exists()
 
     async def again(tuner: LiveTuner) -> None:
+        tuner._advice._decisions.appendleft(ADVICE)
+        with pytest.raises(InputError, match=r"kill switch; first: sparsed tuner revive"):
+            await say(tuner, TunerVerb.APPROVE)
         assert tuner.state().mode is TunerMode.OFF and tuner.reasons() == ()
         with pytest.raises(InputError, match="tuner revive"):
             tuner.set_mode(TunerMode.AUTO)
@@ -159,6 +167,8 @@ def test_safe_mode_is_degraded_until_it_is_lifted(play: Play, store: InMemoryPro
     async def scenario(tuner: LiveTuner) -> None:
         assert tuner.state().safe_mode and tuner.state().mode is TunerMode.OFF
         assert "safe mode" in tuner.reasons()[0]
+        with pytest.raises(InputError, match="safe mode; first: sparsed tuner revive"):
+            await say(tuner, TunerVerb.APPROVE)
         await say(tuner, TunerVerb.REVIVE)
         assert tuner.reasons() == () and store.controls().safe_since is None
 
@@ -219,6 +229,42 @@ def test_in_advise_an_operator_proves_a_compatible_profile_or_rejects_it_for_goo
     assert verdict_on("profile #1 on torch 3", store.list_rollouts(key)) is None
 
 
+@pytest.mark.parametrize(
+    ("reasons", "is_degraded"),
+    [
+        ((), True),
+        ((RolloutReason.PROPOSED, RolloutReason.CANARY), True),
+        ((RolloutReason.COMMITTED,), False),
+        ((RolloutReason.COMMITTED, RolloutReason.PROBATION_PASSED), False),
+        ((RolloutReason.COMMITTED, RolloutReason.REGRESSED), True),
+        ((RolloutReason.NOT_BETTER,), True),
+    ],
+)
+def test_a_profile_of_another_platform_degrades_until_it_has_passed(
+    play: Play, reasons: tuple[RolloutReason, ...], is_degraded: bool
+) -> None:
+    reverted = (RolloutReason.REGRESSED, RolloutReason.NOT_BETTER)
+
+    async def scenario(tuner: LiveTuner) -> None:
+        tuner._plan = replace(tuner._plan, stale="profile #1 (torch 1 -> 2)")
+        for reason in reasons:
+            passed = reason is RolloutReason.PROBATION_PASSED
+            state = RolloutState.SUCCESS if passed else RolloutState.VERIFYING
+            record = RolloutRecord(
+                state=RolloutState.REVERTED if reason in reverted else state,
+                reason=reason,
+                config_from={},
+                config_to=UNPROVED.values,
+                initiated_by="auto",
+                at=1.0,
+                profile=UNPROVED.name,
+            )
+            tuner._rollout.records.appendleft(record)
+        assert bool(tuner.reasons()) is is_degraded
+
+    play(scenario, unproved=UNPROVED)
+
+
 def test_pinned_knobs_are_no_part_of_a_compatible_profile(play: Play) -> None:
     async def scenario(tuner: LiveTuner) -> None:
         await say(tuner, TunerVerb.PIN, "max_num_active_seqs")
@@ -226,3 +272,19 @@ def test_pinned_knobs_are_no_part_of_a_compatible_profile(play: Play) -> None:
         assert left is not None and left.values == {"token_budget": 512}
 
     play(scenario, unproved=UNPROVED)
+
+
+def test_without_a_floor_of_recall_the_token_budget_is_left_alone(play: Play) -> None:
+    async def scenario(tuner: LiveTuner) -> None:
+        assert "token_budget" in tuner.state().pins
+        left = tuner._read_unproved()
+        assert left is not None and left.values == {"max_num_active_seqs": 2}
+        tuner.set_mode(TunerMode.AUTO)
+        tuner._on_decision(ADVICE)
+        assert tuner.state().rollouts == ()
+
+    async def with_a_floor(tuner: LiveTuner) -> None:
+        assert "token_budget" not in tuner.state().pins
+
+    play(scenario, unproved=UNPROVED, floor=None)
+    play(with_a_floor)

@@ -21,6 +21,7 @@ from sparsed.core import (
     GIB,
     QUEUED_RECALL_STRIDE,
     RECALL_STRIDE,
+    WATCHED_RECALL_STRIDE,
     InputError,
     KnobValue,
     Objective,
@@ -76,12 +77,16 @@ def test_a_gpu_samples_recall_less_often(
     plan_start: PlanStart, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each sample there holds up the steps that are queued."""
-    assert plan_start(no_profile=True).spec.recall_stride == RECALL_STRIDE
+    on_cpu = plan_start(no_profile=True)
+    assert (on_cpu.spec.recall_stride, on_cpu.max_prefill_chunk) == (RECALL_STRIDE, None)
     machine = replace(startup.read_machine(), hbm_total_bytes=80 * GIB, hbm_free_bytes=70 * GIB)
     monkeypatch.setattr(startup, "find_device", lambda _asked: ("cuda:0", machine))
     monkeypatch.setattr(startup, "link_key", lambda _machine: None)
     plan = plan_start(no_profile=True, kv_dram_gib=0.1, dtype="bfloat16")
     assert plan.spec.recall_stride == QUEUED_RECALL_STRIDE > RECALL_STRIDE
+    watched = plan_start(no_profile=True, kv_dram_gib=0.1, dtype="bfloat16", min_recall=0.9)
+    assert watched.spec.recall_stride == WATCHED_RECALL_STRIDE < QUEUED_RECALL_STRIDE
+    assert plan.max_prefill_chunk is not None and plan.max_prefill_chunk > 2048
 
 
 def test_a_profile_fills_in_what_was_not_asked_for(plan_start: PlanStart) -> None:

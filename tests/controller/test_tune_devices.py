@@ -143,7 +143,7 @@ class ScriptedBench:
         self.began: SimpleQueue[int] = SimpleQueue()
         self.num_closed = 0
         self.num_cancelled = 0
-        self.error: Exception | None = None
+        self.error: BaseException | None = None
 
     async def measure(self, values: Any, *, order: int, **_others: Any) -> Measurement:
         self.began.put(order)
@@ -216,6 +216,17 @@ def test_all_windows_that_are_given_up_end_with_their_engines(pair: Any) -> None
     assert pool.next_end() == (1, MEASURED)
     pool.leave_only(1)
     assert (first.num_closed, second.num_closed) == (2, 1)
+
+
+def test_work_that_is_cancelled_from_within_is_told(pair: Any) -> None:
+    (first, _), threads = pair
+    pool = pool_of(threads)
+    first.error = asyncio.CancelledError()
+    first.gate.set()
+    pool.begin(0, {}, order=0)
+    place, failed = pool.next_end()
+    assert place == 0 and isinstance(failed, TrialFailed)
+    assert failed.status is TrialStatus.ENGINE_ERROR and "cuda:0" in str(failed)
 
 
 def test_the_end_of_time_is_told_once_the_engine_is_gone() -> None:

@@ -26,7 +26,7 @@ FAST = ServiceTimes(prompt_tokens_per_s=100_000.0, output_token_s=0.0001)
 SLOW = ServiceTimes(prompt_tokens_per_s=500.0, output_token_s=0.03)
 
 
-def row(timestamp: float = 0, input_length: int | str = 10, output_length: int = 5) -> str:
+def row(timestamp: float = 0, input_length: object = 10, output_length: object = 5) -> str:
     return json.dumps(
         {"timestamp": timestamp, "input_length": input_length, "output_length": output_length}
     )
@@ -55,6 +55,28 @@ def test_a_bad_line_is_named(tmp_path: Path, line: str) -> None:
     file.write_text(f"{row()}\n{line}\n{row()}\n")
     with pytest.raises(InputError, match="line 2 of the workload"):
         load_workload(str(file))
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("[1]", "line 1 of the trace: it is not a JSON object; write one with timestamp"),
+        ('{"timestamp": 0}', "input_length is missing; give tokens, 1 or more"),
+        (row(-1), "timestamp is -1; give milliseconds, 0 or more"),
+        (row(0, 0), "input_length is 0; give tokens"),
+        (row(0, 1, None), "output_length is null; give tokens"),
+        (row(0, True), "input_length is true; give tokens"),
+        (row(0, [1]), "input_length is a list; give tokens"),
+        (row(0, "x" * 999), 'input_length is "xxx'),
+        (row()[:-1] + ', "hash_ids": 5}', "hash_ids is no list of whole numbers; give one"),
+        (row()[:-1] + ', "hash_ids": [1, "2"]}', "hash_ids is no list of whole numbers"),
+    ],
+)
+def test_a_bad_line_names_its_field_and_the_remedy(line: str, says: str) -> None:
+    with pytest.raises(InputError) as caught:
+        parse_trace([line], field="trace")
+    assert says in str(caught.value) and len(str(caught.value)) < 200
+    assert "Error" not in str(caught.value) and caught.value.field == "trace"
 
 
 @given(

@@ -29,7 +29,13 @@ from sparsed.core import (
 )
 from sparsed.engine.kvcache.geometry import Geometry, num_frames
 from sparsed.engine.models.dummy import dummy_config
-from sparsed.engine.planner import plan_memory, resolve_knobs
+from sparsed.engine.planner import (
+    HBM_MARGIN_FRAC,
+    max_prefill_chunk,
+    plan_memory,
+    resolve_knobs,
+)
+from sparsed.engine.workspace import plan_workspace
 
 LAPTOP = MachineFacts(
     cpu_name="any", num_cpus=8, dram_total_bytes=16 * GIB, dram_free_bytes=8 * GIB
@@ -165,6 +171,41 @@ def test_the_hot_tier_is_what_the_device_has_beside_the_weights() -> None:
     assert 0.8 * room < memory.hot_bytes < room - GIB
     assert 90 * GIB < memory.dram_pool_bytes <= knobs.kv_dram_gib * GIB < 100 * GIB
     assert knobs.max_model_len == 131_072
+
+
+@given(
+    chunk=st.integers(16, 16384),
+    hbm_gib=st.floats(20.0, 80.0),
+    kv_gib=st.none() | st.floats(1.0, 40.0),
+)
+def test_the_largest_chunk_fits_what_was_free_and_one_more_token_does_not(
+    chunk: int, hbm_gib: float, kv_gib: float | None
+) -> None:
+    free = int(hbm_gib * GIB)
+    machine = replace(H100, hbm_free_bytes=free)
+    asked = {"prefill_chunk": chunk} | ({} if kv_gib is None else {"kv_hbm_gib": kv_gib})
+    try:
+        knobs, memory = plan(asked, machine=machine)
+    except (InputError, StartError):
+        assume(False)
+    most = max_prefill_chunk(knobs, memory, shape=LLAMA, machine=machine, dtype="bfloat16")
+    assert chunk <= most <= 32768
+
+    def taken(tokens: int) -> float:
+        larger = replace(knobs, prefill_chunk=tokens)
+        workspace = plan_workspace(larger, shape=LLAMA, dtype="bfloat16").total_bytes
+        buffer = plan_memory(larger, shape=LLAMA, dtype="bfloat16").prefill_buffer_bytes
+        beside = memory.weights_bytes + memory.hot_bytes - memory.prefill_buffer_bytes
+        return workspace + buffer + beside + HBM_MARGIN_FRAC * machine.hbm_total_bytes
+
+    assert most == chunk or taken(most) <= free
+    assert most == 32768 or taken(most + 1) > free
+
+
+def test_a_gpu_that_is_planned_in_full_has_room_for_larger_chunks() -> None:
+    knobs, memory = plan({})
+    most = max_prefill_chunk(knobs, memory, shape=LLAMA, machine=H100, dtype="bfloat16")
+    assert most > 4 * knobs.prefill_chunk
 
 
 def test_dense_has_no_summaries_and_more_room_for_pages() -> None:

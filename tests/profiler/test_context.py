@@ -119,4 +119,7 @@ def test_what_a_load_takes_is_weighted_by_what_there_was() -> None:
     assert context.h2d_bytes_per_token == pytest.approx(6e9 / 100)
     assert context.h2d_gb_per_s == pytest.approx(2.0)
     assert context.attention_recall == pytest.approx(0.9)
+    engine.stats = EngineStats()
+    later = engine.second(steps=1000, recall_sum=0.5, recall_samples=1)
+    assert later.attention_recall == pytest.approx(9.5 / 11), "by samples, not by steps"
     assert context.concurrency == pytest.approx(2.0)

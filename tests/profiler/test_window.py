@@ -102,6 +102,7 @@ def test_rates_are_growth_over_the_time_between_reports(window: Window, clock: C
     assert snapshot.metadata_bytes == 50
     assert snapshot.h2d_gb_per_s == 8.0
     assert snapshot.attention_recall == pytest.approx(0.9)
+    assert snapshot.recall_samples == second.recall_samples
     assert (snapshot.num_running, snapshot.hot_used_frac) == (3, 0.25)
 
 

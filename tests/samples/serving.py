@@ -45,4 +45,5 @@ SNAPSHOT = Snapshot(
     ttft_p95_s=0.5,
     tpot_p95_s=0.02,
     knobs=KNOBS,
+    recall_samples=1,
 )

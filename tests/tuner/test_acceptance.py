@@ -223,6 +223,43 @@ def test_below_its_target_a_latency_may_rise() -> None:
         assert verdict_on(windows, rule).reason is reason
 
 
+@pytest.mark.parametrize(
+    ("floor", "reason"),
+    [
+        (0.8, DecisionReason.ACCEPTED),
+        (0.84, DecisionReason.ACCEPTED),
+        (0.95, DecisionReason.QUALITY_WORSE),
+        (None, DecisionReason.QUALITY_WORSE),
+    ],
+)
+def test_over_its_floor_recall_may_fall(floor: float | None, reason: DecisionReason) -> None:
+    windows = [
+        replace(item, metrics={**item.metrics, "quality": 0.85 if item.values == B else 0.95})
+        for item in pairs(noisy(BETTER))
+    ]
+    targets = {} if floor is None else {Guard.QUALITY: floor}
+    assert verdict_on(windows, rule=replace(RULE, targets=targets)).reason is reason
+
+
+@pytest.mark.parametrize(
+    ("recall", "reason"),
+    [(0.85, DecisionReason.ACCEPTED), (0.8, DecisionReason.NO_GAIN), (0.7, DecisionReason.NO_GAIN)],
+)
+def test_of_two_under_the_floor_the_nearer_one_is_better(
+    recall: float, reason: DecisionReason
+) -> None:
+    windows = [
+        replace(
+            item,
+            status=TrialStatus.RECALL_BROKEN,
+            metrics={**item.metrics, "quality": recall if item.values == B else 0.8},
+        )
+        for item in pairs([0.8 * ratio for ratio in noisy(1.0)])
+    ]
+    rule = replace(RULE, targets={Guard.QUALITY: 0.9})
+    assert verdict_on(windows, rule=rule).reason is reason
+
+
 def test_a_guard_that_is_only_uncertain_rejects_too() -> None:
     """Not worse on average, and yet a loss of 3 % is not excluded."""
     windows = pairs(noisy(BETTER))
@@ -279,7 +316,7 @@ def test_of_two_that_miss_a_target_the_nearer_one_is_better(
     assert verdict_on(windows, rule=rule).reason is reason
 
 
-@pytest.mark.parametrize("num_met", [0, 1, 4, 31, 32])
+@pytest.mark.parametrize("num_met", [0, 1, 4, 12, 16, 20, 31, 32])
 def test_a_nearer_one_is_no_worse_for_meeting_its_target_now_and_then(num_met: int) -> None:
     windows = [
         replace(

@@ -103,10 +103,30 @@ def test_other_knobs_and_other_regimes_have_their_own_expectation() -> None:
 def test_idle_stretches_and_unknown_loads_teach_nothing() -> None:
     load = Load()
     load.serve(NUM_REFERENCE + 5)
-    before = load.state.references
+    before = {number: trail.reference for number, trail in load.state.trails.items()}
     load.serve(30, steps=0)
     load.serve(30, speed=0.1, regime_id=None)
-    assert load.state.references == before and not load.state.has_drifted
+    after = {number: trail.reference for number, trail in load.state.trails.items()}
+    assert after == before and not load.state.has_drifted
+
+
+@pytest.mark.parametrize("stay", [1, 2, 3, 7])
+def test_evidence_adds_up_over_short_stays(stay: int) -> None:
+    """No stay fills a stretch, and each load has its own running requests and expectation."""
+    load = Load()
+
+    def alternate(stretches: int, *, speed: float = 1.0) -> bool:
+        drifted = False
+        for _ in range(int(stretches * WINDOW_S / stay)):
+            for regime_id, running in ((1, 2), (2, 8)):
+                for _ in range(stay):
+                    load.second(running, speed if regime_id == 1 else 1.0, regime_id=regime_id)
+                drifted |= load.state.has_drifted and regime_id == 1
+                assert not (load.state.has_drifted and regime_id == 2)
+        return drifted
+
+    assert not alternate(NUM_REFERENCE + 20)
+    assert alternate(15, speed=0.8)
 
 
 PLATFORM = Platform(pcie_generation=5, pcie_width=16, h2d_bytes_per_s=50e9)

@@ -45,16 +45,18 @@ def advise(
     unproved: UnprovedProfile | None = None,
     verdict: Verdict = BUSY,
     failed: Sequence[RolloutRecord] = (),
+    most: int | None = None,
     **changes: object,
 ) -> Decision:
     window = replace(WINDOW, **changes)  # type: ignore[arg-type]  # fields by name
     context = LiveContext(
-        windows=(window,) * 4,
+        windows=(window,) * 8,
         trials=tuple(trials),
         slo=slo or Slo(),
         verdict=verdict,
         failed=tuple(failed),
         unproved=unproved,
+        max_prefill_chunk=most,
     )
     return propose(context)
 
@@ -120,6 +122,16 @@ def test_a_repair_that_failed_makes_way_for_what_helps_what_binds() -> None:
     assert advise(slo=slo, verdict=LINK).values == {"max_num_active_seqs": 3}
     decision = advise(slo=slo, verdict=LINK, failed=failed)
     assert decision.values == {"residency_watermark": 0.05}
+
+
+def test_no_larger_chunk_is_advised_than_memory_has_room_for() -> None:
+    slo = Slo(ttft_s=0.5)
+    assert advise(slo=slo, most=512).values == {}
+    assert advise(slo=slo, most=767).values == {}
+    assert advise(slo=slo, most=768).values == {"prefill_chunk": 768}
+    profile = UnprovedProfile(name="profile #1", values={"prefill_chunk": 1024}, why="torch 1 -> 2")
+    assert advise(unproved=profile, most=1023).values == {}
+    assert advise(unproved=profile, most=1024).values == profile.values
 
 
 def test_trials_of_this_machine_lead_uphill_one_rung() -> None:

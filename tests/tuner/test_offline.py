@@ -260,7 +260,7 @@ def test_the_rule_guards_what_was_given() -> None:
     slo = Slo(ttft_s=1.0, tpot_s=0.05, min_recall=0.9)
     rule = offline_rule(objective=Objective.GOODPUT, slo=slo)
     assert rule.guards == (Guard.TTFT, Guard.TPOT, Guard.ERRORS)
-    assert rule.targets == {Guard.TTFT: 1.0, Guard.TPOT: 0.05}
+    assert rule.targets == {Guard.TTFT: 1.0, Guard.TPOT: 0.05, Guard.QUALITY: 0.9}
     assert rule.metric == "goodput_requests_per_s"
 
 
@@ -550,6 +550,22 @@ def test_a_device_that_always_fails_stops_nobody_else(status: TrialStatus) -> No
     assert len(lost) == 3 if status is TrialStatus.DEVICE_ERROR else len(lost) > 3
     assert sum(trial.score is not None for trial in recorded) >= 2
     assert outcome.comparison is None or outcome.comparison.windows
+
+
+def test_the_verification_is_on_the_first_device_that_still_works() -> None:
+    benches = ScriptedBenches(lambda values, order: serve(values, order), num_devices=3)
+    engine = SyntheticEngine()
+
+    def serve(values: Mapping[str, KnobValue], order: int) -> Measurement:
+        place = next(place for place, given, _ in reversed(benches.begun) if given is values)
+        if place == 0 and values != SPACE.default_values:
+            raise TrialFailed("fell off the bus", status=TrialStatus.DEVICE_ERROR)
+        return engine(values, order)
+
+    outcome, recorded = study(engine, benches=benches, num_trials=8)
+    assert [trial.device for trial in recorded].count("test:0") == 4, "the default and three"
+    assert outcome.comparison is not None and benches.left_alone == 1
+    assert {place for place, _, turn in benches.begun if turn > 0} == {1}
 
 
 def test_where_every_device_fails_all_go_on() -> None:

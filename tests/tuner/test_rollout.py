@@ -16,6 +16,7 @@ from serving import KNOBS, SNAPSHOT
 from sparsed.core import (
     AcceptanceRule,
     DecisionReason,
+    Guard,
     HostGauges,
     KnobValue,
     RolloutReason,
@@ -24,7 +25,7 @@ from sparsed.core import (
     Slo,
     TunerMode,
 )
-from sparsed.tuner.gate import barred, exploring_s, hold, is_missing_targets
+from sparsed.tuner.gate import barred, exploring_s, hold, missed_for_good
 from sparsed.tuner.rollout import advance
 from sparsed.tuner.rollout_end import resume
 from sparsed.tuner.rollout_state import (
@@ -42,6 +43,7 @@ from sparsed.tuner.rollout_state import (
     Ticked,
     Tripped,
 )
+from sparsed.tuner.targets import guard_targets
 
 SLO = Slo(tpot_s=0.1)
 RULE = RolloutRule(
@@ -66,7 +68,15 @@ PROFILE = "profile #1 on torch 2"
 class World:
     """A daemon that does what it is told at once, and remembers as the store would."""
 
-    def __init__(self, controls: Controls = AUTO) -> None:
+    def __init__(self, controls: Controls = AUTO, *, slo: Slo = SLO) -> None:
+        self.slo = slo
+        targets = {} if slo is SLO else guard_targets(slo)
+        self.rule = replace(
+            RULE,
+            acceptance=replace(RULE.acceptance, targets=targets),
+            harmless=replace(RULE.harmless, targets=targets),
+        )
+        self.recall: float | None = SNAPSHOT.attention_recall  # of fewer tokens than at the start
         self.state = Rollout(controls=controls)
         self.at = 1000.0
         self.in_force = KNOBS
@@ -83,7 +93,7 @@ class World:
         self.kept: list[RolloutRecord] = []
 
     def tell(self, event: Event) -> tuple[Action, ...]:
-        self.state, actions = advance(self.state, event, rule=RULE, slo=SLO)
+        self.state, actions = advance(self.state, event, rule=self.rule, slo=self.slo)
         for action in actions:
             if isinstance(action, Apply):
                 self.in_force = self.in_force.with_values(action.values)
@@ -118,7 +128,8 @@ class World:
             self.explored_s += dt_s
         self.at += dt_s
         active = self.in_force.max_num_active_seqs or 0
-        gain = self.gain if active > 4 else 1.0
+        reads_less = self.in_force.token_budget < KNOBS.token_budget
+        gain = self.gain if active > 4 or reads_less else 1.0
         rate = 50.0 * gain * (1 + 0.01 * self.draw.random())
         base = replace(
             SNAPSHOT,
@@ -127,6 +138,7 @@ class World:
             generated_tokens_per_s=rate,
             tpot_p95_s=self.late if active > 3 else SNAPSHOT.tpot_p95_s,
             knobs=self.in_force,
+            attention_recall=self.recall if reads_less else SNAPSHOT.attention_recall,
         )
         snapshot = replace(base, **figures)
         self.busy_s += dt_s if snapshot.steps else 0.0
@@ -323,6 +335,87 @@ def test_there_is_no_way_back_from_what_was_proved() -> None:
     assert world.phase is Phase.WAITING
 
 
+def test_a_repair_disarms_the_tripwires_of_its_target_alone() -> None:
+    world = World(slo=Slo(tpot_s=0.1, ttft_s=1.0))
+    world.late = 0.2
+    world.serve(EARNED_S)
+    world.propose({"max_num_active_seqs": 3})
+    world.tick()
+    assert world.state.candidate is not None
+    assert world.state.candidate.repairs == {Guard.TPOT}
+    world.until_candidate_runs()
+    world.tick(tpot_p95_s=0.2)
+    world.tick(tpot_p95_s=0.2)
+    assert world.phase is Phase.CANARY, "it may take more than one step"
+    world.tick(ttft_p95_s=2.0)
+    world.tick(ttft_p95_s=2.0)
+    assert world.records[-1] == (RolloutState.REVERTED, RolloutReason.SLO_BREACH)
+
+
+FLOOR = Slo(tpot_s=0.1, min_recall=0.8)
+LESS = {"token_budget": 1536}
+
+
+def reading_less(recall: float | None, *, slo: Slo = FLOOR) -> World:
+    """Advice to read fewer tokens, which would be faster, after enough traffic to test it."""
+    world = World(slo=slo)
+    world.gain, world.recall = 1.2, recall
+    world.serve(EARNED_S)
+    world.propose(LESS)
+    return world
+
+
+def test_fewer_tokens_are_read_where_recall_stays_over_its_floor() -> None:
+    world = reading_less(0.82)
+    world.serve(80)
+    assert world.phase is Phase.PROBATION and world.good == LESS
+
+
+def test_recall_under_its_floor_trips() -> None:
+    world = reading_less(0.78)
+    world.serve(80)
+    assert world.records[-1] == (RolloutState.REVERTED, RolloutReason.SLO_BREACH)
+    assert world.in_force == KNOBS and world.state.failed
+
+
+def test_recall_that_is_not_measured_accepts_nothing() -> None:
+    for selected in (SNAPSHOT.hot_hit_frac, None):
+        world = reading_less(None)
+        while world.state.candidate is not None:
+            reads_less = world.in_force.token_budget < KNOBS.token_budget
+            world.tick(hot_hit_frac=selected if reads_less else SNAPSHOT.hot_hit_frac)
+        assert world.records[-1] == (RolloutState.EXPIRED, RolloutReason.UNDECIDED)
+        assert world.good == {} and world.in_force == KNOBS
+
+
+def test_no_candidate_asks_for_chunks_that_memory_has_no_room_for() -> None:
+    for profile in ("", PROFILE):
+        for most in (512, 768):
+            world = World()
+            world.rule = replace(world.rule, max_prefill_chunk=most)
+            world.tick()
+            world.propose({"prefill_chunk": 768}, profile=profile)
+            assert (world.state.candidate is not None) is (most == 768)
+            world.propose({"prefill_chunk": 384}, profile=profile)
+            assert world.state.candidate is not None
+
+
+def test_without_a_floor_of_recall_the_token_budget_stays() -> None:
+    assert reading_less(0.9, slo=SLO).state.candidate is None
+
+
+def test_too_little_recall_for_good_is_repaired() -> None:
+    world = World(slo=Slo(tpot_s=0.1, min_recall=0.95))
+    world.serve(EARNED_S)
+    assert missed_for_good(world.state) == {Guard.QUALITY}
+    world.propose({"token_budget": 3072})
+    while world.phase in (Phase.WAITING, Phase.CANARY):
+        more = world.in_force.token_budget > KNOBS.token_budget
+        world.tick(attention_recall=0.94 if more else 0.9)
+    assert world.records[-1] == (RolloutState.VERIFYING, RolloutReason.COMMITTED)
+    assert world.good == {"token_budget": 3072}, "still under the floor, and nearer to it"
+
+
 def test_few_windows_that_miss_a_target_disarm_no_tripwire() -> None:
     world = World()
     world.serve(EARNED_S)
@@ -332,13 +425,14 @@ def test_few_windows_that_miss_a_target_disarm_no_tripwire() -> None:
         world.state,
         recent_s=10.0 * world.state.recent_s,
         recent_busy_s=10.0 * world.state.recent_s,
-        recent_told_s=10.0 * told_s,
         recent_broken_s=10.0 * told_s,
+        recent_told_s={Guard.TPOT: 10.0 * told_s},
+        recent_missed_s={Guard.TPOT: 10.0 * told_s},
     )
-    assert is_missing_targets(world.state)
+    assert missed_for_good(world.state)
     while world.phase is Phase.WAITING:
         world.tick()
-    assert is_missing_targets(world.state), "in most of the few that tell"
+    assert missed_for_good(world.state), "in most of the few that tell"
     assert world.state.candidate is not None
     assert not world.state.candidate.repairs
 

@@ -70,7 +70,14 @@ SAFE: Mapping[str, KnobValue] = {"token_budget": 1024, "prefill_chunk": 384}
 class World:
     """A daemon that does what it is told at once. In each load one knob pays off."""
 
-    def __init__(self, controls: Controls = AUTO, regimes: Regimes | None = None) -> None:
+    def __init__(
+        self,
+        controls: Controls = AUTO,
+        regimes: Regimes | None = None,
+        *,
+        max_prefill_chunk: int | None = None,
+    ) -> None:
+        self.rule = replace(RULE, max_prefill_chunk=max_prefill_chunk)
         self.state = Rollout(
             controls=controls,
             base=live_values(serving.KNOBS),
@@ -90,7 +97,7 @@ class World:
         self.settled_at: dict[float, int | None] = {}  # regime by tick; None: on its way
 
     def tell(self, event: Event) -> tuple[Action, ...]:
-        self.state, actions = advance(self.state, event, rule=RULE, slo=SLO)
+        self.state, actions = advance(self.state, event, rule=self.rule, slo=SLO)
         for action in actions:
             if isinstance(action, Apply):
                 self.in_force = self.in_force.with_values(action.values)
@@ -281,6 +288,18 @@ def test_a_restart_has_its_regimes_and_finds_the_one_it_sees(tuned: World) -> No
     world.in_force = tuned.in_force  # a start takes the last known good
     world.serve(20, CHAT)
     assert live_values(world.in_force) == known[0].incumbent
+
+
+@pytest.mark.parametrize("most", [512, 767, 768, None])
+def test_an_incumbent_whose_chunks_do_not_fit_this_start_stays_out(
+    tuned: World, most: int | None
+) -> None:
+    world = World(regimes=Regimes(known=tuned.state.regimes.known), max_prefill_chunk=most)
+    world.serve(20, DOCUMENTS)
+    fits = most is None or most >= FOR_DOCUMENTS["prefill_chunk"]
+    assert (world.in_force != serving.KNOBS) is fits
+    world.serve(40, CHAT)
+    assert world.in_force.max_num_active_seqs == FOR_CHAT["max_num_active_seqs"]
 
 
 def under_test(load: WorkloadContext = CHAT) -> World:

@@ -6,7 +6,7 @@ import asyncio
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,6 +40,7 @@ class FakeServer:
     bodies: list[dict[str, Any]] = field(default_factory=list)
     paths: list[str] = field(default_factory=list)
     sent_s: list[list[float]] = field(default_factory=list)  # of chunks, by the monotonic clock
+    script_of: Callable[[dict[str, Any]], Script] | None = None  # for any body
     num_open: int = 0
     max_open: int = 0
 
@@ -74,6 +75,7 @@ class FakeServer:
         self.bodies.append(body)
         self.paths.append(path)
         script = self.scripts.pop(0) if self.scripts else self.default
+        script = self.script_of(body) if self.script_of else script
         self.num_open += 1
         self.max_open = max(self.max_open, self.num_open)
         try:

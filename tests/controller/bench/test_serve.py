@@ -220,6 +220,22 @@ def test_a_refused_warm_up_is_explained(
     assert len(server.bodies) == 1
 
 
+def test_a_vocabulary_that_is_too_small_is_found_out_by_the_warm_up(
+    bench: Bench, server: Any, make_script: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By one id of many: which ids the prompts themselves hold is left to chance."""
+
+    def reply(body: dict[str, Any]) -> Any:
+        return make_script(status=400 if max(body["prompt"]) >= 8999 else 200)
+
+    server.script_of = reply
+    small = "--num-prompts", "2", "--input-len", "3", "--warmup", "3"
+    assert bench(*small) == ExitCode.UNAVAILABLE
+    assert "no request of the warm-up" in capsys.readouterr().err
+    assert len(server.bodies) == 3, "nothing but the warm-up"
+    assert bench(*small, "--vocab-size", "8999") == 0
+
+
 @pytest.mark.parametrize(
     ("words", "is_hinted"),
     [

@@ -142,6 +142,24 @@ async def test_who_is_too_long_is_counted(body: Any, num_refused: int, open_edge
     assert edge.refused_for == [RefusalReason.TOO_LONG] * num_refused
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (PATH, {"prompt": "x" * 1_000_000}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x" * 1_000_000}]}),
+        ("/tokenize", {"prompt": "x" * 1_000_000}),
+        ("/tokenize", {"messages": [{"role": "user", "content": "x" * 1_000_000}]}),
+    ],
+)
+async def test_a_text_that_is_not_even_tokenized_is_counted(
+    path: str, body: Any, open_edge: Any
+) -> None:
+    async with open_edge() as edge:
+        error = await edge.refused(path, 400, **body)
+    assert "characters" in error["message"]
+    assert edge.refused_for == [RefusalReason.TOO_LONG]
+
+
 async def test_long_prompt_names_the_limit(open_edge: Any) -> None:
     async with open_edge() as edge:
         error = await edge.refused(PATH, 400, prompt="x" * 1234)
