@@ -47,6 +47,9 @@ FAULTS: Final = frozenset(
 )
 # On probation the candidate is the last known good, and everything else leaves it there.
 ROLL_BACK: Final = FAULTS | {RolloutReason.KILLED, RolloutReason.STORE_FAILED}
+# A paired test had shown it to be better, and a longer time per token alone may be the machine's:
+# it is taken back at once, and may be tested again after a wait that doubles each time.
+RETRIED: Final = frozenset({RolloutReason.REGRESSED})
 VERDICTS: Final = frozenset({RolloutReason.NOT_BETTER, RolloutReason.APPLY_FAILED})
 
 Step = tuple[Rollout, tuple[Action, ...]]
@@ -69,7 +72,9 @@ def resume(good: Values, records: tuple[RolloutRecord, ...], *, rule: RolloutRul
     ]
     state = Rollout(
         good=good,
-        failed=tuple((item, item.at + rule.quarantine_s) for item in failed),
+        failed=tuple(
+            (item, item.at + rule.quarantine_s) for item in failed if item.reason not in RETRIED
+        ),
         beaten=tuple((way_back(item), item.at + rule.quarantine_s) for item in proved),
     )
     for record in reversed(records):
@@ -119,7 +124,7 @@ def end(
     if regime is not None:
         state = replace(state, regimes=_with_former(state.regimes, regime))
     state = cool_down(state, at=at, is_fault=is_fault, rule=rule)
-    if is_fault:
+    if is_fault and reason not in RETRIED:
         kept = tuple((item, until) for item, until in state.failed if until > at)
         state = replace(state, failed=(*kept, (record, at + rule.quarantine_s)))
     is_in_force = candidate.phase in (Phase.CANARY, Phase.SWITCHED) or rolls_back

@@ -270,6 +270,23 @@ def test_a_regression_on_probation_moves_the_good_back_and_doubles_the_wait() ->
     assert [round(wait) for wait in waits] == [10, 20, 40]
 
 
+def test_what_regressed_on_probation_had_won_its_test_and_may_win_it_again() -> None:
+    world = canary()
+    for _ in range(2):
+        while world.phase is Phase.CANARY:
+            world.tick()
+        assert world.phase is Phase.PROBATION
+        while world.phase is Phase.PROBATION:
+            world.tick(tpot_p95_s=0.03)
+        assert world.records[-1] == (RolloutState.REVERTED, RolloutReason.REGRESSED)
+        assert world.state.failed == () and world.good == {}
+        world.serve(2 * EARNED_S)
+        world.propose()
+        world.tick()
+        world.until_candidate_runs()
+    assert resume(world.good, tuple(reversed(world.kept)), rule=RULE).failed == ()
+
+
 def test_stale_and_idle_windows_end_a_test_without_a_verdict() -> None:
     world = canary()
     world.until_candidate_runs()
