@@ -169,7 +169,7 @@ def make_steps(
         max_rows=knobs.max_num_seqs,
         max_tokens=knobs.max_model_len,
         scale=scale,
-        recorder=None if spec.enforce_eager else CudaRecorder(),
+        recorder=None if spec.enforce_eager else CudaRecorder(last_token_R.device),
         target=target,
         meter=meter,
     )

@@ -10,6 +10,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from sparsed.engine.kvcache.streams import new_stream
+
 
 class Drawn(NamedTuple):
     """Logits (n, V) float32 of the rows that ran, and the token drawn from each (n,)."""
@@ -35,17 +37,22 @@ class Recorder(Protocol):
 
 
 class CudaRecorder:
-    """Graphs that share the memory of what they compute on the way: only one runs at a time."""
+    """Graphs that share the memory of what they compute on the way: only one runs at a time.
 
-    def __init__(self) -> None:
+    Captured on a stream of ``device``: that of torch's own choice stays on the first device that a
+    process captured on.
+    """
+
+    def __init__(self, device: torch.device) -> None:
         self._pool = torch.cuda.graph_pool_handle()
+        self._stream = new_stream(device)
 
     def record(self, run: Callable[[], Drawn]) -> Recorded:
         """Run a step, then capture it. Waits for the device."""
         run()  # compiles kernels and picks products before the capture
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with _uncollected(), torch.cuda.graph(graph, pool=self._pool):
+        with _uncollected(), torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
             drawn = run()
         return Recorded(graph.replay, drawn)
 

@@ -124,7 +124,8 @@ class Replayed(NamedTuple):
 class Recorder:
     """A graph runs its step again from the inputs of then, and notes them."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        assert device.type == "cpu"
         self.replayed: list[Replayed] = []
         self.num_recorded = 0
 
@@ -176,7 +177,8 @@ def test_every_hot_graph_is_timed_with_steps_of_nobody(
 ) -> None:
     """They leave no trace. Their inputs are those of so many full pages, on every row."""
     runner = Runner(make_spec(page_size=PAGE, token_budget=256), on_progress=lambda *_: None)
-    kv, recorder, device = runner.kv, Recorder(), Device(lambda: 1.0)
+    kv, device = runner.kv, Device(lambda: 1.0)
+    recorder = Recorder(torch.device("cpu"))
     meter = make_meter(
         kv.geometry, device, method=SparseMethod.MEAN_KEY, max_pages=65, bytes_per_s=1e9
     )

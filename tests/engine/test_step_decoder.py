@@ -256,7 +256,8 @@ def test_lanes_that_lose_their_balance_change_no_token(
 class CpuRecorder:
     """Graphs of a CPU: a replay does the step again, from the same inputs to the same results."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        assert device.type == "cpu"
         self.recorded: list[Recorded] = []
         self.num_replays = 0
 
