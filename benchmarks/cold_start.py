@@ -5,8 +5,8 @@ Run from the root, on a machine that does nothing else: ``PYTHONPATH=benchmarks 
 daemon in mode ``auto`` whose durations are divided by ``--time-scale`` serves a steady number of clients; of its
 busy time ``--explored-frac`` may be spent on candidates. At the end the values it came to, the shipped default and
 each ``--grid`` point are set by hand and served in turns. Says the goodput over time, the ratio of the last to the
-default, the share of exploring, and of the time below 0.9 of the incumbent. Knobs given after ``--`` are fixed. A
-scaled test has shorter windows and so more noise than the shipped one.
+default, the share of exploring, and of the time below 0.9 of the incumbent, in all and under other values. Knobs
+given after ``--`` are fixed. A scaled test has shorter windows and so more noise than the shipped one.
 """
 
 from __future__ import annotations
@@ -38,18 +38,22 @@ SMOOTH: Final = 10  # samples, a second each
 Sample = tuple[float, Mapping[str, Any]]  # tokens/s, hot knobs in force
 
 
-def below(samples: Sequence[Sample]) -> float:
+def below(samples: Sequence[Sample]) -> tuple[float, float]:
     """Share of the samples whose mean over the last ten is under 0.9 of the incumbent: the median
-    of what was measured before under the values that had been in force for most of the time."""
-    num_below, seen = 0, dict[str, list[float]]()
+    of what was measured before under the values that had been in force for most of the time. Of
+    all, with what disturbs the incumbent itself, and of those under other values than its own."""
+    num_below = num_tried = 0
+    seen = dict[str, list[float]]()
     rates = [rate for rate, _ in samples]
     for at, (rate, knobs) in enumerate(samples):
-        incumbent = max(seen.values(), key=len, default=[])
+        incumbent = max(seen, key=lambda name: len(seen[name]), default="")
+        usual, name = seen.get(incumbent, []), json.dumps(knobs, sort_keys=True)
         recent = rates[max(0, at + 1 - SMOOTH) : at + 1]
-        if len(incumbent) >= SMOOTH:
-            num_below += sum(recent) / len(recent) < BELOW_FRAC * median(incumbent)
-        seen.setdefault(json.dumps(knobs, sort_keys=True), []).append(rate)
-    return num_below / len(samples) if samples else 0.0
+        if len(usual) >= SMOOTH and sum(recent) / len(recent) < BELOW_FRAC * median(usual):
+            num_below += 1
+            num_tried += name != incumbent
+        seen.setdefault(name, []).append(rate)
+    return num_below / max(1, len(samples)), num_tried / max(1, len(samples))
 
 
 def rate_of(rounds: Sequence[tuple[float, Mapping[str, Any]]], metric: str) -> float:
@@ -136,6 +140,7 @@ def run(options: Any) -> dict[str, Any]:
             turns = in_turns(daemon, configs, options, targets=targets)
     middle = {name: median(values) for name, values in turns.items()}
     best_point = max(middle.values())
+    below_frac, tried_below_frac = below(watch.samples)
     return {
         "seconds": seconds, "configs": configs, "turns": turns,
         "served": served,
@@ -143,7 +148,7 @@ def run(options: Any) -> dict[str, Any]:
         "gain_target": GAIN_TARGET,
         "of_best_point": middle["converged"] / best_point if best_point else None,
         "explored_frac": state["explored_frac"], "explored_limit": options.explored_frac,
-        "below_frac": below(watch.samples),
+        "below_frac": below_frac, "tried_below_frac": tried_below_frac,
         "below_target": BELOW_TARGET, "hold": state["hold"], "advice": state["decisions"],
         "rollouts": state["rollouts"],
     }  # fmt: skip

@@ -1,8 +1,8 @@
 """A daemon whose live tuner lives faster: every duration of its rule divided, nothing else changed.
 
 ``PYTHONPATH=benchmarks python benchmarks/scaled_daemon.py --time-scale 20 --pairs 32 -- --port 8000 ...``
-takes the flags of ``sparsed start`` after ``--``. Windows are never shorter than two reports of the engine,
-and what counts as stale stays three of them.
+takes the flags of ``sparsed start`` after ``--``; the dwell of regimes is one of those. Windows are never shorter
+than two reports of the engine, and what counts as stale stays three of them.
 """
 
 from __future__ import annotations

@@ -64,11 +64,13 @@ def test_rows_that_were_cut_off_are_measured_again(tmp_path: Path) -> None:
 def test_time_below_the_incumbent() -> None:
     one, other = {"prefill_chunk": 1}, {"prefill_chunk": 2}
     steady = [(100.0, one)] * 40
-    assert below(steady) == 0.0
-    assert below([*steady, *[(95.0, other)] * 40]) == 0.0
-    fallen = below([*steady, *[(10.0, other)] * 20])
-    assert 18 / 60 <= fallen <= 20 / 60
-    assert below([]) == 0.0
+    assert below(steady) == (0.0, 0.0)
+    assert below([*steady, *[(95.0, other)] * 40]) == (0.0, 0.0)
+    fallen, tried = below([*steady, *[(10.0, other)] * 20])
+    assert 18 / 60 <= tried == fallen <= 20 / 60
+    disturbed, tried = below([*steady, *[(10.0, one)] * 20])
+    assert disturbed > 0.25 and tried == 0.0
+    assert below([]) == (0.0, 0.0)
 
 
 def test_a_round_without_goodput_counts_as_none() -> None:
