@@ -96,6 +96,7 @@ class LiveTuner:
             judge=self._judge,
             read_failed=lambda: self._rollout.barred,
             read_unproved=self._read_unproved,
+            read_pins=lambda: self._rollout.pins,
             on_decision=self._on_decision,
         )
         self._rollout.set_mode(mode)

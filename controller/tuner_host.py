@@ -44,7 +44,7 @@ class TunerHost:
     ``num_windows`` windows with work in them: an idle daemon never pays for it. ``on_decision``
     gets every answer, also one that was given before. ``judge``: what binds in some windows;
     ``read_failed``: candidates that are not to be tested again now; ``read_unproved``: the profile
-    to be tested before anything else, if there is one now.
+    to be tested before anything else, if there is one now; ``read_pins``: knobs to leave alone.
     """
 
     def __init__(
@@ -60,6 +60,7 @@ class TunerHost:
         read_failed: Callable[[], tuple[RolloutRecord, ...]] = tuple,
         on_decision: Callable[[Decision], None] = lambda decision: None,
         read_unproved: Callable[[], UnprovedProfile | None] = lambda: None,
+        read_pins: Callable[[], frozenset[str]] = frozenset,
     ) -> None:
         self._store: Final = store
         self._key: Final = key
@@ -71,6 +72,7 @@ class TunerHost:
         self._read_failed: Final = read_failed
         self._on_decision: Final = on_decision
         self._read_unproved: Final = read_unproved
+        self._read_pins: Final = read_pins
         self._num_observations = 0
         self._decisions: deque[Decision] = deque(maxlen=MAX_DECISIONS)
         self._process: Process | None = None
@@ -126,6 +128,7 @@ class TunerHost:
                 verdict=self._judge(windows),
                 failed=self._read_failed(),
                 max_prefill_chunk=self._max_prefill_chunk,
+                pins=self._read_pins(),
             )
             decision = await self._exchange(question)
             if self._is_news(decision):
