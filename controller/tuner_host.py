@@ -17,6 +17,7 @@ from sparsed.controller.control import TunerState
 from sparsed.controller.study_resume import latest_trials
 from sparsed.core import (
     Decision,
+    Knobs,
     ProfileKey,
     RolloutRecord,
     Slo,
@@ -27,6 +28,7 @@ from sparsed.core import (
 )
 from sparsed.db.store import Store, StoreError
 from sparsed.tuner.messages import Answer, LiveContext
+from sparsed.tuner.targets import Recall
 
 NUM_WINDOWS: Final = 30  # of one question
 MAX_DEATHS: Final = 3  # of the optimizer, then advice ends
@@ -68,6 +70,8 @@ class TunerHost:
         self._max_prefill_chunk: Final = max_prefill_chunk
         self._mode = mode
         self._windows: deque[Snapshot] = deque(maxlen=num_windows)
+        self._knobs: Knobs | None = None  # of the newest window
+        self._recall = Recall()  # under them: one question's windows may hold few samples
         self._judge: Final = judge
         self._read_failed: Final = read_failed
         self._on_decision: Final = on_decision
@@ -98,8 +102,10 @@ class TunerHost:
             return
         if not snapshot.steps and not self._windows:
             return
-        if self._windows and self._windows[-1].knobs != snapshot.knobs:
+        if self._knobs != snapshot.knobs:
             self._windows.clear()
+            self._knobs, self._recall = snapshot.knobs, Recall()
+        self._recall = self._recall.grown(snapshot)
         self._windows.append(snapshot)
         self._num_observations += 1
         if self._mode in (TunerMode.ADVISE, TunerMode.AUTO) and self._may_ask():
@@ -118,6 +124,7 @@ class TunerHost:
         return idle and len(self._windows) == self._windows.maxlen and self._num_deaths < MAX_DEATHS
 
     async def _ask(self, windows: tuple[Snapshot, ...]) -> None:
+        recall = self._recall.mean  # before any other knobs come into force
         try:
             trials = await asyncio.to_thread(latest_trials, self._store, self._key)
             question = LiveContext(
@@ -129,6 +136,7 @@ class TunerHost:
                 failed=self._read_failed(),
                 max_prefill_chunk=self._max_prefill_chunk,
                 pins=self._read_pins(),
+                recall=recall,
             )
             decision = await self._exchange(question)
             if self._is_news(decision):

@@ -25,7 +25,7 @@ from sparsed.tuner.policy import neighbours
 from sparsed.tuner.remedies import remedies
 from sparsed.tuner.space import Point, SearchSpace, build_space, live_space
 from sparsed.tuner.surrogate import Surrogate, penalized
-from sparsed.tuner.targets import MIN_SAMPLES, is_low, mean_recall
+from sparsed.tuner.targets import is_low
 
 MIN_BUSY_FRAC: Final = 0.5  # of the windows
 MIN_TRIALS: Final = 4
@@ -94,8 +94,7 @@ def repair_targets(context: LiveContext, *, current: Knobs) -> Change | None:
 
 def _repairs(context: LiveContext, *, current: Knobs) -> Iterator[Change]:
     """For each target that is missed: no values where its knob cannot go further."""
-    slo, windows = context.slo, context.windows
-    recall = mean_recall(windows, least=MIN_SAMPLES)
+    slo, windows, recall = context.slo, context.windows, context.recall
     tpot_s = _median([window.tpot_p95_s for window in windows])
     ttft_s = _median([window.ttft_p95_s for window in windows])
     if is_low(recall, slo):
@@ -144,7 +143,7 @@ def _may_try(remedy: Remedy, context: LiveContext, *, current: Knobs) -> bool:
 
 def _may_read_less(context: LiveContext) -> bool:
     """Whether recall is measured, and well over its floor."""
-    floor, recall = context.slo.min_recall, mean_recall(context.windows, least=MIN_SAMPLES)
+    floor, recall = context.slo.min_recall, context.recall
     return floor is not None and recall is not None and recall > floor + RECALL_MARGIN
 
 

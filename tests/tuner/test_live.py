@@ -59,6 +59,7 @@ def advise(
         unproved=unproved,
         max_prefill_chunk=most,
         pins=pins,
+        recall=window.attention_recall,
     )
     return propose(context)
 
