@@ -22,6 +22,7 @@ from sparsed.core import (
     InputError,
     KnobClass,
     RolloutReason,
+    RolloutRecord,
     RolloutState,
     Slo,
     Snapshot,
@@ -67,7 +68,7 @@ class LiveTuner:
         self._plan = plan
         self._read_facts = read_facts
         self._link = LinkWatch()
-        self._unproved = plan.unproved
+        self._verdict: RolloutRecord | None = None  # on ``plan.unproved``; records go after a while
         self._starts_tuned = KnobSource.TUNER in plan.sources.values()
         self._rollout = RolloutHost(
             store,
@@ -96,6 +97,7 @@ class LiveTuner:
             judge=self._judge,
             read_failed=lambda: self._rollout.barred,
             read_unproved=self._read_unproved,
+            read_pins=lambda: self._rollout.pins,
             on_decision=self._on_decision,
         )
         self._rollout.set_mode(mode)
@@ -121,6 +123,7 @@ class LiveTuner:
     def on_snapshot(self, snapshot: Snapshot) -> None:
         self._advice.on_snapshot(snapshot)
         self._rollout.on_snapshot(snapshot)
+        self._note_verdict()
         if (facts := self._read_facts()) is not None and not self._rollout.stale:
             platform = platform_of(self._plan, facts)
             self._link = watch_link(self._link, snapshot, platform=platform)
@@ -208,11 +211,15 @@ class LiveTuner:
     @property
     def _is_proved(self) -> bool:
         """Whether the profile that the start left out has passed its test on these versions."""
-        profile = self._plan.unproved
-        last = verdict_on(profile.name, self._rollout.records) if profile else None
+        self._note_verdict()
+        last = self._verdict
         return last is not None and (
             last.state is RolloutState.SUCCESS or last.reason is RolloutReason.COMMITTED
         )
+
+    def _note_verdict(self) -> None:
+        if (profile := self._plan.unproved) is not None:
+            self._verdict = verdict_on(profile.name, self._rollout.records) or self._verdict
 
     async def _await_drift(self) -> None:
         while not self._rollout.stale:
@@ -236,10 +243,8 @@ class LiveTuner:
 
     def _read_unproved(self) -> UnprovedProfile | None:
         """What is left of the compatible profile, until there is a verdict on it."""
-        profile = self._unproved
-        if profile is not None and verdict_on(profile.name, self._rollout.records) is not None:
-            self._unproved = profile = None
-        if profile is None:
+        self._note_verdict()
+        if (profile := self._plan.unproved) is None or self._verdict is not None:
             return None
         pins = self._rollout.pins
         return replace(profile, values={n: v for n, v in profile.values.items() if n not in pins})

@@ -39,9 +39,6 @@ from sparsed.tuner.queueing import all_at_once
 from sparsed.tuner.roofline import hbm_peak
 from sparsed.tuner.space import SearchSpace, build_space
 
-# The planner's sum was within 1.1 % of six measured peaks, of one model shape on one GPU: another may be
-# further off. The default leaves more than this.
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SearchModel:

@@ -27,6 +27,7 @@ from sparsed.core import (
     Profile,
     ProfileKey,
     RolloutRecord,
+    Slo,
     UnprovedProfile,
 )
 from sparsed.tuner.drift import version_drift
@@ -143,11 +144,20 @@ def _choose_values(config: DaemonConfig, here: Site, *, finders: Finders) -> Cho
         chosen = Chosen(profile=None, tuned={}, why=why)
     else:
         chosen = _choose_profile(here, finders=finders)
-    chosen = _with_tuned(chosen, tuned, here=here)
+    chosen = _with_tuned(chosen, _under_floor(tuned, config.slo), here=here)
     if chosen.stale:
         logger.warning("left out: %s", chosen.stale)
         chosen = replace(chosen, why=f"{chosen.why}; left out: {chosen.stale}")
     return _with_verdict(chosen, tuned.records, here=here)
+
+
+def _under_floor(tuned: TunedValues, slo: Slo) -> TunedValues:
+    """Without a floor of recall, without the token budget that was proved under one."""
+    if slo.min_recall is not None or "token_budget" not in tuned.values:
+        return tuned
+    values = {name: value for name, value in tuned.values.items() if name != "token_budget"}
+    why = f"{tuned.why}; but no token_budget, as this start has no --min-recall"
+    return replace(tuned, values=values, why=why)
 
 
 def _with_tuned(chosen: Chosen, tuned: TunedValues, *, here: Site) -> Chosen:

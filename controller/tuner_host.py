@@ -17,6 +17,7 @@ from sparsed.controller.control import TunerState
 from sparsed.controller.study_resume import latest_trials
 from sparsed.core import (
     Decision,
+    Knobs,
     ProfileKey,
     RolloutRecord,
     Slo,
@@ -27,6 +28,7 @@ from sparsed.core import (
 )
 from sparsed.db.store import Store, StoreError
 from sparsed.tuner.messages import Answer, LiveContext
+from sparsed.tuner.targets import Recall
 
 NUM_WINDOWS: Final = 30  # of one question
 MAX_DEATHS: Final = 3  # of the optimizer, then advice ends
@@ -44,7 +46,7 @@ class TunerHost:
     ``num_windows`` windows with work in them: an idle daemon never pays for it. ``on_decision``
     gets every answer, also one that was given before. ``judge``: what binds in some windows;
     ``read_failed``: candidates that are not to be tested again now; ``read_unproved``: the profile
-    to be tested before anything else, if there is one now.
+    to be tested before anything else, if there is one now; ``read_pins``: knobs to leave alone.
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class TunerHost:
         read_failed: Callable[[], tuple[RolloutRecord, ...]] = tuple,
         on_decision: Callable[[Decision], None] = lambda decision: None,
         read_unproved: Callable[[], UnprovedProfile | None] = lambda: None,
+        read_pins: Callable[[], frozenset[str]] = frozenset,
     ) -> None:
         self._store: Final = store
         self._key: Final = key
@@ -67,10 +70,13 @@ class TunerHost:
         self._max_prefill_chunk: Final = max_prefill_chunk
         self._mode = mode
         self._windows: deque[Snapshot] = deque(maxlen=num_windows)
+        self._knobs: Knobs | None = None  # of the newest window
+        self._recall = Recall()  # under them: one question's windows may hold few samples
         self._judge: Final = judge
         self._read_failed: Final = read_failed
         self._on_decision: Final = on_decision
         self._read_unproved: Final = read_unproved
+        self._read_pins: Final = read_pins
         self._num_observations = 0
         self._decisions: deque[Decision] = deque(maxlen=MAX_DECISIONS)
         self._process: Process | None = None
@@ -96,8 +102,10 @@ class TunerHost:
             return
         if not snapshot.steps and not self._windows:
             return
-        if self._windows and self._windows[-1].knobs != snapshot.knobs:
+        if self._knobs != snapshot.knobs:
             self._windows.clear()
+            self._knobs, self._recall = snapshot.knobs, Recall()
+        self._recall = self._recall.grown(snapshot)
         self._windows.append(snapshot)
         self._num_observations += 1
         if self._mode in (TunerMode.ADVISE, TunerMode.AUTO) and self._may_ask():
@@ -116,6 +124,7 @@ class TunerHost:
         return idle and len(self._windows) == self._windows.maxlen and self._num_deaths < MAX_DEATHS
 
     async def _ask(self, windows: tuple[Snapshot, ...]) -> None:
+        recall = self._recall.mean  # before any other knobs come into force
         try:
             trials = await asyncio.to_thread(latest_trials, self._store, self._key)
             question = LiveContext(
@@ -126,6 +135,8 @@ class TunerHost:
                 verdict=self._judge(windows),
                 failed=self._read_failed(),
                 max_prefill_chunk=self._max_prefill_chunk,
+                pins=self._read_pins(),
+                recall=recall,
             )
             decision = await self._exchange(question)
             if self._is_news(decision):

@@ -30,7 +30,9 @@ STAGING_TOKENS = 8192  # of one layer: earlier pages on their way to the attenti
 SLOT_BYTES = 8  # owner and age of a slot
 MAX_NUM_SEQS = {"cpu": 16, "cuda": 64}
 HBM_USE_FRAC = 0.92  # of what is free after the weights and the workspace
-HBM_MARGIN_FRAC = 0.02  # of a device's memory: how exactly its use is foreseen
+# Of a device's memory. The planner's sum was within 1.1 % of six measured peaks, of one model shape
+# on one GPU: another may be further off. The default leaves more than this.
+HBM_MARGIN_FRAC = 0.02
 DRAM_USE_FRAC = 0.8  # of what is free (after the weights, on a CPU)
 CPU_HOT_FRAC = 0.4  # of the memory both tiers share on a CPU
 TABLES_FRAC = 0.25  # most of the hot tier that rows may take with their tables

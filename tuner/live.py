@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from statistics import fmean, median
 from typing import Final
 
@@ -25,7 +25,7 @@ from sparsed.tuner.policy import neighbours
 from sparsed.tuner.remedies import remedies
 from sparsed.tuner.space import Point, SearchSpace, build_space, live_space
 from sparsed.tuner.surrogate import Surrogate, penalized
-from sparsed.tuner.targets import MIN_SAMPLES, is_low, mean_recall
+from sparsed.tuner.targets import is_low
 
 MIN_BUSY_FRAC: Final = 0.5  # of the windows
 MIN_TRIALS: Final = 4
@@ -85,24 +85,30 @@ def try_profile(context: LiveContext, *, current: Knobs) -> Change | None:
 
 
 def repair_targets(context: LiveContext, *, current: Knobs) -> Change | None:
-    """A step towards a target that is missed now; None if all are met or unknown."""
-    slo, windows = context.slo, context.windows
-    recall = mean_recall(windows, least=MIN_SAMPLES)
+    """A step towards a target that is missed now, the first that can be taken and has not failed.
+    Where none can, the first of them, with what is in its way; None if all are met or unknown."""
+    steps = list(_repairs(context, current=current))
+    taken = (step for step in steps if step[0] and not _failed(step[0], context))
+    return next(taken, next(iter(steps), None))
+
+
+def _repairs(context: LiveContext, *, current: Knobs) -> Iterator[Change]:
+    """For each target that is missed: no values where its knob cannot go further."""
+    slo, windows, recall = context.slo, context.windows, context.recall
     tpot_s = _median([window.tpot_p95_s for window in windows])
     ttft_s = _median([window.ttft_p95_s for window in windows])
     if is_low(recall, slo):
         reason = f"attention recall {recall:.3f} is below {slo.min_recall:.3f}: read more tokens"
-        return _step(context, "token_budget", up=True, reason=reason)
+        yield _step(context, current, "token_budget", up=True, reason=reason)
     if slo.tpot_s is not None and tpot_s is not None and tpot_s > slo.tpot_s:
         reason = f"time per token {tpot_s:.3f} s is above {slo.tpot_s:.3f} s: run fewer at once"
-        return _step(context, "max_num_active_seqs", up=False, reason=reason)
+        yield _step(context, current, "max_num_active_seqs", up=False, reason=reason)
     if slo.ttft_s is not None and ttft_s is not None and ttft_s > slo.ttft_s:
         waiting = any(window.num_waiting for window in windows)
         knob = "max_num_active_seqs" if waiting else "prefill_chunk"
         why = "requests wait for a place" if waiting else "prompts take too many steps"
         reason = f"time to first token {ttft_s:.3f} s is above {slo.ttft_s:.3f} s: {why}"
-        return _step(context, knob, up=True, reason=reason)
-    return None
+        yield _step(context, current, knob, up=True, reason=reason)
 
 
 def relieve(context: LiveContext, *, current: Knobs) -> Change:
@@ -114,7 +120,9 @@ def relieve(context: LiveContext, *, current: Knobs) -> Change:
         if not _may_try(remedy, context, current=current):
             continue
         assert remedy.knob is not None and remedy.up is not None
-        values, reason = _step(context, remedy.knob, up=remedy.up, reason=f"{told}; {remedy.why}")
+        values, reason = _step(
+            context, current, remedy.knob, up=remedy.up, reason=f"{told}; {remedy.why}"
+        )
         if values and not _failed(values, context):
             return values, reason
     no_step = f"{told}; no step is known to help, and there are no trials; run: sparsed tune"
@@ -135,7 +143,7 @@ def _may_try(remedy: Remedy, context: LiveContext, *, current: Knobs) -> bool:
 
 def _may_read_less(context: LiveContext) -> bool:
     """Whether recall is measured, and well over its floor."""
-    floor, recall = context.slo.min_recall, mean_recall(context.windows, least=MIN_SAMPLES)
+    floor, recall = context.slo.min_recall, context.recall
     return floor is not None and recall is not None and recall > floor + RECALL_MARGIN
 
 
@@ -158,11 +166,12 @@ def improve(context: LiveContext, *, current: Knobs) -> tuple[Mapping[str, KnobV
     def is_open(values: Mapping[str, KnobValue]) -> bool:
         budget = values.get("token_budget")
         reads_less = isinstance(budget, int) and budget < current.token_budget
-        return not _failed(values, context) and (not reads_less or _may_read_less(context))
+        is_free = not context.pins & values.keys() and not _failed(values, context)
+        return is_free and (not reads_less or _may_read_less(context))
 
     near = [point for point in neighbours(space, here) if is_open(change(point))]
     if not near:
-        return {}, "every step failed a while ago, or would read less than recall allows", 1.0
+        return {}, "every step is pinned, failed a while ago, or reads less than recall allows", 1.0
     # On auto a request keeps what it can: as much as its length where there is room.
     whole = build_space(current, auto_hbm_budget=min(current.max_model_len, MAX_HBM_BUDGET))
     values = penalized([trial.score for trial in done])
@@ -187,18 +196,25 @@ def _lift(point: Point, space: SearchSpace, whole: SearchSpace) -> Point:
 
 
 def _space(context: LiveContext, current: Knobs) -> SearchSpace:
-    return live_space(current, slo=context.slo, max_prefill_chunk=context.max_prefill_chunk)
+    return live_space(
+        current,
+        slo=context.slo,
+        max_prefill_chunk=context.max_prefill_chunk,
+        pins=context.pins,
+    )
 
 
-def _step(context: LiveContext, knob: str, *, up: bool, reason: str) -> Change:
-    current = context.windows[-1].knobs
-    assert current is not None
+def _step(context: LiveContext, current: Knobs, knob: str, *, up: bool, reason: str) -> Change:
     space = _space(context, current)
-    ladder = next(ladder for ladder in space.ladders if ladder.name == knob)
-    rung = ladder.nearest(getattr(current, knob)) + (1 if up else -1)
-    if not 0 <= rung < len(ladder.rungs):
+    ladder = next((ladder for ladder in space.ladders if ladder.name == knob), None)
+    rung = ladder.nearest(getattr(current, knob)) + (1 if up else -1) if ladder else -1
+    if knob not in context.pins and (ladder is None or not 0 <= rung < len(ladder.rungs)):
         return {}, f"{reason}, but {knob} is at its bound"
-    return guard({knob: ladder.value(rung)}, current=current, space=space), reason
+    values = guard({knob: ladder.value(rung)}, current=current, space=space) if ladder else {}
+    if pinned := context.pins & {knob, *values}:
+        names = ", ".join(sorted(pinned))
+        return {}, f"{reason}, but {names} is pinned, or was given to this start"
+    return values, reason
 
 
 def _median(values: Sequence[float | None]) -> float | None:

@@ -20,7 +20,9 @@ class LiveContext:
     """One question. ``windows``: consecutive, oldest first, all under the same knobs;
     ``trials``: of one study of this hardware and model, maybe none. ``verdict``: what binds in
     these windows; ``failed``: candidates that are not to be tested again now; ``unproved``: what
-    is to be tested before anything else. ``max_prefill_chunk``: as in ``RolloutRule``."""
+    is to be tested before anything else. ``max_prefill_chunk``: as in ``RolloutRule``;
+    ``pins``: knobs to leave alone. ``recall``: the mean of the newest samples under these knobs,
+    None of too few: these windows alone may hold hardly any."""
 
     windows: tuple[Snapshot, ...]
     trials: tuple[TrialResult, ...]
@@ -29,6 +31,8 @@ class LiveContext:
     failed: tuple[RolloutRecord, ...] = ()
     unproved: UnprovedProfile | None = None
     max_prefill_chunk: int | None = None
+    pins: frozenset[str] = frozenset()
+    recall: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

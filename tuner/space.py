@@ -188,11 +188,17 @@ def _in_blocks(num_tokens: int) -> int:
     return -(-num_tokens // BLOCK_TOKENS) * BLOCK_TOKENS
 
 
-def live_space(current: Knobs, *, slo: Slo, max_prefill_chunk: int | None = None) -> SearchSpace:
+def live_space(
+    current: Knobs,
+    *,
+    slo: Slo,
+    max_prefill_chunk: int | None = None,
+    pins: AbstractSet[str] = frozenset(),
+) -> SearchSpace:
     """Hot knobs only; a hot budget on auto is left to its closed form, a watermark of 0 is left
     alone, and so is the token budget where no floor of recall says what may be lost.
-    ``max_prefill_chunk``: what memory has room for, None: any chunk."""
-    fixed = set(RESTART_KNOBS)
+    ``max_prefill_chunk``: what memory has room for, None: any chunk. ``pins``: left alone too."""
+    fixed = {*RESTART_KNOBS, *pins}
     if current.hbm_budget is None:
         fixed.add("hbm_budget")
     if slo.min_recall is None:
@@ -202,7 +208,7 @@ def live_space(current: Knobs, *, slo: Slo, max_prefill_chunk: int | None = None
     if max_prefill_chunk is not None:
         most = max(max_prefill_chunk, current.prefill_chunk)
         space = replace(space, ladders=tuple(_cut(one, most) for one in space.ladders))
-    if not current.residency_watermark:
+    if not current.residency_watermark or "residency_watermark" in fixed:
         return space
     return replace(space, ladders=(*space.ladders, _watermark(current)))
 

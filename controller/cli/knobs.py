@@ -135,7 +135,7 @@ def _live_words(floor: float | None, pins: Collection[str]) -> str:
         return NO_FLOOR
     if "token_budget" in pins:
         return "leaves it alone: it is pinned, or was given to this start"
-    return f"may change it, with attention recall at {floor:g} or more"
+    return f"may change it in mode auto, with attention recall at {floor:g} or more"
 
 
 def _assignment(text: str) -> tuple[str, KnobValue]:

@@ -143,7 +143,12 @@ def test_status_says_why_requests_wait(
     ("slo", "pins", "targets", "live"),
     [
         (Slo(), (), "none", "start with --min-recall"),
-        (Slo(tpot_s=0.05, min_recall=0.9), (), "TPOT 50 ms, attention recall 0.9", "may change"),
+        (
+            Slo(tpot_s=0.05, min_recall=0.9),
+            (),
+            "TPOT 50 ms, attention recall 0.9",
+            "may change it in mode auto",
+        ),
         (Slo(min_recall=0.9), ("token_budget",), "attention recall 0.9", "it is pinned"),
     ],
 )

@@ -261,6 +261,9 @@ def test_a_profile_of_another_platform_degrades_until_it_has_passed(
             )
             tuner._rollout.records.appendleft(record)
         assert bool(tuner.reasons()) is is_degraded
+        while UNPROVED.name in {item.profile for item in tuner._rollout.records}:
+            tuner._rollout.records.appendleft(replace(tuner._rollout.records[0], profile=""))
+        assert bool(tuner.reasons()) is is_degraded, "also when its records are no longer kept"
 
     play(scenario, unproved=UNPROVED)
 

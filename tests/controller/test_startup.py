@@ -252,7 +252,7 @@ def start_on(
 def test_what_the_live_tuner_proved_goes_over_the_profile(configure: Configure) -> None:
     old = replace(profile(token_budget=512, prefill_chunk=256), created_at=1.0)
     tuned = good(token_budget=1024, max_num_active_seqs=2)
-    plan = start_on(configure, old, tuned, max_num_active_seqs=3)
+    plan = start_on(configure, old, tuned, max_num_active_seqs=3, min_recall=0.9)
     knobs, sources = plan.spec.knobs, plan.sources
     assert (knobs.token_budget, knobs.prefill_chunk, knobs.max_num_active_seqs) == (1024, 256, 3)
     assert sources["token_budget"] is KnobSource.TUNER
@@ -262,6 +262,18 @@ def test_what_the_live_tuner_proved_goes_over_the_profile(configure: Configure) 
         plan = start_on(configure, newer, tuned)
         assert plan.spec.knobs.token_budget == 512
         assert "instead of the last known good" in plan.profile
+
+
+def test_a_token_budget_proved_under_a_floor_of_recall_is_left_out_without_one(
+    configure: Configure,
+) -> None:
+    tuned = good(token_budget=512, max_num_active_seqs=2)
+    plan = start_on(configure, None, tuned)
+    assert (plan.spec.knobs.token_budget, plan.spec.knobs.max_num_active_seqs) == (2048, 2)
+    assert "no token_budget, as this start has no --min-recall" in plan.profile
+    under_one = start_on(configure, None, tuned, min_recall=0.9)
+    assert under_one.spec.knobs.token_budget == 512
+    assert "no token_budget" not in under_one.profile
 
 
 def test_a_last_known_good_that_does_not_fit_is_left_out(configure: Configure) -> None:

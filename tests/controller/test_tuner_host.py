@@ -106,6 +106,27 @@ def test_the_same_advice_with_other_figures_is_no_news() -> None:
 
 
 @pytest.mark.slow
+def test_samples_of_recall_add_up_over_questions_under_the_same_knobs() -> None:
+    async def scenario() -> None:
+        store = InMemoryProfileStore()
+        host = TunerHost(store, KEY, judge=judge, num_windows=3, slo=Slo(min_recall=0.95))
+        for num_advised in (0, 0, 1):  # eight samples are in the third question
+            feed(host, 3)
+            await settled(host)
+            advised = [item for item in host.state().decisions if item.values]
+            assert len(advised) == num_advised
+        assert "attention recall 0.900 is below 0.950" in host.state().decisions[0].reason
+        assert SNAPSHOT.knobs is not None
+        more = replace(SNAPSHOT.knobs, token_budget=3072)
+        feed(host, 3, replace(SNAPSHOT, knobs=more, attention_recall=0.99))
+        await settled(host)
+        assert "recall" not in host.state().decisions[0].reason
+        await host.close()
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.slow
 def test_a_dead_optimizer_is_replaced_three_times_at_most() -> None:
     async def scenario() -> None:
         host = TunerHost(store_with_trials(), KEY, judge=judge, num_windows=1)

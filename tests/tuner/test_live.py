@@ -46,6 +46,7 @@ def advise(
     verdict: Verdict = BUSY,
     failed: Sequence[RolloutRecord] = (),
     most: int | None = None,
+    pins: frozenset[str] = frozenset(),
     **changes: object,
 ) -> Decision:
     window = replace(WINDOW, **changes)  # type: ignore[arg-type]  # fields by name
@@ -57,6 +58,8 @@ def advise(
         failed=tuple(failed),
         unproved=unproved,
         max_prefill_chunk=most,
+        pins=pins,
+        recall=window.attention_recall,
     )
     return propose(context)
 
@@ -122,6 +125,43 @@ def test_a_repair_that_failed_makes_way_for_what_helps_what_binds() -> None:
     assert advise(slo=slo, verdict=LINK).values == {"max_num_active_seqs": 3}
     decision = advise(slo=slo, verdict=LINK, failed=failed)
     assert decision.values == {"residency_watermark": 0.05}
+
+
+def test_a_target_that_cannot_be_repaired_makes_way_for_one_that_can() -> None:
+    slo = Slo(min_recall=0.95, tpot_s=0.05)
+    most = replace(KNOBS, token_budget=8192)
+    assert advise(slo=slo, knobs=most).values == {"max_num_active_seqs": 3}
+    pinned = advise(slo=slo, pins=frozenset({"token_budget"}))
+    assert pinned.values == {"max_num_active_seqs": 3}
+    failed = [reverted({"token_budget": 2048}, {"token_budget": 3072})]
+    assert advise(slo=slo, failed=failed).values == {"max_num_active_seqs": 3}
+
+
+def test_pinned_knobs_are_not_advised() -> None:
+    both = frozenset({"token_budget", "hbm_budget"})
+    alone = advise(slo=Slo(min_recall=0.95), pins=both)
+    assert alone.values == {}
+    assert "token_budget is pinned, or was given" in alone.reason
+    taken_along = advise(
+        slo=Slo(min_recall=0.95),
+        knobs=replace(KNOBS, hbm_budget=2048),
+        pins=frozenset({"hbm_budget"}),
+    )
+    assert taken_along.values == {}
+    assert "hbm_budget is pinned" in taken_along.reason
+    assert advise(verdict=LINK).values == {"max_num_active_seqs": 3}
+    pins = frozenset({"max_num_active_seqs"})
+    assert advise(verdict=LINK, pins=pins).values == {"residency_watermark": 0.05}
+    both = pins | {"residency_watermark"}
+    assert "residency_watermark" not in advise(verdict=LINK, pins=both).values
+    assert "max_num_active_seqs" not in advise(trials=RISING, pins=pins).values
+
+
+def test_a_knob_with_one_value_is_at_its_bound() -> None:
+    single = replace(KNOBS, max_num_seqs=1, max_num_active_seqs=1)
+    assert "is at its bound" in advise(slo=Slo(tpot_s=0.05), knobs=single).reason
+    short = replace(KNOBS, max_model_len=256, token_budget=256)
+    assert "is at its bound" in advise(slo=Slo(min_recall=0.95), knobs=short).reason
 
 
 def test_no_larger_chunk_is_advised_than_memory_has_room_for() -> None:
