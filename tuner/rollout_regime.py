@@ -181,7 +181,8 @@ def fall_back(state: Rollout, event: Drifted, *, rule: RolloutRule) -> Step:
         regimes=replace(state.regimes, known=known),
     )
     may_apply = _may_switch(state.controls)
-    values = free_of(event.values, state.controls, knobs=knobs, rule=rule) if may_apply else {}
+    safe = _safe(event.values, knobs=knobs, rule=rule)
+    values = free_of(safe, state.controls, knobs=knobs, rule=rule) if may_apply else {}
     record = RolloutRecord(
         state=RolloutState.EXPIRED,
         reason=RolloutReason.PLATFORM_DRIFT,
@@ -246,5 +247,18 @@ def free_of(
         chunk = knobs.with_values(free).prefill_chunk
     except InputError:
         return {}
+    return free if _has_room(chunk, knobs=knobs, rule=rule) else {}
+
+
+def _has_room(chunk: KnobValue, *, knobs: Knobs, rule: RolloutRule) -> bool:
     most = rule.max_prefill_chunk
-    return free if most is None or chunk <= max(most, knobs.prefill_chunk) else {}
+    return most is None or not isinstance(chunk, int) or chunk <= max(most, knobs.prefill_chunk)
+
+
+def _safe(values: Values, *, knobs: Knobs, rule: RolloutRule) -> Values:
+    """Without a chunk that memory has no room for: each safe value is safe by itself."""
+    return {
+        name: value
+        for name, value in values.items()
+        if name != "prefill_chunk" or _has_room(value, knobs=knobs, rule=rule)
+    }

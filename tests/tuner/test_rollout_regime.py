@@ -383,6 +383,13 @@ def test_another_platform_makes_everything_stale(tuned: World) -> None:
         assert world.phase in (None, Phase.WAITING)
 
 
+def test_a_safe_chunk_that_memory_has_no_room_for_takes_no_other_value_along() -> None:
+    world = World(max_prefill_chunk=512)
+    world.serve(1)
+    world.tell(Drifted(at=world.at, reason="slow link", values={**SAFE, "prefill_chunk": 768}))
+    assert world.in_force == serving.KNOBS.with_values({"token_budget": SAFE["token_budget"]})
+
+
 def test_a_test_under_way_is_undone_before_the_fall_back() -> None:
     world = under_test()
     actions = world.tell(Drifted(at=world.at, reason="slow link", values=SAFE))
