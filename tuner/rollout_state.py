@@ -27,6 +27,7 @@ from sparsed.tuner.schedule import Slot
 from sparsed.tuner.targets import NOTHING, Guards, Recall, guard_targets
 
 DWELL_S: Final = 600.0
+READS: Final = frozenset({"token_budget"})  # hot knobs by which a step reads more or less
 
 Values = Mapping[str, KnobValue]
 
@@ -302,7 +303,13 @@ Action = Note | Mark | Apply | Settle
 
 
 def rule_of(candidate: Candidate, rule: RolloutRule) -> AcceptanceRule:
-    return rule.harmless if candidate.profile else rule.acceptance
+    """Quality is a guard of a candidate that changes how many tokens are read. Any other reads as
+    ever, and the samples of its windows, of a layer each and few, would tell of chance alone."""
+    chosen = rule.harmless if candidate.profile else rule.acceptance
+    if READS & candidate.config_to.keys():
+        return chosen
+    guards = tuple(guard for guard in chosen.guards if guard is not Guard.QUALITY)
+    return replace(chosen, guards=guards)
 
 
 def slot_seconds(slot: Slot, rule: RolloutRule) -> float:

@@ -417,6 +417,14 @@ def test_no_candidate_asks_for_chunks_that_memory_has_no_room_for() -> None:
             assert world.state.candidate is not None
 
 
+def test_what_reads_as_ever_needs_no_samples_of_recall() -> None:
+    """A GPU samples every few hundredth step: a window of long prompts may hold none."""
+    world = canary()
+    while world.phase is Phase.CANARY:
+        world.tick(attention_recall=None, recall_samples=0, hot_hit_frac=0.9)
+    assert world.records[-1] == (RolloutState.VERIFYING, RolloutReason.COMMITTED)
+
+
 def test_without_a_floor_of_recall_the_token_budget_stays() -> None:
     assert reading_less(0.9, slo=SLO).state.candidate is None
 
@@ -531,7 +539,8 @@ def test_values_of_a_compatible_profile_need_no_gain(gain: float) -> None:
     world, (settled,) = profiled(gain)
     assert world.records[2] == (RolloutState.VERIFYING, RolloutReason.COMMITTED)
     assert world.good == BETTER and settled.record.profile == PROFILE
-    assert settled.evidence is not None and settled.evidence.rule == RULE.harmless
+    assert settled.evidence is not None
+    assert replace(settled.evidence.rule, guards=RULE.harmless.guards) == RULE.harmless
     assert settled.evidence.verdict.num_pairs == 8
 
 
