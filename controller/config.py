@@ -8,6 +8,7 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from sparsed.controller.control import KnobSource
 from sparsed.controller.options import (
@@ -33,6 +34,7 @@ from sparsed.tuner.export import TUNED_FOR, read_tuned_for
 CONFIG_VERSION = 1
 TEST_PREFIX = "SPARSED_TEST_"  # variables of the test suite, inherited by the daemons it starts
 BUILTIN_MODEL = "smollm2-135m"
+IN_SECONDS = {"shutdown_timeout": "drain_timeout_s", "regime_dwell": "regime_dwell_s"}
 SLO_NAMES = {"ttft_s": "slo_ttft_ms", "tpot_s": "slo_tpot_ms", "min_recall": "min_recall"}
 
 
@@ -108,23 +110,23 @@ def load_config(
     options = {name: value for name, value in values.items() if name in OPTIONS}
     options.pop("state_dir", None)
     slo = {field: options.pop(name, None) for field, name in SLO_NAMES.items()}
-    if "shutdown_timeout" in options:
-        options["drain_timeout_s"] = options.pop("shutdown_timeout")
-    if "regime_dwell" in options:
-        options["regime_dwell_s"] = options.pop("regime_dwell")
+    for name, field_name in IN_SECONDS.items():
+        if name in options:
+            options[field_name] = options.pop(name)
     return DaemonConfig(
         state_dir=state_dir,
         cache_dir=resolve_cache_dir(environment),
-        slo=Slo(**slo),  # type: ignore[arg-type]  # checked by OPTIONS
-        knobs={name: value for name, value in values.items() if name not in OPTIONS},  # type: ignore[misc]  # checked by parse_knob
+        slo=Slo(**slo),
+        knobs={name: value for name, value in values.items() if name not in OPTIONS},
         origins={name: item.source for name, item in given.items()},
         tuned_for=tuned_for,
-        **options,  # type: ignore[arg-type]  # each value was made by its parser in OPTIONS
+        **options,
     )
 
 
-def _parse(name: str, given: Given) -> object:
-    """The value, checked; a wrong one from a file is an error of configuration."""
+def _parse(name: str, given: Given) -> Any:
+    """The value, of the type that its parser makes; a wrong one from a file is an error of
+    configuration."""
     try:
         return OPTIONS[name](given) if name in OPTIONS else parse_knob(name, given)
     except InputError as error:

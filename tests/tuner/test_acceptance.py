@@ -241,25 +241,6 @@ def test_over_its_floor_recall_may_fall(floor: float | None, reason: DecisionRea
     assert verdict_on(windows, rule=replace(RULE, targets=targets)).reason is reason
 
 
-@pytest.mark.parametrize(
-    ("recall", "reason"),
-    [(0.85, DecisionReason.ACCEPTED), (0.8, DecisionReason.NO_GAIN), (0.7, DecisionReason.NO_GAIN)],
-)
-def test_of_two_under_the_floor_the_nearer_one_is_better(
-    recall: float, reason: DecisionReason
-) -> None:
-    windows = [
-        replace(
-            item,
-            status=TrialStatus.RECALL_BROKEN,
-            metrics={**item.metrics, "quality": recall if item.values == B else 0.8},
-        )
-        for item in pairs([0.8 * ratio for ratio in noisy(1.0)])
-    ]
-    rule = replace(RULE, targets={Guard.QUALITY: 0.9})
-    assert verdict_on(windows, rule=rule).reason is reason
-
-
 def test_a_guard_that_is_only_uncertain_rejects_too() -> None:
     """Not worse on average, and yet a loss of 3 % is not excluded."""
     windows = pairs(noisy(BETTER))
@@ -298,21 +279,29 @@ def test_windows_that_break_a_target_are_worth_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("tpot_s", "reason"),
-    [(0.15, DecisionReason.ACCEPTED), (0.2, DecisionReason.NO_GAIN)],
+    ("guard", "figures", "target", "reason"),
+    [
+        (Guard.TPOT, (0.2, 0.15), 0.1, DecisionReason.ACCEPTED),
+        (Guard.TPOT, (0.2, 0.2), 0.1, DecisionReason.NO_GAIN),
+        (Guard.QUALITY, (0.8, 0.85), 0.9, DecisionReason.ACCEPTED),
+        (Guard.QUALITY, (0.8, 0.8), 0.9, DecisionReason.NO_GAIN),
+        (Guard.QUALITY, (0.8, 0.7), 0.9, DecisionReason.NO_GAIN),
+    ],
 )
 def test_of_two_that_miss_a_target_the_nearer_one_is_better(
-    tpot_s: float, reason: DecisionReason
+    guard: Guard, figures: tuple[float, float], target: float, reason: DecisionReason
 ) -> None:
+    is_low = guard is Guard.QUALITY
+    status = TrialStatus.RECALL_BROKEN if is_low else TrialStatus.SLO_BROKEN
     windows = [
         replace(
             item,
-            status=TrialStatus.SLO_BROKEN,
-            metrics={**item.metrics, "tpot_p95_s": tpot_s if item.values == B else 0.2},
+            status=status,
+            metrics={**item.metrics, guard.value: figures[item.values == B]},
         )
         for item in pairs([0.8 * ratio for ratio in noisy(1.0)])
     ]
-    rule = replace(RULE, targets={Guard.TPOT: 0.1})
+    rule = replace(RULE, targets={guard: target})
     assert verdict_on(windows, rule=rule).reason is reason
 
 

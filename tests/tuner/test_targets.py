@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -66,9 +67,9 @@ def test_windows_without_samples_change_nothing() -> None:
     ],
 )
 def test_a_window_misses_what_it_tells_of(
-    changes: dict[str, object], recall: float | None, tells: set[Guard], misses: set[Guard]
+    changes: dict[str, Any], recall: float | None, tells: set[Guard], misses: set[Guard]
 ) -> None:
-    window = replace(SNAPSHOT, **changes)  # type: ignore[arg-type]  # fields by name
+    window = replace(SNAPSHOT, **changes)
     assert told(window, SLO, recall=recall) == tells
     assert missed(window, SLO, recall=recall) == misses
     assert told(window, Slo(), recall=recall) == missed(window, Slo(), recall=recall) == set()
