@@ -40,7 +40,7 @@ test: $(VENV)/.dev
 
 dev: $(VENV)/.dev
 
-# To build the wheel is to unpack, mostly; but while its sources are gathered nobody may walk the tree.
+# The wheel's sources are gathered in the root: lint, which walks all of it, goes first.
 check: lint
 	$(MAKE) -j2 wheel types arch
 	$(MAKE) test

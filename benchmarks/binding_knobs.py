@@ -31,6 +31,8 @@ from scaled_daemon import ask, scaled_daemon, under_load
 from scipy.stats import t as student
 from trace_replay import SPARSED, Daemon
 
+from sparsed.core import KNOBS_BY_NAME, KnobClass
+
 CONFIDENCE: Final = 0.95
 IN_TIME: Final = {"slo-ttft-ms": "60000", "slo-tpot-ms": "5000"}  # latency is no object
 POLL_S: Final = 5.0
@@ -43,22 +45,25 @@ class Scenario:
 
     knob: str
     start: int | None
-    is_hot: bool
     clients: int
     lengths: tuple[str, str]
     num_requests: int  # more than are served
     fixed: Mapping[str, str]
 
+    @property
+    def is_hot(self) -> bool:
+        return KNOBS_BY_NAME[self.knob].klass is KnobClass.HOT
+
 
 SCENARIOS: Final = (
     Scenario(
-        knob="page_size", start=None, is_hot=False, clients=4, lengths=("7168", "256"),
+        knob="page_size", start=None, clients=4, lengths=("7168", "256"),
         num_requests=10_000,
         fixed={"model": "dummy:tiny", "device": "cpu", "token-budget": "512", "hbm-budget": "1024",
                "max-num-active-seqs": "4", "prefill-chunk": "2048", "max-model-len": "7680"},
     ),
     Scenario(
-        knob="hbm_budget", start=256, is_hot=True, clients=64, lengths=("1024", "384:640"),
+        knob="hbm_budget", start=256, clients=64, lengths=("1024", "384:640"),
         num_requests=20_000,
         fixed=IN_TIME
         | {"model": "dummy:llama-3.1-8b", "device": "cuda:0", "token-budget": "256",
@@ -66,7 +71,7 @@ SCENARIOS: Final = (
            "kv-dram-gib": "32", "max-model-len": "2048"},
     ),
     Scenario(
-        knob="max_num_active_seqs", start=1, is_hot=True, clients=8, lengths=("64:128", "8:16"),
+        knob="max_num_active_seqs", start=1, clients=8, lengths=("64:128", "8:16"),
         num_requests=30_000,
         fixed=IN_TIME
         | {"model": "smollm2-135m", "device": "cpu", "token-budget": "512",

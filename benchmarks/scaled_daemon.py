@@ -16,13 +16,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
 from measured_windows import knob_flags
-from trace_replay import SPARSED, Daemon, free_port
+from trace_replay import SPARSED, Daemon, running_as
 
 from sparsed.controller.config import load_config
 from sparsed.controller.daemon import run
@@ -61,7 +61,6 @@ class Load:
         return json.loads(self.file.read_text())
 
 
-@contextmanager
 def scaled_daemon(
     state_dir: Path,
     flags: list[str],
@@ -69,22 +68,13 @@ def scaled_daemon(
     time_scale: float,
     num_pairs: int,
     explored_frac: float = EXPLORED_FRAC,
-) -> Iterator[Daemon]:
+) -> AbstractContextManager[Daemon]:
     """Running and ready; stopped at the end. Its log is ``daemon.log`` of ``state_dir``."""
-    port = free_port()
     command = (
         sys.executable, __file__, "--time-scale", str(time_scale), "--pairs", str(num_pairs),
-        "--explored-frac", str(explored_frac), "--", *flags, "--port", str(port), "--state-dir", str(state_dir),
+        "--explored-frac", str(explored_frac), "--",
     )  # fmt: skip
-    with (state_dir / "daemon.log").open("ab") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log)
-        daemon = Daemon(process, url=f"http://127.0.0.1:{port}", state_dir=state_dir)
-        try:
-            daemon.wait_until_ready()
-            yield daemon
-        finally:
-            process.terminate()
-            process.wait(timeout=STOP_S)
+    return running_as(command, state_dir, flags)
 
 
 def ask(state_dir: Path, *words: str) -> Any:

@@ -102,7 +102,8 @@ class LoadState:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TunerState:
     """``hold``: why no candidate is tested now, empty while one is. ``pins``: knobs that are left
-    alone, by operators and by the start's flags, and the token budget without a floor of recall. ``explored_frac``: of the busy time so far."""
+    alone, by operators and by the start's flags, and the token budget without a floor of recall.
+    ``explored_frac``: of the busy time so far."""
 
     mode: TunerMode
     num_observations: int

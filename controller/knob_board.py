@@ -16,6 +16,7 @@ from sparsed.core import (
     KnobValue,
     check_knob_values,
 )
+from sparsed.tuner.space import largest_chunk
 
 
 class KnobChange(NamedTuple):
@@ -122,11 +123,11 @@ class KnobBoard:
         )
 
     def _check_memory(self, knobs: Knobs) -> None:
-        chunk, most = knobs.prefill_chunk, self._max_prefill_chunk
-        if most is not None and chunk > max(most, self.knobs.prefill_chunk):
+        chunk = knobs.prefill_chunk
+        if chunk > largest_chunk(self.knobs, self._max_prefill_chunk):
             raise InputError(
                 f"prefill_chunk={chunk} does not fit: beside the tiers of this start the device has "
-                f"room for chunks of {most} tokens; restart with --prefill-chunk {chunk}, which "
+                f"room for chunks of {self._max_prefill_chunk} tokens; restart with --prefill-chunk {chunk}, which "
                 "makes the hot tier smaller, or lower it",
                 field="prefill_chunk",
             )

@@ -23,7 +23,7 @@ from sparsed.tuner.guard import guard
 from sparsed.tuner.messages import LiveContext
 from sparsed.tuner.policy import neighbours
 from sparsed.tuner.remedies import remedies
-from sparsed.tuner.space import Point, SearchSpace, build_space, live_space
+from sparsed.tuner.space import Point, SearchSpace, build_space, largest_chunk, live_space
 from sparsed.tuner.surrogate import Surrogate, penalized
 from sparsed.tuner.targets import is_low
 
@@ -77,8 +77,7 @@ def try_profile(context: LiveContext, *, current: Knobs) -> Change | None:
         chunk = current.with_values(values).prefill_chunk
     except InputError:
         return None
-    most = context.max_prefill_chunk
-    has_room = most is None or chunk <= max(most, current.prefill_chunk)
+    has_room = chunk <= largest_chunk(current, context.max_prefill_chunk)
     if not values or not has_room or _failed(values, context):
         return None
     return values, f"{profile.name}, to be proved first: {profile.why}"

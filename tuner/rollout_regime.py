@@ -37,6 +37,7 @@ from sparsed.tuner.rollout_state import (
     Ticked,
     Values,
 )
+from sparsed.tuner.space import largest_chunk
 from sparsed.tuner.targets import missed
 from sparsed.tuner.tripwire import count, trip
 
@@ -247,18 +248,12 @@ def free_of(
         chunk = knobs.with_values(free).prefill_chunk
     except InputError:
         return {}
-    return free if _has_room(chunk, knobs=knobs, rule=rule) else {}
-
-
-def _has_room(chunk: KnobValue, *, knobs: Knobs, rule: RolloutRule) -> bool:
-    most = rule.max_prefill_chunk
-    return most is None or not isinstance(chunk, int) or chunk <= max(most, knobs.prefill_chunk)
+    return free if chunk <= largest_chunk(knobs, rule.max_prefill_chunk) else {}
 
 
 def _safe(values: Values, *, knobs: Knobs, rule: RolloutRule) -> Values:
     """Without a chunk that memory has no room for: each safe value is safe by itself."""
-    return {
-        name: value
-        for name, value in values.items()
-        if name != "prefill_chunk" or _has_room(value, knobs=knobs, rule=rule)
-    }
+    chunk = values.get("prefill_chunk")
+    if not isinstance(chunk, int) or chunk <= largest_chunk(knobs, rule.max_prefill_chunk):
+        return values
+    return {name: value for name, value in values.items() if name != "prefill_chunk"}

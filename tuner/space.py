@@ -205,15 +205,20 @@ def live_space(
         fixed.add("token_budget")
     hbm_budget = current.hbm_budget or current.token_budget
     space = build_space(current, auto_hbm_budget=hbm_budget, fixed=fixed)
-    if max_prefill_chunk is not None:
-        most = max(max_prefill_chunk, current.prefill_chunk)
-        space = replace(space, ladders=tuple(_cut(one, most) for one in space.ladders))
+    most = largest_chunk(current, max_prefill_chunk)
+    space = replace(space, ladders=tuple(_cut(one, most) for one in space.ladders))
     if not current.residency_watermark or "residency_watermark" in fixed:
         return space
     return replace(space, ladders=(*space.ladders, _watermark(current)))
 
 
-def _cut(ladder: Ladder, most: int) -> Ladder:
+def largest_chunk(current: Knobs, max_prefill_chunk: int | None) -> float:
+    """Of prompts that may come into force, in tokens: what memory has room for, None: any; what is
+    in force has its room."""
+    return math.inf if max_prefill_chunk is None else max(max_prefill_chunk, current.prefill_chunk)
+
+
+def _cut(ladder: Ladder, most: float) -> Ladder:
     """``ladder`` up to ``most``, if it is that of chunks."""
     if ladder.name != "prefill_chunk":
         return ladder
