@@ -63,12 +63,12 @@ SCENARIOS: Final = (
                "max-num-active-seqs": "4", "prefill-chunk": "2048", "max-model-len": "7680"},
     ),
     Scenario(
-        knob="hbm_budget", start=256, clients=64, lengths=("1024", "384:640"),
+        knob="hbm_budget", start=1024, clients=64, lengths=("1280", "512:1024"),
         num_requests=20_000,
         fixed=IN_TIME
-        | {"model": "dummy:llama-3.1-8b", "device": "cuda:0", "token-budget": "256",
+        | {"model": "dummy:llama-3.1-8b", "device": "cuda:0", "token-budget": "1024",
            "max-num-active-seqs": "64", "max-num-seqs": "64", "kv-hbm-gib": "18",
-           "kv-dram-gib": "32", "max-model-len": "2048"},
+           "kv-dram-gib": "24", "max-model-len": "2560"},
     ),
     Scenario(
         knob="max_num_active_seqs", start=1, clients=8, lengths=("64:128", "8:16"),
