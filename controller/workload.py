@@ -6,6 +6,7 @@ import json
 import math
 import random
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
@@ -103,18 +104,26 @@ def _row(line: str) -> WorkloadRequest:
         )
     return WorkloadRequest(
         arrival_s=_figure(row, "timestamp", least=0.0, what="milliseconds, 0 or more") / 1e3,
-        input_tokens=int(_figure(row, "input_length", least=1, what="tokens, 1 or more")),
-        output_tokens=int(_figure(row, "output_length", least=1, what="tokens, 1 or more")),
+        input_tokens=_count(row, "input_length"),
+        output_tokens=_count(row, "output_length"),
         block_ids=_block_ids(row.get("hash_ids", [])),
     )
 
 
+def _count(row: Mapping[str, object], name: str) -> int:
+    what = "tokens, a whole number, 1 or more"
+    number = _figure(row, name, least=1, what=what)
+    if number != int(number):
+        raise InputError(f"{name} is {number:g}; give {what}", field=name)
+    return int(number)
+
+
 def _figure(row: Mapping[str, object], name: str, *, least: float, what: str) -> float:
     value = row.get(name)
-    try:
-        number = float(str(value)) if not isinstance(value, bool) else math.nan
-    except ValueError:
-        number = math.nan
+    number = math.nan
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        with suppress(OverflowError):
+            number = float(value)
     if not least <= number < math.inf:
         told = f"is {_short(value)}" if name in row else "is missing"
         raise InputError(f"{name} {told}; give {what}", field=name)

@@ -144,5 +144,8 @@ def _holds(state: Rollout, candidate: Candidate, rule: RolloutRule, *, at: float
     if needed_s > rule.max_explored_frac * state.busy_s:
         missing_s = needed_s / rule.max_explored_frac - state.busy_s
         yield f"the time to explore is not earned yet: {missing_s:.0f} s of traffic more"
-    if state.snapshot is not None and is_over_hbm(state.snapshot, rule):
+    snapshot = state.snapshot
+    if snapshot is not None and is_over_hbm(snapshot, rule):
         yield "the GPU's memory is over the soft limit"
+    if snapshot is not None and snapshot.host.gpu_slowdown is not None:
+        yield f"the GPU's clocks are cut: {snapshot.host.gpu_slowdown.value}"

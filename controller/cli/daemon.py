@@ -121,6 +121,8 @@ def _lines(now: DaemonStatus) -> Iterator[tuple[str, object]]:
         if now.snapshot.hbm:
             yield from _hbm_lines(now.snapshot.hbm)
         yield from _traffic_lines(now.snapshot)
+        if (slowdown := now.snapshot.host.gpu_slowdown) is not None:
+            yield "GPU clocks", f"cut: {slowdown.value}"
         if now.facts:
             yield "link in use H2D / D2H", _link_shares(now.snapshot, now.facts.link)
 

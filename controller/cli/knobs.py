@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
+from sparsed.controller.cli.live_words import live_words
 from sparsed.controller.cli.output import Output, OutputOption, print_json, print_table
 from sparsed.controller.cli.session import (
     RESTART_PENDING,
@@ -35,10 +36,6 @@ CLASS_WORDS: Final = {
     KnobClass.RESTART: "at the next start",
 }
 
-NO_FLOOR: Final = (
-    "leaves it alone: nothing says how much recall may be lost; start with --min-recall SHARE"
-)
-
 app = typer.Typer(help="Read and change settings of the running daemon.", no_args_is_help=True)
 
 
@@ -65,13 +62,13 @@ def explain(
         raise typer.BadParameter(f"unknown knob {name!r}; known: {', '.join(KNOB_GUIDES)}")
     with connect(state_dir) as client:
         states = {state.spec.name: state for state in client.list_knobs()}
-        floor, pins = client.status().slo.min_recall, client.tuner().pins
+        status, pins = client.status(), client.tuner().pins
+    state, guide = states[name], KNOB_GUIDES[name]
+    live = live_words(name, knobs=status.knobs, slo=status.slo, pins=pins)
     if output is Output.JSON:
-        print_json({"knob": states[name], "guide": KNOB_GUIDES[name]})
+        print_json({"knob": state, "guide": guide, "live_tuner": live})
     else:
-        print_table(
-            (name, ""), _explanation(states[name], KNOB_GUIDES[name], live=_live_words(floor, pins))
-        )
+        print_table((name, ""), _explanation(state, guide, live=live))
 
 
 @app.command("set")
@@ -119,23 +116,13 @@ def _explanation(state: KnobState, guide: KnobGuide, *, live: str) -> Iterator[t
     yield "default", spec.default if fixed else "auto" if spec.auto else "from the machine"
     yield "allowed", spec.allowed.removeprefix("allowed: ")
     yield "changes", CLASS_WORDS[spec.klass]
-    if spec.name == "token_budget":
-        yield "live tuner", live
+    yield "live tuner", live
     yield "rises with it", guide.rises
     yield "falls with it", guide.falls
     yield "bounded by", guide.bounded_by
     for move in guide.moves:
         waits = f", requests wait for {move.limit.value}" if move.limit else ""
         yield f"{'raise' if move.up else 'lower'} it if {move.bound.value}{waits}", move.why
-
-
-def _live_words(floor: float | None, pins: Collection[str]) -> str:
-    """What the live tuner may do with the token budget, and why."""
-    if floor is None:
-        return NO_FLOOR
-    if "token_budget" in pins:
-        return "leaves it alone: it is pinned, or was given to this start"
-    return f"may change it in mode auto, with attention recall at {floor:g} or more"
 
 
 def _assignment(text: str) -> tuple[str, KnobValue]:

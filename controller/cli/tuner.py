@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from sparsed.controller.cli.live_words import live_words
 from sparsed.controller.cli.load import load_in_words
 from sparsed.controller.cli.output import Output, OutputOption, print_json
 from sparsed.controller.cli.session import ReasonOption, StateDirOption, connect
@@ -93,8 +94,14 @@ def unpin(
     output: OutputOption = Output.TEXT,
     reason: ReasonOption = "",
 ) -> None:
-    """Let the tuner change this knob again."""
-    _steer(state_dir, TunerVerb.UNPIN, output, knob=knob, reason=reason)
+    """Let the tuner change this knob again, and say whether it may."""
+    with connect(state_dir, write=True) as client:
+        state = client.steer_tuner(TunerVerb.UNPIN, knob=knob, reason=reason)
+        status = client.status()
+    _show(state, output)
+    if output is Output.TEXT:
+        words = live_words(knob, knobs=status.knobs, slo=status.slo, pins=state.pins)
+        print(f"{knob}: the live tuner {words}")
 
 
 @app.command()

@@ -143,6 +143,13 @@ class PcieCounter(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     PCIE_COUNTER_FIELDS: _ClassVar[PcieCounter]
     PCIE_COUNTER_THROUGHPUT: _ClassVar[PcieCounter]
 
+class GpuSlowdown(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    GPU_SLOWDOWN_UNSPECIFIED: _ClassVar[GpuSlowdown]
+    GPU_SLOWDOWN_THERMAL: _ClassVar[GpuSlowdown]
+    GPU_SLOWDOWN_POWER_BRAKE: _ClassVar[GpuSlowdown]
+    GPU_SLOWDOWN_HARDWARE: _ClassVar[GpuSlowdown]
+
 class RolloutState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     ROLLOUT_STATE_UNSPECIFIED: _ClassVar[RolloutState]
@@ -276,6 +283,10 @@ PCIE_COUNTER_UNSPECIFIED: PcieCounter
 PCIE_COUNTER_GPM: PcieCounter
 PCIE_COUNTER_FIELDS: PcieCounter
 PCIE_COUNTER_THROUGHPUT: PcieCounter
+GPU_SLOWDOWN_UNSPECIFIED: GpuSlowdown
+GPU_SLOWDOWN_THERMAL: GpuSlowdown
+GPU_SLOWDOWN_POWER_BRAKE: GpuSlowdown
+GPU_SLOWDOWN_HARDWARE: GpuSlowdown
 ROLLOUT_STATE_UNSPECIFIED: RolloutState
 ROLLOUT_STATE_ACTIVE: RolloutState
 ROLLOUT_STATE_VERIFYING: RolloutState
@@ -639,7 +650,7 @@ class KnobProgress(_message.Message):
     def __init__(self, names: _Optional[_Iterable[str]] = ..., frac: _Optional[float] = ...) -> None: ...
 
 class HostGauges(_message.Message):
-    __slots__ = ("process_rss_bytes", "process_cpu_frac", "host_cpu_frac", "host_free_bytes", "gpu_used_bytes", "gpu_total_bytes", "gpu_util_frac", "pcie_h2d_bytes_per_s", "pcie_d2h_bytes_per_s", "pcie_generation", "pcie_width", "gpu_own_bytes", "gpu_others_bytes", "read_at", "pcie_counter", "pcie_interval_s", "pcie_fault", "gpu_fault")
+    __slots__ = ("process_rss_bytes", "process_cpu_frac", "host_cpu_frac", "host_free_bytes", "gpu_used_bytes", "gpu_total_bytes", "gpu_util_frac", "pcie_h2d_bytes_per_s", "pcie_d2h_bytes_per_s", "pcie_generation", "pcie_width", "gpu_own_bytes", "gpu_others_bytes", "read_at", "pcie_counter", "pcie_interval_s", "pcie_fault", "gpu_fault", "gpu_slowdown")
     PROCESS_RSS_BYTES_FIELD_NUMBER: _ClassVar[int]
     PROCESS_CPU_FRAC_FIELD_NUMBER: _ClassVar[int]
     HOST_CPU_FRAC_FIELD_NUMBER: _ClassVar[int]
@@ -658,6 +669,7 @@ class HostGauges(_message.Message):
     PCIE_INTERVAL_S_FIELD_NUMBER: _ClassVar[int]
     PCIE_FAULT_FIELD_NUMBER: _ClassVar[int]
     GPU_FAULT_FIELD_NUMBER: _ClassVar[int]
+    GPU_SLOWDOWN_FIELD_NUMBER: _ClassVar[int]
     process_rss_bytes: int
     process_cpu_frac: float
     host_cpu_frac: float
@@ -676,7 +688,8 @@ class HostGauges(_message.Message):
     pcie_interval_s: float
     pcie_fault: NvmlFault
     gpu_fault: NvmlFault
-    def __init__(self, process_rss_bytes: _Optional[int] = ..., process_cpu_frac: _Optional[float] = ..., host_cpu_frac: _Optional[float] = ..., host_free_bytes: _Optional[int] = ..., gpu_used_bytes: _Optional[int] = ..., gpu_total_bytes: _Optional[int] = ..., gpu_util_frac: _Optional[float] = ..., pcie_h2d_bytes_per_s: _Optional[float] = ..., pcie_d2h_bytes_per_s: _Optional[float] = ..., pcie_generation: _Optional[int] = ..., pcie_width: _Optional[int] = ..., gpu_own_bytes: _Optional[int] = ..., gpu_others_bytes: _Optional[int] = ..., read_at: _Optional[float] = ..., pcie_counter: _Optional[_Union[PcieCounter, str]] = ..., pcie_interval_s: _Optional[float] = ..., pcie_fault: _Optional[_Union[NvmlFault, str]] = ..., gpu_fault: _Optional[_Union[NvmlFault, str]] = ...) -> None: ...
+    gpu_slowdown: GpuSlowdown
+    def __init__(self, process_rss_bytes: _Optional[int] = ..., process_cpu_frac: _Optional[float] = ..., host_cpu_frac: _Optional[float] = ..., host_free_bytes: _Optional[int] = ..., gpu_used_bytes: _Optional[int] = ..., gpu_total_bytes: _Optional[int] = ..., gpu_util_frac: _Optional[float] = ..., pcie_h2d_bytes_per_s: _Optional[float] = ..., pcie_d2h_bytes_per_s: _Optional[float] = ..., pcie_generation: _Optional[int] = ..., pcie_width: _Optional[int] = ..., gpu_own_bytes: _Optional[int] = ..., gpu_others_bytes: _Optional[int] = ..., read_at: _Optional[float] = ..., pcie_counter: _Optional[_Union[PcieCounter, str]] = ..., pcie_interval_s: _Optional[float] = ..., pcie_fault: _Optional[_Union[NvmlFault, str]] = ..., gpu_fault: _Optional[_Union[NvmlFault, str]] = ..., gpu_slowdown: _Optional[_Union[GpuSlowdown, str]] = ...) -> None: ...
 
 class WorkloadContext(_message.Message):
     __slots__ = ("span_s", "num_requests", "requests_per_s", "input_tokens_p50", "input_tokens_p95", "output_tokens_p50", "output_tokens_p95", "concurrency", "hot_hit_frac", "h2d_bytes_per_token", "h2d_gb_per_s", "hbm_free_bytes", "attention_recall")

@@ -13,7 +13,7 @@ HANDLE = "nvmlDeviceGetHandleByIndex"
 
 
 class GpuCollector:
-    """Memory, utilisation, PCIe rates and link state of GPU ``index`` (the driver's count).
+    """Memory, utilisation, PCIe rates, link state and slowdown of GPU ``index`` (the driver's count).
 
     ``read_pids`` names our processes, to tell their memory from that of others. Use it inside the
     ``open_nvml`` block that gave the session. What the driver does not answer is None, and typed
@@ -49,6 +49,7 @@ class GpuCollector:
             pcie_counter=self._pcie.counter,
             pcie_fault=None if rates else self._pcie.fault,
             gpu_fault=None if memory else self._nvml.fault(HANDLE, MEMORY),
+            gpu_slowdown=self._nvml.slowdown(self._handle),
             pcie_generation=self._nvml.call("nvmlDeviceGetCurrPcieLinkGeneration", self._handle),
             pcie_width=self._nvml.call("nvmlDeviceGetCurrPcieLinkWidth", self._handle),
             gpu_own_bytes=shares.own_bytes if shares else None,

@@ -6,10 +6,16 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
 
-from sparsed.core import NvmlFault
+from sparsed.core import GpuSlowdown, NvmlFault
 
 MEMORY = "nvmlDeviceGetMemoryInfo"
 _LASTING = (NvmlFault.NOT_SUPPORTED, NvmlFault.NO_PERMISSION, NvmlFault.NO_FUNCTION)
+CLOCK_EVENTS = "nvmlDeviceGetCurrentClocksThrottleReasons"  # the older of its two names
+_SLOWDOWNS = (  # bits of nvml.h; HW_SLOWDOWN comes with each of the other hardware ones
+    (0x20 | 0x40, GpuSlowdown.THERMAL),
+    (0x80, GpuSlowdown.POWER_BRAKE),
+    (0x08, GpuSlowdown.HARDWARE),
+)
 _PROCESS_LISTS = (
     "nvmlDeviceGetComputeRunningProcesses",
     "nvmlDeviceGetGraphicsRunningProcesses",
@@ -99,6 +105,11 @@ class NvmlSession:
             return None
         own_bytes = sum(found[pid] for pid in own)
         return ProcessMemory(own_bytes, sum(found.values()) - own_bytes)
+
+    def slowdown(self, handle: object) -> GpuSlowdown | None:
+        """Why the clocks are cut, the first of several reasons; None: they are not, or nobody says."""
+        bits = self.call(CLOCK_EVENTS, handle) or 0
+        return next((reason for mask, reason in _SLOWDOWNS if bits & mask), None)
 
     def _memory_v1(self, handle: object) -> Any:
         try:  # not through ``call``, which remembers by name and would mix the versions up

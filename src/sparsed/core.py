@@ -1039,6 +1039,14 @@ class PcieCounter(StrEnum):
     THROUGHPUT = "throughput"  # of 20 ms, which misses bursts
 
 
+class GpuSlowdown(StrEnum):
+    """Why the clocks of a GPU are cut. Its power cap is no reason: heavy load reaches that."""
+
+    THERMAL = "thermal"
+    POWER_BRAKE = "power-brake"  # the host's power supply asks for it
+    HARDWARE = "hardware"  # the board does, without saying why
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HostGauges:
     """psutil's and NVML's view. None: the source does not exist or did not answer. All are of
@@ -1062,6 +1070,7 @@ class HostGauges:
     pcie_interval_s: float | None = None
     pcie_fault: NvmlFault | None = None  # why there is no rate
     gpu_fault: NvmlFault | None = None  # why there is no memory of the GPU
+    gpu_slowdown: GpuSlowdown | None = None  # None: full clocks, or not known
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

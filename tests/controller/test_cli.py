@@ -27,6 +27,7 @@ from sparsed.core import (
     KNOB_SPECS,
     EngineStats,
     ExitCode,
+    GpuSlowdown,
     HbmUse,
     InputError,
     KnobProgress,
@@ -102,6 +103,18 @@ def test_status_in_words(sparsed: Sparsed, capsys: pytest.CaptureFixture[str]) -
     text = capsys.readouterr().out
     for part in ("serving", "dummy:tiny", "97.0 %", "30.0 / 40.0 / - ms", "0.50 GiB"):
         assert part in text
+
+
+def test_status_tells_of_clocks_that_are_cut(
+    sparsed: Sparsed, daemon: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = daemon.control.now
+    assert sparsed("status") == 0
+    assert "GPU clocks" not in capsys.readouterr().out
+    host = replace(now.snapshot.host, gpu_slowdown=GpuSlowdown.POWER_BRAKE)
+    daemon.control.now = replace(now, snapshot=replace(now.snapshot, host=host))
+    assert sparsed("status") == 0
+    assert "GPU clocks cut: power-brake" in " ".join(capsys.readouterr().out.split())
 
 
 def test_status_says_why_requests_wait(
@@ -303,6 +316,7 @@ def test_an_explained_knob_tells_its_value_and_what_waits(
     answer = json.loads(capsys.readouterr().out)
     assert (answer["knob"]["value"], answer["knob"]["pending"]) == (32, 64)
     assert answer["guide"]["moves"][0]["bound"] == "link-bound"
+    assert "at a restart" in answer["live_tuner"]
 
 
 def test_an_unknown_knob_is_not_explained(
@@ -567,6 +581,8 @@ def test_the_tuner_is_steered(
     ):
         assert part in text
     assert sparsed("tuner", "unpin", "token_budget") == 0
+    told = "token_budget: the live tuner leaves it alone: nothing says how much recall may be lost"
+    assert told in capsys.readouterr().out
     verbs = [verb.value for verb in daemon.control.verbs]
     assert verbs == ["freeze", "unfreeze", "approve", "reject", "revive", "pin", "kill", "unpin"]
 

@@ -43,6 +43,7 @@ ENUMS = (
     core.Bound,
     core.NvmlFault,
     core.PcieCounter,
+    core.GpuSlowdown,
     core.DecisionState,
     TunerMode,
     ProfileStatus,

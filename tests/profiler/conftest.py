@@ -60,6 +60,7 @@ class FakeNvml:
         self.calls: dict[str, int] = {}
         self.open = False
         self.received = 0
+        self.clock_events = 0x04  # the power cap
         self.sent = 0
         self.processes: dict[int, int | None] = {}  # device memory by pid
 
@@ -124,6 +125,9 @@ class FakeNvml:
 
     def nvmlDeviceGetCurrPcieLinkWidth(self, handle: str) -> int:
         return 16
+
+    def nvmlDeviceGetCurrentClocksThrottleReasons(self, handle: str) -> int:
+        return self.clock_events
 
     def nvmlGpmQueryDeviceSupport(self, handle: str) -> SimpleNamespace:
         return SimpleNamespace(isSupportedDevice=int(self.gpm))

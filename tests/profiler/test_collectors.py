@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from sparsed.core import HostGauges
+from sparsed.core import GpuSlowdown, HostGauges
 from sparsed.profiler.collectors.gauges import open_gauges
 from sparsed.profiler.collectors.host import HostCollector
 from sparsed.profiler.collectors.nvml import NvmlSession, open_nvml
@@ -157,6 +157,26 @@ def test_memory_of_others_is_told_apart_where_the_driver_tells(
     nvml = make_nvml(failing=failing)
     nvml.processes = processes
     assert NvmlSession(nvml).process_memory("gpu0", own_pids=[7, 8]) == expected
+
+
+@pytest.mark.parametrize(
+    ("bits", "expected"),
+    [
+        (0x00, None),
+        (0x01 | 0x04, None),  # it rests, or is at its power cap
+        (0x20, GpuSlowdown.THERMAL),
+        (0x08 | 0x40, GpuSlowdown.THERMAL),
+        (0x08 | 0x80, GpuSlowdown.POWER_BRAKE),
+        (0x08, GpuSlowdown.HARDWARE),
+    ],
+)
+def test_a_slowdown_has_a_reason(
+    make_nvml: MakeNvml, bits: int, expected: GpuSlowdown | None
+) -> None:
+    nvml = make_nvml()
+    nvml.clock_events = bits
+    with open_gauges(list, gpu_index=0, clock=Clock(), library=nvml) as read:
+        assert read().gpu_slowdown is expected
 
 
 def test_all_gauges_together(make_nvml: MakeNvml) -> None:

@@ -16,6 +16,7 @@ from serving import KNOBS, SNAPSHOT
 from sparsed.core import (
     AcceptanceRule,
     DecisionReason,
+    GpuSlowdown,
     Guard,
     HostGauges,
     KnobValue,
@@ -321,6 +322,16 @@ def test_the_gate_says_what_it_waits_for() -> None:
     world.propose()
     world.tick()
     assert world.phase is Phase.WAITING and "error budget" in held(world)
+
+
+def test_no_test_begins_on_a_gpu_whose_clocks_are_cut() -> None:
+    world = World()
+    world.serve(EARNED_S)
+    world.tick(host=replace(SNAPSHOT.host, gpu_slowdown=GpuSlowdown.THERMAL))
+    world.propose()
+    assert world.phase is Phase.WAITING and "clocks are cut: thermal" in held(world)
+    world.serve(3)
+    assert world.phase is Phase.CANARY
 
 
 def test_targets_that_are_missed_for_good_may_be_repaired() -> None:
