@@ -17,6 +17,7 @@ from sparsed.controller.tuner_host import TunerHost
 from sparsed.controller.why import platform_of, verdict_of
 from sparsed.core import (
     KNOBS_BY_NAME,
+    RECALL_KNOBS,
     Decision,
     EngineFacts,
     InputError,
@@ -284,9 +285,9 @@ class LiveTuner:
 
 def _fixed(plan: StartPlan, *, slo: Slo) -> frozenset[str]:
     """Knobs to leave alone in all of this life: what the start was told, and without a floor of
-    recall that which changes what texts say."""
+    recall those by which texts differ."""
     given = frozenset(name for name, source in plan.sources.items() if source in GIVEN)
-    return given if slo.min_recall is not None else given | {"token_budget"}
+    return given if slo.min_recall is not None else given | RECALL_KNOBS
 
 
 def _with_pin(pins: frozenset[str], verb: TunerVerb, knob: str) -> frozenset[str]:

@@ -24,6 +24,7 @@ SAFE_VALUES: Final[Mapping[str, KnobValue]] = {
     "hbm_budget": None,
     "prefill_chunk": 512,
     "residency_watermark": 0.2,
+    "retrieval_stride": 1,
 }
 
 logger = logging.getLogger(__name__)

@@ -17,6 +17,7 @@ from sparsed.controller.recovery import TunedValues, verdict_on
 from sparsed.controller.seeds import load_seeds
 from sparsed.core import (
     KNOB_SPECS,
+    RECALL_KNOBS,
     InputError,
     Knobs,
     KnobValue,
@@ -152,11 +153,12 @@ def _choose_values(config: DaemonConfig, here: Site, *, finders: Finders) -> Cho
 
 
 def _under_floor(tuned: TunedValues, slo: Slo) -> TunedValues:
-    """Without a floor of recall, without the token budget that was proved under one."""
-    if slo.min_recall is not None or "token_budget" not in tuned.values:
+    """Without a floor of recall, without the values that were proved under one."""
+    proved = sorted(RECALL_KNOBS & tuned.values.keys())
+    if slo.min_recall is not None or not proved:
         return tuned
-    values = {name: value for name, value in tuned.values.items() if name != "token_budget"}
-    why = f"{tuned.why}; but no token_budget, as this start has no --min-recall"
+    values = {name: value for name, value in tuned.values.items() if name not in proved}
+    why = f"{tuned.why}; but no {' and '.join(proved)}, as this start has no --min-recall"
     return replace(tuned, values=values, why=why)
 
 

@@ -28,6 +28,7 @@ from sparsed.engine.kvcache.cache import KVCache
 from sparsed.engine.kvcache.residency import Residency
 from sparsed.engine.kvcache.row import Row
 from sparsed.engine.kvcache.totals import DeviceCounters
+from sparsed.engine.kvcache.upload import upload
 from sparsed.engine.sparse.replay import SelectionTrace
 from sparsed.engine.step_input import Pages
 from sparsed.kernels.attend import attend_pages
@@ -164,13 +165,16 @@ class StreamedGroup:
 class SparseGroup:
     """The ``count`` best pages of every lane, made resident, and the partial page."""
 
-    def __init__(self, tiers: Tiers, batch: Batch, *, count: int, step: int) -> None:
+    def __init__(
+        self, tiers: Tiers, batch: Batch, *, positions: Sequence[int], count: int, step: int
+    ) -> None:
         cache = tiers.cache
         self.batch = batch
         self._tiers = tiers
         self._rows_B = batch.rows_B.int()
         num_full_B = batch.num_full_B.int()
         self._pages = Pages(num_full_B, torch.full_like(num_full_B, count))
+        self._keeps_B = self._begin_keeping(positions) if cache.kept.is_on else None
         self._count = count
         self._max_blocks = max(row.blocks.most for row in batch.rows)
         self._fits = all(
@@ -206,19 +210,35 @@ class SparseGroup:
     def _select(self, layer: int, q_BHGD: Tensor) -> Tensor:
         cache = self._tiers.cache
         assert cache.selector is not None
+        pages, keeps_B = self._pages, self._keeps_B
+        ranked = pages if keeps_B is None else pages.to_rank(keeps_B)
         pages_BHK = self._rows_B.new_empty((*q_BHGD.shape[:2], self._count))
         cache.selector.select(
             q_BHGD,
             layer=layer,
             rows_B=self._rows_B,
-            num_full_B=self._pages.num_full_B,
-            count_B=self._pages.count_B,
+            num_full_B=ranked.num_full_B,
+            count_B=ranked.count_B,
             max_pages=cache.tables.frames_RF.shape[1] * cache.geometry.pages_per_block,
             out_BHK=pages_BHK,
         )
+        if keeps_B is not None:
+            cache.kept.exchange(
+                layer, pages_BHK, rows_B=self._rows_B, count_B=pages.count_B, keeps_B=keeps_B
+            )
         if self._trace is not None:
             self._trace.overwrite(layer, pages_BHK)
         return pages_BHK
+
+    def _begin_keeping(self, positions: Sequence[int]) -> Tensor:
+        """Which requests (B,) attend to what they ranked before; the others' rankings are noted."""
+        kept = self._tiers.cache.kept
+        tokens = list(zip(self.batch.rows, positions, strict=True))
+        keeps = [kept.serves(row, position) for row, position in tokens]
+        for (row, position), is_kept in zip(tokens, keeps, strict=True):
+            if not is_kept:
+                kept.note(row, position)
+        return upload(keeps, device=self._rows_B.device).int()
 
     def _begin_trace(self) -> SelectionTrace | None:
         """What replaces the selections of these requests in this step: groups of one step run side
@@ -292,6 +312,6 @@ def make_groups(
     for index in similar_lengths(decodes, in_place):
         groups.append(InPlaceGroup(tiers, make_batch(cache, decodes, index)))
     for count, index in sparse.items():
-        batch = make_batch(cache, decodes, index)
-        groups.append(SparseGroup(tiers, batch, count=count, step=step))
+        batch, positions = make_batch(cache, decodes, index), [decodes[i].position for i in index]
+        groups.append(SparseGroup(tiers, batch, positions=positions, count=count, step=step))
     return tuple(groups)

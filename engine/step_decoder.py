@@ -31,6 +31,7 @@ from sparsed.engine.step_input import (
     InputBuffer,
     StepInput,
     StepRow,
+    step_kind,
 )
 from sparsed.engine.step_seal import StepSeal
 from sparsed.engine.tiered import Step, TieredAttention
@@ -124,7 +125,8 @@ class StepDecoder:
         has_room = row.blocks.least * geometry.pages_per_block >= count + SPARE_SLOTS
         if self.tiered is None or not 0 < count <= self.tiered.max_count or not has_room:
             return None
-        return StepRow(decode, 0, num_full=num_full, num_selected=count, is_hot=row.complete)
+        keeps = selects and self._cache.kept.serves(row, decode.position)
+        return StepRow(decode, 0, num_full, count, is_hot=row.complete, keeps=keeps)
 
     def cheapest(self, rows: Sequence[StepRow]) -> Sequence[StepRow]:
         """The same requests as they are computed fastest: if no page of them can be missing, by
@@ -149,6 +151,9 @@ class StepDecoder:
         key, graph = self._find(rows, may_time=self._fetch_times.is_turn(step))
         self._inputs.fill(rows, size=key.size, step=step)
         self._last, self._last_graph = key, graph
+        for row in rows if key.keeps else ():
+            if row.num_selected and not row.keeps:
+                self._cache.kept.note(self._cache.rows[row.decode.row], row.decode.position)
         if graph is None:
             drawn = self._run(key)
         else:
@@ -249,7 +254,9 @@ class StepDecoder:
         if key.pages:
             queries = self.trail.queries[:, : key.size].flatten(2, 3)
             assert self.tiered is not None
-            step = self.tiered.begin(inputs, width=key.pages, fetches=key.fetches, times=times)
+            step = self.tiered.begin(
+                inputs, width=key.pages, fetches=key.fetches, keeps=key.keeps, times=times
+            )
             attend = self._attend_tiered(key, step, self.tiered)
             if key.fetches and self.tiered.ahead is not None:
                 foresee = partial(self.tiered.foresee, step)
@@ -336,12 +343,3 @@ def attention_programs(device: torch.device, *, num_heads: int) -> int:
         return 1
     processors = torch.cuda.get_device_properties(device).multi_processor_count
     return max(1, PROGRAMS_PER_PROCESSOR * processors // num_heads)
-
-
-def step_kind(rows: Sequence[StepRow]) -> tuple[bool, bool, bool]:
-    """What the requests of a step do, as there are graphs of: whether some attend in place, whether
-    some select, and whether these may have pages to fetch."""
-    in_place = any(row.in_place for row in rows)
-    selects = any(row.num_selected for row in rows)
-    fetches = selects and (in_place or any(row.num_selected and not row.is_hot for row in rows))
-    return in_place or not selects, selects, fetches

@@ -34,7 +34,8 @@ Graph = TypeVar("Graph")
 class GraphKey(NamedTuple):
     """What a graph is for: a batch size; the most pages that one of its requests selects, 0 where
     none does; whether some attend to all their tokens in place, whether pages may have to be
-    fetched, and whether that is timed. ``load``: how they are fetched, None where none is."""
+    fetched, and whether that is timed. ``load``: how they are fetched, None where none is.
+    ``keeps``: whether selections are kept for steps that do not rank."""
 
     size: int
     pages: int
@@ -42,14 +43,17 @@ class GraphKey(NamedTuple):
     fetches: bool
     times: bool
     load: CopyChoice | None
+    keeps: bool = False
 
 
 class GraphTarget(NamedTuple):
     """What there are to be graphs of. ``counts``, rising: pages that a request with the budget of
-    the knob selects, then with larger budgets of its own; none where nothing is selected."""
+    the knob selects, then with larger budgets of its own; none where nothing is selected.
+    ``keeps``: as in ``GraphKey``."""
 
     counts: tuple[int, ...]
     load: CopyChoice
+    keeps: bool = False
 
 
 def graph_sizes(max_rows: int) -> list[int]:
@@ -173,7 +177,8 @@ class StepGraphs(Generic[Graph]):
         rung = next(c for c in self._now.counts if c >= count) if count else 0
         sizes = [size for size in self._sizes if size >= num_rows]
         size = next(size for size in self._sizes_of(rung, self._now) if size >= num_rows)
-        best = GraphKey(size, rung, in_place, fetches, False, load)
+        keeps = count > 0 and self._now.keeps
+        best = GraphKey(size, rung, in_place, fetches, False, load, keeps)
         if best in self._graphs:
             return best, self._graphs[best]
         self._miss(rung)
@@ -210,8 +215,10 @@ class StepGraphs(Generic[Graph]):
         now, target = self._now, self._next
         if not target.counts:
             return []
-        in_use = {key.pages for key in self._graphs if key.load == now.load != target.load}
-        counts = in_use & set(target.counts)
+        counts = {key.pages for key in self._graphs if key.load == now.load != target.load}
+        if now.keeps != target.keeps:
+            counts |= {key.pages for key in self._graphs if key.keeps == now.keeps}
+        counts &= set(target.counts)
         if self._serving(target) is None:
             counts.add(target.counts[0])
         return sorted(counts)
@@ -229,7 +236,7 @@ class StepGraphs(Generic[Graph]):
         for size in reversed(sizes):
             for in_place, fetches, times in SELECTING:
                 load = target.load if fetches else None
-                yield GraphKey(size, count, in_place, fetches, times, load)
+                yield GraphKey(size, count, in_place, fetches, times, load, target.keeps)
 
     def _sizes_of(self, count: int, target: GraphTarget) -> tuple[int, ...]:
         is_wide = count and count != target.counts[0]
@@ -241,7 +248,14 @@ class StepGraphs(Generic[Graph]):
         counts = {0, *(count for target in targets for count in target.counts)}
         counts |= {count for t in targets if t.counts and (count := self._serving(t)) is not None}
         loads = {None, *(target.load for target in targets)}
-        gone = [k for k in self._graphs if k.pages not in counts or k.load not in loads]
+        keeps = {target.keeps for target in targets}
+        gone = [
+            key
+            for key in self._graphs
+            if key.pages not in counts
+            or key.load not in loads
+            or (key.pages and key.keeps not in keeps)
+        ]
         if gone and self._settle:
             self._settle()
         for key in gone:

@@ -23,7 +23,7 @@ MIN_SPLIT_TOKENS, MAX_SPLIT_TOKENS = 256, 2048
 SPLITS = 32  # a request's tokens are cut into about so many items, as far as the bounds allow
 NUM_BUFFERS = 3  # host buffers in turn: a step is filled in while others are on their way
 NUM_SCALARS = 2  # items, step
-NUM_SECTIONS = 7  # besides the words of draws
+NUM_SECTIONS = 8  # besides the words of draws
 
 Ints = npt.NDArray[np.int32]
 
@@ -31,13 +31,23 @@ Ints = npt.NDArray[np.int32]
 class StepRow(NamedTuple):
     """A decode row and how it attends: to ``in_place`` tokens where they lie, or to
     ``num_selected`` of its ``num_full`` full pages and the partial one. One of the two is 0. ``is_hot``: all its pages
-    have their slots."""
+    have their slots. ``keeps``: it selects what it selected before."""
 
     decode: DecodeRow
     in_place: int
     num_full: int = 0
     num_selected: int = 0
     is_hot: bool = False
+    keeps: bool = False
+
+
+def step_kind(rows: Sequence[StepRow]) -> tuple[bool, bool, bool]:
+    """What the requests of a step do, as there are graphs of: whether some attend in place, whether
+    some select, and whether these may have pages to fetch."""
+    in_place = any(row.in_place for row in rows)
+    selects = any(row.num_selected for row in rows)
+    fetches = selects and (in_place or any(row.num_selected and not row.is_hot for row in rows))
+    return in_place or not selects, selects, fetches
 
 
 class Pages(NamedTuple):
@@ -46,16 +56,23 @@ class Pages(NamedTuple):
     num_full_B: Tensor
     count_B: Tensor
 
+    def to_rank(self, keeps_B: Tensor) -> Pages:
+        """Nothing of requests that keep what they selected before."""
+        ranks_B = 1 - keeps_B
+        return Pages(self.num_full_B * ranks_B, self.count_B * ranks_B)
+
 
 class StepInput(NamedTuple):
     """Static device buffers of a step, int32. ``known_B``: the token to feed, -1 where the device
-    knows it itself (the row's last token). ``rows_B`` names the spare row where ``is_padding``."""
+    knows it itself (the row's last token). ``rows_B`` names the spare row where ``is_padding``.
+    ``keeps_B``: 1 where a request selects what it selected before."""
 
     known_B: Tensor
     rows_B: Tensor
     positions_B: Tensor
     attention: ResidentPlan
     pages: Pages
+    keeps_B: Tensor
     draws: DrawPlan
     step_1: Tensor
 
@@ -64,7 +81,8 @@ class InputBuffer:
     """One int32 buffer on the device for everything a step needs to know, filled by one copy.
 
     Sections, an entry a request: token, row, position, tokens attended to in place, first item,
-    full pages, pages to select, first column, the words of the draw; then the scalars, then items.
+    full pages, pages to select, whether it keeps its selection, the words of the draw; then the
+    scalars, then items.
     """
 
     def __init__(self, *, max_rows: int, max_items: int, spare_row: int, device: torch.device):
@@ -84,7 +102,8 @@ class InputBuffer:
     def view(self, size: int, max_items: int) -> StepInput:
         """The buffers of a step of ``size`` requests."""
         sections = self._device_X[: self._scalars].view(-1, self._max_rows)[:, :size]
-        known, rows, positions, in_place, first_item, num_full, count = sections[:NUM_SECTIONS]
+        known, rows, positions, in_place, first_item, *selection = sections[:NUM_SECTIONS]
+        num_full, count, keeps = selection
         items = self._device_X[self._first_item :][: 3 * max_items]
         num_items_1, step_1 = self._device_X[self._scalars : self._first_item].view(-1, 1).unbind()
         return StepInput(
@@ -93,6 +112,7 @@ class InputBuffer:
             positions_B=positions,
             attention=ResidentPlan(rows, in_place, items.view(-1, 3), first_item, num_items_1),
             pages=Pages(num_full, count),
+            keeps_B=keeps,
             draws=draw_plan(sections[NUM_SECTIONS:]),
             step_1=step_1,
         )
@@ -114,12 +134,12 @@ class InputBuffer:
         """Fill in one host buffer; how much of it."""
         sections = values_X[: self._scalars].reshape(-1, self._max_rows)
         padding = size - len(rows)
-        values = [_words(row) for row in rows] + [(0, self._spare_row, 0, 0, 0, 0)] * padding
-        columns = np.array(values, dtype=np.int32).reshape(size, 6).T
+        values = [_words(row) for row in rows] + [(0, self._spare_row, *[0] * 5)] * padding
+        columns = np.array(values, dtype=np.int32).reshape(size, NUM_SECTIONS - 1).T
         sections[:4, :size] = columns[:4]
         first_B, items_I3 = cut_items(columns[3])
         sections[4, :size] = first_B
-        sections[5:7, :size] = columns[4:]
+        sections[5:NUM_SECTIONS, :size] = columns[4:]
         draws = [row.decode.draw for row in rows] + [None] * padding
         sections[NUM_SECTIONS:, :size] = pack_draws(draws)
         values_X[self._scalars : self._first_item] = len(items_I3), step
@@ -131,7 +151,8 @@ class InputBuffer:
 def _words(row: StepRow) -> tuple[int, ...]:
     decode = row.decode
     token = -1 if decode.token is None else decode.token
-    return token, decode.row, decode.position, row.in_place, row.num_full, row.num_selected
+    attends = row.in_place, row.num_full, row.num_selected, int(row.keeps)
+    return token, decode.row, decode.position, *attends
 
 
 def cut_items(lengths_B: Ints) -> tuple[Ints, Ints]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from sparsed.engine.kvcache.cache import KVCache
 from sparsed.engine.kvcache.totals import DeviceCounters
 from sparsed.engine.sparse.base import Selector
-from sparsed.engine.step_input import StepInput
+from sparsed.engine.step_input import Pages, StepInput
 from sparsed.kernels.resolve import MAX_SLOTS, Resolved, resolve_pages
 from sparsed.kernels.wasted import count_wasted
 
@@ -62,17 +62,19 @@ class LayerSelection:
         self.misses_L = ints(geometry.num_layers)
         self.counters = DeviceCounters(NUM_COUNTERS, device=device)
 
-    def select(self, layer: int, q_BHGD: Tensor, inputs: StepInput, *, width: int) -> Tensor:
-        """Pages (B, H, K) that these queries select, K being ``width``; valid until the next
-        call."""
+    def select(
+        self, layer: int, q_BHGD: Tensor, inputs: StepInput, *, ranked: Pages, width: int
+    ) -> Tensor:
+        """Pages (B, H, K) that these queries select of ``ranked``, K being ``width``; valid until
+        the next call."""
         shape = (len(q_BHGD), q_BHGD.shape[1], width)
         pages_BHK = self._pages_X[: math.prod(shape)].view(shape)
         self._selector.select(
             q_BHGD,
             layer=layer,
             rows_B=inputs.rows_B,
-            num_full_B=inputs.pages.num_full_B,
-            count_B=inputs.pages.count_B,
+            num_full_B=ranked.num_full_B,
+            count_B=ranked.count_B,
             max_pages=self._max_pages,
             out_BHK=pages_BHK,
         )

@@ -22,7 +22,7 @@ from sparsed.engine.kvcache.cache import KVCache
 from sparsed.engine.kvcache.streams import new_stream
 from sparsed.engine.sparse.base import Selector
 from sparsed.engine.sparse.replay import SelectionTrace
-from sparsed.engine.step_input import StepInput
+from sparsed.engine.step_input import Pages, StepInput
 from sparsed.engine.step_selection import LayerSelection
 from sparsed.kernels.resolve import Resolved
 from sparsed.kernels.selected import (
@@ -39,15 +39,18 @@ FETCH_PRIORITY = -1  # before the attention it runs beside
 class Step(NamedTuple):
     """A step's inputs, and what all its layers make of them: pages that each request attends to,
     place of the token in its partial page, tokens of that page, the step before. ``width``: columns
-    of its selections. ``fetches`` false: no page can be missing. ``times``: who times the fetches."""
+    of its selections. ``ranked``: the pages to select from, of requests that do not keep what they
+    have. ``fetches`` false: no page can be missing. ``times``: who times the fetches."""
 
     inputs: StepInput
+    ranked: Pages
     count_B: Tensor
     offsets_B: Tensor
     tail_tokens_B: Tensor
     before_1: Tensor
     width: int
     fetches: bool
+    keeps: bool
     times: StepTimes
 
 
@@ -127,10 +130,16 @@ class TieredAttention:
             self.ahead.counters = before.ahead.counters
 
     def begin(
-        self, inputs: StepInput, *, width: int, fetches: bool, times: StepTimes = UNTIMED
+        self,
+        inputs: StepInput,
+        *,
+        width: int,
+        fetches: bool,
+        keeps: bool = False,
+        times: StepTimes = UNTIMED,
     ) -> Step:
         """Start a step, whose requests select ``width`` pages at most: forget what the last one had
-        to fetch."""
+        to fetch. ``keeps``: what they select is kept, and some may keep what they have."""
         for selection in (self.now, self.ahead):
             if selection is not None:
                 selection.misses_L.zero_()
@@ -146,12 +155,14 @@ class TieredAttention:
         offsets_B = inputs.positions_B % self._cache.geometry.page_size
         return Step(
             inputs=inputs,
+            ranked=inputs.pages.to_rank(inputs.keeps_B) if keeps else inputs.pages,
             count_B=torch.minimum(inputs.pages.count_B, inputs.pages.num_full_B),
             offsets_B=offsets_B,
             tail_tokens_B=offsets_B + 1,
             before_1=inputs.step_1 - 1,
             width=width,
             fetches=fetches,
+            keeps=keeps,
             times=times,
         )
 
@@ -175,13 +186,22 @@ class TieredAttention:
     def place(self, step: Step, layer: int, q_BHGD: Tensor, k_BHD: Tensor, v_BHD: Tensor) -> Placed:
         """Select the pages of a layer, give them slots, have those fetched that are missing, and
         store the token in its partial page."""
-        pages_BHK = self.now.select(layer, q_BHGD, step.inputs, width=step.width)
+        inputs = step.inputs
+        pages_BHK = self.now.select(layer, q_BHGD, inputs, ranked=step.ranked, width=step.width)
+        if step.keeps:
+            self._cache.kept.exchange(
+                layer,
+                pages_BHK,
+                rows_B=inputs.rows_B,
+                count_B=step.count_B,
+                keeps_B=inputs.keeps_B,
+            )
         if self._trace is not None:
             self._trace.overwrite(layer, pages_BHK)
         coming = self._coming.pop(layer, None)
         if coming is not None:
             torch.cuda.current_stream(q_BHGD.device).wait_event(coming.has_slots)
-        resolved = self.now.resolve(layer, pages_BHK, step.inputs, step_1=step.inputs.step_1)
+        resolved = self.now.resolve(layer, pages_BHK, inputs, step_1=inputs.step_1)
         missed = None
         if step.fetches:
             missed = self._fetch_beside(resolved, step.times.fetch(), after=coming)
@@ -235,10 +255,11 @@ class TieredAttention:
         """Slots for the pages that these queries of the layer before select."""
         num_heads, head_dim = self._cache.geometry.num_kv_heads, self._cache.geometry.head_dim
         q_BHGD = q_BHD.view(len(q_BHD), num_heads, -1, head_dim)
-        pages_BHK = ahead.select(layer, q_BHGD, step.inputs, width=step.width)
+        inputs = step.inputs
+        pages_BHK = ahead.select(layer, q_BHGD, inputs, ranked=inputs.pages, width=step.width)
         if self._trace is not None:
             self._trace.foretell(layer, pages_BHK)
-        return ahead.resolve(layer, pages_BHK, step.inputs, step_1=step.before_1)
+        return ahead.resolve(layer, pages_BHK, inputs, step_1=step.before_1)
 
     def _fetch_beside(
         self, resolved: Resolved, fetch: Fetch, *, after: Coming | None

@@ -118,9 +118,10 @@ def _trail_bytes(shape: ModelShape, element: int) -> int:
 
 
 def _select_bytes(shape: ModelShape, *, page_size: int, max_tokens: int) -> int:
-    """Of a row: selected pages and their slots, where misses come from and go to; and in a step a
-    logit of each page and query head."""
+    """Of a row: selected pages and their slots, where misses come from and go to; the pages of all
+    lanes that a stride of retrieval keeps, whether there is one or may come; and in a step a logit
+    of each page and query head."""
     count = most_pages(page_size=page_size, max_tokens=max_tokens)
-    lists = shape.num_kv_heads * count * 2 * (INT32 + INT64)
+    lists = shape.num_kv_heads * count * 2 * (INT32 + INT64) + shape.num_lanes * count * INT32
     pages = num_frames(max_tokens) * BLOCK_TOKENS // page_size
     return lists + shape.num_heads * pages * FLOAT32

@@ -38,6 +38,20 @@ def select_pages(
             out_HK[:, :count] = order_HP[:, :count].sort(dim=-1).values
 
 
+def keep_pages(
+    pages_BHK: Tensor, kept_RHC: Tensor, *, rows_B: Tensor, count_B: Tensor, keeps_B: Tensor
+) -> None:
+    """See ``kernels.keep.keep_pages``."""
+    plan = zip(pages_BHK, rows_B.tolist(), count_B.tolist(), keeps_B.tolist(), strict=True)
+    for pages_HK, row, count, keeps in plan:
+        count = min(max(count, 0), pages_HK.shape[1], kept_RHC.shape[2])
+        if count and keeps:
+            pages_HK.fill_(-1)
+            pages_HK[:, :count] = kept_RHC[row, :, :count]
+        elif count:
+            kept_RHC[row, :, :count] = pages_HK[:, :count]
+
+
 def page_scores(logits_HGP: Tensor) -> Tensor:
     """Sums (H, P) of the softmax weights of the query heads, 0 below the smallest score.
 

@@ -17,7 +17,7 @@ MEMORY_FRACTIONS: Final = (
     "mem-fraction-static",
     "kv_cache_config.free_gpu_memory_fraction",
 )
-LOST: Final = ("token_budget", "hbm_budget", "residency_watermark")
+LOST: Final = ("token_budget", "hbm_budget", "residency_watermark", "retrieval_stride")
 
 
 class Engine(StrEnum):

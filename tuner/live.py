@@ -9,6 +9,7 @@ from typing import Final
 
 from sparsed.core import (
     KNOBS_BY_NAME,
+    RECALL_KNOBS,
     Bound,
     Decision,
     InputError,
@@ -26,12 +27,15 @@ from sparsed.tuner.remedies import remedies
 from sparsed.tuner.space import Point, SearchSpace, build_space, largest_chunk, live_space
 from sparsed.tuner.surrogate import Surrogate, penalized
 from sparsed.tuner.targets import is_low
+from sparsed.tuner.tripwire import reads_less
 
 MIN_BUSY_FRAC: Final = 0.5  # of the windows
 MIN_TRIALS: Final = 4
 MIN_GAIN_FRAC: Final = 0.03  # below this the incumbent stays
 RECALL_MARGIN: Final = 0.02  # over the floor, before fewer tokens are read
-NO_FLOOR: Final = "the token budget stays, as no floor of recall is set; start with --min-recall"
+NO_FLOOR: Final = (
+    "token budget and stride stay, as no floor of recall is set; start with --min-recall"
+)
 # Where a step on a knob gives more tokens a second. Shorter chunks, which help where products of
 # matrices bind, only shift time from TPOT to TTFT.
 RELIEVED: Final = frozenset({Bound.CAPACITY, Bound.LINK, Bound.HBM, Bound.HOST})
@@ -97,8 +101,12 @@ def _repairs(context: LiveContext, *, current: Knobs) -> Iterator[Change]:
     tpot_s = _median([window.tpot_p95_s for window in windows])
     ttft_s = _median([window.ttft_p95_s for window in windows])
     if is_low(recall, slo):
-        reason = f"attention recall {recall:.3f} is below {slo.min_recall:.3f}: read more tokens"
-        yield _step(context, current, "token_budget", up=True, reason=reason)
+        reason = f"attention recall {recall:.3f} is below {slo.min_recall:.3f}"
+        if current.retrieval_stride > 1:
+            anew = f"{reason}: select more often"
+            yield _step(context, current, "retrieval_stride", up=False, reason=anew)
+        more = f"{reason}: read more tokens"
+        yield _step(context, current, "token_budget", up=True, reason=more)
     if slo.tpot_s is not None and tpot_s is not None and tpot_s > slo.tpot_s:
         reason = f"time per token {tpot_s:.3f} s is above {slo.tpot_s:.3f} s: run fewer at once"
         yield _step(context, current, "max_num_active_seqs", up=False, reason=reason)
@@ -137,7 +145,8 @@ def _may_try(remedy: Remedy, context: LiveContext, *, current: Knobs) -> bool:
     """Hot knobs only; fewer tokens are read only well over a floor of recall."""
     if remedy.up is None or remedy.knob not in _space(context, current).names:
         return False
-    return remedy.knob != "token_budget" or remedy.up or _may_read_less(context)
+    is_more = remedy.up == (remedy.knob == "token_budget")
+    return remedy.knob not in RECALL_KNOBS or is_more or _may_read_less(context)
 
 
 def _may_read_less(context: LiveContext) -> bool:
@@ -163,10 +172,9 @@ def improve(context: LiveContext, *, current: Knobs) -> tuple[Mapping[str, KnobV
         return guard(space.decode(point), current=current, space=space)
 
     def is_open(values: Mapping[str, KnobValue]) -> bool:
-        budget = values.get("token_budget")
-        reads_less = isinstance(budget, int) and budget < current.token_budget
+        is_less = reads_less(values, before=current.as_dict())
         is_free = not context.pins & values.keys() and not _failed(values, context)
-        return is_free and (not reads_less or _may_read_less(context))
+        return is_free and (not is_less or _may_read_less(context))
 
     near = [point for point in neighbours(space, here) if is_open(change(point))]
     if not near:

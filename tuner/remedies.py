@@ -19,7 +19,9 @@ from sparsed.core import (
 )
 
 # Those that change nothing where every token is read.
-SELECTION_KNOBS: Final = ("token_budget", "hbm_budget", "copy_programs", "dense_layers")
+SELECTION_KNOBS: Final = (
+    "token_budget", "hbm_budget", "copy_programs", "retrieval_stride", "dense_layers",
+)  # fmt: skip
 
 BEYOND: Final[Mapping[Bound, str]] = {
     Bound.LINK: "a link of more lanes, or none of its traffic from other processes",
@@ -73,5 +75,6 @@ def _limits(knobs: Knobs) -> Mapping[str, tuple[float, float | None]]:
         "token_budget": (max(token_budget.minimum or 0, 4 * page_size), most_tokens),
         "hbm_budget": (knobs.token_budget, KNOBS_BY_NAME["hbm_budget"].maximum),
         "max_num_active_seqs": (1, knobs.max_num_seqs),
+        "retrieval_stride": (1, min(page_size, KNOBS_BY_NAME["retrieval_stride"].maximum or 1)),
         "page_size": (min(PAGE_SIZES), max(fitting)),
     }

@@ -241,7 +241,8 @@ def _window(
         metrics=figures(
             candidate.seen,
             failures=candidate.failures,
-            needs_recall=slot.is_candidate and reads_less(candidate),
+            needs_recall=slot.is_candidate
+            and reads_less(candidate.config_to, before=candidate.config_from),
         ),
         started_at=candidate.turn_since,
         ended_at=at,

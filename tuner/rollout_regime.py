@@ -49,6 +49,7 @@ LIVE_KNOBS: Final = (
     "max_num_active_seqs",
     "prefill_chunk",
     "residency_watermark",
+    "retrieval_stride",
 )
 
 

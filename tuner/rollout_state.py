@@ -8,6 +8,7 @@ from enum import StrEnum
 from typing import Final
 
 from sparsed.core import (
+    RECALL_KNOBS,
     AcceptanceRule,
     AcceptanceVerdict,
     AcceptanceWindow,
@@ -27,7 +28,6 @@ from sparsed.tuner.schedule import Slot
 from sparsed.tuner.targets import NOTHING, Guards, Recall, guard_targets
 
 DWELL_S: Final = 600.0
-READS: Final = frozenset({"token_budget"})  # hot knobs by which a step reads more or less
 
 Values = Mapping[str, KnobValue]
 
@@ -303,10 +303,10 @@ Action = Note | Mark | Apply | Settle
 
 
 def rule_of(candidate: Candidate, rule: RolloutRule) -> AcceptanceRule:
-    """Quality is a guard of a candidate that changes how many tokens are read. Any other reads as
+    """Quality is a guard of a candidate that changes which tokens are read. Any other reads as
     ever, and the samples of its windows, of a layer each and few, would tell of chance alone."""
     chosen = rule.harmless if candidate.profile else rule.acceptance
-    if READS & candidate.config_to.keys():
+    if RECALL_KNOBS & candidate.config_to.keys():
         return chosen
     guards = tuple(guard for guard in chosen.guards if guard is not Guard.QUALITY)
     return replace(chosen, guards=guards)

@@ -12,6 +12,7 @@ from typing import Final
 from sparsed.core import (
     BLOCK_TOKENS,
     KNOBS_BY_NAME,
+    RECALL_KNOBS,
     InputError,
     Knobs,
     KnobValue,
@@ -22,6 +23,7 @@ from sparsed.core import (
 
 MIN_PREFILL_CHUNK: Final = 128  # smaller chunks cost a step each and are never worth a trial
 WATERMARKS: Final = (0.02, 0.05, 0.1, 0.2, 0.3)  # of the hot tier
+STRIDES: Final = (1, 2, 4, 8)  # tokens
 
 RESTART_KNOBS: Final = frozenset({"page_size"})
 
@@ -136,8 +138,9 @@ def build_space(
     hot_tokens: int | None = None,
     is_planned: Callable[[Knobs], bool] = anything,
 ) -> SearchSpace:
-    """The offline space: page size, both budgets, active sequences, prefill chunk, and the
-    watermark of residency where the workload is more than the hot tier keeps whole.
+    """The offline space: page size, both budgets, active sequences, prefill chunk, the watermark
+    of residency where the workload is more than the hot tier keeps whole, and the stride of
+    retrieval where the default selects.
 
     ``auto_hbm_budget``: tokens the closed form gives with ``default``. ``fixed``: knobs to leave
     alone. ``workload``: what trials run; a limit that it never reaches is not tried, for nothing
@@ -160,6 +163,8 @@ def build_space(
         ladders = [_within_reach(ladder, default=default, workload=workload) for ladder in ladders]
     if workload is not None and hot_tokens is not None:
         ladders += _watermarks(default, workload=workload, hot_tokens=hot_tokens)
+    if workload is not None and _selects(default, workload):
+        ladders.append(_stride(default))
     free = (ladder for ladder in ladders if ladder.name not in fixed and len(ladder.rungs) > 1)
     return SearchSpace(default=default, ladders=tuple(free), is_planned=is_planned)
 
@@ -183,6 +188,18 @@ def _watermark(default: Knobs) -> Ladder:
     return Ladder(name="residency_watermark", rungs=tuple(sorted(rungs)))
 
 
+def _selects(default: Knobs, workload: Workload) -> bool:
+    """Whether any of its requests is longer than what the default reads of it."""
+    longest = max(item.input_tokens + item.output_tokens for item in workload.requests)
+    return default.sparse_method != SparseMethod.DENSE and longest > default.token_budget
+
+
+def _stride(default: Knobs) -> Ladder:
+    """No longer than a page, by which each request selects anew anyway."""
+    rungs = {rung for rung in STRIDES if rung <= default.page_size} | {default.retrieval_stride}
+    return Ladder(name="retrieval_stride", rungs=tuple(sorted(rungs)))
+
+
 def _in_blocks(num_tokens: int) -> int:
     """Tokens of the blocks that so many take."""
     return -(-num_tokens // BLOCK_TOKENS) * BLOCK_TOKENS
@@ -196,20 +213,22 @@ def live_space(
     pins: AbstractSet[str] = frozenset(),
 ) -> SearchSpace:
     """Hot knobs only; a hot budget on auto is left to its closed form, a watermark of 0 is left
-    alone, and so is the token budget where no floor of recall says what may be lost.
+    alone, and so are ``RECALL_KNOBS`` where no floor of recall says what may be lost.
     ``max_prefill_chunk``: what memory has room for, None: any chunk. ``pins``: left alone too."""
     fixed = {*RESTART_KNOBS, *pins}
     if current.hbm_budget is None:
         fixed.add("hbm_budget")
     if slo.min_recall is None:
-        fixed.add("token_budget")
+        fixed |= RECALL_KNOBS
     hbm_budget = current.hbm_budget or current.token_budget
     space = build_space(current, auto_hbm_budget=hbm_budget, fixed=fixed)
     most = largest_chunk(current, max_prefill_chunk)
     space = replace(space, ladders=tuple(_cut(one, most) for one in space.ladders))
-    if not current.residency_watermark or "residency_watermark" in fixed:
-        return space
-    return replace(space, ladders=(*space.ladders, _watermark(current)))
+    further = [_watermark(current)] if current.residency_watermark else []
+    if current.sparse_method != SparseMethod.DENSE:
+        further.append(_stride(current))
+    free = (ladder for ladder in further if ladder.name not in fixed)
+    return replace(space, ladders=(*space.ladders, *free))
 
 
 def largest_chunk(current: Knobs, max_prefill_chunk: int | None) -> float:

@@ -15,7 +15,7 @@ from sparsed.core import (
     Snapshot,
     TrialStatus,
 )
-from sparsed.tuner.rollout_state import Candidate, RolloutRule
+from sparsed.tuner.rollout_state import Candidate, RolloutRule, Values
 from sparsed.tuner.targets import has_selected, is_low, is_mostly_late, mean_recall, missed, told
 
 MAX_BREACHES = 2  # windows of the profiler in a row
@@ -91,11 +91,14 @@ def figures(
     }
 
 
-def reads_less(candidate: Candidate) -> bool:
-    """Whether it selects fewer tokens than what ran before."""
-    values = (of.get("token_budget") for of in (candidate.config_to, candidate.config_from))
-    now, before = (value if isinstance(value, int) else None for value in values)
-    return now is not None and before is not None and now < before
+def reads_less(values: Values, *, before: Values) -> bool:
+    """Whether ``values`` let a step read fewer tokens than ``before``, or choose them less often."""
+    return _rises("retrieval_stride", before, values) or _rises("token_budget", values, before)
+
+
+def _rises(name: str, low: Values, high: Values) -> bool:
+    ends = low.get(name), high.get(name)
+    return all(isinstance(end, int) for end in ends) and ends[0] < ends[1]
 
 
 def status_of(seen: Sequence[Snapshot], slo: Slo) -> TrialStatus:

@@ -100,7 +100,7 @@ MODEL_FLAGS = (
         "min_recall",
         "SHARE",
         "Floor of attention recall, mean of the samples, a target like those of times; without one "
-        "the live tuner leaves token_budget alone",
+        "the live tuner leaves token_budget and retrieval_stride alone",
     ),
 )
 DEVICES_FLAG = _option(

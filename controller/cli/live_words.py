@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Final
 
-from sparsed.core import KNOBS_BY_NAME, KnobClass, Knobs, Slo
+from sparsed.core import KNOBS_BY_NAME, RECALL_KNOBS, KnobClass, Knobs, Slo
 from sparsed.tuner.space import live_space
 
 NO_FLOOR: Final = (
@@ -18,7 +18,7 @@ def live_words(name: str, *, knobs: Knobs, slo: Slo, pins: Collection[str]) -> s
     also those that the start was given."""
     if KNOBS_BY_NAME[name].klass is KnobClass.RESTART:
         return "leaves it alone: it changes at a restart; sparsed tune searches it"
-    if name == "token_budget" and slo.min_recall is None:
+    if name in RECALL_KNOBS and slo.min_recall is None:
         return NO_FLOOR
     if name in pins:
         return "leaves it alone: it is pinned, or was given to this start"

@@ -27,6 +27,7 @@ from sparsed.engine.kvcache.tables import PageTables
 from sparsed.engine.kvcache.transfer import Transfer
 from sparsed.engine.kvcache.upload import upload
 from sparsed.engine.sparse.base import Selector
+from sparsed.engine.sparse.kept import KeptPages
 
 
 class KVCache:
@@ -57,6 +58,9 @@ class KVCache:
             self.rows, geometry=geometry, num_blocks=arena.blocks.size, knobs=knobs
         )
         self._device = arena.pages_NX.device
+        self.kept = KeptPages(
+            geometry, num_rows=tables.spare_row + 1, knobs=knobs, device=self._device
+        )
         self._free_rows = list(range(knobs.max_num_seqs - 1, -1, -1))
         self._blocks = BlockOwners(geometry, arena=arena, tables=tables, shares=self.shares)
         self._paths = SpillPaths(arena, pool, tables, transfer)
@@ -192,6 +196,7 @@ class KVCache:
     def apply(self, knobs: Knobs) -> None:
         """Take new budgets; rows above an ``hbm_budget`` that is a number shrink now."""
         self.shares.knobs = knobs
+        self.kept.apply(knobs)
         for row in self.rows.values():
             row.token_budget = row.own_budget or knobs.token_budget
             if row.num_blocks > self.shares.quota(row):

@@ -42,6 +42,13 @@ class Use(NamedTuple):
     base_steps: int = 0
 
 
+class Ranking(NamedTuple):
+    """The newest one of a row: for the token at ``position``, of so many pages."""
+
+    position: int
+    count: int
+
+
 @dataclass(slots=True)
 class Row:
     """One request's place in both tiers. Filled by KVCache; attention reads it and counts in it.
@@ -54,7 +61,7 @@ class Row:
     takes part in no step. ``share``: blocks per lane it was given, None: an even share.
     ``num_lost``: blocks of its oldest pages that it gave up when it was whole last; those it kept
     came after them. ``steps_in_row``: newest steps that all selected; what others attend to is in no window, so the
-    tables forget the row's where they begin.
+    tables forget the row's where they begin. ``ranking``: whose pages are kept.
     """
 
     index: int
@@ -77,6 +84,7 @@ class Row:
     use: Use = field(default_factory=Use)
     steps_measured: int = 0  # of those that select, when their demand was last read
     steps_in_row: int = 0
+    ranking: Ranking | None = None
 
     def selected_pages(self, page_size: int) -> int:
         """Full pages a sparse step selects; the partial page comes on top."""

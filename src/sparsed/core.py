@@ -230,6 +230,16 @@ KNOB_SPECS: tuple[KnobSpec, ...] = (
         "calibration found",
     ),
     KnobSpec(
+        name="retrieval_stride",
+        unit="tokens",
+        klass=KnobClass.HOT,
+        default=1,
+        minimum=1,
+        maximum=16,
+        help="tokens of a request that attend to one selection of pages, until a page is full; "
+        "1: each selects anew",
+    ),
+    KnobSpec(
         name="profiler",
         unit="",
         klass=KnobClass.HOT,
@@ -305,6 +315,7 @@ KNOB_SPECS: tuple[KnobSpec, ...] = (
 )
 
 KNOBS_BY_NAME: Mapping[str, KnobSpec] = {spec.name: spec for spec in KNOB_SPECS}
+RECALL_KNOBS = frozenset({"token_budget", "retrieval_stride"})  # hot ones, by which recall differs
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -329,6 +340,7 @@ class Knobs:
     max_model_len: int
     copy_programs: int | None = None
     residency_watermark: float = 0.1
+    retrieval_stride: int = 1
     profiler: str = Profiling.ON.value
 
     def __post_init__(self) -> None:
@@ -1332,6 +1344,18 @@ KNOB_GUIDES: Mapping[str, KnobGuide] = {
                 bound=Bound.LINK,
                 up=True,
                 why="only while loads stay under the rate that sparsed bench link shows",
+            ),
+        ),
+    ),
+    "retrieval_stride": KnobGuide(
+        rises="tokens that attend to pages chosen for an earlier one",
+        falls="ranking, pages missed and fetched, attention recall",
+        bounded_by="the page: a request selects anew when one is full",
+        moves=(
+            KnobMove(
+                bound=Bound.LINK,
+                up=True,
+                why="selections change less often: fewer misses; check attention recall",
             ),
         ),
     ),

@@ -317,6 +317,8 @@ def test_an_explained_knob_tells_its_value_and_what_waits(
     assert (answer["knob"]["value"], answer["knob"]["pending"]) == (32, 64)
     assert answer["guide"]["moves"][0]["bound"] == "link-bound"
     assert "at a restart" in answer["live_tuner"]
+    assert sparsed("knobs", "explain", "retrieval_stride", "-o", "json") == 0
+    assert "how much recall may be lost" in json.loads(capsys.readouterr().out)["live_tuner"]
 
 
 def test_an_unknown_knob_is_not_explained(
@@ -433,9 +435,10 @@ def test_profiles_without_a_daemon(
 
 
 def test_no_profiles_are_said_to_be_none(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     open_store(_made(tmp_path / "empty") / "sparsed.db").close()
+    monkeypatch.setattr(seeds.load_seeds, "__defaults__", (_made(tmp_path / "seeds"),))
     assert run(["profile", "list", "--state-dir", str(tmp_path / "empty")]) == 0
     assert capsys.readouterr().out == "no profiles\n"
 

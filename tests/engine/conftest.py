@@ -239,7 +239,7 @@ def make_steps() -> MakeSteps:
             max_tokens=4096,
             scale=scale,
             recorder=recorder,
-            target=GraphTarget((64,), kv.transfer.ways.load),
+            target=GraphTarget((64,), kv.transfer.ways.load, kv.kept.is_on),
             meter=meter,
         )
 

@@ -24,9 +24,9 @@ from sparsed.engine.measure.ceilings import copy_bytes_per_s_within
 from sparsed.engine.measure.clock import Clock
 from sparsed.engine.recorder import Drawn, Recorded
 from sparsed.engine.runner import Runner
-from sparsed.engine.step_decoder import StepDecoder, step_kind
+from sparsed.engine.step_decoder import StepDecoder
 from sparsed.engine.step_graphs import GraphKey
-from sparsed.engine.step_input import StepRow
+from sparsed.engine.step_input import StepRow, step_kind
 
 MakeSpec = Callable[..., EngineSpec]
 MakeSteps = Callable[..., StepDecoder]

@@ -89,7 +89,13 @@ def step_rows(draw: st.DrawFn) -> StepRow:
     )
     if draw(st.booleans()):
         return StepRow(decode, in_place=decode.position + 1)
-    return StepRow(decode, 0, num_full=decode.position // 8, num_selected=draw(st.integers(1, 255)))
+    return StepRow(
+        decode,
+        0,
+        num_full=decode.position // 8,
+        num_selected=draw(st.integers(1, 255)),
+        keeps=draw(st.booleans()),
+    )
 
 
 @given(data=st.data(), size=st.integers(1, 8))
@@ -113,6 +119,10 @@ def test_the_input_buffer_gives_back_what_was_put_in(data: st.DataObject, size: 
         assert plan.items_I3[: len(items_I3)].tolist() == items_I3.tolist()
         assert pages.num_full_B.tolist() == [row.num_full for row in rows] + [0] * padding
         assert pages.count_B.tolist() == [row.num_selected for row in rows] + [0] * padding
+        assert inputs.keeps_B.tolist() == [row.keeps for row in rows] + [0] * padding
+        ranked = pages.to_rank(inputs.keeps_B)
+        asked = [(row.num_full, row.num_selected) if not row.keeps else (0, 0) for row in rows]
+        assert list(zip(*(part.tolist() for part in ranked), strict=True))[: len(rows)] == asked
         check_draws(inputs.draws, [row.decode.draw or MOST_LIKELY for row in rows], padding)
 
 
@@ -168,7 +178,9 @@ def test_a_resident_step_draws_what_the_runner_draws(
         known = [None, int(drawn[1]), None, None]  # the device's own token, or the host's
 
 
-@pytest.mark.parametrize("looks_ahead", [False, True])
+@pytest.mark.parametrize(
+    ("looks_ahead", "stride"), [(False, 1), (False, 3), (False, 16), (True, 1), (True, 3)]
+)
 @pytest.mark.parametrize("hot_blocks", [11, 40])
 @pytest.mark.parametrize("page_size", [8, 32])
 def test_a_step_over_both_tiers_draws_what_the_runner_draws(
@@ -177,10 +189,16 @@ def test_a_step_over_both_tiers_draws_what_the_runner_draws(
     page_size: int,
     hot_blocks: int,
     looks_ahead: bool,
+    stride: int,
     prefill: Prefill,
 ) -> None:
     """Evictions or none, beside a row that attends to everything and one that grows sparse."""
-    settings = {"page_size": page_size, "token_budget": 256, "lane_blocks": hot_blocks}
+    settings = {
+        "page_size": page_size,
+        "token_budget": 256,
+        "lane_blocks": hot_blocks,
+        "retrieval_stride": stride,
+    }
     one, other = (make_runner(**settings) for _ in range(2))
     prompts = [
         [i * i % 199 for i in range(700)],
@@ -344,6 +362,42 @@ def test_graphs_recorded_between_steps_change_no_token(
     assert other.steps is not None and not other.is_preparing
     assert other.steps.last.pages == (600 if own else 300) // 8 - 1
     one.kv.check_integrity()
+    other.kv.check_integrity()
+
+
+def test_a_stride_that_comes_and_goes_means_the_same_in_graphs(
+    make_spec: Callable[..., EngineSpec], monkeypatch: pytest.MonkeyPatch, prefill: Prefill
+) -> None:
+    """Against steps launched one by one. Only from one token a selection to several, and back, are
+    graphs recorded anew."""
+    spec = make_spec(page_size=8, token_budget=256, lane_blocks=24, max_num_seqs=2)
+    one = Runner(spec, on_progress=lambda *_: None)
+    other = recording_runner(spec, monkeypatch)
+    prompts = [[i * i % 199 for i in range(900)], [i % 31 for i in range(803)]]
+    rows, _ = ([prefill(runner, tokens) for tokens in prompts] for runner in (one, other))
+    recorder, num_kept = recorder_of(other), []
+    for step in range(48):
+        if step % 12 == 0:
+            knobs = replace(spec.knobs, retrieval_stride=(1, 3, 5, 1)[step // 12])
+            before = len(recorder.recorded)
+            other.ask(knobs)
+            while other.readiness < 1.0:
+                other.prepare(idle=True)
+            assert (len(recorder.recorded) > before) == (step in (12, 36))
+            for runner in (one, other):
+                runner.apply(knobs)
+        decodes = tuple(
+            DecodeRow(row=row, token=step + row, position=len(prompts[i]) + step)
+            for i, row in enumerate(rows)
+        )
+        kept = other.kv.kept
+        num_kept += [kept.serves(other.kv.rows[d.row], d.position) for d in decodes]
+        plan, replays = StepPlan(chunks=(), decodes=decodes), recorder.num_replays
+        expected, got = one.run(plan), other.run(plan)
+        assert recorder.num_replays == replays + 1
+        torch.testing.assert_close(got.logits_NV, expected.logits_NV, atol=1e-4, rtol=1e-4)
+    assert not any(num_kept[:24]) and not any(num_kept[72:])
+    assert 24 < sum(num_kept) < 48
     other.kv.check_integrity()
 
 

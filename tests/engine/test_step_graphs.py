@@ -45,8 +45,9 @@ def test_a_ladder_doubles_up_to_the_largest_budget(
     assert most >= min(8192 // page_size - 1, (max_tokens - 1) // page_size)
 
 
-def target(budget: int, load: CopyChoice) -> GraphTarget:
-    return GraphTarget(ladder(budget, page_size=PAGE_SIZE, max_tokens=MAX_TOKENS), load)
+def target(budget: int, load: CopyChoice, *, keeps: bool = False) -> GraphTarget:
+    counts = ladder(budget, page_size=PAGE_SIZE, max_tokens=MAX_TOKENS)
+    return GraphTarget(counts, load, keeps)
 
 
 Kind = tuple[bool, bool, bool]  # as in GraphKey
@@ -77,6 +78,7 @@ class GraphsMachine(RuleBasedStateMachine):
     def record(self, key: GraphKey) -> GraphKey:
         assert key.load in (None, self.asked.load), "steps are launched as was asked for last"
         assert key.load is None or key.fetches
+        assert key.keeps == (key.pages > 0 and self.asked.keeps)
         assert key not in self.alive, "recorded twice"
         assert key.pages in {0, *self.now.counts, *self.asked.counts}, "nobody will want it"
         self.now_s += self.cost_s
@@ -95,13 +97,14 @@ class GraphsMachine(RuleBasedStateMachine):
             self.graphs.switch()
             self.now = self.asked
 
-    @rule(budget=budgets, load=st.sampled_from(LOADS))
-    def ask(self, budget: int, load: CopyChoice) -> None:
+    @rule(budget=budgets, load=st.sampled_from(LOADS), keeps=st.booleans())
+    def ask(self, budget: int, load: CopyChoice, keeps: bool) -> None:
         before, settled = set(self.alive), self.settled
-        self.asked = target(budget, load)
+        self.asked = target(budget, load, keeps=keeps)
         serving = self.serving_counts(self.now)
         self.graphs.ask(self.asked)
-        if load == self.now.load and any(c >= self.asked.counts[0] for c in serving):
+        is_alike = (load, keeps) == (self.now.load, self.now.keeps)
+        if is_alike and any(c >= self.asked.counts[0] for c in serving):
             assert self.graphs.is_ready, "less than what there are graphs of needs no new ones"
         self.take()
         assert self.settled > settled or before <= set(self.alive), "given up while it may run"
@@ -150,6 +153,7 @@ class GraphsMachine(RuleBasedStateMachine):
         assert key.size >= num_rows and key[2:4] == kind[:2]
         assert key.pages >= count and (key.pages == 0) == (count == 0)
         assert key.load == (self.now.load if kind[1] else None)
+        assert key.keeps == (count > 0 and self.now.keeps)
         kind = (in_place, fetches, False)
         usable = self.usable(num_rows, count, kind)
         if graph is None:
@@ -171,16 +175,17 @@ class GraphsMachine(RuleBasedStateMachine):
         rung = min(c for c in self.now.counts if c >= count) if count else 0
         few = {1, 2, 4, 8, MAX_ROWS} if rung > self.now.counts[0] else set(SIZES)
         size = min(size for size in few if size >= num_rows)
-        return GraphKey(size, rung, *kind, self.now.load if kind[1] else None)
+        load, keeps = self.now.load if kind[1] else None, count > 0 and self.now.keeps
+        return GraphKey(size, rung, *kind, load, keeps)
 
     def usable(self, num_rows: int, count: int, kind: Kind) -> set[GraphKey]:
-        load = self.now.load if kind[1] else None
+        load, keeps = self.now.load if kind[1] else None, count > 0 and self.now.keeps
         return {
             key
             for key in self.alive
             if key.size >= num_rows
             and (key.pages >= count if count else key.pages == 0)
-            and (*key[2:5], key.load) == (*kind, load)
+            and key[2:] == (*kind, load, keeps)
         }
 
     def serving_counts(self, wanted: GraphTarget) -> set[int]:
@@ -191,10 +196,11 @@ class GraphsMachine(RuleBasedStateMachine):
                 any(
                     key.size >= MAX_ROWS and key.pages == count and key[2:5] == kind
                     and key.load == (wanted.load if kind[1] else None)
+                    and key.keeps == wanted.keeps
                     for key in self.alive
                 )
                 for kind in SELECTING
-            ) and GraphKey(1, count, False, False, False, None) in self.alive  # fmt: skip
+            ) and GraphKey(1, count, False, False, False, None, wanted.keeps) in self.alive  # fmt: skip
 
         return {key.pages for key in self.alive if key.pages and serves(key.pages)}
 
@@ -210,6 +216,8 @@ class GraphsMachine(RuleBasedStateMachine):
         counts = {key.pages for key in self.alive} - {0}
         assert len(counts - known) <= 2, "one serves now, one after the change"
         assert {key.load for key in self.alive} <= {None, self.now.load, self.asked.load}
+        keeps = {key.keeps for key in self.alive if key.pages}
+        assert keeps <= {self.now.keeps, self.asked.keeps}
 
     def teardown(self) -> None:
         for _ in range(1000):

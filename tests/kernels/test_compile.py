@@ -25,6 +25,7 @@ from sparsed.kernels import (
     checksum,
     copy,
     gate,
+    keep,
     mean_keys,
     merge,
     norm,
@@ -207,6 +208,12 @@ def launch_seal(page_size: int) -> None:
     seal._launch(rows_B, rows_B, page_tables(), rows_B[:1], page_size, out)
 
 
+def launch_keep() -> None:
+    pages_BHK = torch.zeros(2, 4, 255, dtype=torch.int32)
+    kept_RHC, ints_B = torch.zeros(3, 4, 1023, dtype=torch.int32), torch.zeros(2, dtype=torch.int32)
+    keep._launch(pages_BHK, kept_RHC, rows_B=ints_B, count_B=ints_B, keeps_B=ints_B)
+
+
 def launch_wasted() -> None:
     counts, rows_LM = torch.zeros(9, dtype=torch.int32), torch.zeros(3, 500, dtype=torch.int64)
     wasted._launch(rows_LM, counts[1:4], page_tables(), counts[:1], rows_LM[0, 3:4])
@@ -337,6 +344,7 @@ LAUNCHES: dict[str, Callable[[], None]] = {
     "summarise 16x64 fp32, 32 dims": lambda: launch_summarise(64, FP32, 16, 32),
     "seal": lambda: launch_seal(32),
     "wasted": launch_wasted,
+    "keep": launch_keep,
     "draw of 64": lambda: launch_draw(64),
     "draw of 49,152": lambda: launch_draw(49_152),
     "draw of 151,936": lambda: launch_draw(151_936),

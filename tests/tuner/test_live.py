@@ -137,6 +137,32 @@ def test_a_target_that_cannot_be_repaired_makes_way_for_one_that_can() -> None:
     assert advise(slo=slo, failed=failed).values == {"max_num_active_seqs": 3}
 
 
+STRIDE_ALONE = frozenset(
+    {"token_budget", "hbm_budget", "max_num_active_seqs", "residency_watermark"}
+)
+
+
+@pytest.mark.parametrize(
+    ("floor", "recall", "stride"),
+    [(None, 0.9, None), (0.89, 0.9, None), (0.85, 0.9, 2), (0.85, None, None)],
+)
+def test_a_longer_stride_is_advised_well_over_a_floor_of_recall_alone(
+    floor: float | None, recall: float | None, stride: int | None
+) -> None:
+    values = advise(
+        slo=Slo(min_recall=floor), verdict=LINK, pins=STRIDE_ALONE, attention_recall=recall
+    ).values
+    assert values == ({} if stride is None else {"retrieval_stride": stride})
+
+
+def test_low_recall_shortens_the_stride_before_more_is_read() -> None:
+    long = replace(KNOBS, retrieval_stride=4)
+    assert advise(slo=Slo(min_recall=0.95), knobs=long).values == {"retrieval_stride": 2}
+    failed = [reverted({"retrieval_stride": 4}, {"retrieval_stride": 2})]
+    decision = advise(slo=Slo(min_recall=0.95), knobs=long, failed=failed)
+    assert decision.values == {"token_budget": 3072}
+
+
 def test_pinned_knobs_are_not_advised() -> None:
     both = frozenset({"token_budget", "hbm_budget"})
     alone = advise(slo=Slo(min_recall=0.95), pins=both)

@@ -45,6 +45,7 @@ from sparsed.tuner.rollout_state import (
     Tripped,
 )
 from sparsed.tuner.targets import guard_targets
+from sparsed.tuner.tripwire import reads_less
 
 SLO = Slo(tpot_s=0.1)
 RULE = RolloutRule(
@@ -702,3 +703,20 @@ class AnyOrder(RuleBasedStateMachine):
 
 AnyOrder.TestCase.settings = settings(max_examples=25, stateful_step_count=25, deadline=None)
 test_any_order = AnyOrder.TestCase
+
+
+@pytest.mark.parametrize(
+    ("values", "before", "is_less"),
+    [
+        ({"token_budget": 1024}, {"token_budget": 2048}, True),
+        ({"token_budget": 4096}, {"token_budget": 2048}, False),
+        ({"retrieval_stride": 2}, {"retrieval_stride": 1}, True),
+        ({"retrieval_stride": 2}, {"retrieval_stride": 4}, False),
+        ({"token_budget": 4096, "retrieval_stride": 2}, {"token_budget": 2048, "retrieval_stride": 1}, True),
+        ({"hbm_budget": None}, {"hbm_budget": 2048, "token_budget": 2048}, False),
+    ],
+)  # fmt: skip
+def test_fewer_tokens_or_an_older_choice_of_them_is_less(
+    values: Mapping[str, KnobValue], before: Mapping[str, KnobValue], is_less: bool
+) -> None:
+    assert reads_less(values, before=before) == is_less
