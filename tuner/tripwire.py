@@ -10,6 +10,7 @@ from statistics import fmean, median, stdev
 from sparsed.core import (
     AcceptanceWindow,
     Guard,
+    KnobValue,
     RolloutReason,
     Slo,
     Snapshot,
@@ -93,12 +94,13 @@ def figures(
 
 def reads_less(values: Values, *, before: Values) -> bool:
     """Whether ``values`` let a step read fewer tokens than ``before``, or choose them less often."""
-    return _rises("retrieval_stride", before, values) or _rises("token_budget", values, before)
+    fewer = _is_under(values.get("token_budget"), before.get("token_budget"))
+    return fewer or _is_under(before.get("retrieval_stride"), values.get("retrieval_stride"))
 
 
-def _rises(name: str, low: Values, high: Values) -> bool:
-    ends = low.get(name), high.get(name)
-    return all(isinstance(end, int) for end in ends) and ends[0] < ends[1]
+def _is_under(low: KnobValue, high: KnobValue) -> bool:
+    """False where one of them is not given."""
+    return isinstance(low, int) and isinstance(high, int) and low < high
 
 
 def status_of(seen: Sequence[Snapshot], slo: Slo) -> TrialStatus:

@@ -46,7 +46,7 @@ class Ranking(NamedTuple):
     """The newest one of a row: for the token at ``position``, of so many pages."""
 
     position: int
-    count: int
+    num_pages: int
 
 
 @dataclass(slots=True)

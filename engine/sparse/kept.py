@@ -48,7 +48,7 @@ class KeptPages:
         """Whether the token at ``position`` attends to the pages that its row ranked last: as many,
         fewer than the stride ago, and no page has become full since."""
         ranking, page_size = row.ranking, self._page_size
-        if ranking is None or ranking.count != row.selected_pages(page_size):
+        if ranking is None or ranking.num_pages != row.selected_pages(page_size):
             return False
         is_same_page = position // page_size == ranking.position // page_size
         return is_same_page and 0 < position - ranking.position < self._stride
