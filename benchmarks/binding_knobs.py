@@ -71,7 +71,7 @@ SCENARIOS: Final = (
            "kv-dram-gib": "24", "max-model-len": "2560"},
     ),
     Scenario(
-        knob="max_num_active_seqs", start=1, clients=8, lengths=("64:128", "8:16"),
+        knob="max_num_active_seqs", start=1, clients=8, lengths=("96", "12"),
         num_requests=30_000,
         fixed=IN_TIME
         | {"model": "smollm2-135m", "device": "cpu", "token-budget": "512",
