@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from binding_knobs import accepted, interval, line
-from cold_start import below, point, rate_of
+from cold_start import Sample, below, committed, point, rate_of
 from grid_regret import append, best, cores_of, read_rows, regret, score, share
 from hypothesis import given
 from hypothesis import strategies as st
@@ -61,16 +61,30 @@ def test_rows_that_were_cut_off_are_measured_again(tmp_path: Path) -> None:
     assert read_rows(tmp_path / "none", "point") == []
 
 
+def samples(*stretches: tuple[int, float, dict[str, int]]) -> list[Sample]:
+    rates = [(rate, knobs) for num, rate, knobs in stretches for _ in range(num)]
+    return [Sample(float(at), rate, knobs) for at, (rate, knobs) in enumerate(rates)]
+
+
 def test_time_below_the_incumbent() -> None:
     one, other = {"prefill_chunk": 1}, {"prefill_chunk": 2}
-    steady = [(100.0, one)] * 40
-    assert below(steady) == (0.0, 0.0)
-    assert below([*steady, *[(95.0, other)] * 40]) == (0.0, 0.0)
-    fallen, tried = below([*steady, *[(10.0, other)] * 20])
+    steady = (40, 100.0, one)
+    assert below(samples(steady, (40, 95.0, other)), []) == (0.0, 0.0)
+    fallen, tried = below(samples(steady, (20, 10.0, other)), [])
     assert 18 / 60 <= tried == fallen <= 20 / 60
-    disturbed, tried = below([*steady, *[(10.0, one)] * 20])
+    disturbed, tried = below(samples(steady, (20, 10.0, one)), [])
     assert disturbed > 0.25 and tried == 0.0
-    assert below([]) == (0.0, 0.0)
+    assert below([], []) == (0.0, 0.0)
+
+
+def test_what_is_committed_is_the_incumbent_from_then_on() -> None:
+    one, other = {"prefill_chunk": 1}, {"prefill_chunk": 2}
+    seen = samples((40, 100.0, one), (60, 50.0, other), (20, 40.0, one))
+    rollouts = [{"at": 40.0, "config_to": other, "reason": reason} for reason in ("x", "committed")]
+    assert committed(rollouts) == [(40.0, other)]
+    share, tried = below(seen, committed(rollouts))
+    assert 10 / 120 < tried == share <= 20 / 120
+    assert below(seen, [])[0] > 70 / 120
 
 
 def test_a_round_without_goodput_counts_as_none() -> None:
