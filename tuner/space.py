@@ -23,7 +23,7 @@ from sparsed.core import (
 
 MIN_PREFILL_CHUNK: Final = 128  # smaller chunks cost a step each and are never worth a trial
 WATERMARKS: Final = (0.02, 0.05, 0.1, 0.2, 0.3)  # of the hot tier
-STRIDES: Final = (1, 2, 4, 8)  # tokens
+STRIDES: Final = (1, 2, 4, 8)  # steps
 
 RESTART_KNOBS: Final = frozenset({"page_size"})
 

@@ -231,13 +231,13 @@ KNOB_SPECS: tuple[KnobSpec, ...] = (
     ),
     KnobSpec(
         name="retrieval_stride",
-        unit="tokens",
+        unit="steps",
         klass=KnobClass.HOT,
         default=1,
         minimum=1,
         maximum=16,
-        help="tokens of a request that attend to one selection of pages, until a page is full; "
-        "1: each selects anew",
+        help="decode steps of a request that attend to one selection of pages, until a page is "
+        "full; 1: each selects anew",
     ),
     KnobSpec(
         name="profiler",
