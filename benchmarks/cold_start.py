@@ -26,11 +26,9 @@ from scaled_daemon import ask, load, scaled_daemon, serve_for
 from trace_replay import Daemon
 
 from sparsed.controller.cli.session import connect
+from sparsed.tuner.rollout_regime import LIVE_KNOBS
 from sparsed.tuner.targets import missed
 
-HOT: Final = (
-    "token_budget", "hbm_budget", "max_num_active_seqs", "prefill_chunk", "residency_watermark",
-)  # fmt: skip
 GAIN_TARGET: Final = 1.3
 BELOW_FRAC: Final = 0.9
 BELOW_TARGET: Final = 0.01
@@ -70,9 +68,15 @@ def below(
 
 
 def committed(rollouts: Sequence[Mapping[str, Any]]) -> list[tuple[float, Mapping[str, Any]]]:
-    """When the live tuner committed what, in order."""
-    found = [(one["at"], one["config_to"]) for one in rollouts if one["reason"] == "committed"]
-    return sorted(found, key=lambda commit: commit[0])
+    """When the live tuner committed what, or took it back on probation, in order."""
+    found, on_probation = [], None
+    for one in sorted(rollouts, key=lambda one: one["at"]):
+        if one["reason"] == "committed":
+            on_probation = one["config_to"]
+            found.append((one["at"], one["config_to"]))
+        elif one["state"] == "reverted" and one["config_to"] == on_probation:
+            found.append((one["at"], one["config_from"]))
+    return found
 
 
 def rate_of(rounds: Sequence[tuple[float, Mapping[str, Any]]], metric: str) -> float:
@@ -102,7 +106,7 @@ class Watch:
             while not self._end.wait(1.0):
                 status = client.status()
                 if status.snapshot is not None and status.snapshot.steps:
-                    knobs = {name: getattr(status.knobs, name) for name in HOT}
+                    knobs = {name: getattr(status.knobs, name) for name in LIVE_KNOBS}
                     rate = status.snapshot.generated_tokens_per_s
                     in_time = not missed(status.snapshot, status.slo)
                     self.samples.append(Sample(time.time(), rate if in_time else 0.0, knobs))
@@ -115,7 +119,7 @@ def set_knobs(daemon: Daemon, values: Mapping[str, Any]) -> None:
 
 def hot_knobs(daemon: Daemon) -> dict[str, Any]:
     knobs = daemon.status()["knobs"]
-    return {name: knobs[name] for name in HOT}
+    return {name: knobs[name] for name in LIVE_KNOBS}
 
 
 def in_turns(
@@ -178,8 +182,8 @@ def run(options: Any) -> dict[str, Any]:
 def point(text: str) -> dict[str, int | None]:
     """``name=value,...`` as knobs; ValueError for what is no hot knob."""
     pairs = [item.partition("=") for item in text.split(",")]
-    if unknown := [name for name, _, _ in pairs if name not in HOT]:
-        raise ValueError(f"{unknown} are no hot knobs; give any of {HOT}")
+    if unknown := [name for name, _, _ in pairs if name not in LIVE_KNOBS]:
+        raise ValueError(f"{unknown} are no hot knobs; give any of {LIVE_KNOBS}")
     return {name: None if value == "auto" else int(value) for name, _, value in pairs}
 
 

@@ -2,8 +2,8 @@
 
 Run from the root: ``PYTHONPATH=src:benchmarks python benchmarks/retrieval_stride.py --output FILE.json``. Requests
 of technical documentation are decoded along their own text, not along what the model would say, so that selections
-move as reading moves them. Each stride begins anew on the same text; recall is the mean of one sample a step, layers
-in turn, in a run of its own, for a sample takes time and fetches. Prints ratios to a stride of 1 of the same run.
+move as reading moves them. Each stride begins anew on the same text; recall is the mean of a sample in each second step,
+layers in turn, in a run of its own, for a sample takes time and fetches. Prints ratios to a stride of 1 of the same run.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any, Final
 import torch
 from report import environment, reference_tokens, resolve_builtin, this_machine
 
-from sparsed.core import EngineSpec, EngineStats, Knobs, SparseMethod
+from sparsed.core import NO_RECALL, EngineSpec, EngineStats, Knobs, SparseMethod
 from sparsed.engine.batch import DecodeRow, PromptChunk, StepPlan
 from sparsed.engine.models.config import load_config
 from sparsed.engine.planner import plan_memory, resolve_knobs
@@ -102,8 +102,8 @@ def settled(runner: Runner) -> EngineStats:
 
 
 def measure(spec: EngineSpec, texts: Sequence[Sequence[int]], options: Any) -> list[dict[str, Any]]:
-    timed = Runner(spec, on_progress=lambda *_: None)
-    sampled = Runner(replace(spec, recall_stride=1), on_progress=lambda *_: None)
+    timed = Runner(replace(spec, recall_stride=NO_RECALL), on_progress=lambda *_: None)
+    sampled = Runner(replace(spec, recall_stride=2), on_progress=lambda *_: None)
     found: list[dict[str, Any]] = []
     for stride in options.strides:
         for runner in (timed, sampled):

@@ -182,7 +182,7 @@ def graph_target(kv: KVCache, knobs: Knobs) -> GraphTarget:
     if kv.selector is not None and knobs.dense_layers == 0:
         page_size, max_tokens = kv.geometry.page_size, knobs.max_model_len
         counts = ladder(knobs.token_budget, page_size=page_size, max_tokens=max_tokens)
-    keeps = bool(counts) and knobs.retrieval_stride > 1
+    keeps = bool(counts) and (kv.kept.is_on or knobs.retrieval_stride > 1)
     return GraphTarget(counts, kv.transfer.ways.load, keeps)
 
 

@@ -8,9 +8,11 @@ requests, one request after the other).
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Protocol
 
 import torch
@@ -182,8 +184,9 @@ class SparseGroup:
         )
         self._positions_B = num_full_B * cache.geometry.page_size + batch.tail_tokens_B - 1
         self._trace = self._begin_trace()
-        turn, rest = divmod(step, tiers.recall_stride)
-        self._sampled_layer = -1 if rest else sampled_layer(turn, cache.geometry.num_layers)
+        turn = sampled_turn(step, tiers.recall_stride)
+        num_layers = cache.geometry.num_layers
+        self._sampled_layer = -1 if turn is None else sampled_layer(turn, num_layers)
 
     def run(self, layer: int, q_BHGD: Tensor) -> Tensor:
         tiers, batch = self._tiers, self.batch
@@ -262,6 +265,19 @@ class SparseGroup:
             row.recalls.append(recall)
             counts.recall_sum += recall
             counts.recall_samples += 1
+
+
+def sampled_turn(step: int, stride: int) -> int | None:
+    """Which measurement ``step`` makes, if any: one in every ``stride`` steps, at a place that is
+    drawn, the same in every run. In even steps a request would always be seen at one place of its
+    pages, where a selection that it keeps is always as old."""
+    turn, place = divmod(step, stride)
+    return turn if place == _drawn_place(turn, stride) else None
+
+
+@lru_cache(maxsize=64)
+def _drawn_place(turn: int, stride: int) -> int:
+    return random.Random(turn).randrange(stride)
 
 
 def sampled_layer(turn: int, num_layers: int) -> int:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 from sparsed.engine.batch import DecodeRow
-from sparsed.engine.decode import Tiers, attention_recall, sampled_layer
+from sparsed.engine.decode import Tiers, attention_recall, sampled_layer, sampled_turn
 from sparsed.engine.decode_batch import make_batch
 from sparsed.engine.kvcache.row import Row
 from sparsed.engine.readback import PendingValue
@@ -28,7 +28,7 @@ class _Pending(NamedTuple):
 
 
 class RecallSampler:
-    """After every ``recall_stride``-th step it attends densely for one request in one layer.
+    """After one in ``recall_stride`` steps it attends densely for one request in one layer.
 
     A sample reads all pages of the request in that layer, those that are not hot through the
     staging area, and waits once for the device: to know how many these are. What it gives is read
@@ -45,9 +45,9 @@ class RecallSampler:
         """Measure ``step`` if it is its turn. ``trail`` is what the step left, with queries
         (B, H, G, D) and logs of softmax sums (B, H, G) of ``rows`` in their order."""
         self.collect()
-        turn, rest = divmod(step, self._tiers.recall_stride)
+        turn = sampled_turn(step, self._tiers.recall_stride)
         sparse = [b for b, row in enumerate(rows) if 0 < row.num_selected < row.num_full]
-        if rest or not sparse:
+        if turn is None or not sparse:
             return
         cache = self._tiers.cache
         b = sparse[sampled_place(turn, len(sparse))]

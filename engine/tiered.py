@@ -256,7 +256,7 @@ class TieredAttention:
         num_heads, head_dim = self._cache.geometry.num_kv_heads, self._cache.geometry.head_dim
         q_BHGD = q_BHD.view(len(q_BHD), num_heads, -1, head_dim)
         inputs = step.inputs
-        pages_BHK = ahead.select(layer, q_BHGD, inputs, ranked=inputs.pages, width=step.width)
+        pages_BHK = ahead.select(layer, q_BHGD, inputs, ranked=step.ranked, width=step.width)
         if self._trace is not None:
             self._trace.foretell(layer, pages_BHK)
         return ahead.resolve(layer, pages_BHK, inputs, step_1=step.before_1)

@@ -80,8 +80,14 @@ def test_time_below_the_incumbent() -> None:
 def test_what_is_committed_is_the_incumbent_from_then_on() -> None:
     one, other = {"prefill_chunk": 1}, {"prefill_chunk": 2}
     seen = samples((40, 100.0, one), (60, 50.0, other), (20, 40.0, one))
-    rollouts = [{"at": 40.0, "config_to": other, "reason": reason} for reason in ("x", "committed")]
+    change = {"config_from": one, "config_to": other}
+    rollouts = [
+        {"at": 40.0, "reason": "committed", "state": "verifying", **change},
+        {"at": 20.0, "reason": "canary", "state": "verifying", **change},
+    ]
     assert committed(rollouts) == [(40.0, other)]
+    back = {"at": 50.0, "reason": "regressed", "state": "reverted", **change}
+    assert committed([back, *rollouts]) == [(40.0, other), (50.0, one)]
     share, tried = below(seen, committed(rollouts))
     assert 10 / 120 < tried == share <= 20 / 120
     assert below(seen, [])[0] > 70 / 120

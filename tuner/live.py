@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from statistics import fmean, median
 from typing import Final
 
@@ -181,10 +182,13 @@ def improve(context: LiveContext, *, current: Knobs) -> tuple[Mapping[str, KnobV
         return {}, "every step is pinned, failed a while ago, or reads less than recall allows", 1.0
     # On auto a request keeps what it can: as much as its length where there is room.
     whole = build_space(current, auto_hbm_budget=min(current.max_model_len, MAX_HBM_BUDGET))
+    further = tuple(ladder for ladder in space.ladders if ladder.name not in whole.names)
+    whole = replace(whole, ladders=(*whole.ladders, *further))
+    untold = {ladder.name: KNOBS_BY_NAME[ladder.name].default for ladder in further}
     values = penalized([trial.score for trial in done])
     model = Surrogate.fit(
         whole,
-        points=[whole.encode(trial.values) for trial in done],
+        points=[whole.encode(untold | dict(trial.values)) for trial in done],
         values=values,
         centre=fmean(values),
         seed=0,

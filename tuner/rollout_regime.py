@@ -51,6 +51,7 @@ LIVE_KNOBS: Final = (
     "residency_watermark",
     "retrieval_stride",
 )
+ADDED: Final = {"retrieval_stride": 1}  # of incumbents that were kept before there was the knob
 
 
 def live_values(knobs: Knobs) -> dict[str, KnobValue]:
@@ -107,7 +108,7 @@ def wanted(
 ) -> dict[str, KnobValue]:
     """What ``regime`` would change of ``knobs``; pinned ones stay. Empty, too, if the rest does
     not fit them."""
-    values: Values = regime.incumbent
+    values: Values = regime.incumbent and {**ADDED, **regime.incumbent}
     if not values:
         good = {**state.base, **state.good}
         values = {name: good[name] for name in state.switched if name in good}

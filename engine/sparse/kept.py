@@ -25,7 +25,8 @@ from sparsed.kernels.keep import keep_pages
 
 class KeptPages:
     """Lists of all lanes, in memory that is taken when they are first used, outside of a capture.
-    ``is_on``: whether anything is kept, for the knob may be 1."""
+    ``is_on``: whether selections are kept, from the first stride above 1 on: whoever goes back to 1
+    for a while, as a test does, need not begin anew."""
 
     def __init__(
         self, geometry: Geometry, *, num_rows: int, knobs: Knobs, device: torch.device
@@ -34,15 +35,13 @@ class KeptPages:
         count = most_pages(page_size=geometry.page_size, max_tokens=knobs.max_model_len)
         self._shape = (geometry.num_layers, num_rows, geometry.num_kv_heads, count)
         self._device = device
+        self.is_on = False
         self.apply(knobs)
-
-    @property
-    def is_on(self) -> bool:
-        return self._stride > 1
 
     def apply(self, knobs: Knobs) -> None:
         """From the next token on."""
         self._stride = knobs.retrieval_stride
+        self.is_on |= self._stride > 1
 
     def serves(self, row: Row, position: int) -> bool:
         """Whether the token at ``position`` attends to the pages that its row ranked last: as many,

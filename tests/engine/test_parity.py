@@ -25,7 +25,7 @@ from sparsed.core import (
     TokenOutput,
 )
 from sparsed.engine.batch import DecodeRow, PromptChunk, StepPlan
-from sparsed.engine.decode import sampled_layer
+from sparsed.engine.decode import sampled_layer, sampled_turn
 from sparsed.engine.engine import Engine
 from sparsed.engine.models.config import FAMILIES
 from sparsed.engine.models.rope_config import ROPE_KINDS
@@ -339,7 +339,8 @@ def test_recall_is_measured_and_the_text_unchanged(make_runner: MakeRunner, llam
     runner = make_runner(llama, token_budget=256, lane_blocks=3)
     teacher_forced(runner, tokens_of(800, seed=6), 600)
     stats = runner.stats()
-    assert stats.recall_samples == (3 + 199) // 32, "three steps of prompt, 199 of decode"
+    steps = range(4, 4 + 199)  # after three of the prompt
+    assert stats.recall_samples == sum(sampled_turn(step, 32) is not None for step in steps) > 4
     assert 0.2 < stats.recall_sum / stats.recall_samples < 1.0
 
 
@@ -361,7 +362,8 @@ def test_an_engine_can_measure_recall_more_often(
     spec = replace(make_spec(llama, token_budget=256), recall_stride=stride)
     runner = Runner(spec, on_progress=lambda *_: None)
     teacher_forced(runner, tokens_of(610, seed=6), 600)
-    assert runner.stats().recall_samples == (3 + 10) // stride - 3 // stride
+    num = sum(sampled_turn(step, stride) is not None for step in range(4, 14))
+    assert runner.stats().recall_samples == num > 0
 
 
 @pytest.mark.parametrize("lane_blocks", [None, 3])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -10,7 +11,7 @@ import torch
 
 from sparsed.core import EngineSpec, SparseMethod
 from sparsed.engine.batch import DecodeRow, PromptChunk, StepPlan
-from sparsed.engine.decode import sampled_layer
+from sparsed.engine.decode import sampled_layer, sampled_turn
 from sparsed.engine.recall import RecallSampler, sampled_place
 from sparsed.engine.runner import Runner
 from sparsed.engine.step_decoder import StepDecoder
@@ -78,7 +79,8 @@ def test_a_queued_step_has_the_recall_of_an_eager_one(
         make_steps(other, looks_ahead=looks_ahead),
         RecallSampler(other.attention.tiers),
     )
-    rows, sampled = sorted(one.kv.rows), 0
+    rows, sampled, num_compared = sorted(one.kv.rows), 0, 0
+    num_layers = one.kv.geometry.num_layers
     for turn in range(40):
         step = len(PROMPTS) + 1 + turn  # as the runner counts them
         decodes = decodes_of(one, turn)
@@ -95,13 +97,16 @@ def test_a_queued_step_has_the_recall_of_an_eager_one(
         sampler.collect()
         after = {row: len(other.kv.rows[row].recalls) for row in rows}
         found = [row for row in rows if after[row] > before[row]]
-        assert len(found) == (step % stride == 0)
+        assert len(found) == (sampled_turn(step, stride) is not None)
         for row in found:
             sampled += 1
             assert turn >= FIRST_SPARSE[rows.index(row)]
-            recall = other.kv.rows[row].recalls[-1]
-            assert recall == pytest.approx(one.kv.rows[row].recalls[-1], abs=1e-4)
-            assert 0 < recall < 0.9999
+            recall, turn_of = other.kv.rows[row].recalls[-1], sampled_turn(step, stride)
+            assert turn_of is not None and 0 < recall < 0.9999
+            if sampled_layer(turn_of, num_layers) == sampled_layer(step, num_layers):
+                num_compared += 1
+                assert recall == pytest.approx(one.kv.rows[row].recalls[-1], abs=1e-4)
+    assert num_compared > 3
     counts = other.attention.counts
     assert sampled == counts.recall_samples > 0
     mine = [recall for row in rows for recall in other.kv.rows[row].recalls]
@@ -127,8 +132,10 @@ def test_a_runner_tells_what_was_sampled(make_spec: MakeSpec, make_steps: MakeSt
     runner.steps = make_steps(runner)
     for turn in range(6):  # several rows are sparse: of queued steps one is sampled
         runner.run(StepPlan(chunks=(), decodes=tuple(decodes_of(runner, turn))))
-    assert runner.stats().recall_samples == 3
-    assert sum(len(row.recalls) for row in runner.kv.rows.values()) == 3
+    steps = range(len(PROMPTS) + 1, len(PROMPTS) + 7)
+    num = sum(sampled_turn(step, 2) is not None for step in steps)
+    assert runner.stats().recall_samples == num > 1
+    assert sum(len(row.recalls) for row in runner.kv.rows.values()) == num
 
 
 @pytest.mark.parametrize("queued", [False, True])
@@ -170,3 +177,15 @@ def test_every_request_is_sampled_in_every_layer(num_rows: int, num_layers: int)
     pairs = {(place, layers[turn % num_layers]) for turn, place in zip(turns, places, strict=True)}
     assert len(pairs) == num_rows * num_layers
     assert max(places) < num_rows
+
+
+@pytest.mark.parametrize("stride", [32, 64, 256])
+@pytest.mark.parametrize("page_size", [8, 32])
+def test_samples_fall_on_all_places_of_a_page_in_every_layer(stride: int, page_size: int) -> None:
+    """One a stride; and no layer is seen at some places alone, as it was at every 32nd step."""
+    turns = [(sampled_turn(step, stride), step) for step in range(600 * stride)]
+    found = [(turn, step) for turn, step in turns if turn is not None]
+    assert [turn for turn, _ in found] == [*range(600)]
+    seen = Counter((sampled_layer(turn, 4), step % page_size) for turn, step in found)
+    assert len(seen) > 0.95 * 4 * page_size
+    assert max(seen.values()) < 6 * 600 / (4 * page_size)

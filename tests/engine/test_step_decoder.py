@@ -368,8 +368,8 @@ def test_graphs_recorded_between_steps_change_no_token(
 def test_a_stride_that_comes_and_goes_means_the_same_in_graphs(
     make_spec: Callable[..., EngineSpec], monkeypatch: pytest.MonkeyPatch, prefill: Prefill
 ) -> None:
-    """Against steps launched one by one. Only from one token a selection to several, and back, are
-    graphs recorded anew."""
+    """Against steps launched one by one. Graphs are recorded anew once only, when the first stride
+    above 1 comes."""
     spec = make_spec(page_size=8, token_budget=256, lane_blocks=24, max_num_seqs=2)
     one = Runner(spec, on_progress=lambda *_: None)
     other = recording_runner(spec, monkeypatch)
@@ -383,7 +383,7 @@ def test_a_stride_that_comes_and_goes_means_the_same_in_graphs(
             other.ask(knobs)
             while other.readiness < 1.0:
                 other.prepare(idle=True)
-            assert (len(recorder.recorded) > before) == (step in (12, 36))
+            assert (len(recorder.recorded) > before) == (step == 12)
             for runner in (one, other):
                 runner.apply(knobs)
         decodes = tuple(
