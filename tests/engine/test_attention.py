@@ -16,9 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sparsed.core import PAGE_SIZES, SparseMethod
+from sparsed.core import PAGE_SIZES, RECALL_STRIDE, SparseMethod
 from sparsed.engine.attention import Attention
 from sparsed.engine.batch import DecodeRow, PromptChunk, StepPlan
+from sparsed.engine.decode import sampled_layer, sampled_turn
 from sparsed.engine.kvcache.cache import KVCache
 from sparsed.engine.sparse.basis import Basis
 from sparsed.kernels.reference_mean_keys import round_queries
@@ -222,7 +223,8 @@ class World:
         expected, lse = plain_attention(q_HGD, kv_MHCD, seen_HM)
         torch.testing.assert_close(o_HGD, expected, atol=1e-4, rtol=1e-4)
         self.checked += 1
-        if self.step % 32 == 0 and layer == self.step // 32 % NUM_LAYERS:
+        turn = sampled_turn(self.step, RECALL_STRIDE)
+        if turn is not None and layer == sampled_layer(turn, NUM_LAYERS):
             _, dense_lse = plain_attention(q_HGD, kv_MHCD, torch.ones_like(seen_HM))
             expected_recall = float(torch.exp(lse - dense_lse).mean())
             recalls = self.cache.rows[life.row].recalls
