@@ -6,7 +6,8 @@ daemon in mode ``auto`` whose durations are divided by ``--time-scale`` serves a
 busy time ``--explored-frac`` may be spent on candidates. At the end the values it came to, the shipped default and
 each ``--grid`` point are set by hand and served in turns. Says the goodput over time, the ratio of the last to the
 default, the share of exploring, and of the time below 0.9 of the incumbent (what was committed last; tokens a second
-of windows that keep the targets, means of ten seconds), in all and under other values. Knobs given after ``--`` are fixed. A scaled test has shorter windows and so more noise than the shipped one.
+of windows that keep the targets, means of ten seconds), in all and under other values. Knobs given after ``--`` are
+fixed. A scaled test has shorter windows and so more noise than the shipped one.
 """
 
 from __future__ import annotations

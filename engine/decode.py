@@ -236,10 +236,10 @@ class SparseGroup:
     def _begin_keeping(self, positions: Sequence[int]) -> Tensor:
         """Which requests (B,) attend to what they ranked before; the others' rankings are noted."""
         kept = self._tiers.cache.kept
-        tokens = list(zip(self.batch.rows, positions, strict=True))
-        keeps = [kept.serves(row, position) for row, position in tokens]
-        for (row, position), is_kept in zip(tokens, keeps, strict=True):
-            if not is_kept:
+        keeps = []
+        for row, position in zip(self.batch.rows, positions, strict=True):
+            keeps.append(kept.serves(row, position))
+            if not keeps[-1]:
                 kept.note(row, position)
         return upload(keeps, device=self._rows_B.device).int()
 

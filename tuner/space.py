@@ -23,7 +23,7 @@ from sparsed.core import (
 
 MIN_PREFILL_CHUNK: Final = 128  # smaller chunks cost a step each and are never worth a trial
 WATERMARKS: Final = (0.02, 0.05, 0.1, 0.2, 0.3)  # of the hot tier
-STRIDES: Final = (1, 2, 4, 8)  # steps
+STRIDES: Final = (1, 2, 4, 8)  # steps, no more than the smallest page has tokens
 
 RESTART_KNOBS: Final = frozenset({"page_size"})
 
@@ -195,9 +195,8 @@ def _selects(default: Knobs, workload: Workload) -> bool:
 
 
 def _stride(default: Knobs) -> Ladder:
-    """No longer than a page, by which each request selects anew anyway."""
-    rungs = {rung for rung in STRIDES if rung <= default.page_size} | {default.retrieval_stride}
-    return Ladder(name="retrieval_stride", rungs=tuple(sorted(rungs)))
+    rungs = sorted({*STRIDES, default.retrieval_stride})
+    return Ladder(name="retrieval_stride", rungs=tuple(rungs))
 
 
 def _in_blocks(num_tokens: int) -> int:

@@ -104,13 +104,10 @@ def test_the_default_stays_whatever_the_workload(sizes: list[tuple[int, int]]) -
     assert space.contains(space.encode({}))
 
 
-@pytest.mark.parametrize("page_size", [8, 128])
 @pytest.mark.parametrize("method", ["mean-key", "dense"])
 @pytest.mark.parametrize("longest", [2047, 2048])
-def test_a_stride_is_tried_where_the_default_selects(
-    longest: int, method: str, page_size: int
-) -> None:
-    default = replace(DEFAULT, token_budget=2048, sparse_method=method, page_size=page_size)
+def test_a_stride_is_tried_where_the_default_selects(longest: int, method: str) -> None:
+    default = replace(DEFAULT, token_budget=2048, sparse_method=method)
     space = build_space(default, auto_hbm_budget=5000, workload=load((100, 5), (longest, 1)))
     strides = [ladder.rungs for ladder in space.ladders if ladder.name == "retrieval_stride"]
     assert strides == ([(1, 2, 4, 8)] if longest == 2048 and method == "mean-key" else [])
