@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from report import environment
+from report import environment, model_config
 from targets import Target, print_targets, write_result
 
 from sparsed.controller.startup import find_device
@@ -44,8 +44,6 @@ from sparsed.engine.measure.ceilings import copy_bytes_per_s
 from sparsed.engine.measure.clock import Clock
 from sparsed.engine.measure.decode import DecodeMeter
 from sparsed.engine.measure.kernels import measure_case
-from sparsed.engine.models.config import ModelConfig, load_config
-from sparsed.engine.models.dummy import DUMMY_PREFIX, dummy_config
 from sparsed.engine.planner import plan_memory, resolve_knobs
 from sparsed.engine.runner import Runner
 
@@ -95,10 +93,6 @@ def make_spec(options: argparse.Namespace) -> EngineSpec:
         knobs=knobs,
         plan=plan_memory(knobs, shape=shape, dtype=dtype),
     )
-
-
-def model_config(model: str) -> ModelConfig:
-    return dummy_config(model) if model.startswith(DUMMY_PREFIX) else load_config(Path(model))
 
 
 def add_requests(engine: Engine, load: Load, *, vocab_size: int) -> None:

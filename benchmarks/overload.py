@@ -34,13 +34,12 @@ from overload_load import (
 )
 from overload_recompute import Recomputing, on_demand
 from overload_stack import MODES, STACK, Mode, Runners, Setting, parse_mode
-from report import environment, reference_tokens, resolve_builtin
+from report import environment, model_config, reference_tokens, resolve_builtin
 
 from sparsed.core import BLOCK_TOKENS, EngineStats, InputError
 from sparsed.engine.engine import Engine, Model
 from sparsed.engine.kvcache.geometry import num_frames
-from sparsed.engine.models.config import load_config
-from sparsed.engine.models.dummy import DUMMY_PREFIX, dummy_config
+from sparsed.engine.models.dummy import DUMMY_PREFIX
 
 BUILTIN: Final = "smollm2-135m"
 UNIT_TOKENS: Final = 16  # of output, to know a step at batch 1
@@ -54,9 +53,8 @@ class Bench:
 
     def __init__(self, options: argparse.Namespace) -> None:
         model = str(resolve_builtin()) if options.model == BUILTIN else options.model
-        is_dummy = model.startswith(DUMMY_PREFIX)
-        config = dummy_config(model) if is_dummy else load_config(Path(model))
-        tokens = () if is_dummy else reference_tokens(Path(model))
+        config = model_config(model)
+        tokens = () if model.startswith(DUMMY_PREFIX) else reference_tokens(Path(model))
         self._load = Load(
             count=options.count,
             prompt_tokens=options.prompt_tokens,

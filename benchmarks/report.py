@@ -14,6 +14,8 @@ import psutil
 from sparsed.core import GIB, MachineFacts
 from sparsed.engine.evaluate.texts import load_tokenizer, read_tokens
 from sparsed.engine.models.catalog import resolve_model
+from sparsed.engine.models.config import ModelConfig, load_config
+from sparsed.engine.models.dummy import DUMMY_PREFIX, dummy_config
 
 PACKAGES = ("torch", "triton", "transformers", "numpy", "tokenizers")
 
@@ -30,6 +32,11 @@ def resolve_builtin() -> Path:
     )
     assert resolved.path is not None
     return resolved.path
+
+
+def model_config(model: str) -> ModelConfig:
+    """Of ``dummy:SHAPE`` or of a directory."""
+    return dummy_config(model) if model.startswith(DUMMY_PREFIX) else load_config(Path(model))
 
 
 def reference_tokens(directory: Path) -> list[int]:

@@ -2,8 +2,11 @@
 
 Run from the root: ``PYTHONPATH=src:benchmarks python benchmarks/retrieval_stride.py --output FILE.json``. Requests
 of technical documentation are decoded along their own text, not along what the model would say, so that selections
-move as reading moves them. Each stride begins anew on the same text; recall is the mean of a sample in each second step,
-layers in turn, in a run of its own, for a sample takes time and fetches. Prints ratios to a stride of 1 of the same run.
+move as reading moves them; a model with random weights (``--model dummy:SHAPE``) reads random tokens: that says what
+ranking less often saves of a step, nothing of selections. Each stride begins anew on the same text, in rounds of turning
+order; the first row is of an engine that never kept a list, the others of one that does, at a stride of 1 too. Recall
+is the mean of a sample in each second step, layers in turn, in a run of its own, for a sample takes time and fetches.
+Times are given as ratios to the first row in the same round.
 """
 
 from __future__ import annotations
@@ -11,26 +14,28 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 from typing import Any, Final
 
 import torch
-from report import environment, reference_tokens, resolve_builtin, this_machine
+from report import environment, model_config, reference_tokens, resolve_builtin
 
 from sparsed.core import NO_RECALL, EngineSpec, EngineStats, Knobs, SparseMethod
 from sparsed.engine.batch import DecodeRow, PromptChunk, StepPlan
-from sparsed.engine.models.config import load_config
+from sparsed.engine.models.dummy import DUMMY_PREFIX
 from sparsed.engine.planner import plan_memory, resolve_knobs
 from sparsed.engine.runner import Runner
+from sparsed.profiler.machine import read_machine
 
 CHUNK: Final = 1024
 WARM_UP: Final = 16  # tokens before anything is counted: the hot tier is filled
 
 
-def make_spec(directory: Path, options: argparse.Namespace) -> EngineSpec:
-    shape = load_config(directory).shape
+def make_spec(model: str, options: argparse.Namespace) -> EngineSpec:
+    shape = model_config(model).shape
     asked = {
         "page_size": options.page_size,
         "token_budget": options.token_budget,
@@ -42,9 +47,27 @@ def make_spec(directory: Path, options: argparse.Namespace) -> EngineSpec:
         "kv_dram_gib": options.kv_dram_gib,
     }
     device, dtype = options.device, options.dtype
-    knobs = resolve_knobs(asked, shape=shape, machine=this_machine(), device=device, dtype=dtype)
+    knobs = resolve_knobs(asked, shape=shape, machine=read_machine(), device=device, dtype=dtype)
     plan = plan_memory(knobs, shape=shape, dtype=dtype)
-    return EngineSpec(model=str(directory), device=device, dtype=dtype, knobs=knobs, plan=plan)
+    return EngineSpec(
+        model=model,
+        device=device,
+        dtype=dtype,
+        knobs=knobs,
+        plan=plan,
+        always_select=options.always_select,
+    )
+
+
+def texts_of(model: str, options: argparse.Namespace) -> list[list[int]]:
+    """One for each request, as long as its prompt and what is decoded."""
+    length, count = options.context + options.tokens, options.requests
+    if model.startswith(DUMMY_PREFIX):
+        numbers = torch.Generator().manual_seed(0)
+        size = (count, length)
+        return torch.randint(model_config(model).vocab_size, size, generator=numbers).tolist()
+    text = reference_tokens(Path(model))
+    return [text[i * length : (i + 1) * length] for i in range(count)]
 
 
 def prefill(runner: Runner, tokens: Sequence[int], *, length: int) -> int:
@@ -102,17 +125,43 @@ def settled(runner: Runner) -> EngineStats:
 
 
 def measure(spec: EngineSpec, texts: Sequence[Sequence[int]], options: Any) -> list[dict[str, Any]]:
-    timed = Runner(replace(spec, recall_stride=NO_RECALL), on_progress=lambda *_: None)
-    sampled = Runner(replace(spec, recall_stride=2), on_progress=lambda *_: None)
-    found: list[dict[str, Any]] = []
-    for stride in options.strides:
-        for runner in (timed, sampled):
+    """A row for each stride, behind one for a stride of 1 of an engine that never kept a list."""
+    spec = replace(spec, recall_stride=NO_RECALL)
+    never, keeping = (Runner(spec, on_progress=lambda *_: None) for _ in range(2))
+    take(keeping, replace(spec.knobs, retrieval_stride=2))
+    tried = [(never, 1), *((keeping, stride) for stride in options.strides)]
+    rounds: list[list[dict[str, float]]] = [[] for _ in tried]
+    for number in range(options.rounds):
+        for i in range(len(tried))[:: 1 if number % 2 == 0 else -1]:
+            runner, stride = tried[i]
             take(runner, replace(spec.knobs, retrieval_stride=stride))
-        row = decode(timed, texts, context=options.context)
-        row["recall"] = decode(sampled, texts, context=options.context)["recall"]
-        found.append({"stride": stride} | row)
-        print(line(found[-1], found[0]), flush=True)
-    return found
+            rounds[i].append(decode(runner, texts, context=options.context))
+    return [
+        {"stride": stride, "keeps": runner is keeping} | summary(rows, rounds[0])
+        for (runner, stride), rows in zip(tried, rounds, strict=True)
+    ]
+
+
+def summary(
+    rows: Sequence[Mapping[str, float]], first: Sequence[Mapping[str, float]]
+) -> dict[str, Any]:
+    """Of all rounds; ``step_ratio``: to the ``first`` way in the same round."""
+    ratios = [mine["step_s"] / other["step_s"] for mine, other in zip(rows, first, strict=True)]
+    return {
+        "step_s": [row["step_s"] for row in rows],
+        "step_ratio": median(ratios),
+        "misses": median(row["misses"] for row in rows),
+        "selected": median(row["selected"] for row in rows),
+    }
+
+
+def add_recall(
+    found: Sequence[dict[str, Any]], spec: EngineSpec, texts: Sequence[Sequence[int]], options: Any
+) -> None:
+    runner = Runner(replace(spec, recall_stride=2), on_progress=lambda *_: None)
+    for row in found:
+        take(runner, replace(spec.knobs, retrieval_stride=row["stride"]))
+        row["recall"] = decode(runner, texts, context=options.context)["recall"]
 
 
 def take(runner: Runner, knobs: Knobs) -> None:
@@ -122,12 +171,13 @@ def take(runner: Runner, knobs: Knobs) -> None:
     runner.apply(knobs)
 
 
-def line(row: dict[str, Any], first: dict[str, Any]) -> str:
+def line(row: Mapping[str, Any], first: Mapping[str, Any]) -> str:
     return (
-        f"stride {row['stride']:2}: step {1e3 * row['step_s']:.2f} ms "
-        f"({row['step_s'] / first['step_s']:.3f}), misses {row['misses'] / row['selected']:.2%} "
-        f"({row['misses'] / max(1e-9, first['misses']):.2f}), recall {row['recall']:.4f} "
-        f"({row['recall'] / first['recall']:.4f})"
+        f"stride {row['stride']:2}{' kept' if row['keeps'] else '     '}: step "
+        f"{1e3 * median(row['step_s']):.2f} ms ({row['step_ratio']:.3f}), "
+        f"misses {row['misses'] / row['selected']:.2%} "
+        f"({row['misses'] / max(1e-9, first['misses']):.2f})"
+        + (f", recall {row['recall']:.4f}" if "recall" in row else "")
     )
 
 
@@ -135,10 +185,12 @@ def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", type=Path, help="a directory; default: the built-in model")
+    parser.add_argument("--model", help="a directory or dummy:SHAPE; default: the built-in model")
+    parser.add_argument("--always-select", action="store_true", help="even where all pages are hot")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--strides", type=int, nargs="*", default=[1, 2, 4, 8, 16])
+    parser.add_argument("--strides", type=int, nargs="*", default=[1, 2, 4, 8])
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--requests", type=int, default=2)
     parser.add_argument("--context", type=int, default=4096)
     parser.add_argument("--tokens", type=int, default=144)
@@ -153,11 +205,13 @@ def parse_options() -> argparse.Namespace:
 
 def main() -> None:
     options = parse_options()
-    directory = options.model or resolve_builtin()
-    text = reference_tokens(directory)
-    length = options.context + options.tokens
-    texts = [text[i * length : (i + 1) * length] for i in range(options.requests)]
-    rows = measure(make_spec(directory, options), texts, options)
+    model = options.model or str(resolve_builtin())
+    spec, texts = make_spec(model, options), texts_of(model, options)
+    rows = measure(spec, texts, options)
+    if not model.startswith(DUMMY_PREFIX):
+        add_recall(rows, spec, texts, options)
+    for row in rows:
+        print(line(row, rows[0]))
     if options.output:
         result = environment() | {"rows": rows}
         options.output.write_text(json.dumps(result, indent=1) + "\n")

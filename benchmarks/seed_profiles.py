@@ -3,8 +3,8 @@
 Run from the root: ``PYTHONPATH=src:benchmarks python benchmarks/seed_profiles.py --name llama-3.1-8b-h100``. Tunes
 a model of known shape with random weights (``sparsed tune``, in a state directory of its own, without any
 other profile) and writes the verified winner to ``db/seeds/NAME.json``, from where live tuners and searches
-of this GPU take it; prints the file. Weights say nothing of quality, so ``page_size`` and ``token_budget`` are
-fixed at their defaults and no floor of recall holds: what is searched changes speed alone. A small DRAM tier
+of this GPU take it; prints the file. Weights say nothing of quality, so what recall depends on is fixed at its
+default and no floor of recall holds: what is searched changes speed alone. A small DRAM tier
 (``-- --kv-dram-gib 16``) makes the start shorter, which the search's time includes. Exits with 1, and writes
 nothing, where the default stays. About seven minutes with the default options.
 """
@@ -20,7 +20,7 @@ from typing import Final
 
 from report import environment
 
-from sparsed.core import KNOBS_BY_NAME, Profile, ProfileStatus
+from sparsed.core import KNOBS_BY_NAME, RECALL_KNOBS, Profile, ProfileStatus
 from sparsed.engine.planner import PAGE_TOKENS
 from sparsed.tuner.export import ExportFormat, parse_profile, render_profile
 
@@ -29,7 +29,8 @@ SEEDS: Final = ROOT / "db" / "seeds"
 
 
 def tune_command(options: argparse.Namespace, *, state_dir: Path, export: Path) -> list[str]:
-    known = {"page_size": PAGE_TOKENS, "token_budget": KNOBS_BY_NAME["token_budget"].default}
+    known = {name: KNOBS_BY_NAME[name].default for name in sorted(RECALL_KNOBS)}
+    known["page_size"] = PAGE_TOKENS
     fixed = ((f"--{name.replace('_', '-')}", value) for name, value in known.items())
     return [
         sys.executable, "-m", "sparsed", "tune", options.model, "--device", options.device,

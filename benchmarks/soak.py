@@ -20,15 +20,13 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
-from report import environment, resolve_builtin
+from report import environment, model_config, resolve_builtin
 from soak_answers import Answer, Difference, Ledger, compare_texts
 from soak_load import MAX_MODEL_LEN, MAX_NUM_SEQS, Load, SoakOptions, is_too_long
 from soak_tiers import TierCheck
 
 from sparsed.core import EngineSpec, EngineStats, FinishReason, Service, VerifyMode
 from sparsed.engine.engine import Engine
-from sparsed.engine.models.config import load_config
-from sparsed.engine.models.dummy import DUMMY_PREFIX, dummy_config
 from sparsed.engine.planner import plan_memory, resolve_knobs
 from sparsed.engine.runner import Runner
 from sparsed.profiler.machine import read_machine
@@ -177,20 +175,17 @@ class Soak:
 
 def make_spec(options: SoakOptions, *, roomy: bool = False) -> EngineSpec:
     """The spec of the engine under test, or of one with room for every request at once."""
-    if options.model.startswith(DUMMY_PREFIX):
-        model, config = options.model, dummy_config(options.model)
-    else:
-        directory = resolve_builtin() if options.model == "smollm2-135m" else Path(options.model)
-        model, config = str(directory), load_config(directory)
+    model = str(resolve_builtin()) if options.model == "smollm2-135m" else options.model
     values = {
         "page_size": options.page_size,
         "sparse_method": options.sparse_method,
         "dense_layers": options.dense_layers,
+        "retrieval_stride": options.retrieval_strides[0],
         "token_budget": 512,
         "max_num_seqs": MAX_NUM_SEQS,
         "max_model_len": MAX_MODEL_LEN,
     }
-    shape, dtype = config.shape, options.dtype
+    shape, dtype = model_config(model).shape, options.dtype
     machine = read_machine()
     knobs = resolve_knobs(values, shape=shape, machine=machine, device=options.device, dtype=dtype)
     plan = plan_memory(knobs, shape=shape, dtype=dtype)
@@ -220,7 +215,8 @@ def run_soak(options: SoakOptions, *, make_runner: MakeRunner = load_runner) -> 
     soak = Soak(options, runner=runner, engine=_engine(runner, spec))
     result = soak.run()
     if options.dtype == "float32":
-        candidates = [answer for answer in soak.ledger.answers if answer.is_comparable]
+        strides = options.retrieval_strides
+        candidates = [a for a in soak.ledger.answers if a.is_comparable(strides)]
         chosen = soak.load.sample(candidates, options.num_compared)
         del soak, runner
         result.texts_compared = len(chosen)
@@ -249,6 +245,9 @@ def parse_options() -> tuple[SoakOptions, Path | None]:
     parser.add_argument("--page-size", type=int, default=default.page_size)
     parser.add_argument("--sparse-method", default=default.sparse_method)
     parser.add_argument("--dense-layers", type=int, default=default.dense_layers)
+    parser.add_argument(
+        "--retrieval-strides", type=int, nargs="+", default=default.retrieval_strides
+    )
     parser.add_argument("--enforce-eager", action="store_true")
     parser.add_argument("--lane-blocks", type=int, default=default.lane_blocks)
     parser.add_argument("--num-frames", type=int, default=default.num_frames)

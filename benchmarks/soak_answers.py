@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from sparsed.core import AddRequest, FinishReason, SamplingParams, SparseMode, TokenBatch
@@ -22,11 +22,12 @@ class Answer:
     reason: FinishReason | None = None
     num_resent: int = 0
 
-    @property
-    def is_comparable(self) -> bool:
-        """Its text depends on nothing but the request."""
+    def is_comparable(self, strides: Sequence[int]) -> bool:
+        """Its text depends on nothing but the request. Where it keeps what it selects, a change of
+        ``strides`` and being sent again show in the text."""
         sparse, params = self.request.sparse, self.request.sampling
-        own = sparse.mode is SparseMode.OFF or sparse.token_budget is not None
+        ranks_alike = set(strides) == {1} or (len(strides) == 1 and not self.num_resent)
+        own = sparse.mode is SparseMode.OFF or (sparse.token_budget is not None and ranks_alike)
         drawn = len(self.tokens) > len(self.request.generated_tokens)
         return own and drawn and params.temperature == 0.0
 

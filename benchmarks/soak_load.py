@@ -23,7 +23,8 @@ T = TypeVar("T")
 class SoakOptions:
     """``lane_blocks`` and ``num_frames`` are the sizes of the tiers: blocks of 128 tokens a lane,
     and frames, of all requests together. ``num_compared``: requests that are also run alone.
-    ``check_steps``: from one look at both tiers to the next."""
+    ``check_steps``: from one look at both tiers to the next. ``retrieval_strides``: the first is that
+    of the start, and any of them that of a change of knobs."""
 
     steps: int = 10_000
     seed: int = 0
@@ -33,6 +34,7 @@ class SoakOptions:
     page_size: int = 16
     sparse_method: str = "mean-key"
     dense_layers: int = 0
+    retrieval_strides: Sequence[int] = (1,)
     enforce_eager: bool = False
     lane_blocks: int = 22
     num_frames: int = 60
@@ -52,6 +54,7 @@ class Load:
         self._random = random.Random(options.seed)
         self._vocab_size = vocab_size
         self._budgets = [b for b in (256, 384, 512) if b >= 4 * options.page_size]
+        self._strides = options.retrieval_strides
         self._count = 0
 
     def happens(self, probability: float) -> bool:
@@ -91,6 +94,7 @@ class Load:
             "max_num_active_seqs": self._random.randint(1, MAX_NUM_SEQS),
             "prefill_chunk": self._random.choice((16, 50, 200, 512)),
             "copy_programs": self._random.choice((None, 4, 32)),
+            "retrieval_stride": self._random.choice(self._strides),
         }
 
     def _tokens(self, count: int) -> tuple[int, ...]:

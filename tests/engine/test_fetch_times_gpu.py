@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from statistics import median
+
 import pytest
 import torch
 
@@ -50,7 +52,8 @@ def test_a_graph_tells_what_its_fetches_take(own_frac: float, exposed_frac: floa
     count_1 = torch.zeros(1, dtype=torch.int32, device=CUDA)
     sleep(10 * CYCLES)  # clocks rise
     graph, step = captured(int(own_frac * CYCLES), count_1)
-    for replay in range(4):
+    exposed_fracs = []
+    for replay in range(7):
         before = Moment(CUDA)
         before.note()
         count_1.fill_(replay)
@@ -63,7 +66,9 @@ def test_a_graph_tells_what_its_fetches_take(own_frac: float, exposed_frac: floa
         assert int(num_pages) == replay
         assert 1e-4 < under_way < after.seconds_after(before)
         assert 0 <= step._begin.seconds_after(before), "noted by an earlier replay"
-        assert exposed / under_way == pytest.approx(exposed_frac, abs=0.1)
+        exposed_fracs.append(exposed / under_way)
+    usual = median(exposed_fracs)  # whatever else the device did meanwhile
+    assert usual == pytest.approx(exposed_frac, abs=0.1), exposed_fracs
 
 
 def test_a_step_that_is_launched_is_timed_alike() -> None:

@@ -83,13 +83,19 @@ def teacher_forced(
 
 @pytest.mark.parametrize("page_size", [8, 32, 128])
 @pytest.mark.parametrize("hbm_budget", [None, 512])
+@pytest.mark.parametrize("stride", [1, 5])
 def test_float32_agrees_with_the_cpu(
-    tiny_checkpoint: Callable[..., Path], page_size: int, hbm_budget: int | None
+    tiny_checkpoint: Callable[..., Path], page_size: int, hbm_budget: int | None, stride: int
 ) -> None:
     model = tiny_checkpoint("llama", max_position_embeddings=2048)
     tokens = torch.randint(0, 64, (1200,), generator=torch.Generator().manual_seed(1)).tolist()
     token_budget = 512 if page_size == 128 else 256
-    knobs = {"page_size": page_size, "hbm_budget": hbm_budget, "token_budget": token_budget}
+    knobs = {
+        "page_size": page_size,
+        "hbm_budget": hbm_budget,
+        "token_budget": token_budget,
+        "retrieval_stride": stride,
+    }
     on_cpu = make_runner(model, "cpu", "float32", knobs)
     on_gpu = make_runner(model, "cuda:0", "float32", knobs)
     expected = teacher_forced(on_cpu, tokens, 1100, 300)
@@ -121,11 +127,14 @@ def test_an_engine_on_the_second_gpu_gives_what_it_gives_on_the_first(
     torch.testing.assert_close(logits[1], logits[0], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("own", [None, 1024])
+@pytest.mark.parametrize(
+    ("own", "knob", "value"),
+    [(None, "token_budget", 512), (1024, "token_budget", 512), (None, "retrieval_stride", 5)],
+)
 def test_graphs_recorded_between_steps_change_no_logits(
-    tiny_checkpoint: Callable[..., Path], own: int | None
+    tiny_checkpoint: Callable[..., Path], own: int | None, knob: str, value: int
 ) -> None:
-    """The knob is raised and lowered again beside a request, which follows it or has a larger budget
+    """A knob is raised and lowered again beside a request, which follows it or has a larger budget
     of its own; the CPU takes each change when the GPU is ready for it."""
     model = tiny_checkpoint("llama", max_position_embeddings=2048)
     knobs = {"page_size": 8, "token_budget": 256, "sparse_method": "cuboid-mean"}
@@ -137,11 +146,11 @@ def test_graphs_recorded_between_steps_change_no_logits(
     for runner in runners:
         runner.kv.add(len(tokens), method=SparseMethod.CUBOID_MEAN, token_budget=own)
         runner.run(StepPlan(chunks=(chunk,), decodes=()))
-    in_force = wanted = runners[0].kv._knobs
-    budgets = {1105: 512, 1200: 256}
+    start = in_force = wanted = runners[0].kv._knobs
+    changes = {1105: replace(start, **{knob: value}), 1200: start}
     for position in range(1100, 1300):
-        if position in budgets:
-            wanted = replace(in_force, token_budget=budgets[position])
+        if position in changes:
+            wanted = changes[position]
             for runner in runners:
                 runner.ask(wanted)
         runners[1].prepare(idle=True)
@@ -153,9 +162,10 @@ def test_graphs_recorded_between_steps_change_no_logits(
         expected, got = (runner.run(StepPlan(chunks=(), decodes=(decode,))) for runner in runners)
         torch.testing.assert_close(got.logits_NV.cpu(), expected.logits_NV, atol=2e-3, rtol=1e-3)
     steps = runners[1].steps
-    assert in_force == wanted and in_force.token_budget == 256
+    assert in_force == start
     assert steps is not None and steps.replays and not runners[1].is_preparing
     assert steps.last.pages == (own or 256) // 8 - 1
+    assert steps.last.keeps == (knob == "retrieval_stride")
 
 
 @pytest.mark.parametrize("method", [SparseMethod.DENSE, SparseMethod.CUBOID_MEAN])

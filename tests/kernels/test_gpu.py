@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
+from sparsed.kernels import reference_select
 from sparsed.kernels.attend import attend_pages
 from sparsed.kernels.bounds import page_bounds
 from sparsed.kernels.checksum import page_checksums
 from sparsed.kernels.copy import copy_pages
 from sparsed.kernels.gate import silu_mul
+from sparsed.kernels.keep import keep_pages
 from sparsed.kernels.merge import merge_states
 from sparsed.kernels.norm import rms_norm
 from sparsed.kernels.resident import BLOCK_TOKENS, attend_resident
@@ -417,6 +419,24 @@ def test_select_in_a_captured_graph_reads_new_requests(cases, longest, seed):
         graph.replay()
         got_BHK = cases.rising(static["out_BHK"].cpu())
         assert torch.equal(got_BHK, cases.naive_select(**case | forced))
+
+
+@pytest.mark.parametrize("width", [1, 31, 700, 9000])
+def test_kept_lists(width, seed):
+    """Against the twin, some requests of each kind, in two rounds."""
+    numbers = torch.Generator().manual_seed(seed)
+    kept_RHC = torch.full((40, 3, 9000), -1, dtype=torch.int32)
+    on_gpu_RHC = kept_RHC.cuda()
+    for keeps in (0, 1):
+        pages_BHK = torch.randint(0, 10**6, (24, 3, width), generator=numbers, dtype=torch.int32)
+        rows_B = torch.randperm(40, generator=numbers)[:24].int()
+        count_B = torch.randint(0, width + 1, (24,), generator=numbers, dtype=torch.int32)
+        keeps_B = keeps * torch.randint(0, 2, (24,), generator=numbers, dtype=torch.int32)
+        given = {"rows_B": rows_B, "count_B": count_B, "keeps_B": keeps_B}
+        got_BHK = pages_BHK.cuda()
+        keep_pages(got_BHK, on_gpu_RHC, **to_gpu(given))
+        reference_select.keep_pages(pages_BHK, kept_RHC, **given)
+        assert torch.equal(got_BHK.cpu(), pages_BHK) and torch.equal(on_gpu_RHC.cpu(), kept_RHC)
 
 
 @pytest.mark.parametrize("direction", ["h2d", "d2h", "d2d"])
