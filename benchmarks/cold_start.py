@@ -169,7 +169,7 @@ def run(options: Any) -> dict[str, Any]:
     below_frac, tried_below_frac = below(watch.samples, committed(state["rollouts"]))
     return {
         "seconds": seconds, "configs": configs, "turns": turns,
-        "served": served,
+        "served": served.summary,
         "gain": middle["converged"] / middle["default"] if middle["default"] else None,
         "gain_target": GAIN_TARGET,
         "of_best_point": middle["converged"] / best_point if best_point else None,

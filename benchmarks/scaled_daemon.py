@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import csv
 import json
 import signal
 import subprocess
@@ -19,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from measured_windows import knob_flags
 from trace_replay import SPARSED, Daemon, running_as
@@ -49,16 +50,38 @@ def scaled(
     return replace(rule, acceptance=acceptance, max_explored_frac=explored_frac, **times)
 
 
+class Answer(NamedTuple):
+    """A request that ended, so many seconds after the begin of the load."""
+
+    ended_s: float
+    meets_slo: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Served:
+    """``summary`` as ``bench serve`` reports it."""
+
+    summary: dict[str, Any]
+    answers: list[Answer]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Load:
-    """A ``bench serve`` under way and the result that it writes at its end."""
+    """A ``bench serve`` under way and what it writes into ``directory`` at its end."""
 
     process: subprocess.Popen[bytes]
-    file: Path
+    directory: Path
 
-    def end(self) -> Any:
+    def end(self) -> Served:
         stop(self.process)
-        return json.loads(self.file.read_text())
+        report = json.loads((self.directory / "result.json").read_text())
+        with (self.directory / "requests.csv").open(newline="") as file:
+            answers = [
+                Answer(float(row["ended_s"]), row["meets_slo"] == "1")
+                for row in csv.DictReader(file)
+                if row["ended_s"] and not row["error"]
+            ]
+        return Served(summary=report["summary"], answers=answers)
 
 
 def scaled_daemon(
@@ -99,7 +122,7 @@ def under_load(
         command += ["--output-dir", directory, *flags]
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
-            yield Load(process=process, file=Path(directory) / "result.json")
+            yield Load(process=process, directory=Path(directory))
         finally:
             stop(process)
 
@@ -111,10 +134,17 @@ def stop(process: subprocess.Popen[bytes]) -> None:
 
 
 def serve_for(
-    daemon: Daemon, *, seconds: float, clients: int, lengths: tuple[str, str], targets: list[str]
-) -> Any:
-    """The result of ``bench serve`` after ``seconds`` under load; ``targets``: flags for goodput."""
-    with under_load(daemon, clients=clients, lengths=lengths, flags=targets) as load:
+    daemon: Daemon,
+    *,
+    seconds: float,
+    clients: int,
+    lengths: tuple[str, str],
+    targets: list[str],
+    num: int = MAX_REQUESTS,
+) -> Served:
+    """What ``bench serve`` got in ``seconds``, its own start included, of ``num`` requests at the
+    most; ``targets``: flags for goodput."""
+    with under_load(daemon, clients=clients, lengths=lengths, flags=targets, num=num) as load:
         with suppress(subprocess.TimeoutExpired):
             load.process.wait(timeout=seconds)
         return load.end()

@@ -2,10 +2,10 @@
 
 Run from the root, on a machine that does nothing else: ``PYTHONPATH=src:benchmarks python
 benchmarks/warm_start.py --profile FILE --output FILE``; about five minutes. ``--profile`` is what ``sparsed tune
---objective goodput --export FILE.json`` found on this machine, with these versions: of others it would be left
-out; without it, one is made of ``--values``, which nobody verified. Two daemons serve the same closed loop of
-clients, each in a state directory of its own: one that finds the profile (warm), for 60 s and as long again,
-whose second half is the final goodput; and one in mode auto that finds nothing (cold), for as long.
+--export FILE.json`` found on this machine, with these versions: of others it would be left out; without it, one is
+made of ``--values``, which nobody verified. Two daemons serve the same closed loop of clients (``sparsed bench
+serve``), each in a state directory of its own: one that finds the profile (warm), for 60 s and as long again, whose
+second half is the final goodput; and one in mode auto that is to look for none (cold), for as long.
 ``--time-scale`` divides these times.
 
 Prints the share of the final goodput that each reached in the first 60 s (target of warm: 90 %), and when
@@ -17,97 +17,36 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from threading import Thread
 from typing import Any, Final
 
-import httpx
 from report import environment
-from trace_replay import Daemon, running
+from scaled_daemon import Answer, serve_for
+from trace_replay import running
 
 from sparsed.core import Objective, Profile, ProfileKey, ProfileStatus, check_knob_values
 from sparsed.tuner.export import ExportFormat, parse_profile, render_profile
 
 SPARSED: Final = (sys.executable, "-m", "sparsed")
 FIRST_S: Final = 60.0
+START_S: Final = 10.0  # at most, until the load has begun
 TARGET_FRAC: Final = 0.9
 WINDOWS: Final = 6  # of the first time
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Answer:
-    """Seconds; ``ended_s`` counts from the beginning of the load."""
-
-    ended_s: float
-    ttft_s: float
-    tpot_s: float
-
-
-def goodput(
-    answers: Sequence[Answer], *, begin_s: float, end_s: float, ttft_s: float, tpot_s: float
-) -> float:
-    """Requests a second that ended in [begin, end) and kept both targets."""
-    good = (
-        begin_s <= item.ended_s < end_s and item.ttft_s <= ttft_s and item.tpot_s <= tpot_s
-        for item in answers
-    )
+def goodput(answers: Sequence[Answer], *, begin_s: float, end_s: float) -> float:
+    """Requests a second that ended in [begin, end) and kept every target."""
+    good = (begin_s <= item.ended_s < end_s and item.meets_slo for item in answers)
     return sum(good) / (end_s - begin_s)
 
 
 def reached_s(rates: Sequence[float], *, window_s: float, wanted: float) -> float | None:
     """When the first window at ``wanted`` or more ended; None: none was."""
     return next((window_s * (i + 1) for i, rate in enumerate(rates) if rate >= wanted), None)
-
-
-def ask(url: str, *, prompt: str, max_tokens: int, began_s: float) -> Answer | None:
-    """None: it failed."""
-    body = {"prompt": prompt, "max_tokens": max_tokens, "stream": True, "ignore_eos": True}
-    sent_s, arrivals = time.monotonic(), []
-    try:
-        with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=600.0) as response:
-            response.raise_for_status()
-            for line in response.iter_lines():
-                if line.startswith("data: {"):
-                    arrivals.append(time.monotonic())
-    except httpx.HTTPError:
-        return None
-    if not arrivals:
-        return None
-    return Answer(
-        ended_s=arrivals[-1] - began_s,
-        ttft_s=arrivals[0] - sent_s,
-        tpot_s=(arrivals[-1] - arrivals[0]) / max(1, max_tokens - 1),
-    )
-
-
-def load(daemon: Daemon, options: argparse.Namespace, *, seconds: float) -> list[Answer]:
-    """``--clients`` that each send the next request when the last is answered."""
-    answers: list[Answer] = []
-    began_s = time.monotonic()
-
-    def run_client(number: int) -> None:
-        draw = random.Random(number)
-        while time.monotonic() - began_s < seconds:
-            prompt = " ".join(str(draw.randrange(1000)) for _ in range(options.input_words))
-            answer = ask(
-                daemon.url, prompt=prompt, max_tokens=options.output_tokens, began_s=began_s
-            )
-            if answer is not None:
-                answers.append(answer)
-
-    clients = [
-        Thread(target=run_client, args=(number,), daemon=True) for number in range(options.clients)
-    ]
-    for client in clients:
-        client.start()
-    time.sleep(max(0.0, seconds - (time.monotonic() - began_s)))
-    return list(answers)
 
 
 def profile_of(options: argparse.Namespace, *, key: ProfileKey) -> Profile:
@@ -130,9 +69,8 @@ def find_key(options: argparse.Namespace) -> ProfileKey:
     from sparsed.controller.config import load_config
     from sparsed.controller.startup import prepare
 
-    config = load_config(
-        flags={"model": options.model, "device": "cpu", "no_profile": True}, environment={}
-    )
+    flags = {"model": options.model, "device": options.device, "no_profile": True}
+    config = load_config(flags=flags, environment={})
     return prepare(config, progress=lambda phase, frac: None).key
 
 
@@ -147,35 +85,37 @@ def measure(
     options: argparse.Namespace, *, profile: Profile | None, seconds: float
 ) -> dict[str, Any]:
     """Goodput by windows of one daemon from when it is ready."""
-    flags = [
-        options.model, "--device", "cpu", "--slo-ttft-ms", str(options.ttft_ms),
-        "--slo-tpot-ms", str(options.tpot_ms), *options.flags,
-    ]  # fmt: skip
+    targets = ["--slo-ttft-ms", str(options.ttft_ms), "--slo-tpot-ms", str(options.tpot_ms)]
+    flags = [options.model, "--device", options.device, *targets, *options.flags]
 
     def prepare(directory: Path) -> None:
         if profile is not None:
             store(profile, directory)
 
-    with running(flags, prepare=prepare) as daemon:
+    with running(flags if profile else [*flags, "--no-profile"], prepare=prepare) as daemon:
         if profile is None:
             mode = (*SPARSED, "tuner", "auto", "--state-dir", str(daemon.state_dir))
             subprocess.run(mode, check=True, stdout=subprocess.DEVNULL)
-        answers = load(daemon, options, seconds=seconds)
+        lengths = str(options.input_tokens), str(options.output_tokens)
+        served = serve_for(
+            daemon, seconds=seconds + START_S, clients=options.clients, lengths=lengths,
+            targets=targets, num=options.max_requests,
+        )  # fmt: skip
         took = daemon.status()["profile"]
+    if len(served.answers) == options.max_requests:
+        raise SystemExit("all requests were served before the time was over: raise --max-requests")
     first_s = FIRST_S / options.time_scale
-    limits = {"ttft_s": options.ttft_ms / 1e3, "tpot_s": options.tpot_ms / 1e3}
     window_s = first_s / WINDOWS
     rates = [
-        goodput(answers, begin_s=i * window_s, end_s=(i + 1) * window_s, **limits)
+        goodput(served.answers, begin_s=i * window_s, end_s=(i + 1) * window_s)
         for i in range(round(seconds / window_s))
     ]
     return {
         "profile": took,
         "window_s": window_s,
         "goodput": rates,
-        "first": goodput(answers, begin_s=0.0, end_s=first_s, **limits),
-        "last_half": goodput(answers, begin_s=seconds / 2, end_s=seconds, **limits),
-        "answers": [asdict(item) for item in answers],
+        "first": goodput(served.answers, begin_s=0.0, end_s=first_s),
+        "last_half": goodput(served.answers, begin_s=seconds / 2, end_s=seconds),
     }
 
 
@@ -200,10 +140,12 @@ def parse_options() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--profile", type=Path, help="as sparsed tune --export FILE.json wrote it")
     parser.add_argument("--values", nargs="+", default=["max_num_active_seqs=2"])
     parser.add_argument("--clients", type=int, default=12)
-    parser.add_argument("--input-words", type=int, default=32)
+    parser.add_argument("--max-requests", type=int, default=2000, help="more than a run can serve")
+    parser.add_argument("--input-tokens", type=int, default=64)
     parser.add_argument("--output-tokens", type=int, default=24)
     parser.add_argument("--ttft-ms", type=float, default=60_000.0)
     parser.add_argument("--tpot-ms", type=float, default=180.0)

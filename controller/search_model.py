@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from functools import cache, partial
+from typing import Final
 
 from sparsed.controller.plan.forecast import Configuration, Place, Traffic
 from sparsed.controller.plan.gpus import gpu_of
@@ -18,6 +19,8 @@ from sparsed.controller.plan.request import with_calibration
 from sparsed.controller.startup import StartPlan, check_next_start
 from sparsed.core import (
     BLOCK_TOKENS,
+    CopyPath,
+    Direction,
     GpuRates,
     InputError,
     Knobs,
@@ -29,6 +32,8 @@ from sparsed.core import (
     Workload,
 )
 from sparsed.engine.hit_curve import Learned
+from sparsed.engine.kvcache.geometry import Geometry
+from sparsed.engine.kvcache.link_policy import choose_copy, with_programs
 from sparsed.engine.planner import HBM_MARGIN_FRAC, plan_memory
 from sparsed.engine.workspace import plan_workspace
 from sparsed.tuner.beliefs import Expectation, Prior, expect_nothing
@@ -38,6 +43,8 @@ from sparsed.tuner.policy import Constraint
 from sparsed.tuner.queueing import all_at_once
 from sparsed.tuner.roofline import hbm_peak
 from sparsed.tuner.space import SearchSpace, build_space
+
+UNKNOWN_PROGRAMS: Final = 32  # before the first engine has calibrated its link
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,8 +87,15 @@ def search_model(
     return SearchModel(prior=roofline.expect, memory=memory, description=words)
 
 
-def search_space(plan: StartPlan, *, fixed: AbstractSet[str], workload: Workload) -> SearchSpace:
-    """What a study of ``workload`` on this machine tries; ``fixed``: knobs that were given."""
+def search_space(
+    plan: StartPlan,
+    *,
+    fixed: AbstractSet[str],
+    workload: Workload,
+    calibration: LinkCalibration | None = None,
+) -> SearchSpace:
+    """What a study of ``workload`` on this machine tries; ``fixed``: knobs that were given;
+    ``calibration``: of the link, if it is known yet."""
     knobs, whole_tokens = plan.spec.knobs, hot_tokens(plan)
     share = whole_tokens // knobs.max_num_active_seqs  # what the closed form gives each request
     return build_space(
@@ -90,8 +104,22 @@ def search_space(plan: StartPlan, *, fixed: AbstractSet[str], workload: Workload
         fixed=fixed,
         workload=workload,
         hot_tokens=whole_tokens,
+        auto_copy_programs=load_programs(plan, calibration),
         is_planned=cache(partial(can_start, plan)),
     )
+
+
+def load_programs(plan: StartPlan, calibration: LinkCalibration | None) -> int | None:
+    """Programs that load pages where the knob is on auto; None on a CPU, where none do."""
+    if plan.spec.device == "cpu":
+        return None
+    size = Geometry.of(
+        plan.model.shape, dtype=plan.spec.dtype, page_size=plan.spec.knobs.page_size
+    ).page_bytes
+    entry = calibration and choose_copy(
+        calibration, direction=Direction.H2D, piece_bytes=size, paths=(CopyPath.KERNEL,)
+    )
+    return entry.programs if entry else UNKNOWN_PROGRAMS
 
 
 def can_start(plan: StartPlan, knobs: Knobs) -> bool:
@@ -166,7 +194,7 @@ class Roofline:
 
     def _compute(self, knobs: Knobs) -> Expectation:
         traffic = self._traffic
-        config = Configuration(self._place(knobs.page_size), traffic, asked=_asked(knobs))
+        config = Configuration(self._place(knobs), traffic, asked=_asked(knobs))
         at_once = max(1, min(config.limits.at_once, self._count))
         step = config.step(at_once)
         burst = all_at_once(config.job, count=self._count, at_once=at_once, step_s=step.step_s)
@@ -199,12 +227,14 @@ class Roofline:
         others = machine.hbm_total_bytes - machine.hbm_free_bytes
         return (others + _peak_bytes(self._plan, knobs)) / machine.hbm_total_bytes
 
-    def _place(self, page_size: int) -> Place:
-        plan, gpu = self._plan, self._gpu
+    def _place(self, knobs: Knobs) -> Place:
+        plan, gpu, calibration = self._plan, self._gpu, self._calibration
         shape, dtype = plan.model.shape, plan.spec.dtype
-        if self._calibration is not None:
+        if calibration is not None:
+            if knobs.copy_programs is not None:
+                calibration = with_programs(calibration, knobs.copy_programs)
             gpu = with_calibration(
-                gpu, self._calibration, shape=shape, dtype=dtype, page_size=page_size
+                gpu, calibration, shape=shape, dtype=dtype, page_size=knobs.page_size
             )
         return Place(shape=shape, dtype=dtype, gpu=gpu, machine=plan.machine, learned=Learned())
 

@@ -200,7 +200,12 @@ class _Tune:
         return study_id, fitted.workload
 
     def _space(self, workload: Workload) -> SearchSpace:
-        return search_space(self._plan, fixed=self._options.config.knobs.keys(), workload=workload)
+        return search_space(
+            self._plan,
+            fixed=self._options.config.knobs.keys(),
+            workload=workload,
+            calibration=self._threads[0].bench.calibration,
+        )
 
     def _describe(self, workload: Workload) -> dict[str, list[KnobValue]]:
         return describe_space(self._space(workload), fixed=self._options.config.knobs.keys())

@@ -17,7 +17,13 @@ MEMORY_FRACTIONS: Final = (
     "mem-fraction-static",
     "kv_cache_config.free_gpu_memory_fraction",
 )
-LOST: Final = ("token_budget", "hbm_budget", "residency_watermark", "retrieval_stride")
+LOST: Final = (
+    "token_budget",
+    "hbm_budget",
+    "residency_watermark",
+    "copy_programs",
+    "retrieval_stride",
+)
 
 
 class Engine(StrEnum):

@@ -23,6 +23,7 @@ from sparsed.core import (
 
 MIN_PREFILL_CHUNK: Final = 128  # smaller chunks cost a step each and are never worth a trial
 WATERMARKS: Final = (0.02, 0.05, 0.1, 0.2, 0.3)  # of the hot tier
+PROGRAMS: Final = (8, 16, 32, 66, 132)  # that load; some are fewer than fill a link, some more
 STRIDES: Final = (1, 2, 4, 8)  # steps, no more than the smallest page has tokens
 
 RESTART_KNOBS: Final = frozenset({"page_size"})
@@ -136,16 +137,18 @@ def build_space(
     fixed: AbstractSet[str] = frozenset(),
     workload: Workload | None = None,
     hot_tokens: int | None = None,
+    auto_copy_programs: int | None = None,
     is_planned: Callable[[Knobs], bool] = anything,
 ) -> SearchSpace:
     """The offline space: page size, both budgets, active sequences, prefill chunk, the watermark
-    of residency where the workload is more than the hot tier keeps whole, and the stride of
-    retrieval where the default selects.
+    of residency where the workload is more than the hot tier keeps whole, and where the default
+    selects the stride of retrieval and the programs that load what is missing.
 
     ``auto_hbm_budget``: tokens the closed form gives with ``default``. ``fixed``: knobs to leave
     alone. ``workload``: what trials run; a limit that it never reaches is not tried, for nothing
     would be learned of it. ``hot_tokens``: of whole requests that the hot tier has room for; None:
-    not known, and the watermark stays. ``is_planned``: as in ``SearchSpace``. Bounds are those of
+    not known, and the watermark stays. ``auto_copy_programs``: that the link's calibration gives to
+    loads; None: no program loads, as on a CPU. ``is_planned``: as in ``SearchSpace``. Bounds are those of
     the knobs, cut to the model's length and the start-up capacity; the default is always on a rung.
     """
     longest = default.max_model_len
@@ -165,6 +168,8 @@ def build_space(
         ladders += _watermarks(default, workload=workload, hot_tokens=hot_tokens)
     if workload is not None and _selects(default, workload):
         ladders.append(_stride(default))
+        if auto_copy_programs is not None:
+            ladders.append(_programs(default, auto=auto_copy_programs))
     free = (ladder for ladder in ladders if ladder.name not in fixed and len(ladder.rungs) > 1)
     return SearchSpace(default=default, ladders=tuple(free), is_planned=is_planned)
 
@@ -197,6 +202,11 @@ def _selects(default: Knobs, workload: Workload) -> bool:
 def _stride(default: Knobs) -> Ladder:
     rungs = sorted({*STRIDES, default.retrieval_stride})
     return Ladder(name="retrieval_stride", rungs=tuple(rungs))
+
+
+def _programs(default: Knobs, *, auto: int) -> Ladder:
+    rungs = sorted({*PROGRAMS, auto, default.copy_programs or auto})
+    return Ladder(name="copy_programs", rungs=tuple(rungs), auto_rung=auto)
 
 
 def _in_blocks(num_tokens: int) -> int:

@@ -52,12 +52,22 @@ def choose_copy(
     return _of_loads(sized) if direction is Direction.H2D else _of_saves(sized)
 
 
+def with_programs(calibration: LinkCalibration, programs: int) -> LinkCalibration:
+    """What was measured of loads by a kernel with so many programs, or the number next to it."""
+    numbers = {entry.programs for entry in calibration.entries if _loads(entry)}
+    nearest = min(numbers, key=lambda number: abs(math.log(number / programs)), default=0)
+    kept = (e for e in calibration.entries if not _loads(e) or e.programs == nearest)
+    return replace(calibration, entries=tuple(kept))
+
+
+def _loads(entry: LinkEntry) -> bool:
+    return entry.direction is Direction.H2D and entry.path is CopyPath.KERNEL
+
+
 def covers(calibration: LinkCalibration, *, page_bytes: int) -> bool:
     """Whether loads of pages of about that size were measured."""
     return any(
-        entry.direction is Direction.H2D
-        and entry.path is CopyPath.KERNEL
-        and _distance(entry.piece_bytes, page_bytes) <= math.log(NEAR_FACTOR)
+        _loads(entry) and _distance(entry.piece_bytes, page_bytes) <= math.log(NEAR_FACTOR)
         for entry in calibration.entries
     )
 

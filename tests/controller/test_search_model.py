@@ -17,6 +17,7 @@ from sparsed.controller.search_model import (
     hot_tokens,
     memory_limit,
     search_model,
+    search_space,
 )
 from sparsed.controller.startup import StartPlan
 from sparsed.core import (
@@ -43,7 +44,7 @@ from sparsed.engine.planner import plan_memory, resolve_knobs
 from sparsed.engine.workspace import plan_workspace
 from sparsed.tuner.constrained import ConstrainedSearch
 from sparsed.tuner.policy import Constraint, Observation
-from sparsed.tuner.space import build_space
+from sparsed.tuner.space import SearchSpace, build_space, describe_space
 
 LLAMA = dummy_config("dummy:llama-3.1-8b")
 HOST = MachineFacts(
@@ -93,7 +94,7 @@ def start_plan(
     )
 
 
-def calibration(bytes_per_s: float) -> LinkCalibration:
+def calibration(bytes_per_s: float, programs: int = 32) -> LinkCalibration:
     return LinkCalibration(
         key=LinkKey(gpu_name="any", driver="1", link="gen5x16", torch="2", triton="3"),
         contiguous=LinkProbe(h2d_bytes_per_s=5e10, d2h_bytes_per_s=5e10),
@@ -102,7 +103,7 @@ def calibration(bytes_per_s: float) -> LinkCalibration:
                 direction=Direction.H2D,
                 piece_bytes=4096,
                 path=CopyPath.KERNEL,
-                programs=32,
+                programs=programs,
                 tile_bytes=4096,
                 bytes_per_s=bytes_per_s,
             ),
@@ -179,6 +180,36 @@ def test_a_measured_link_counts_instead_of_the_table() -> None:
     assert "measured here" in slow.description
     assert slow.prior({}).objective < fast.prior({}).objective
     assert slow.prior({}).slacks[Constraint.LINK] > fast.prior({}).slacks[Constraint.LINK]
+
+
+def test_programs_that_load_are_tried_where_a_link_loads() -> None:
+    """The number of the calibration is what auto comes to; before there is one a study is of the
+    same space."""
+
+    def space(plan: StartPlan, link: LinkCalibration | None) -> SearchSpace:
+        return search_space(plan, fixed=set(), workload=LOAD, calibration=link)
+
+    plan = start_plan()
+    before, known = space(plan, None), space(plan, calibration(5e10, programs=24))
+    ladder = next(one for one in known.ladders if one.name == "copy_programs")
+    assert ladder.auto_rung == 24 and {8, 132} < set(ladder.rungs)
+    assert known.decode(known.encode({}))["copy_programs"] is None
+    assert describe_space(before) == describe_space(known)
+    cpu = start_plan(device="cpu", machine=replace(HOST, dram_total_bytes=512 * GIB))
+    assert "copy_programs" not in space(cpu, None).names
+    dense = start_plan(sparse_method="dense")
+    assert "copy_programs" not in space(dense, None).names, "nothing is missing"
+
+
+def test_the_prior_knows_the_rates_of_other_programs() -> None:
+    plan = start_plan(token_budget=1024, hbm_budget=1024)
+    few, many = calibration(1e9, programs=8), calibration(5e10, programs=132)
+    link = replace(few, entries=few.entries + many.entries)
+    model = model_of(plan, link=link)
+    slow, fast, auto = (
+        model.prior({"copy_programs": number}).slacks[Constraint.LINK] for number in (8, 132, None)
+    )
+    assert slow > fast == auto
 
 
 def test_a_bound_on_what_a_request_keeps_misses_more() -> None:

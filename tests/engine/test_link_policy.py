@@ -7,7 +7,12 @@ from dataclasses import replace
 import pytest
 
 from sparsed.core import CopyPath, Direction, LinkCalibration, LinkEntry, LinkKey, LinkProbe
-from sparsed.engine.kvcache.link_policy import choose_copy, covers, merge_calibrations
+from sparsed.engine.kvcache.link_policy import (
+    choose_copy,
+    covers,
+    merge_calibrations,
+    with_programs,
+)
 
 KERNEL, ENGINE = CopyPath.KERNEL, CopyPath.COPY_ENGINE
 
@@ -52,6 +57,13 @@ def programs(*entries: LinkEntry, **where: object) -> int:
     chosen = choice(*entries, **where)  # type: ignore[arg-type]  # passed on
     assert chosen is not None
     return chosen.programs
+
+
+@pytest.mark.parametrize(("asked", "rate"), [(1, 7), (8, 7), (30, 48), (1024, 50)])
+def test_of_another_number_of_programs_the_next_measured_counts(asked: int, rate: float) -> None:
+    save = entry(2, 9, direction=Direction.D2H)
+    found = with_programs(calibration(entry(4, 7), entry(32, 48), entry(132, 50), save), asked)
+    assert [one.bytes_per_s / 1e9 for one in found.entries] == [rate, 9]
 
 
 def test_a_load_takes_the_fewest_programs_near_the_best() -> None:
