@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Final
 
 from sparsed.core import (
     BLOCK_TOKENS,
@@ -47,6 +48,9 @@ from sparsed.tuner.roofline import (
 )
 
 DEVICE = "cuda:0"
+# Of misses, over the stride of retrieval: 0.63, 0.4 and 0.25 of them are left at strides of 2, 4 and 8
+# (benchmarks/results/retrieval-stride.json, h100-retrieval-stride.json).
+STRIDE_EXPONENT: Final = -2 / 3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -282,11 +286,13 @@ class Configuration:
         dense = self._dense_load(requests)
         dense_frac = self.knobs.dense_layers / self.place.shape.num_layers
         selected_frac = self.knobs.token_budget / self.traffic.middle_tokens
+        stride = min(self.knobs.retrieval_stride, self.knobs.page_size)
+        ranked_bytes = requests * num_frames(self.traffic.middle_tokens) * per_frame
         return replace(
             dense,
             kv_bytes=dense.kv_bytes * (dense_frac + (1 - dense_frac) * selected_frac),
-            summary_bytes=float(requests * num_frames(self.traffic.middle_tokens) * per_frame),
-            link_bytes=self.misses(requests) * self.geometry.page_bytes,
+            summary_bytes=ranked_bytes / stride,
+            link_bytes=self.misses(requests) * self.geometry.page_bytes * stride**STRIDE_EXPONENT,
             selects=True,
         )
 

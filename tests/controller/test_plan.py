@@ -139,6 +139,16 @@ def test_misses_cost_what_the_link_carries() -> None:
     assert told.miss_frac > 0
 
 
+@pytest.mark.parametrize(("stride", "left"), [(2, 0.63), (4, 0.4), (8, 0.25), (16, 0.25)])
+def test_a_stride_ranks_and_misses_less(stride: int, left: float) -> None:
+    """Shares of the misses as measured; beyond a page it has no effect."""
+    asked = {**SPARSE, "page_size": 8}
+    one, more = (configuration({**asked, "retrieval_stride": s}) for s in (1, stride))
+    few, many = more.forecast(24), one.forecast(24)
+    assert few.link_bytes == pytest.approx(left * many.link_bytes, rel=0.02)
+    assert few.hbm_bytes < many.hbm_bytes
+
+
 def test_short_contexts_are_attended_to_whole() -> None:
     short = replace(TRAFFIC, context=512, output_tokens=64)
     told = configuration(SPARSE, traffic=short).forecast(4)
