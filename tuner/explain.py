@@ -14,6 +14,7 @@ GUARD_WORDS: Final = {
     Guard.ERRORS: "the error rate",
     Guard.QUALITY: "attention recall",
 }
+MAX_FACTOR: Final = 10.0  # more is of targets that were missed before, and tells of no speed
 GUARD_OF: Final = {reason: guard for guard, reason in WORSE.items()}
 
 
@@ -22,14 +23,14 @@ def explain(verdict: AcceptanceVerdict, *, rule: AcceptanceRule) -> str:
     a stored verdict has lost are shown as such."""
     if guard := GUARD_OF.get(verdict.reason):
         most = rule.max_error_frac if guard is Guard.ERRORS else rule.max_loss_frac
-        bound = _percent(verdict.loss_bounds.get(guard))
+        bound = in_percent(verdict.loss_bounds.get(guard))
         return f"rejected: {GUARD_WORDS[guard]} may be {bound} worse, over the {most:.1%} allowed"
     if verdict.reason is DecisionReason.METRIC_WORSE:
-        bound = _percent(verdict.loss_bounds.get(rule.metric))
+        bound = in_percent(verdict.loss_bounds.get(rule.metric))
         return f"rejected: {rule.metric} may be {bound} worse, over the {rule.max_loss_frac:.1%} allowed"
     p = "-" if verdict.p is None else f"{verdict.p:.3g}"
     noise = "-" if verdict.cv is None else f"{verdict.cv:.1%}"
-    gain = f"{_percent(verdict.hl)} in {verdict.num_pairs} pairs, p {p}"
+    gain = f"{in_percent(verdict.hl)} in {verdict.num_pairs} pairs, p {p}"
     return {
         DecisionReason.ACCEPTED: f"accepted{'' if rule.needs_gain else ', as no worse'}: {gain}",
         DecisionReason.OUTRANKED: "rejected: measured again in other arrival orders, its worst "
@@ -46,5 +47,8 @@ def explain(verdict: AcceptanceVerdict, *, rule: AcceptanceRule) -> str:
     }[verdict.reason]
 
 
-def _percent(log_ratio: float | None) -> str:
+def in_percent(log_ratio: float | None) -> str:
+    """A gain or a loss, given as the logarithm of a ratio."""
+    if log_ratio is not None and log_ratio > math.log(MAX_FACTOR):
+        return f"over {MAX_FACTOR:g}x"
     return "-" if log_ratio is None else f"{math.expm1(log_ratio):+.1%}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,8 +19,9 @@ from sparsed.controller.cli.output import (
     values_in_words,
 )
 from sparsed.controller.cli.session import ERROR, StateDirOption, find_state_dir
+from sparsed.core import TrialStatus, WindowStage
 from sparsed.tuner.acceptance import agree, decide
-from sparsed.tuner.explain import explain
+from sparsed.tuner.explain import explain, in_percent
 
 if TYPE_CHECKING:
     from sparsed.core import AcceptanceDecision, AcceptanceVerdict
@@ -53,7 +53,7 @@ def list_(state_dir: StateDirOption = None, output: OutputOption = Output.TEXT) 
                 utc(decision.decided_at),
                 decision.verdict.state.value,
                 decision.verdict.reason.value,
-                _percent(decision.verdict.hl),
+                in_percent(decision.verdict.hl),
                 _number(decision.verdict.p),
                 decision.verdict.num_pairs,
                 decision.key.model,
@@ -126,6 +126,8 @@ def _lines(
     yield "change", _change(decision)
     yield from _verdict_lines(decision.verdict)
     yield "windows", f"{len(decision.windows)} of {rule.metric}"
+    if any(window.status is TrialStatus.SLO_BROKEN for window in decision.windows):
+        yield "targets kept", _in_time(decision)
     wanted = f"p < {rule.alpha:g}, gain over {rule.min_effect_frac:.1%}"
     if not rule.needs_gain:
         wanted = f"no more than {rule.max_loss_frac:.1%} lost"
@@ -134,12 +136,23 @@ def _lines(
 
 def _verdict_lines(verdict: AcceptanceVerdict) -> Iterator[tuple[str, object]]:
     yield "pairs", verdict.num_pairs
-    limits = f"{_percent(verdict.ci_lo)} to {_percent(verdict.ci_hi)}"
-    yield "gain", "-" if verdict.hl is None else f"{_percent(verdict.hl)} ({limits})"
+    limits = f"{in_percent(verdict.ci_lo)} to {in_percent(verdict.ci_hi)}"
+    yield "gain", "-" if verdict.hl is None else f"{in_percent(verdict.hl)} ({limits})"
     yield "p", _number(verdict.p)
     yield "noise of a window", "-" if verdict.cv is None else f"{verdict.cv:.1%}"
     for name, bound in verdict.loss_bounds.items():
-        yield f"{name} loss", f"at most {_percent(bound)}"
+        yield f"{name} loss", f"at most {in_percent(bound)}"
+
+
+def _in_time(decision: AcceptanceDecision) -> str:
+    """In how many windows of the test each side met its targets."""
+    tested = [window for window in decision.windows if window.stage is WindowStage.TEST]
+    sides = [
+        [window.status is TrialStatus.OK for window in tested if window.values == values]
+        for values in (decision.config_to, decision.config_from)
+    ]
+    after, before = (f"in {sum(side)} of {len(side)} windows" for side in sides)
+    return f"{after} with the change, {before} without"
 
 
 def _change(decision: AcceptanceDecision) -> str:
@@ -147,10 +160,6 @@ def _change(decision: AcceptanceDecision) -> str:
     return values_in_words(
         {name: after[name] for name in after if after[name] != before.get(name, "")}
     )
-
-
-def _percent(log_ratio: float | None) -> str:
-    return "-" if log_ratio is None else f"{math.expm1(log_ratio):+.1%}"
 
 
 def _number(value: float | None) -> str:

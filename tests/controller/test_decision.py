@@ -128,6 +128,28 @@ def test_a_decision_is_decided_again_from_its_windows(
     assert answer["recomputed"] == answer["decision"]["verdict"]
 
 
+def test_a_repair_tells_how_often_each_side_met_its_targets(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its gain is no speed, and is not told in percent."""
+    late = [
+        window
+        if window.values == TO or window.round == 3
+        else replace(window, status=TrialStatus.SLO_BROKEN)
+        for window in windows(1.0)
+    ]
+    store = open_store(tmp_path / "sparsed.db")
+    store.save_acceptance(decision(late))
+    store.save_acceptance(decision(windows(1.1)))
+    store.close()
+    assert sparsed(tmp_path / "sparsed.db", "show", "1") == 0
+    text = capsys.readouterr().out
+    assert "in 32 of 32 windows with the change, in 1 of 32 windows without" in text
+    assert "accepted: over 10x in 32 pairs" in text
+    assert sparsed(tmp_path / "sparsed.db", "show", "2") == 0
+    assert "targets kept" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "change",
     [
