@@ -160,6 +160,8 @@ def add_recall(
 ) -> None:
     runner = Runner(replace(spec, recall_stride=2), on_progress=lambda *_: None)
     for row in found:
+        if row["keeps"]:  # from the first stride above 1 on
+            take(runner, replace(spec.knobs, retrieval_stride=2))
         take(runner, replace(spec.knobs, retrieval_stride=row["stride"]))
         row["recall"] = decode(runner, texts, context=options.context)["recall"]
 

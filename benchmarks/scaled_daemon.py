@@ -142,11 +142,12 @@ def serve_for(
     targets: list[str],
     num: int = MAX_REQUESTS,
 ) -> Served:
-    """What ``bench serve`` got in ``seconds``, its own start included, of ``num`` requests at the
-    most; ``targets``: flags for goodput."""
+    """What ``bench serve`` got in ``seconds``, its own start included; ``targets``: flags for
+    goodput. SystemExit where ``num`` requests were too few for the time."""
     with under_load(daemon, clients=clients, lengths=lengths, flags=targets, num=num) as load:
         with suppress(subprocess.TimeoutExpired):
             load.process.wait(timeout=seconds)
+            raise SystemExit(f"{num} requests were served before the time was over: give more")
         return load.end()
 
 

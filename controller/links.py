@@ -35,8 +35,6 @@ def platform_versions(machine: MachineFacts) -> dict[str, str]:
     versions["sparsed"] = __version__
     if machine.gpu_name is not None and machine.driver_version is not None:
         versions["driver"] = machine.driver_version
-    if machine.gpu_power_limit_w is not None:
-        versions["power_limit"] = f"{machine.gpu_power_limit_w} W"
     return versions
 
 

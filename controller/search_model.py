@@ -19,8 +19,6 @@ from sparsed.controller.plan.request import with_calibration
 from sparsed.controller.startup import StartPlan, check_next_start
 from sparsed.core import (
     BLOCK_TOKENS,
-    CopyPath,
-    Direction,
     GpuRates,
     InputError,
     Knobs,
@@ -33,7 +31,7 @@ from sparsed.core import (
 )
 from sparsed.engine.hit_curve import Learned
 from sparsed.engine.kvcache.geometry import Geometry
-from sparsed.engine.kvcache.link_policy import choose_copy, with_programs
+from sparsed.engine.kvcache.link_policy import choose_load
 from sparsed.engine.planner import HBM_MARGIN_FRAC, plan_memory
 from sparsed.engine.workspace import plan_workspace
 from sparsed.tuner.beliefs import Expectation, Prior, expect_nothing
@@ -116,9 +114,7 @@ def load_programs(plan: StartPlan, calibration: LinkCalibration | None) -> int |
     size = Geometry.of(
         plan.model.shape, dtype=plan.spec.dtype, page_size=plan.spec.knobs.page_size
     ).page_bytes
-    entry = calibration and choose_copy(
-        calibration, direction=Direction.H2D, piece_bytes=size, paths=(CopyPath.KERNEL,)
-    )
+    entry = calibration and choose_load(calibration, piece_bytes=size)
     return entry.programs if entry else UNKNOWN_PROGRAMS
 
 
@@ -228,13 +224,16 @@ class Roofline:
         return (others + _peak_bytes(self._plan, knobs)) / machine.hbm_total_bytes
 
     def _place(self, knobs: Knobs) -> Place:
-        plan, gpu, calibration = self._plan, self._gpu, self._calibration
+        plan, gpu = self._plan, self._gpu
         shape, dtype = plan.model.shape, plan.spec.dtype
-        if calibration is not None:
-            if knobs.copy_programs is not None:
-                calibration = with_programs(calibration, knobs.copy_programs)
+        if self._calibration is not None:
             gpu = with_calibration(
-                gpu, calibration, shape=shape, dtype=dtype, page_size=knobs.page_size
+                gpu,
+                self._calibration,
+                shape=shape,
+                dtype=dtype,
+                page_size=knobs.page_size,
+                programs=knobs.copy_programs,
             )
         return Place(shape=shape, dtype=dtype, gpu=gpu, machine=plan.machine, learned=Learned())
 

@@ -23,7 +23,6 @@ class _Gpu(NamedTuple):
     driver_version: str | None
     pcie_generation: int | None = None
     pcie_width: int | None = None
-    gpu_power_limit_w: int | None = None
 
 
 def read_machine(
@@ -69,7 +68,6 @@ def _read_gpu(nvml: NvmlSession | None, index: int) -> _Gpu:
     if nvml is None or handle is None:
         return _Gpu(None, None, num_gpus, 0, 0, None)
     memory = nvml.memory(handle)
-    milliwatts = nvml.call("nvmlDeviceGetPowerManagementLimit", handle)
     return _Gpu(
         gpu_name=nvml.call("nvmlDeviceGetName", handle),
         gpu_uuid=nvml.call("nvmlDeviceGetUUID", handle),
@@ -79,5 +77,4 @@ def _read_gpu(nvml: NvmlSession | None, index: int) -> _Gpu:
         driver_version=nvml.call("nvmlSystemGetDriverVersion"),
         pcie_generation=nvml.call("nvmlDeviceGetMaxPcieLinkGeneration", handle),
         pcie_width=nvml.call("nvmlDeviceGetMaxPcieLinkWidth", handle),
-        gpu_power_limit_w=None if milliwatts is None else round(milliwatts / 1000),
     )

@@ -256,7 +256,7 @@ def _markdown(profile: Profile) -> str:
             *(f"# {_cell(title)}", "", _cell(origin), ""),
             *("| knob | value |", "|--|--|", *rows, ""),
             *("| scores of the test | |", "|--|--|", *scores, ""),
-            *("| platform | version |", "|--|--|", *versions),
+            *("| software | version |", "|--|--|", *versions),
             "",
         )
     )

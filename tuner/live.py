@@ -59,7 +59,7 @@ def propose(context: LiveContext) -> Decision:
         reason = "too little traffic to learn from"
     elif (repair := repair_targets(context, current=current)) and not _failed(repair[0], context):
         values, reason = repair
-    elif _num_scored(context.trials) < MIN_TRIALS:
+    elif sum(trial.score is not None for trial in _done(context, current)) < MIN_TRIALS:
         values, reason = relieve(context, current=current)
     else:
         values, reason, ratio = improve(context, current=current)
@@ -156,16 +156,22 @@ def _may_read_less(context: LiveContext) -> bool:
     return floor is not None and recall is not None and recall > floor + RECALL_MARGIN
 
 
-def _num_scored(trials: Sequence[TrialResult]) -> int:
-    return sum(
-        trial.score is not None for trial in trials if trial.status is not TrialStatus.INTERRUPTED
-    )
+def _done(context: LiveContext, current: Knobs) -> list[TrialResult]:
+    """Trials that tell of values beside those in force: loaded by as many programs, of which there
+    is no ladder here."""
+    programs = current.copy_programs
+    return [
+        trial
+        for trial in context.trials
+        if trial.status is not TrialStatus.INTERRUPTED
+        and trial.values.get("copy_programs", programs) == programs
+    ]
 
 
 def improve(context: LiveContext, *, current: Knobs) -> tuple[Mapping[str, KnobValue], str, float]:
     """The neighbour that past trials promise most from, of those that have not failed: values,
     reason, predicted ratio."""
-    done = [trial for trial in context.trials if trial.status is not TrialStatus.INTERRUPTED]
+    done = _done(context, current)
     space = _space(context, current)
     here = space.encode({})
 

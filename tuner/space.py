@@ -23,7 +23,7 @@ from sparsed.core import (
 
 MIN_PREFILL_CHUNK: Final = 128  # smaller chunks cost a step each and are never worth a trial
 WATERMARKS: Final = (0.02, 0.05, 0.1, 0.2, 0.3)  # of the hot tier
-PROGRAMS: Final = (8, 16, 32, 66, 132)  # that load; some are fewer than fill a link, some more
+PROGRAMS: Final = (2, 4, 8, 16, 32)  # that load; more than fill the link only slow other kernels
 STRIDES: Final = (1, 2, 4, 8)  # steps, no more than the smallest page has tokens
 
 RESTART_KNOBS: Final = frozenset({"page_size"})

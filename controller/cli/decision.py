@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
@@ -24,8 +24,10 @@ from sparsed.tuner.acceptance import agree, decide
 from sparsed.tuner.explain import explain, in_percent
 
 if TYPE_CHECKING:
-    from sparsed.core import AcceptanceDecision, AcceptanceVerdict
+    from sparsed.core import AcceptanceDecision, AcceptanceVerdict, AcceptanceWindow
     from sparsed.db.store import Store
+
+BROKEN: Final = (TrialStatus.SLO_BROKEN, TrialStatus.RECALL_BROKEN)
 
 app = typer.Typer(
     help="Decisions on tuned configurations, with their evidence. Needs no daemon. The live "
@@ -126,8 +128,9 @@ def _lines(
     yield "change", _change(decision)
     yield from _verdict_lines(decision.verdict)
     yield "windows", f"{len(decision.windows)} of {rule.metric}"
-    if any(window.status is TrialStatus.SLO_BROKEN for window in decision.windows):
-        yield "targets kept", _in_time(decision)
+    tested = [window for window in decision.windows if window.stage is WindowStage.TEST]
+    if any(window.status in BROKEN for window in tested):
+        yield "targets kept", _kept_in_words(decision, tested)
     wanted = f"p < {rule.alpha:g}, gain over {rule.min_effect_frac:.1%}"
     if not rule.needs_gain:
         wanted = f"no more than {rule.max_loss_frac:.1%} lost"
@@ -144,9 +147,8 @@ def _verdict_lines(verdict: AcceptanceVerdict) -> Iterator[tuple[str, object]]:
         yield f"{name} loss", f"at most {in_percent(bound)}"
 
 
-def _in_time(decision: AcceptanceDecision) -> str:
-    """In how many windows of the test each side met its targets."""
-    tested = [window for window in decision.windows if window.stage is WindowStage.TEST]
+def _kept_in_words(decision: AcceptanceDecision, tested: Sequence[AcceptanceWindow]) -> str:
+    """In how many windows of the test each side met its targets, a floor of recall among them."""
     sides = [
         [window.status is TrialStatus.OK for window in tested if window.values == values]
         for values in (decision.config_to, decision.config_from)

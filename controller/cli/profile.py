@@ -250,7 +250,7 @@ def _lines(profile: Profile, match: ProfileMatch) -> Iterator[tuple[str, object]
     yield "default", " ".join(f"{score:.4g}" for score in profile.default_scores)
     yield "winner", " ".join(f"{score:.4g}" for score in profile.winner_scores)
     yield from profile.values.items()
-    yield from profile.versions.items()
+    yield from ((f"{name} version", version) for name, version in profile.versions.items())
 
 
 def _report(profile: Profile, what: str, output: Output) -> None:

@@ -15,8 +15,6 @@ from sparsed.controller.plan.report import Plan, make_plan
 from sparsed.controller.plan.search import choose
 from sparsed.controller.startup import choose_dtype, find_model
 from sparsed.core import (
-    CopyPath,
-    Direction,
     GpuRates,
     InputError,
     KnobValue,
@@ -26,7 +24,7 @@ from sparsed.core import (
 )
 from sparsed.engine.hit_curve import START_MISS_FRAC, Learned
 from sparsed.engine.kvcache.geometry import Geometry
-from sparsed.engine.kvcache.link_policy import choose_copy
+from sparsed.engine.kvcache.link_policy import choose_load
 from sparsed.engine.planner import PAGE_TOKENS
 from sparsed.profiler.machine import read_machine
 
@@ -166,13 +164,16 @@ def _with_known_link(
 
 
 def with_calibration(
-    gpu: GpuRates, calibration: LinkCalibration, *, shape: ModelShape, dtype: str, page_size: int
+    gpu: GpuRates,
+    calibration: LinkCalibration,
+    *,
+    shape: ModelShape,
+    dtype: str,
+    page_size: int,
+    programs: int | None = None,
 ) -> GpuRates:
-    """``gpu`` with the link as it was measured for such pages; unchanged where no kernel was."""
-    entry = choose_copy(
-        calibration,
-        direction=Direction.H2D,
-        piece_bytes=Geometry.of(shape, dtype=dtype, page_size=page_size).page_bytes,
-        paths=(CopyPath.KERNEL,),
-    )
+    """``gpu`` with the link as it was measured for such pages, loaded by so many programs; unchanged
+    where no kernel was."""
+    size = Geometry.of(shape, dtype=dtype, page_size=page_size).page_bytes
+    entry = choose_load(calibration, piece_bytes=size, programs=programs)
     return gpu if entry is None else replace(gpu, link_bytes_per_s=entry.bytes_per_s)

@@ -52,12 +52,23 @@ def choose_copy(
     return _of_loads(sized) if direction is Direction.H2D else _of_saves(sized)
 
 
-def with_programs(calibration: LinkCalibration, programs: int) -> LinkCalibration:
-    """What was measured of loads by a kernel with so many programs, or the number next to it."""
-    numbers = {entry.programs for entry in calibration.entries if _loads(entry)}
-    nearest = min(numbers, key=lambda number: abs(math.log(number / programs)), default=0)
-    kept = (e for e in calibration.entries if not _loads(e) or e.programs == nearest)
-    return replace(calibration, entries=tuple(kept))
+def choose_load(
+    calibration: LinkCalibration, *, piece_bytes: int, programs: int | None = None
+) -> LinkEntry | None:
+    """How a kernel loads: as ``choose_copy`` says, but with ``programs`` where they are given: what
+    was measured of the number next to it. None if no such load was measured."""
+    entry = choose_copy(
+        calibration, direction=Direction.H2D, piece_bytes=piece_bytes, paths=(CopyPath.KERNEL,)
+    )
+    if entry is None or programs is None:
+        return entry
+    alike = (
+        other
+        for other in calibration.entries
+        if _loads(other)
+        and (other.piece_bytes, other.tile_bytes) == (entry.piece_bytes, entry.tile_bytes)
+    )
+    return min(alike, key=lambda other: abs(math.log(other.programs / programs)))
 
 
 def _loads(entry: LinkEntry) -> bool:

@@ -440,7 +440,6 @@ class MachineFacts:
     driver_version: str | None = None
     pcie_generation: int | None = None  # the highest that GPU and slot agree on
     pcie_width: int | None = None  # likewise, lanes
-    gpu_power_limit_w: int | None = None  # the cap that was set
 
     @property
     def fingerprint(self) -> str:

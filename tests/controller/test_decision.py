@@ -128,19 +128,21 @@ def test_a_decision_is_decided_again_from_its_windows(
     assert answer["recomputed"] == answer["decision"]["verdict"]
 
 
+@pytest.mark.parametrize("status", [TrialStatus.SLO_BROKEN, TrialStatus.RECALL_BROKEN])
 def test_a_repair_tells_how_often_each_side_met_its_targets(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    status: TrialStatus, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Its gain is no speed, and is not told in percent."""
     late = [
-        window
-        if window.values == TO or window.round == 3
-        else replace(window, status=TrialStatus.SLO_BROKEN)
+        window if window.values == TO or window.round == 3 else replace(window, status=status)
         for window in windows(1.0)
     ]
     store = open_store(tmp_path / "sparsed.db")
     store.save_acceptance(decision(late))
-    store.save_acceptance(decision(windows(1.1)))
+    ranked = replace(
+        windows(1.1)[0], number=99, stage=WindowStage.RANK, status=TrialStatus.SLO_BROKEN
+    )
+    store.save_acceptance(decision((ranked, *windows(1.1))))
     store.close()
     assert sparsed(tmp_path / "sparsed.db", "show", "1") == 0
     text = capsys.readouterr().out

@@ -24,7 +24,7 @@ from sparsed.controller.bench.link import (
 from sparsed.controller.cli.bench_link import parse_sizes
 from sparsed.controller.cli.main import run
 from sparsed.controller.config import DaemonConfig
-from sparsed.controller.links import keep_calibration, link_key, platform_versions
+from sparsed.controller.links import keep_calibration, link_key
 from sparsed.controller.startup import prepare
 from sparsed.controller.state_dir import StateDir, StateLock, resolve_state_dir
 from sparsed.controller.supervisor import Supervisor
@@ -48,7 +48,6 @@ from sparsed.core import (
 from sparsed.db import open_store
 from sparsed.db.memory import InMemoryProfileStore
 from sparsed.db.store import StoreError
-from sparsed.tuner.drift import version_drift
 
 MACHINE = MachineFacts(
     cpu_name="any",
@@ -126,14 +125,6 @@ def test_the_key_names_all_that_decides() -> None:
     assert key.torch[0].isdigit() and key.triton[0].isdigit()
     assert link_key(replace(MACHINE, pcie_width=None)) == replace(key, link="unknown")
     assert link_key(replace(MACHINE, gpu_name=None)) is None
-
-
-def test_another_power_limit_is_another_platform() -> None:
-    at_700, at_500 = (
-        platform_versions(replace(MACHINE, gpu_power_limit_w=watts)) for watts in (700, 500)
-    )
-    assert version_drift(at_700, at_500) == "power_limit 700 W -> 500 W"
-    assert version_drift(platform_versions(MACHINE), at_500) is None, "unknown then"
 
 
 def test_what_was_measured_is_kept_beside_what_was_known(

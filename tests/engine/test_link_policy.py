@@ -9,9 +9,9 @@ import pytest
 from sparsed.core import CopyPath, Direction, LinkCalibration, LinkEntry, LinkKey, LinkProbe
 from sparsed.engine.kvcache.link_policy import (
     choose_copy,
+    choose_load,
     covers,
     merge_calibrations,
-    with_programs,
 )
 
 KERNEL, ENGINE = CopyPath.KERNEL, CopyPath.COPY_ENGINE
@@ -59,11 +59,20 @@ def programs(*entries: LinkEntry, **where: object) -> int:
     return chosen.programs
 
 
-@pytest.mark.parametrize(("asked", "rate"), [(1, 7), (8, 7), (30, 48), (1024, 50)])
-def test_of_another_number_of_programs_the_next_measured_counts(asked: int, rate: float) -> None:
-    save = entry(2, 9, direction=Direction.D2H)
-    found = with_programs(calibration(entry(4, 7), entry(32, 48), entry(132, 50), save), asked)
-    assert [one.bytes_per_s / 1e9 for one in found.entries] == [rate, 9]
+@pytest.mark.parametrize(("asked", "rate"), [(None, 48), (1, 7), (8, 7), (30, 48), (1024, 47)])
+def test_of_another_number_of_programs_the_next_measured_counts(
+    asked: int | None, rate: float
+) -> None:
+    """Of the same size and tile: it is the number alone that the knob changes."""
+    others = (
+        entry(66, 49, piece_bytes=65536),
+        replace(entry(66, 20), tile_bytes=65536),
+        entry(2, 9, direction=Direction.D2H),
+    )
+    found = calibration(entry(4, 7), entry(32, 48), entry(132, 47), *others)
+    chosen = choose_load(found, piece_bytes=16384, programs=asked)
+    assert chosen is not None and chosen.bytes_per_s == rate * 1e9
+    assert choose_load(calibration(others[2]), piece_bytes=16384, programs=asked) is None
 
 
 def test_a_load_takes_the_fewest_programs_near_the_best() -> None:

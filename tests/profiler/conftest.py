@@ -126,9 +126,6 @@ class FakeNvml:
     def nvmlDeviceGetCurrPcieLinkWidth(self, handle: str) -> int:
         return 16
 
-    def nvmlDeviceGetPowerManagementLimit(self, handle: str) -> int:
-        return 699_996
-
     def nvmlDeviceGetCurrentClocksThrottleReasons(self, handle: str) -> int:
         return self.clock_events
 

@@ -107,7 +107,6 @@ def test_the_gpu_is_the_driver_s(make_nvml: Callable[..., Any]) -> None:
     assert (facts.gpu_name, facts.gpu_uuid, facts.num_gpus) == ("Fake H100", "GPU-1234", 1)
     assert (facts.hbm_total_bytes, facts.hbm_free_bytes) == (80 * GIB, 70 * GIB)
     assert facts.fingerprint == "gpu:Fake H100:80GiB"
-    assert facts.gpu_power_limit_w == 700
 
 
 def test_an_index_beyond_the_last_gpu_is_no_gpu(make_nvml: Callable[..., Any]) -> None:

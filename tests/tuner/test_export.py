@@ -156,7 +156,7 @@ tuned on gpu:NVIDIA "H100":80GiB for org/m-8b, bfloat16
 | default | 10, 11 |
 | winner | 12.1, 12 |
 
-| platform | version |
+| software | version |
 |--|--|
 | torch | 2.13.0 |
 | an odd name | 1 |

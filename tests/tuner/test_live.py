@@ -208,6 +208,13 @@ def test_trials_of_this_machine_lead_uphill_one_rung() -> None:
     KNOBS.with_values(decision.values)
 
 
+def test_trials_that_load_in_another_way_tell_nothing() -> None:
+    others = [replace(one, values={**one.values, "copy_programs": 8}) for one in RISING]
+    same = [replace(one, values={**one.values, "copy_programs": None}) for one in RISING]
+    assert "there are no trials" in advise(trials=others).reason
+    assert advise(trials=same).values == advise(trials=RISING).values != {}
+
+
 def test_trials_do_not_lead_to_what_failed() -> None:
     failed = [reverted({"max_num_active_seqs": 4}, {"max_num_active_seqs": 6})]
     decision = advise(trials=RISING, failed=failed)
