@@ -5,15 +5,16 @@ Run from the root, on a machine that does nothing else: ``PYTHONPATH=benchmarks 
 daemon in mode ``auto`` whose durations are divided by ``--time-scale`` serves a steady number of clients; of its
 busy time ``--explored-frac`` may be spent on candidates. At the end the values it came to, the shipped default and
 each ``--grid`` point are set by hand and served in turns. Says the goodput over time, the ratio of the last to the
-default, the share of exploring, and of the time below 0.9 of the incumbent (what was committed last; tokens a second
-of windows that keep the targets, means of ten seconds), in all and under other values. Knobs given after ``--`` are
-fixed. A scaled test has shorter windows and so more noise than the shipped one.
+default, the share of exploring, and of the time below 0.9 of the incumbent (what was committed last): by what the
+tests of candidates found, and, with all the noise of single windows, by tokens a second of windows that keep the
+targets, means of ten seconds, in all and under other values. Knobs given after ``--`` are fixed. A scaled test has shorter windows and so more noise than the shipped one.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import tempfile
 import threading
 import time
@@ -34,6 +35,7 @@ GAIN_TARGET: Final = 1.3
 BELOW_FRAC: Final = 0.9
 BELOW_TARGET: Final = 0.01
 SMOOTH: Final = 10  # samples, a second each
+TOLD: Final = ("config_from", "config_to", "decided_at", "verdict")
 
 
 class Sample(NamedTuple):
@@ -78,6 +80,35 @@ def committed(rollouts: Sequence[Mapping[str, Any]]) -> list[tuple[float, Mappin
         elif one["state"] == "reverted" and one["config_to"] == on_probation:
             found.append((one["at"], one["config_from"]))
     return found
+
+
+def worse_frac(
+    rollouts: Sequence[Mapping[str, Any]], decisions: Sequence[Mapping[str, Any]], *, seconds: float
+) -> float:
+    """Share of ``seconds`` that served candidates which gave less than 0.9 of the incumbent by the
+    windows of their own test, of which every second one was theirs; all of a test without a
+    verdict counts as such. Free of the noise of single windows, unlike ``below``."""
+    worse_s, began = 0.0, None
+    for one in sorted(rollouts, key=lambda one: one["at"]):
+        if one["reason"] == "canary":
+            began = one
+        elif began is not None and one["config_to"] == began["config_to"]:
+            worse_s += 0.0 if _held_up(began, one, decisions) else (one["at"] - began["at"]) / 2
+            began = None
+    return worse_s / seconds
+
+
+def _held_up(
+    began: Mapping[str, Any], ended: Mapping[str, Any], decisions: Sequence[Mapping[str, Any]]
+) -> bool:
+    """Whether the test between these two was decided, and gave 0.9 of the incumbent or more."""
+    return any(
+        one["config_to"] == began["config_to"]
+        and began["at"] <= one["decided_at"] <= ended["at"] + 1.0
+        and one["verdict"]["hl"] is not None
+        and one["verdict"]["hl"] >= math.log(BELOW_FRAC)
+        for one in decisions
+    )
 
 
 def rate_of(rounds: Sequence[tuple[float, Mapping[str, Any]]], metric: str) -> float:
@@ -161,6 +192,7 @@ def run(options: Any) -> dict[str, Any]:
                     lengths=options.lengths, targets=targets,
                 )  # fmt: skip
             seconds, state = time.monotonic() - started_s, ask(state_dir, "tuner", "off")
+            decisions = ask(state_dir, "decision", "list")
             configs = {"default": default, "converged": hot_knobs(daemon)}
             configs |= {text: default | point(text) for text in options.grid}
             turns = in_turns(daemon, configs, options, targets=targets)
@@ -175,8 +207,10 @@ def run(options: Any) -> dict[str, Any]:
         "of_best_point": middle["converged"] / best_point if best_point else None,
         "explored_frac": state["explored_frac"], "explored_limit": options.explored_frac,
         "below_frac": below_frac, "tried_below_frac": tried_below_frac,
+        "worse_frac": worse_frac(state["rollouts"], decisions, seconds=seconds),
         "below_target": BELOW_TARGET, "hold": state["hold"], "advice": state["decisions"],
         "rollouts": state["rollouts"],
+        "decisions": [{name: one[name] for name in TOLD} for one in decisions],
     }  # fmt: skip
 
 

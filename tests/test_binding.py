@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from binding_knobs import accepted, interval, line
-from cold_start import Sample, below, committed, point, rate_of
+from cold_start import Sample, below, committed, point, rate_of, worse_frac
 from grid_regret import append, best, cores_of, read_rows, regret, score, share
 from hypothesis import given
 from hypothesis import strategies as st
@@ -91,6 +91,23 @@ def test_what_is_committed_is_the_incumbent_from_then_on() -> None:
     share, tried = below(seen, committed(rollouts))
     assert 10 / 120 < tried == share <= 20 / 120
     assert below(seen, [])[0] > 70 / 120
+
+
+@pytest.mark.parametrize(
+    ("hl", "decided_at", "share"),
+    [(0.1, 59.0, 0.0), (-0.1, 59.0, 0.0), (-0.2, 59.0, 0.2), (None, 59.0, 0.2), (0.1, 9.0, 0.2)],
+)
+def test_time_with_worse_candidates(hl: float | None, decided_at: float, share: float) -> None:
+    """Half of a test is the candidate's; one without a verdict of its own was worse."""
+    change = {"config_from": {"prefill_chunk": 1}, "config_to": {"prefill_chunk": 2}}
+    rollouts = [
+        {"at": 60.0, "reason": "not_better", **change},
+        {"at": 20.0, "reason": "canary", **change},
+        {"at": 10.0, "reason": "proposed", **change},
+    ]
+    decision = {"decided_at": decided_at, "verdict": {"hl": hl}, **change}
+    assert worse_frac(rollouts, [decision], seconds=100.0) == pytest.approx(share)
+    assert worse_frac(rollouts[1:], [], seconds=100.0) == 0.0, "it has not ended"
 
 
 def test_a_round_without_goodput_counts_as_none() -> None:
