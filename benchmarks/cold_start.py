@@ -24,7 +24,7 @@ from statistics import fmean, median
 from typing import Any, Final, NamedTuple, Self
 
 from report import environment
-from scaled_daemon import ask, load, scaled_daemon, serve_for
+from scaled_daemon import ask, scaled_daemon, serve_for, serve_once
 from trace_replay import Daemon
 
 from sparsed.controller.cli.session import connect
@@ -111,11 +111,6 @@ def _held_up(
     )
 
 
-def rate_of(rounds: Sequence[tuple[float, Mapping[str, Any]]], metric: str) -> float:
-    """Median over rounds; a round without the figure served nothing in time."""
-    return median(summary[metric] or 0.0 for _, summary in rounds)
-
-
 class Watch:
     """Samples the daemon every second beside the load."""
 
@@ -162,11 +157,10 @@ def in_turns(
     for turn in range(options.turns):
         for name in list(configs)[:: 1 if turn % 2 == 0 else -1]:
             set_knobs(daemon, configs[name])
-            rounds = load(
-                daemon, seconds=0.1, clients=options.clients, lengths=options.lengths,
-                targets=targets,
-            )  # fmt: skip
-            found[name].append(rate_of(rounds, options.metric))
+            summary = serve_once(
+                daemon, clients=options.clients, lengths=options.lengths, targets=targets
+            )
+            found[name].append(summary[options.metric] or 0.0)  # None: nothing in time
     return found
 
 

@@ -15,7 +15,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -161,23 +160,18 @@ def bench_serve(
     ]  # fmt: skip
 
 
-def load(
-    daemon: Daemon, *, seconds: float, clients: int, lengths: tuple[Any, Any], targets: list[str]
-) -> list[Any]:
-    """Keep ``clients`` requests under way for ``seconds``; (seconds since the begin, report) of
-    each round of ``bench serve``. ``targets``: its flags for goodput."""
-    rounds: list[Any] = []
-    started_s = time.monotonic()
-    while (at_s := time.monotonic() - started_s) < seconds:
-        with tempfile.TemporaryDirectory() as directory:
-            command = bench_serve(
-                daemon, num=4 * clients, clients=clients, lengths=lengths, seed=len(rounds)
-            )
-            command += ["--output-dir", directory, *targets]
-            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-            summary = json.loads((Path(directory) / "result.json").read_text())["summary"]
-        rounds.append((at_s, summary))
-    return rounds
+def serve_once(
+    daemon: Daemon, *, clients: int, lengths: tuple[Any, Any], targets: list[str]
+) -> dict[str, Any]:
+    """The summary of one round of ``bench serve``, four requests for each client; ``targets``: its
+    flags for goodput."""
+    with tempfile.TemporaryDirectory() as directory:
+        command = bench_serve(daemon, num=4 * clients, clients=clients, lengths=lengths)
+        command += ["--output-dir", directory, *targets]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        report = json.loads((Path(directory) / "result.json").read_text())
+    summary: dict[str, Any] = report["summary"]
+    return summary
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from binding_knobs import accepted, interval, line
-from cold_start import Sample, below, committed, point, rate_of, worse_frac
+from cold_start import Sample, below, committed, point, worse_frac
 from grid_regret import append, best, cores_of, read_rows, regret, score, share
 from hypothesis import given
 from hypothesis import strategies as st
@@ -108,10 +108,6 @@ def test_time_with_worse_candidates(hl: float | None, decided_at: float, share: 
     decision = {"decided_at": decided_at, "verdict": {"hl": hl}, **change}
     assert worse_frac(rollouts, [decision], seconds=100.0) == pytest.approx(share)
     assert worse_frac(rollouts[1:], [], seconds=100.0) == 0.0, "it has not ended"
-
-
-def test_a_round_without_goodput_counts_as_none() -> None:
-    assert rate_of([(0.0, {"x": None}), (1.0, {"x": None}), (2.0, {"x": 5.0})], "x") == 0.0
 
 
 def test_grid_points_are_hot_knobs() -> None:
