@@ -172,13 +172,15 @@ def _test(pairs: Sequence[_Pair], *, rule: AcceptanceRule) -> AcceptanceVerdict:
     p, hl, cv = p_greater(gains), hodges_lehmann(gains), _noise(pairs, gains)
     bounds = {guard: _loss_bound(pairs, guard, rule=rule) for guard in rule.guards}
     loss = upper_bound([-gain for gain in gains], alpha=rule.guard_alpha)
-    reason = _reason(p=p, hl=hl, cv=cv, loss=loss, bounds=bounds, rule=rule)
+    low = -upper_bound([-gain for gain in gains], alpha=rule.alpha)
+    is_noisy = cv > rule.max_cv_frac and low <= cv
+    reason = _reason(p=p, hl=hl, is_noisy=is_noisy, loss=loss, bounds=bounds, rule=rule)
     return AcceptanceVerdict(
         state=_state(reason),
         reason=reason,
         num_pairs=len(pairs),
         hl=hl,
-        ci_lo=-upper_bound([-gain for gain in gains], alpha=rule.alpha),
+        ci_lo=low,
         ci_hi=upper_bound(gains, alpha=rule.alpha),
         p=p,
         cv=cv,
@@ -213,12 +215,12 @@ def _reason(
     *,
     p: float,
     hl: float,
-    cv: float,
+    is_noisy: bool,
     loss: float,
     bounds: Mapping[Guard, float],
     rule: AcceptanceRule,
 ) -> DecisionReason:
-    if cv > rule.max_cv_frac:
+    if is_noisy:
         return DecisionReason.NOISY
     if rule.needs_gain and p >= rule.alpha:
         return DecisionReason.NO_GAIN

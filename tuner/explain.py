@@ -43,7 +43,7 @@ def explain(verdict: AcceptanceVerdict, *, rule: AcceptanceRule) -> str:
         DecisionReason.NOT_ENOUGH: f"held: stopped after {verdict.num_pairs} of {rule.num_pairs} "
         "pairs; give it more time",
         DecisionReason.NOISY: f"held: one window varies by {noise}, more than "
-        f"{rule.max_cv_frac:.1%}; measure longer windows on a quieter machine",
+        f"{rule.max_cv_frac:.1%}, and the gain may be less than that; measure longer windows on a quieter machine",
     }[verdict.reason]
 
 

@@ -1614,9 +1614,9 @@ class AcceptanceRule:
     candidate before the test; 0: there is one candidate. ``num_pairs`` is fixed beforehand,
     fewer decide nothing. ``targets``: of guards; what is better than its target counts as the
     target, so only what misses it is lost. ``max_loss_frac``: by which a guard must be shown to be no worse;
-    ``max_error_frac``: the same for the share of requests that are answered. ``max_cv_frac``:
-    noise of one window over which nothing is decided. ``needs_gain`` False: ``metric`` is one more
-    guard, and need not grow. InputError if no result could pass.
+    ``max_error_frac``: the same for the share of requests that are answered. ``max_cv_frac``: noise of
+    one window over which nothing is decided but a gain that is surely larger. ``needs_gain`` False:
+    ``metric`` is one more guard, and need not grow. InputError if no result could pass.
     """
 
     metric: str = "goodput_requests_per_s"

@@ -161,7 +161,9 @@ def test_an_absent_or_doubled_window_holds(
         ([1.0] * 32, DecisionReason.NO_GAIN),
         ([0.0] * 32, DecisionReason.NO_GAIN),
         (noisy(1.005, sd=0.001), DecisionReason.SMALL_EFFECT),
-        (noisy(1.5, sd=0.2), DecisionReason.NOISY),
+        (noisy(1.15, sd=0.2), DecisionReason.NOISY),
+        (noisy(1 / 1.5, sd=0.2), DecisionReason.NOISY),
+        (noisy(1.5, sd=0.2), DecisionReason.ACCEPTED),
     ],
 )
 def test_reasons_of_the_gain(ratios: list[float], reason: DecisionReason) -> None:
