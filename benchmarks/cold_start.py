@@ -7,7 +7,8 @@ busy time ``--explored-frac`` may be spent on candidates. At the end the values 
 each ``--grid`` point are set by hand and served in turns. Says the goodput over time, the ratio of the last to the
 default, the share of exploring, and of the time below 0.9 of the incumbent (what was committed last): by what the
 tests of candidates found, and, with all the noise of single windows, by tokens a second of windows that keep the
-targets, means of ten seconds, in all and under other values. Knobs given after ``--`` are fixed. A scaled test has shorter windows and so more noise than the shipped one.
+targets, means of ten seconds, in all and under other values. Knobs given after ``--`` are fixed. A scaled test has
+shorter windows and so more noise than the shipped one.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ def worse_frac(
     rollouts: Sequence[Mapping[str, Any]], decisions: Sequence[Mapping[str, Any]], *, seconds: float
 ) -> float:
     """Share of ``seconds`` that served candidates which gave less than 0.9 of the incumbent by the
-    windows of their own test, of which every second one was theirs; all of a test without a
+    windows of their own test, of which every second one was theirs; a test that ended without a
     verdict counts as such. Free of the noise of single windows, unlike ``below``."""
     worse_s, began = 0.0, None
     for one in sorted(rollouts, key=lambda one: one["at"]):
@@ -109,6 +110,15 @@ def _held_up(
         and one["verdict"]["hl"] >= math.log(BELOW_FRAC)
         for one in decisions
     )
+
+
+def told(decision: Mapping[str, Any]) -> dict[str, Any]:
+    """A decision without its windows; ``kept``: of those in which each side met its targets."""
+    sides = [
+        [one["status"] == "ok" for one in decision["windows"] if one["values"] == decision[side]]
+        for side in ("config_from", "config_to")
+    ]
+    return {name: decision[name] for name in TOLD} | {"kept": [sum(side) for side in sides]}
 
 
 class Watch:
@@ -204,7 +214,7 @@ def run(options: Any) -> dict[str, Any]:
         "worse_frac": worse_frac(state["rollouts"], decisions, seconds=seconds),
         "below_target": BELOW_TARGET, "hold": state["hold"], "advice": state["decisions"],
         "rollouts": state["rollouts"],
-        "decisions": [{name: one[name] for name in TOLD} for one in decisions],
+        "decisions": [told(one) for one in decisions],
     }  # fmt: skip
 
 

@@ -145,8 +145,10 @@ def serve_for(
     goodput. SystemExit where ``num`` requests were too few for the time."""
     with under_load(daemon, clients=clients, lengths=lengths, flags=targets, num=num) as load:
         with suppress(subprocess.TimeoutExpired):
-            load.process.wait(timeout=seconds)
-            raise SystemExit(f"{num} requests were served before the time was over: give more")
+            code = load.process.wait(timeout=seconds)
+            raise SystemExit(
+                f"bench serve ended with {code} before the time was over; are {num} requests enough?"
+            )
         return load.end()
 
 

@@ -213,7 +213,8 @@ def rule_values(rule: AcceptanceRule) -> dict[str, Any]:
 def _rule_of(values: Mapping[str, Any]) -> AcceptanceRule:
     guards = tuple(map(Guard, values["guards"]))
     targets = {Guard(name): target for name, target in values["targets"].items()}
-    return AcceptanceRule(**{**values, "guards": guards, "targets": targets})
+    before = {"takes_sure_gains": False}  # of rules that were stored without that field
+    return AcceptanceRule(**{**before, **values, "guards": guards, "targets": targets})
 
 
 def acceptance_of(

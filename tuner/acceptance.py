@@ -173,8 +173,10 @@ def _test(pairs: Sequence[_Pair], *, rule: AcceptanceRule) -> AcceptanceVerdict:
     bounds = {guard: _loss_bound(pairs, guard, rule=rule) for guard in rule.guards}
     loss = upper_bound([-gain for gain in gains], alpha=rule.guard_alpha)
     low = -upper_bound([-gain for gain in gains], alpha=rule.alpha)
-    is_noisy = cv > rule.max_cv_frac and low <= cv
-    reason = _reason(p=p, hl=hl, is_noisy=is_noisy, loss=loss, bounds=bounds, rule=rule)
+    reason = _reason(p=p, hl=hl, loss=loss, bounds=bounds, rule=rule)
+    is_sure = rule.takes_sure_gains and low > cv and reason is DecisionReason.ACCEPTED
+    if cv > rule.max_cv_frac and not is_sure:
+        reason = DecisionReason.NOISY
     return AcceptanceVerdict(
         state=_state(reason),
         reason=reason,
@@ -215,13 +217,10 @@ def _reason(
     *,
     p: float,
     hl: float,
-    is_noisy: bool,
     loss: float,
     bounds: Mapping[Guard, float],
     rule: AcceptanceRule,
 ) -> DecisionReason:
-    if is_noisy:
-        return DecisionReason.NOISY
     if rule.needs_gain and p >= rule.alpha:
         return DecisionReason.NO_GAIN
     if rule.needs_gain and hl <= math.log1p(rule.min_effect_frac):

@@ -1614,9 +1614,10 @@ class AcceptanceRule:
     candidate before the test; 0: there is one candidate. ``num_pairs`` is fixed beforehand,
     fewer decide nothing. ``targets``: of guards; what is better than its target counts as the
     target, so only what misses it is lost. ``max_loss_frac``: by which a guard must be shown to be no worse;
-    ``max_error_frac``: the same for the share of requests that are answered. ``max_cv_frac``: noise of
-    one window over which nothing is decided but a gain that is surely larger. ``needs_gain`` False:
-    ``metric`` is one more guard, and need not grow. InputError if no result could pass.
+    ``max_error_frac``: the same for the share of requests that are answered. ``max_cv_frac``:
+    noise of one window over which nothing is decided; ``takes_sure_gains``: but to accept a gain
+    whose lower limit is over that noise. ``needs_gain`` False: ``metric`` is one more guard, and
+    need not grow. InputError if no result could pass.
     """
 
     metric: str = "goodput_requests_per_s"
@@ -1630,6 +1631,7 @@ class AcceptanceRule:
     max_loss_frac: float = 0.03
     max_error_frac: float = 0.005
     max_cv_frac: float = 0.08
+    takes_sure_gains: bool = True
     needs_gain: bool = True
 
     def __post_init__(self) -> None:

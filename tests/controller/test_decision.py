@@ -128,6 +128,35 @@ def test_a_decision_is_decided_again_from_its_windows(
     assert answer["recomputed"] == answer["decision"]["verdict"]
 
 
+def test_what_an_older_rule_held_is_held_by_it_still(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    draw = random.Random(1)
+    erratic = [
+        replace(
+            window,
+            metrics={
+                name: value * math.exp(draw.gauss(0.0, 0.2)) if name == RULE.metric else value
+                for name, value in window.metrics.items()
+            },
+        )
+        for window in windows(3.0)
+    ]
+    older = replace(RULE, takes_sure_gains=False)
+    held = decide(erratic, rule=older, config_from=FROM, config_to=TO)
+    assert held.state is DecisionState.HELD
+    assert decision(erratic).verdict.state is DecisionState.ACCEPTED
+    database = tmp_path / "sparsed.db"
+    store = open_store(database)
+    store.save_acceptance(replace(decision(erratic), rule=older, verdict=held))
+    store.close()
+    with sqlite3.connect(database) as connection:
+        connection.execute("UPDATE acceptance SET rule = json_remove(rule, '$.takes_sure_gains')")
+    connection.close()
+    assert sparsed(database, "show", "1") == 0
+    assert "the same, from the stored windows" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("status", [TrialStatus.SLO_BROKEN, TrialStatus.RECALL_BROKEN])
 def test_a_repair_tells_how_often_each_side_met_its_targets(
     status: TrialStatus, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -172,6 +172,19 @@ def test_reasons_of_the_gain(ratios: list[float], reason: DecisionReason) -> Non
     assert verdict.p is not None
 
 
+def test_a_guard_that_noise_blurs_holds_a_sure_gain() -> None:
+    """It is not rejected for what nobody can tell."""
+    draw = random.Random(2)
+    blurred = [
+        replace(
+            item,
+            metrics=item.metrics | {"ttft_p95_s": 0.1 * math.exp(draw.gauss(0.0, 0.3))},
+        )
+        for item in pairs(noisy(2.6, sd=0.2))
+    ]
+    assert verdict_on(blurred).reason is DecisionReason.NOISY
+
+
 def test_the_gain_must_be_significant_at_the_level_of_the_rule() -> None:
     weak = [pairs(noisy(1.011, seed=seed)) for seed in range(40)]
     between = [item for item in weak if 0.025 < (verdict_on(item).p or 0.0) < 0.05]
